@@ -1,0 +1,166 @@
+"""Which implementation serves a call: C++ on the CPU, Triton on CUDA, plain PyTorch everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from genai_fast.registry import OPS
+
+BACKENDS = ("reference", "cpu", "triton")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+FOLDERS = {library.name: op.folder for op in OPS.values() for library in op.library}
+
+_forced = ""
+
+
+class FallbackWarning(UserWarning):
+    """A call runs on the plain PyTorch reference where a fused kernel was to be expected."""
+
+
+class use_backend:
+    """Serve every op by one backend from now on, in the whole process; as a context manager, inside the block.
+
+    A backward runs on the backend that its forward was called under. An explicit choice raises where it cannot
+    serve; the automatic one (`use_backend(None)`, the default) falls back to the reference and says so once.
+
+    Args:
+        name: "triton", "cpu", "reference", or None for the automatic choice.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+        self._before, _forced = _forced, name or ""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced_backend() -> str:
+    """The backend that use_backend chose, or "" for the automatic choice."""
+    return _forced
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def extension() -> tuple[ModuleType | None, str]:
+    """The C++ extension, or None and the reason why it is missing. torch comes first: they share one OpenMP runtime."""
+    try:
+        return importlib.import_module("genai_fast._cpu"), ""
+    except ImportError as error:
+        return None, f"the C++ extension does not load ({error}); remedy: pip install --force-reinstall genai-fast"
+
+
+@functools.cache
+def cpu_kernels() -> tuple[dict[str, Callable[..., None]], str]:
+    """The C++ kernels of the best instruction set here (or of GENAI_FAST_ISA), and that set's name."""
+    module, reason = extension()
+    if module is None:
+        raise RuntimeError(reason)
+    available = [isa for isa, supported in module.instruction_sets().items() if supported]
+    wanted = os.environ.get("GENAI_FAST_ISA", available[-1])
+    if wanted not in available:
+        raise RuntimeError(f"GENAI_FAST_ISA: expected one of {', '.join(available)} on this processor, got {wanted!r}")
+    return module.kernels(wanted), wanted
+
+
+@functools.cache
+def unavailable(backend: str, device: str) -> str:
+    """Why `backend` cannot serve tensors on this type of device; "" if it can."""
+    if backend == "reference":
+        return ""
+    if backend == "cpu":
+        return f"the C++ kernels serve CPU tensors, not {device}" if device != "cpu" else extension()[1]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; remedy: pip install triton (Linux only)"
+    if device == "cpu":
+        return "" if interpreting() else "Triton needs a CUDA device; set TRITON_INTERPRET=1 to interpret it on the CPU"
+    if device != "cuda":
+        return f"the Triton kernels serve CUDA tensors, not {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need compute capability 8.0 (Ampere) or newer"
+    return ""
+
+
+@functools.cache
+def _implementation(name: str, backend: str) -> Callable[..., Any]:
+    stem = {"reference": "reference", "cpu": "cpu_kernel", "triton": "triton_kernel"}[backend]
+    return getattr(importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.{stem}"), name)
+
+
+@functools.cache
+def _has(name: str, backend: str) -> bool:
+    return any(backend in op.backends for op in OPS.values() if op.folder == FOLDERS[name])
+
+
+@functools.cache
+def _say_once(name: str, reason: str) -> None:
+    warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=5)
+
+
+@functools.cache
+def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]:
+    """The backend that serves a library op on such tensors, and why no kernel does ("" if one does).
+
+    Raises:
+        RuntimeError: `forced` names a backend that cannot serve the call.
+    """
+    if device == "meta":
+        return "reference", ""
+    backend = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+    if backend == "reference":
+        return backend, "" if forced else f"there is no kernel for {device} tensors"
+    if not _has(name, backend):
+        reason = f"it has no {backend} kernel"
+    elif double:
+        reason = "the kernels compute in float32 and the tensors are float64"
+    else:
+        reason = unavailable(backend, device)
+    if not reason:
+        return backend, ""
+    if forced:
+        raise RuntimeError(f"{name}: backend {forced!r} was asked for, but {reason}; remedy: use_backend(None)")
+    return "reference", reason
+
+
+def select(name: str, forced: str, tensors: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that serves this call of a library op."""
+    device, double = "", False
+    for x in tensors:
+        if isinstance(x, torch.Tensor):
+            # A 0-d CPU tensor (seed, beta) may accompany tensors of any device.
+            device = x.device.type if not device or x.dim() else device
+            double = double or x.dtype is torch.float64
+    backend, reason = choose(name, forced, device, double)
+    if reason:
+        _say_once(name, reason)
+    return _implementation(name, backend)
+
+
+def mapped_openmp() -> list[str]:
+    """Files of OpenMP runtimes mapped into this process; more than one makes both slow (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return []
+    with open("/proc/self/maps") as maps:
+        paths = {line.split()[-1] for line in maps if "omp" in line}
+    return sorted(p for p in paths if any(k in p.rsplit("/", 1)[-1] for k in ("libgomp", "libomp", "libiomp")))

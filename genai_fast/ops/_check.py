@@ -1,0 +1,95 @@
+"""What ops ask of their arguments; each error names op, argument, expected, got and remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_floating(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}; pass a torch.Tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{op}: {name}: expected a floating-point tensor (float32, bfloat16, float16, float64), got {x.dtype};"
+            f" convert it with .float()"
+        )
+
+
+def has_batch(op: str, name: str, x: torch.Tensor) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name}: expected a batch as first dimension, got shape (); add one with .unsqueeze(0)")
+
+
+def matches(op: str, name: str, x: Any, other_name: str, other: torch.Tensor) -> None:
+    """x is a floating-point tensor with the other's device and shape, and dtype unless autocast mixes dtypes."""
+    is_floating(op, name, x)
+    same_device(op, name, x, other_name, other)
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{op}: {name}: expected shape {tuple(other.shape)} as {other_name} has, got {tuple(x.shape)};"
+            f" reshape or expand it"
+        )
+    if x.dtype is not other.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{op}: {name}: expected {other.dtype} as {other_name} has, got {x.dtype};"
+            f" convert it with .to({other_name}.dtype)"
+        )
+
+
+def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(
+            f"{op}: {name}: expected device {other.device} as {other_name} has, got {x.device};"
+            f" move it with .to({other_name}.device)"
+        )
+
+
+def one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def scalar(op: str, name: str, value: Any) -> tuple[torch.Tensor | None, float]:
+    """A factor >= 0 as (tensor or None, float): a 0-d tensor stays one, so that schedules change it in a graph."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{op}: {name}: expected a float or a 0-d tensor, got shape {tuple(value.shape)}")
+        is_floating(op, name, value)
+        return value, 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: {name}: expected a float or a 0-d tensor, got {type(value).__name__}")
+    if isinstance(value, torch.SymFloat):
+        return None, value
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"{op}: {name}: expected a finite factor >= 0, got {value}")
+    return None, float(value)
+
+
+def offset(op: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: offset: expected an int (elements before this tensor's first), got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: offset: expected >= 0 elements, got {value}")
+
+
+def seed(op: str, value: Any, like: torch.Tensor) -> torch.Tensor:
+    """The seed as a 0-d int64 tensor on like's device; None draws one from that device's default generator."""
+    if value is None:
+        return torch.ops.genai_fast.draw_seed(like)
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.int64:
+            raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got dtype {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got shape {tuple(value.shape)}")
+        same_device(op, "seed", value, "mu", like)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: seed: expected a signed integer of 64 bits, got {value}")
+    return torch.full((), value, dtype=torch.int64, device=like.device)

@@ -1,0 +1,45 @@
+"""The library torch.ops.genai_fast: every LibraryOp of every spec, routed by `backends.select`."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.backends import select
+from genai_fast.kernels.common.spec import LibraryOp
+from genai_fast.registry import OPS
+
+LIBRARY = torch.library.Library("genai_fast", "DEF")
+
+
+def _register(op: LibraryOp) -> None:
+    name = op.name
+
+    def route(*arguments):
+        return select(name, arguments[-1], arguments)(*arguments[:-1])
+
+    def fake(*arguments):
+        return op.fake(*arguments[:-1])
+
+    LIBRARY.define(op.schema)
+    LIBRARY.impl(name, route, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genai_fast::{name}", fake, lib=LIBRARY)
+
+
+for _op in dict.fromkeys(library for spec in OPS.values() for library in spec.library):
+    _register(_op)
+
+
+# Seeds come from an opaque op: inside a compiled region torch.randint would draw other numbers than in eager mode.
+LIBRARY.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def _draw_seed(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device=like.device).random_()
+
+
+def _fake_seed(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+LIBRARY.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+torch.library.register_fake("genai_fast::draw_seed", _fake_seed, lib=LIBRARY)

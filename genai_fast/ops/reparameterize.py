@@ -1,0 +1,92 @@
+"""Reparameterized sampling of a diagonal Gaussian, with its KL divergence in the same pass."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.reparameterize import reference
+from genai_fast.ops import _check
+
+
+class _Reparameterize(torch.autograd.Function):
+    @staticmethod
+    def forward(mu, logvar, seed, offset, with_kl, backend):
+        return torch.ops.genai_fast.reparameterize(mu, logvar, seed, offset, with_kl, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        mu, logvar, seed, ctx.offset, _, ctx.backend = inputs
+        ctx.save_for_backward(mu, logvar, seed)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_kl):
+        if grad_z is None and grad_kl is None:
+            return None, None, None, None, None, None
+        arguments = (grad_z, grad_kl, *ctx.saved_tensors, ctx.offset)
+        # A gradient that is itself differentiated (gradient penalty) goes through plain PyTorch. torch.compile
+        # refuses double backward altogether, so what it traces can always be the kernel.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = reference.reparameterize_backward(*arguments)
+        else:
+            grads = torch.ops.genai_fast.reparameterize_backward(*arguments, ctx.backend)
+        return *grads, None, None, None, None
+
+
+def _call(op, mu, logvar, seed, offset, with_kl):
+    _check.is_floating(op, "mu", mu)
+    _check.has_batch(op, "mu", mu)
+    _check.matches(op, "logvar", logvar, "mu", mu)
+    _check.offset(op, offset)
+    seed = _check.seed(op, seed, mu)
+    if mu.dtype is not logvar.dtype:  # under autocast only
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return _Reparameterize.apply(mu, logvar, seed, offset, with_kl, forced_backend())
+
+
+def reparameterize(
+    mu: torch.Tensor, logvar: torch.Tensor, *, seed: int | torch.Tensor | None = None, offset: int = 0
+) -> torch.Tensor:
+    """z = mu + exp(logvar / 2) * eps with eps ~ N(0, I); eps is recomputed in backward, never stored.
+
+    Args:
+        mu: mean, [B, ...], float32, bfloat16, float16 or float64, any strides.
+        logvar: log-variance, shape, dtype and device of mu (under autocast dtypes may differ: the wider one wins).
+        seed: an int or a 0-d int64 tensor on mu's device, or None to draw one from that device's default generator
+            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew).
+        offset: elements of the global tensor that come before this one, so that data-parallel ranks that share
+            a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
+
+    Returns:
+        z, shape and dtype of mu, contiguous.
+
+    Gradients: mu and logvar, to any order (the second and higher through plain PyTorch).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Other strides than row-major rows are
+        copied first.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
+    Source: Kingma & Welling 2013, arXiv:1312.6114; Philox: Salmon et al. 2011.
+    """
+    return _call("reparameterize", mu, logvar, seed, offset, False)[0]
+
+
+def reparameterize_kl(
+    mu: torch.Tensor, logvar: torch.Tensor, *, seed: int | torch.Tensor | None = None, offset: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z as `reparameterize` gives it, and KL(N(mu, exp(logvar)) || N(0, I)), in one pass.
+
+    kl[b] = -0.5 * sum(1 + logvar[b] - mu[b]^2 - exp(logvar[b])).
+
+    Args:
+        mu, logvar, seed, offset: as for `reparameterize`.
+
+    Returns:
+        z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
+
+    Gradients: mu and logvar through both results, to any order (the second and higher through plain PyTorch).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
+    Source: Kingma & Welling 2013, arXiv:1312.6114.
+    """
+    return _call("reparameterize_kl", mu, logvar, seed, offset, True)

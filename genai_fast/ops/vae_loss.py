@@ -1,0 +1,105 @@
+"""The negative evidence lower bound of a VAE: reconstruction and KL terms, and their gradients, in one pass each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.vae_loss import reference
+from genai_fast.ops import _check
+
+_OP = "vae_loss"
+
+
+class VAELoss(NamedTuple):
+    loss: torch.Tensor
+    reconstruction: torch.Tensor
+    kl: torch.Tensor
+
+
+class _VAELoss(torch.autograd.Function):
+    @staticmethod
+    def forward(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend):
+        return torch.ops.genai_fast.vae_loss(
+            recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        recon, target, mu, logvar, beta_tensor, *ctx.settings, ctx.backend = inputs
+        ctx.save_for_backward(recon, target, mu, logvar, beta_tensor)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * 9
+        recon, target, mu, logvar, beta_tensor = ctx.saved_tensors
+        beta, likelihood, reduction = ctx.settings
+        arguments = (*grads, recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction)
+        # As in reparameterize: a gradient to be differentiated again is made of plain PyTorch.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = reference.vae_loss_backward(*arguments)
+        else:
+            inputs = torch.ops.genai_fast.vae_loss_backward(*arguments, ctx.backend)
+        # Rarely asked for, so plain PyTorch serves.
+        grad_target = grad_beta = None
+        if ctx.needs_input_grad[1]:
+            w, _ = reference.weights(grads, recon.shape[0], beta_tensor, beta, reduction)
+            grad_target = reference.target_gradient(w, recon, target, likelihood)
+        if ctx.needs_input_grad[4] and grads[0] is not None:
+            kl = reference.vae_loss(recon, target, mu, logvar, None, 0.0, likelihood, reduction)[2]
+            grad_beta = (grads[0] * kl).sum().to(beta_tensor.dtype)
+        return inputs[0], grad_target, *inputs[1:], grad_beta, None, None, None, None
+
+
+def vae_loss(
+    recon: torch.Tensor,
+    target: torch.Tensor,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    *,
+    likelihood: str = "bernoulli",
+    beta: float | torch.Tensor = 1.0,
+    reduction: str = "mean",
+) -> VAELoss:
+    """loss = -log p(target | recon) + beta * KL(N(mu, exp(logvar)) || N(0, I)), summed over all but the batch.
+
+    Bernoulli: -log p = sum of BCE(sigmoid(recon), target), recon being logits: leave the decoder's sigmoid out.
+    Gaussian: sum of (recon - target)^2, the squared error that `F.mse_loss(reduction="sum")` gives (-log p up to a
+    constant at variance 1/2).
+
+    Args:
+        recon: decoder output, [B, ...], float32, bfloat16, float16 or float64, any strides.
+        target: data, shape, dtype and device of recon (under autocast dtypes may differ); in [0, 1] for Bernoulli.
+        mu, logvar: posterior mean and log-variance, [B, ...] each.
+        likelihood: "bernoulli" or "gaussian".
+        beta: weight of the KL term, >= 0: a float, or a 0-d tensor that a schedule may change, in a CUDA graph too.
+        reduction: "mean" or "sum" over the batch, or "none" for one value a sample.
+
+    Returns:
+        VAELoss(loss, reconstruction, kl) in nats, float32 (float64 if recon is): 0-d, or [B] for "none".
+
+    Gradients: recon, target, mu, logvar and a beta tensor, to any order (the second and higher through plain
+        PyTorch, as target's and beta's first).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
+    Source: Kingma & Welling 2013, arXiv:1312.6114; beta: Higgins et al. 2017.
+    """
+    _check.is_floating(_OP, "recon", recon)
+    _check.has_batch(_OP, "recon", recon)
+    _check.matches(_OP, "target", target, "recon", recon)
+    _check.is_floating(_OP, "mu", mu)
+    _check.has_batch(_OP, "mu", mu)
+    _check.same_device(_OP, "mu", mu, "recon", recon)
+    if mu.shape[0] != recon.shape[0]:
+        raise ValueError(f"{_OP}: mu: batch expected {recon.shape[0]} as recon has, got {mu.shape[0]}")
+    _check.matches(_OP, "logvar", logvar, "mu", mu)
+    _check.one_of(_OP, "likelihood", likelihood, ("bernoulli", "gaussian"))
+    _check.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    beta_tensor, beta = _check.scalar(_OP, "beta", beta)
+    return VAELoss(
+        *_VAELoss.apply(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())
+    )

@@ -1,0 +1,14 @@
+"""OPS: every public op. A new op is a folder in kernels/ and a line here."""
+
+from genai_fast.kernels.common.spec import OpSpec
+from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
+from genai_fast.kernels.vae_loss.spec import VAE_LOSS
+
+OPS: dict[str, OpSpec] = {
+    op.name: op
+    for op in (
+        REPARAMETERIZE,
+        REPARAMETERIZE_KL,
+        VAE_LOSS,
+    )
+}
