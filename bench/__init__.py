@@ -1,0 +1,1 @@
+"""Measurements: compile gate, GPU gate, benchmarks and their report. Not part of the installed package."""

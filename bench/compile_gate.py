@@ -1,0 +1,318 @@
+"""The compile gate: every Triton kernel compiled for every architecture, without a GPU.
+
+    python -m bench.compile_gate [--arch 80 90]            the table
+    python -m bench.compile_gate --check [--arch 80 90]    and a comparison with the committed one
+    python -m bench.compile_gate --update                  and the committed one written anew
+
+Each committed table, bench/gate/triton-<version>.json, is of one Triton version, whose compiler is part of
+what is measured. `--check` fails on spills, on lost matrix instructions, on registers or shared memory that
+leave room for fewer warps, on more instructions, and on a case's own limit of instructions an element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench import sass
+from genai_fast import registry
+from genai_fast.backends import interpreting
+from genai_fast.kernels.common.spec import CompileCase
+
+ARCHITECTURES = (80, 90, 100, 120)
+LIMITED = 90  # the architecture of CompileCase.max_instructions_per_element
+INSTRUCTION_SLACK = 0.03  # relative: compilers reorder, so a handful more is no regression
+TABLES = Path(__file__).parent / "gate"
+REMEDY = "if this is intended: python -m bench.compile_gate --update"
+
+Row = dict[str, Any]  # what one kernel uses on one architecture, or {"error": why it does not compile}
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs on one multiprocessor share (CUDA Programming Guide, compute capabilities)."""
+
+    warps: int
+    programs: int
+    shared_bytes: int
+    registers: int = 4 * 16384  # of its four parts
+
+    def resident_warps(self, row: Row) -> int:
+        """Warps that fit at a time: what hides latency."""
+        a_warp = 32 * 8 * -(-row["registers"] // 8)
+        by_registers = 4 * (self.registers // 4 // a_warp) // row["num_warps"]
+        by_shared = self.shared_bytes // (row["shared_bytes"] + 1024)
+        return row["num_warps"] * min(by_registers, by_shared, self.programs, self.warps // row["num_warps"])
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(warps=64, programs=32, shared_bytes=164 * 1024),
+    90: Multiprocessor(warps=64, programs=32, shared_bytes=228 * 1024),
+    100: Multiprocessor(warps=64, programs=32, shared_bytes=228 * 1024),
+    120: Multiprocessor(warps=48, programs=24, shared_bytes=100 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile for one architecture."""
+
+    folder: str
+    case: CompileCase
+    arch: int
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.case.name}/sm_{self.arch}"
+
+    def source(self) -> Any:
+        """Triton's source: pointers and integers divide by 16 unless their type says otherwise ("i32:1")."""
+        from triton.compiler import ASTSource
+
+        kernel = getattr(
+            importlib.import_module(f"genai_fast.kernels.{self.folder}.triton_kernel"), self.case.kernel
+        )
+        given = self.case.signature
+        if set(given) != set(kernel.arg_names):
+            difference = ", ".join(sorted(set(given) ^ set(kernel.arg_names)))
+            raise ValueError(
+                f"{self}: the signature and the arguments of {self.case.kernel} differ in: {difference}"
+            )
+        types, constants, attributes = {}, {}, {}
+        for parameter in kernel.params:
+            value = given[parameter.name]
+            if parameter.is_constexpr or not isinstance(value, str):
+                types[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            types[parameter.name], _, divisor = value.partition(":")
+            if int(divisor or 16) % 16 == 0 and re.match(r"[*iu]", value):
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+
+    def key(self) -> str:
+        """Changes with the kernel, the functions it calls, its arguments, Triton and the way of counting."""
+        import triton
+
+        counting = Path(sass.__file__).read_bytes()
+        options = (triton.__version__, self.arch, self.case.num_warps, self.case.num_stages)
+        return hashlib.sha256(f"{self.source().hash()}{options}".encode() + counting).hexdigest()
+
+    def row(self, usage: dict[str, Any]) -> Row:
+        """What is committed: the usage, and instructions an element (a warp executes each for 32 threads)."""
+        if "error" in usage:
+            return usage
+        hot = usage["loop_instructions"] or usage["instructions"]
+        threads = 32 * self.case.num_warps
+        per_element = round(hot * threads / self.case.elements, 2) if self.case.elements else None
+        return {"num_warps": self.case.num_warps, **usage, "instructions_per_element": per_element}
+
+
+def jobs(architectures: Iterable[int]) -> list[Job]:
+    """Every compile case of every op; ops of one folder share their kernels."""
+    found: dict[str, Job] = {}
+    for op in registry.OPS.values():
+        for case in op.compile_cases:
+            for arch in architectures:
+                job = Job(op.folder, case, arch)
+                if found.setdefault(str(job), job) != job:
+                    raise ValueError(
+                        f"{job}: two compile cases have this name; rename one in {op.folder}/spec.py"
+                    )
+    return list(found.values())
+
+
+def _compile(job: Job) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": job.case.num_warps, "num_stages": job.case.num_stages}
+    try:
+        compiled = triton.compile(job.source(), target=GPUTarget("cuda", job.arch, 32), options=options)
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        return sass.analyse(compiled.asm["cubin"], compiled.metadata.shared, tools).as_dict()
+    except Exception as error:  # whatever the compiler raises is the result
+        return {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]}
+
+
+def _compile_apart(waiting: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Usages as they are ready. Should a compiler abort, and its process with it, each is tried alone."""
+    fork = get_context("fork")
+    done = 0
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=fork) as pool:
+            for job, usage in zip(waiting, pool.map(_compile, waiting), strict=True):
+                done += 1
+                yield job, usage
+    except BrokenProcessPool:
+        for job in waiting[done:]:
+            try:
+                with ProcessPoolExecutor(1, mp_context=fork) as pool:
+                    yield job, pool.submit(_compile, job).result()
+            except BrokenProcessPool:
+                yield job, {"error": "the compiler aborted"}
+
+
+def cache_folder() -> Path:
+    """Where usages are kept by the hash of their source."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "genai_fast" / "compile_gate"
+
+
+def measure(todo: list[Job], cache: Path) -> dict[str, Row]:
+    """The table of these jobs; what is in the cache is not compiled again. Failures are never kept."""
+    usages: dict[str, dict[str, Any]] = {}
+    waiting: list[Job] = []
+    kept = {str(job): cache / f"{job.key()}.json" for job in todo}
+    for job in todo:
+        try:
+            usages[str(job)] = json.loads(kept[str(job)].read_text())
+        except (OSError, ValueError):
+            waiting.append(job)
+    for job, usage in _compile_apart(waiting):
+        usages[str(job)] = usage
+        if "error" not in usage:
+            write_json(kept[str(job)], usage)
+    return {str(job): job.row(usages[str(job)]) for job in todo}
+
+
+def violations(todo: list[Job], table: dict[str, Row], committed: dict[str, Row] | None) -> list[str]:
+    """What is wrong with `table`: by itself, and (unless `committed` is None) against the committed one."""
+    wrong = []
+    for job in todo:
+        name, row = str(job), table[str(job)]
+        before = (committed or {}).get(name)
+        if "error" in row:
+            # The two newest architectures are listed as what they are; elsewhere a kernel has to compile.
+            known = before is not None and "error" in before and job.arch > LIMITED
+            if not known and (committed is not None or job.arch <= LIMITED):
+                wrong.append(f"{name}: expected it to compile, got {row['error']}")
+            continue
+        wrong += [f"{name}: {message}" for message in _absolute(job, row)]
+        if committed is not None and before is None:
+            wrong.append(f"{name}: expected a row in the committed table, got none; {REMEDY}")
+        elif before is not None and "error" not in before:
+            wrong += [f"{name}: {message}; {REMEDY}" for message in _relative(job.arch, row, before)]
+    if committed is not None:
+        architectures = {job.arch for job in todo}
+        stale = [n for n in committed if n not in table and int(n.rsplit("_", 1)[1]) in architectures]
+        wrong += [f"{name}: expected a compile case of this name, got none; {REMEDY}" for name in stale]
+    return wrong
+
+
+def _absolute(job: Job, row: Row) -> Iterator[str]:
+    if row["spill_bytes"] or row["local_accesses"]:
+        yield (
+            f"spills: expected 0 bytes, got {row['spill_bytes']} bytes a thread and {row['local_accesses']}"
+            f" accesses to local memory; use a smaller block or more warps"
+        )
+    if job.case.tensor_cores and not row["tensor_cores"]:
+        yield "matrix instructions: expected some, got none; the kernel multiplies on the ordinary units"
+    limit, got = job.case.max_instructions_per_element, row["instructions_per_element"]
+    if job.arch == LIMITED and limit is not None:
+        if got is None:
+            yield "instructions an element: the case has a limit, but no `elements` to count them by"
+        elif got > limit:
+            yield f"instructions an element: expected at most {limit:g}, got {got:g}"
+
+
+def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
+    lost = sorted(set(before["tensor_cores"]) - set(row["tensor_cores"]))
+    if lost:
+        got = ", ".join(row["tensor_cores"]) or "none"
+        yield f"matrix instructions: expected {', '.join(lost)}, got {got}"
+    room = MULTIPROCESSORS[arch].resident_warps
+    if room(row) < room(before):
+        resources = (
+            "{registers} registers, {shared_bytes} bytes of shared memory, {num_warps} warps a program"
+        )
+        yield (
+            f"occupancy: expected {room(before)} resident warps ({resources.format(**before)}),"
+            f" got {room(row)} ({resources.format(**row)})"
+        )
+    for count in ("instructions", "loop_instructions", "instructions_per_element"):
+        expected, got = before[count], row[count]
+        if expected and got and got > expected * (1 + INSTRUCTION_SLACK):
+            yield f"{count}: expected at most {expected:g} (+{INSTRUCTION_SLACK:.0%}), got {got:g}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+_COLUMNS = {
+    "registers": "registers",
+    "spill_bytes": "spill B",
+    "shared_bytes": "shared B",
+    "instructions": "SASS",
+    "loop_instructions": "in loop",
+    "instructions_per_element": "an element",
+}
+
+
+def render(table: dict[str, Row]) -> str:
+    """The table as aligned text."""
+    lines = [["kernel", "arch", *_COLUMNS.values(), "warps/SM", "matrix"]]
+    for name, row in sorted(table.items()):
+        kernel, _, arch = name.rpartition("/")
+        if "error" in row:
+            lines.append([kernel, arch, f"DOES NOT COMPILE: {row['error'].splitlines()[0]}"])
+            continue
+        cells = ["" if row[column] is None else f"{row[column]:g}" for column in _COLUMNS]
+        matrix = " ".join(f"{count} {name}" for name, count in row["tensor_cores"].items())
+        room = MULTIPROCESSORS[int(arch.removeprefix("sm_"))].resident_warps(row)
+        lines.append([kernel, arch, *cells, str(room), matrix])
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    rows = (zip(line, widths, strict=False) for line in lines)  # an error ends its line
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--check", action="store_true", help="fail where the committed table was better")
+    parser.add_argument("--update", action="store_true", help="write the committed table")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the committed tables")
+    options = parser.parse_args(arguments)
+    if interpreting():
+        print("compile gate: TRITON_INTERPRET is set, and an interpreting process cannot compile; unset it")
+        return 2
+    import triton
+
+    path = options.tables / f"triton-{triton.__version__}.json"
+    committed = json.loads(path.read_text()) if path.exists() else {}
+    if options.check and not committed:
+        print(f"compile gate: there is no table {path}; remedy: python -m bench.compile_gate --update")
+        return 2
+    todo = jobs(options.arch)
+    table = measure(todo, cache_folder())
+    print(render(table))
+    if options.update:
+        others = {n: row for n, row in committed.items() if int(n.rsplit("_", 1)[1]) not in options.arch}
+        committed = {**others, **table}
+        write_json(path, committed)
+        print(f"written: {path}")
+    wrong = violations(todo, table, committed if options.check or options.update else None)
+    for message in wrong:
+        print(f"FAILED {message}")
+    print(f"{len(todo)} kernels x architectures under Triton {triton.__version__}, {len(wrong)} failures")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
