@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from genai_fast.kernels.common.extension import extension, interpreting
 from genai_fast.registry import OPS
 
 BACKENDS = ("reference", "cpu", "triton")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 FOLDERS = {library.name: op.folder for op in OPS.values() for library in op.library}
 
@@ -55,33 +53,6 @@ class use_backend:
 def forced_backend() -> str:
     """The backend that use_backend chose, or "" for the automatic choice."""
     return _forced
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-
-
-@functools.cache
-def extension() -> tuple[ModuleType | None, str]:
-    """The C++ extension, or None and the reason why it is missing. torch comes first: they share one OpenMP runtime."""
-    try:
-        return importlib.import_module("genai_fast._cpu"), ""
-    except ImportError as error:
-        return None, f"the C++ extension does not load ({error}); remedy: pip install --force-reinstall genai-fast"
-
-
-@functools.cache
-def cpu_kernels() -> tuple[dict[str, Callable[..., None]], str]:
-    """The C++ kernels of the best instruction set here (or of GENAI_FAST_ISA), and that set's name."""
-    module, reason = extension()
-    if module is None:
-        raise RuntimeError(reason)
-    available = [isa for isa, supported in module.instruction_sets().items() if supported]
-    wanted = os.environ.get("GENAI_FAST_ISA", available[-1])
-    if wanted not in available:
-        raise RuntimeError(f"GENAI_FAST_ISA: expected one of {', '.join(available)} on this processor, got {wanted!r}")
-    return module.kernels(wanted), wanted
 
 
 @functools.cache

@@ -77,10 +77,17 @@ def offset(op: str, value: Any) -> None:
         raise ValueError(f"{op}: offset: expected >= 0 elements, got {value}")
 
 
+def draw_seed(like: torch.Tensor) -> torch.Tensor:
+    """A fresh 0-d int64 seed on like's device, from that device's default generator."""
+    return torch.empty((), dtype=torch.int64, device=like.device).random_()
+
+
 def seed(op: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     """The seed as a 0-d int64 tensor on like's device; None draws one from that device's default generator."""
     if value is None:
-        return torch.ops.genai_fast.draw_seed(like)
+        if torch.compiler.is_compiling():
+            return torch.ops.genai_fast.draw_seed(like)
+        return draw_seed(like)  # the same without the dispatcher, which costs more than the draw
     if isinstance(value, torch.Tensor):
         if value.dtype is not torch.int64:
             raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got dtype {value.dtype}")

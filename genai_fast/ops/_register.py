@@ -6,6 +6,7 @@ import torch
 
 from genai_fast.backends import select
 from genai_fast.kernels.common.spec import LibraryOp
+from genai_fast.ops._check import draw_seed
 from genai_fast.registry import OPS
 
 LIBRARY = torch.library.Library("genai_fast", "DEF")
@@ -33,13 +34,9 @@ for _op in dict.fromkeys(library for spec in OPS.values() for library in spec.li
 LIBRARY.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-def _draw_seed(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64, device=like.device).random_()
-
-
 def _fake_seed(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty((), dtype=torch.int64)
 
 
-LIBRARY.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+LIBRARY.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
 torch.library.register_fake("genai_fast::draw_seed", _fake_seed, lib=LIBRARY)

@@ -7,9 +7,10 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.reparameterize import reference
 from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction
 
 
-class _Reparameterize(torch.autograd.Function):
+class _Reparameterize(KernelFunction):
     @staticmethod
     def forward(mu, logvar, seed, offset, with_kl, backend):
         return torch.ops.genai_fast.reparameterize(mu, logvar, seed, offset, with_kl, backend)
@@ -43,7 +44,7 @@ def _call(op, mu, logvar, seed, offset, with_kl):
     if mu.dtype is not logvar.dtype:  # under autocast only
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
         mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return _Reparameterize.apply(mu, logvar, seed, offset, with_kl, forced_backend())
+    return _Reparameterize.call(mu, logvar, seed, offset, with_kl, forced_backend())
 
 
 def reparameterize(

@@ -9,6 +9,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.vae_loss import reference
 from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction
 
 _OP = "vae_loss"
 
@@ -19,7 +20,7 @@ class VAELoss(NamedTuple):
     kl: torch.Tensor
 
 
-class _VAELoss(torch.autograd.Function):
+class _VAELoss(KernelFunction):
     @staticmethod
     def forward(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend):
         return torch.ops.genai_fast.vae_loss(
@@ -101,5 +102,5 @@ def vae_loss(
     _check.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
     beta_tensor, beta = _check.scalar(_OP, "beta", beta)
     return VAELoss(
-        *_VAELoss.apply(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())
+        *_VAELoss.call(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())
     )

@@ -132,7 +132,38 @@ BENCH_CASES = (
     Case("latent_diffusion-16x4x32x32", lambda t: dict(mu=t.normal(16, 4, 32, 32), logvar=t.normal(16, 4, 32, 32))),
 )
 
-_COMPILE_CASES: tuple[CompileCase, ...] = ()
+# The launches of BENCH_CASES: aligned rows of 512 columns, as ROWS x BLOCK = 2 x 512.
+_SIZES = dict(batch="i32", columns="i32", splits="i32", mu_stride="i32", logvar_stride="i32", offset="i64")
+_TILE = dict(ROWS=2, BLOCK=512, ALIGNED=True)
+
+
+def _forward_case(name, dtype, with_kl, limit):
+    pointers = dict(mu_ptr=dtype, logvar_ptr=dtype, z_ptr=dtype, kl_ptr="*fp32" if with_kl else None, seed_ptr="*i64")
+    return CompileCase(
+        f"reparameterize{'_kl' if with_kl else ''}-{name}", "_reparameterize_forward", {**pointers, **_SIZES, **_TILE},
+        elements=1024, max_instructions_per_element=limit,
+    )  # fmt: skip
+
+
+def _backward_case(name, dtype, limit):
+    pointers = dict(
+        grad_z_ptr=dtype, grad_kl_ptr="*fp32", mu_ptr=dtype, logvar_ptr=dtype, grad_mu_ptr=dtype,
+        grad_logvar_ptr=dtype, seed_ptr="*i64",
+    )  # fmt: skip
+    strides = dict(grad_z_stride="i32", grad_kl_stride="i32")
+    return CompileCase(
+        f"reparameterize_kl_backward-{name}", "_reparameterize_backward", {**pointers, **_SIZES, **strides, **_TILE},
+        elements=1024, max_instructions_per_element=limit,
+    )  # fmt: skip
+
+
+_COMPILE_CASES = (
+    _forward_case("fp32", "*fp32", True, 70),
+    _forward_case("bf16", "*bf16", True, 70),
+    _forward_case("fp32", "*fp32", False, 70),
+    _backward_case("fp32", "*fp32", 75),
+    _backward_case("bf16", "*bf16", 75),
+)
 
 _SHARED = dict(
     folder="reparameterize",

@@ -143,7 +143,47 @@ BENCH_CASES = (
     Case("gaussian-64x12288", _inputs((64, 12288), (128,), likelihood="gaussian")),
 )
 
-_COMPILE_CASES: tuple[CompileCase, ...] = ()
+_SIZES = {
+    name: "i32"
+    for name in ("columns", "latent", "recon_stride", "target_stride", "mu_stride", "logvar_stride", "splits")
+}
+_BLOCKS = dict(BLOCK=2048, BLOCK_LATENT=128)
+
+
+def _compile_case(likelihood, name, dtype, backward):
+    pointers = dict(recon_ptr=dtype, target_ptr=dtype, mu_ptr=dtype, logvar_ptr=dtype)
+    constants = dict(BERNOULLI=likelihood == "bernoulli", **_BLOCKS)
+    if not backward:
+        return CompileCase(
+            f"{likelihood}-{name}", "_vae_loss_forward",
+            {**pointers, "partial_ptr": "*fp32", "kl_ptr": "*fp32", **_SIZES, **constants}, elements=2048,
+        )  # fmt: skip
+    upstream = dict(
+        grad_loss_ptr="*fp32", grad_reconstruction_ptr=None, grad_kl_ptr=None, beta_ptr=None, grad_recon_ptr=dtype,
+        grad_mu_ptr=dtype, grad_logvar_ptr=dtype, grad_loss_stride="i32", grad_reconstruction_stride="i32",
+        grad_kl_stride="i32", beta="fp32", scale="fp32",
+    )  # fmt: skip
+    return CompileCase(
+        f"{likelihood}_backward-{name}", "_vae_loss_backward", {**pointers, **upstream, **_SIZES, **constants},
+        elements=2048,
+    )  # fmt: skip
+
+
+_COMPILE_CASES = (
+    *(
+        _compile_case(likelihood, dtype[1:], dtype, backward)
+        for likelihood in ("bernoulli", "gaussian")
+        for dtype in ("*fp32", "*bf16")
+        for backward in (False, True)
+    ),
+    CompileCase(
+        "finalise", "_vae_loss_finalise",
+        dict(
+            partial_ptr="*fp32", kl_rows_ptr="*fp32", beta_ptr=None, loss_ptr="*fp32", reconstruction_ptr="*fp32",
+            kl_ptr="*fp32", batch="i32", splits="i32", beta="fp32", scale="fp32", NONE=False, ROWS=64, SPLITS=8,
+        ),
+    ),
+)  # fmt: skip
 
 VAE_LOSS = OpSpec(
     name="vae_loss",

@@ -1,0 +1,158 @@
+"""The numerics gate: every op x case x dtype x backend against float64, with eager PyTorch's own error as the measure.
+
+    err(kernel, float64 reference) <= 2 err(eager in that dtype, float64 reference) + floor[dtype]
+
+and 3 times for gradients. The error of outputs is max-norm over max-norm, of gradients 2-norm over 2-norm: they flip
+by rounding at an activation's kink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from genai_fast import ops
+from genai_fast.backends import unavailable, use_backend
+from genai_fast.kernels.common.spec import (
+    GRADIENT_FACTOR,
+    OUTPUT_FACTOR,
+    TOLERANCE_FLOOR,
+    Case,
+    OpSpec,
+    Tensors,
+)
+from genai_fast.registry import OPS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One op on one case, in one dtype, on one backend and device."""
+
+    op: OpSpec
+    case: Case
+    dtype: torch.dtype
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.case}-{str(self.dtype).removeprefix('torch.')}-{self.backend}-{self.device}"
+
+
+def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
+    """Every run that this machine can do: CPU, and CUDA where there is one; Triton on CPU tensors if interpreted."""
+    if devices is None:
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for op in OPS.values():
+        for device in devices:
+            for backend in op.backends:
+                if unavailable(backend, device):
+                    continue
+                dtypes = (*op.dtypes, torch.float64) if backend == "reference" else op.dtypes
+                for case in op.cases:
+                    if case.gpu and device == "cpu":
+                        continue
+                    for dtype in dtypes:
+                        yield Run(op, case, dtype, backend, device)
+
+
+def _flat(outputs: Any) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def _widen(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64: low precision is rounded to first, then widened."""
+    return {
+        name: x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for name, x in inputs.items()
+    }
+
+
+def _differentiable(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+
+
+def _evaluate(function, inputs, upstream=None):
+    """Outputs, and the gradients of sum(output * upstream) by input name."""
+    outputs = _flat(function(**inputs))
+    targets = _differentiable(inputs)
+    if upstream is None or not targets:
+        return outputs, {}
+    grads = torch.autograd.grad(
+        outputs, list(targets.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
+        allow_unused=True,
+    )  # fmt: skip
+    zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
+    return outputs, dict(zip(targets, zero, strict=True))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory reads as NaN, so that an element which a kernel forgot to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _error(x: torch.Tensor, truth: torch.Tensor, order: float) -> float:
+    """Relative error in that norm over the elements that are finite in the truth."""
+    finite = torch.isfinite(truth)
+    x, truth = x.double()[finite], truth[finite]
+    if truth.numel() == 0:
+        return 0.0
+    scale = float(torch.linalg.vector_norm(truth, order))
+    return float(torch.linalg.vector_norm(x - truth, order)) / (scale or 1.0)
+
+
+def _compare(run, name, got, eager, truth, order, factor) -> str:
+    if got.shape != truth.shape or got.dtype != eager.dtype:
+        return f"{name}: expected {tuple(truth.shape)} {eager.dtype}, got {tuple(got.shape)} {got.dtype}"
+    # Infinities and NaN must stand where eager puts them; where eager overflows and float64 does not, either is right.
+    kinds = [(torch.isnan(t), torch.isposinf(t), torch.isneginf(t)) for t in (got, eager, truth.to(eager.dtype))]
+    for what, mine, theirs, exact in zip(("NaN", "+inf", "-inf"), *kinds, strict=True):
+        if bool((mine != theirs).logical_and(mine != exact).any()):
+            return f"{name}: {what} where eager has none, or the other way round: {int((mine != theirs).sum())} elements"
+    limited = torch.where(torch.isfinite(got) & torch.isfinite(eager), truth, math.nan)
+    error, allowed = _error(got, limited, order), factor * _error(eager, limited, order) + TOLERANCE_FLOOR[run.dtype]
+    more, _ = run.op.extra_tolerance.get(name, (0.0, ""))
+    return "" if error <= allowed + more else f"{name}: error {error:.3g} against float64, allowed {allowed + more:.3g}"
+
+
+def assert_matches_reference(run: Run) -> None:
+    """Outputs, then each gradient by name, against the float64 reference.
+
+    Raises:
+        AssertionError: names the run, and each output or input whose error passes its limit.
+    """
+    inputs = run.case.inputs(Tensors(run.dtype, run.device))
+    wide = _widen(inputs)
+    outputs, _ = _evaluate(run.op.reference, wide)
+    generator = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(o.shape, generator=generator).to(run.dtype).to(o) for o in outputs]
+    truth, truth_grads = _evaluate(run.op.reference, wide, upstream)
+    eager, eager_grads = _evaluate(run.op.reference, inputs, upstream)
+    with use_backend(run.backend), poisoned_memory():
+        got, got_grads = _evaluate(getattr(ops, run.op.name), inputs, upstream)
+
+    with torch.no_grad():
+        wrong = [
+            _compare(run, f"output {k}", g, e, t, math.inf, OUTPUT_FACTOR)
+            for k, (g, e, t) in enumerate(zip(got, eager, truth, strict=True))
+        ] + [
+            _compare(run, name, g, eager_grads[name], truth_grads[name], 2.0, GRADIENT_FACTOR)
+            for name, g in got_grads.items()
+        ]
+    wrong = [line for line in wrong if line]
+    assert not wrong, f"{run}: " + "; ".join(wrong)

@@ -1,0 +1,17 @@
+"""Grids and block sizes of the Triton launchers."""
+
+from __future__ import annotations
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_tile(columns: int, elements: int, least: int = 4) -> tuple[int, int, int]:
+    """(ROWS, BLOCK, splits): a program handles ROWS x BLOCK elements of [batch, columns], a row takes `splits`."""
+    block = min(max(next_power_of_2(columns), least), elements)
+    return elements // block, block, max(ceil_div(columns, block), 1)
