@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import sass
+from bench.record import write_json
 from genai_fast import registry
-from genai_fast.backends import interpreting
+from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.spec import CompileCase
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -77,7 +78,10 @@ class Job:
         return f"{self.folder}/{self.case.name}/sm_{self.arch}"
 
     def source(self) -> Any:
-        """Triton's source: pointers and integers divide by 16 unless their type says otherwise ("i32:1")."""
+        """Triton's source: pointers and integers are multiples of 16 where the launcher may say so.
+
+        A type says otherwise by its divisor: "i32:1".
+        """
         from triton.compiler import ASTSource
 
         kernel = getattr(
@@ -96,7 +100,8 @@ class Job:
                 types[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             types[parameter.name], _, divisor = value.partition(":")
-            if int(divisor or 16) % 16 == 0 and re.match(r"[*iu]", value):
+            may_divide = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+            if may_divide and int(divisor or 16) % 16 == 0 and re.match(r"[*iu]", value):
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
 
@@ -246,14 +251,6 @@ def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
             yield f"{count}: expected at most {expected:g} (+{INSTRUCTION_SLACK:.0%}), got {got:g}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
-
-
 _COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spill B",
@@ -267,7 +264,7 @@ _COLUMNS = {
 def render(table: dict[str, Row]) -> str:
     """The table as aligned text."""
     lines = [["kernel", "arch", *_COLUMNS.values(), "warps/SM", "matrix"]]
-    for name, row in sorted(table.items()):
+    for name, row in table.items():
         kernel, _, arch = name.rpartition("/")
         if "error" in row:
             lines.append([kernel, arch, f"DOES NOT COMPILE: {row['error'].splitlines()[0]}"])

@@ -72,7 +72,8 @@ from genai_fast.kernels.common.spec import CompileCase
 
 folder = pathlib.Path(sys.argv[1])
 genai_fast.kernels.__path__.append(str(folder))
-jobs = [compile_gate.Job("toy", CompileCase(**case), 90) for case in json.loads((folder / "cases.json").read_text())]
+cases = json.loads((folder / "cases.json").read_text())
+jobs = [compile_gate.Job("toy", CompileCase(**case), 90) for case in cases]
 print(json.dumps(compile_gate.measure(jobs, folder / "cache")))
 """
 

@@ -1,0 +1,148 @@
+"""What is measured: each op on each bench case, forward and backward, fused and as people write it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import clock, roofs
+from genai_fast import ops, registry
+from genai_fast.backends import choose
+from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
+from genai_fast.testing import Run, assert_matches_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the op's peers
+SECONDS = 2.0  # of interleaved clocking for one point
+INPUT_SETS = 4  # used in rotation on CUDA
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One op on one bench case, in one dtype, on one device."""
+
+    op: OpSpec
+    case: Case
+    dtype: torch.dtype
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.case}-{self.precision}-{self.device}"
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return (*self.op.peers, COMPILED, FUSED)
+
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return self.case.inputs(Tensors(self.dtype, self.device, generator))
+
+    def function(self, variant: str) -> Callable[..., Any]:
+        if variant == FUSED:
+            return getattr(ops, self.op.name)
+        return _compiled(self) if variant == COMPILED else self.op.peers[variant]
+
+    def step(self, variant: str, seed: int = 0) -> Callable[[], Any]:
+        """Forward, and backward from what the first peer returns (an op may return more)."""
+        function, inputs = self.function(variant), self.inputs(seed)
+        leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        shared = len(_flat(next(iter(self.op.peers.values()))(**inputs)))
+        upstream = [torch.randn_like(y) for y in _flat(function(**inputs))[:shared]]
+
+        def forward_backward() -> Any:
+            return torch.autograd.grad(_flat(function(**inputs))[:shared], leaves, upstream)
+
+        return forward_backward
+
+
+@functools.cache
+def _compiled(point: Point) -> Callable[..., Any]:
+    torch.compiler.reset()  # a point is a new shape of the same code, and too many of those stop the compiler
+    return torch.compile(next(iter(point.op.peers.values())), dynamic=False)
+
+
+def _flat(outputs: Any) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def points(device: str) -> Iterator[Point]:
+    """Every point that fits the device."""
+    for op in registry.OPS.values():
+        for case in op.bench_cases:
+            for dtype in DTYPES[device]:
+                if dtype in op.dtypes and not (case.gpu and device == "cpu"):
+                    yield Point(op, case, dtype, device)
+
+
+def fused_backend(op: OpSpec, device: str) -> str:
+    """The backend that serves the op's fused variant."""
+    return choose(op.library[0].name, "", device, False)[0]
+
+
+def red(point: Point) -> str:
+    """What the numerics gate has against the fused op on this very case; "" if it is green."""
+    case = point.case
+    if (
+        "seed" in inspect.signature(point.op.reference).parameters
+    ):  # two draws compare only if they are the same
+        case = dataclasses.replace(case, inputs=lambda t: {"seed": t.seed(5), **point.case.inputs(t)})
+    run = Run(point.op, case, point.dtype, fused_backend(point.op, point.device), point.device)
+    try:
+        assert_matches_reference(run)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
+    """All figures of a point, variants interleaved; call only on a green gate.
+
+    wall_us: median wall time of forward and backward. device_us (CUDA): median time on the device. ratio:
+    each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s and share of the roof:
+    of the fused op, from what its spec says it must move and do.
+    """
+    load, steps, skipped = clock.Load(), {}, {}
+    for variant in point.variants:
+        try:
+            steps[variant] = point.step(variant)
+            steps[variant]()
+        except Exception as error:
+            if variant != COMPILED:
+                raise
+            skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
+            steps.pop(variant, None)
+    wall = clock.interleaved(steps, seconds, point.device)
+    variants: dict[str, dict[str, Any]] = {name: {"wall_us": round(t * 1e6, 2)} for name, t in wall.items()}
+    best = wall
+    if point.device == "cuda":
+        sets = {name: [point.step(name, seed) for seed in range(INPUT_SETS)] for name in steps}
+        timed = clock.device_times(sets)
+        best = {name: t for name, (t, _) in timed.items()}
+        for name, (t, how) in timed.items():
+            variants[name].update(device_us=round(t * 1e6, 2), device_clock=how)
+    variants.update({name: {"skipped": reason} for name, reason in skipped.items()})
+    cost, fused = point.op.cost(**point.inputs()), best[FUSED]
+    return {
+        "op": point.op.name,
+        "case": point.case.name,
+        "dtype": point.precision,
+        "device": point.device,
+        "backend": fused_backend(point.op, point.device),
+        "variants": variants,
+        "ratio": {name: round(t / fused, 3) for name, t in best.items() if name != FUSED},
+        "gigabytes_per_second": round(cost.bytes / fused / 1e9, 2),
+        "gigaflops_per_second": round(cost.flops / fused / 1e9, 2),
+        "share_of_roof": round(roofs.share(point.device, fused, cost.bytes, cost.flops), 3),
+        "foreign_load": load.foreign(),
+    }
