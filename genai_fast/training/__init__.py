@@ -1,0 +1,8 @@
+"""The training step, the loop, checkpoints and configuration."""
+
+from genai_fast.training.checkpoint import CheckpointError
+from genai_fast.training.config import ConfigError
+from genai_fast.training.loop import TrainingStopped, fit
+from genai_fast.training.step import Step, make_optimizer
+
+__all__ = ["CheckpointError", "ConfigError", "Step", "TrainingStopped", "fit", "make_optimizer"]

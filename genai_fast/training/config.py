@@ -1,0 +1,129 @@
+"""Configuration: a dataclass, a flat TOML file over its defaults, command-line flags over both."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from genai_fast.errors import UsageError
+
+
+class ConfigError(UsageError):
+    """A setting that cannot be; the message names key, expected and got, or the nearest valid key."""
+
+
+def setting(
+    default: Any, help: str, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """A field of a configuration: default, help text, and what is allowed: low <= x <= high, x > above."""
+    return field(
+        default=default, metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every recipe shares."""
+
+    data: str = setting(
+        "mnist", "mnist, digits, or the path of an IDX, .npy or .npz file or a folder of pictures"
+    )
+    size: int = setting(
+        0, "side in pixels to which a folder's pictures are scaled; 0: they have one size", low=0
+    )
+    validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
+    epochs: int = setting(50, "passes over the data", low=1)
+    batch_size: int = setting(128, "samples a step", low=1)
+    lr: float = setting(1e-3, "learning rate of Adam", above=0)
+    clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
+    seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
+    threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
+    checkpoint_every: int = setting(
+        0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(type(self), f.name, getattr(self, f.name)))
+
+
+@dataclass(frozen=True)
+class VAEConfig(Config):
+    hidden: int = setting(400, "width of the hidden layers", low=1)
+    latent: int = setting(20, "dimensions of the latent space", low=1)
+    beta: float = setting(1.0, "weight of the KL term", low=0)
+    likelihood: str = setting("bernoulli", "model of a pixel", choices=("bernoulli", "gaussian"))
+
+
+def types(kind: type[Config]) -> dict[str, type]:
+    """The type of each setting: int, float or str."""
+    return typing.get_type_hints(kind)
+
+
+def _checked(kind: type[Config], key: str, value: Any) -> Any:
+    wanted = types(kind)[key]
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{key}: expected {wanted.__name__}, got {value!r} ({type(value).__name__})")
+    allowed = kind.__dataclass_fields__[key].metadata
+    if allowed["choices"] and value not in allowed["choices"]:
+        raise ConfigError(f"{key}: expected {' or '.join(allowed['choices'])}, got {value!r}")
+    if wanted is str:
+        return value
+    if not (math.isfinite(value) and allowed["low"] <= value <= allowed["high"] and value > allowed["above"]):
+        signs = {"low": ">=", "above": ">", "high": "<="}
+        bounds = [f"{sign} {allowed[name]:g}" for name, sign in signs.items() if math.isfinite(allowed[name])]
+        raise ConfigError(f"{key}: expected a number {' and '.join(bounds)}, got {value!r}")
+    return value
+
+
+def build(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    """A configuration from key-value pairs; `source` (a file, "flags") goes into the messages."""
+    valid = [f.name for f in fields(kind)]
+    for key, value in values.items():
+        if key not in valid:
+            near = difflib.get_close_matches(key.replace("-", "_"), valid, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid)}"
+            raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
+        if isinstance(value, dict):
+            raise ConfigError(f"{source}: {key}: expected {key} = value, got a table [{key}]")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read(path: Path, recipe: str) -> dict[str, Any]:
+    """The key-value pairs of a TOML file. A key `recipe`, which saved files have, must name this recipe."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a TOML file, got {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}") from error
+    found = values.pop("recipe", recipe)
+    if found != recipe:
+        raise ConfigError(f"{path}: expected settings of recipe {recipe!r}, got {found!r}")
+    return values
+
+
+def to_toml(config: Config, recipe: str) -> str:
+    """Every setting, as TOML that `read` takes."""
+    pairs = {"recipe": recipe, **dataclasses.asdict(config)}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in pairs.items())
+
+
+def _toml(value: str | int | float) -> str:
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
