@@ -1,0 +1,130 @@
+"""Comparison of callables by interleaved medians in one process."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SAMPLE = 0.5e-3  # seconds that one sample should last at least, so that the clock's own cost does not count
+_MOST_CALLS = 1000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    calls: int  # in one sample
+
+
+@dataclass(frozen=True)
+class Load:
+    """What else the machine did meanwhile."""
+
+    cores: int
+    threads: int  # torch's
+    average: float  # the system's load average over the last minute, before the first round
+    others: float | None  # cores that other processes kept busy during the rounds; None if not known here
+
+
+@dataclass(frozen=True)
+class Comparison:
+    timings: dict[str, Timing]
+    load: Load
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times faster `name` is than `over`, by medians."""
+        return self.timings[over].median / self.timings[name].median
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {1e3 * t.median:.3f} ms (quartiles {1e3 * t.low:.3f} to {1e3 * t.high:.3f})"
+            for name, t in self.timings.items()
+        ]
+        others = "unknown" if self.load.others is None else f"{self.load.others:.1f}"
+        return "\n".join(
+            [*lines, f"{self.load.cores} cores, {self.load.threads} threads, others kept {others} cores busy"]
+        )
+
+
+def compare(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 30,
+    warm_up: int = 3,
+    calls: int | None = None,
+) -> Comparison:
+    """Time each function once a round, in turn (A B A B ...): what disturbs the machine disturbs all alike.
+
+    CUDA is synchronized around each sample where it is in use.
+
+    Args:
+        functions: name -> callable without arguments.
+        rounds: samples a function.
+        warm_up: samples that are thrown away first.
+        calls: calls in a sample; None: as many as half a millisecond takes.
+
+    Raises:
+        ValueError: nothing to compare, or fewer than two rounds.
+    """
+    if not functions or rounds < 2:
+        raise ValueError(
+            f"compare: expected functions and rounds >= 2, got {len(functions)} functions, rounds={rounds}"
+        )
+    count = {}
+    for name, function in functions.items():
+        for _ in range(max(warm_up, 1)):
+            once = _sample(function, 1)
+        count[name] = calls or min(_MOST_CALLS, int(_SAMPLE / max(once, 1e-9)) + 1)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    average, before, start = _load_average(), _busy(), time.perf_counter()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(_sample(function, count[name]))
+    elapsed, after = time.perf_counter() - start, _busy()
+    others = None
+    if before is not None and after is not None:
+        others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / elapsed
+    timings = {}
+    for name, values in samples.items():
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        timings[name] = Timing(median, low, high, count[name])
+    return Comparison(timings, Load(os.cpu_count() or 1, torch.get_num_threads(), average, others))
+
+
+def _sample(function: Callable[[], Any], calls: int) -> float:
+    """Seconds a call, over `calls` calls."""
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _load_average() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def _busy() -> tuple[float, float] | None:
+    """CPU seconds spent by all processes and by this one; None where /proc/stat does not tell."""
+    try:
+        with open("/proc/stat") as stat:
+            user, nice, system, _, _, irq, softirq = map(int, stat.readline().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    total = user + nice + system + irq + softirq
+    return (total / os.sysconf("SC_CLK_TCK"), time.process_time()) if total else None
