@@ -1,0 +1,162 @@
+"""What is here: versions, devices, backends and why others are not, caches, OpenMP runtimes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genai_fast import __version__, backends
+from genai_fast.kernels.common.extension import cpu_kernels, extension
+from genai_fast.registry import OPS
+
+_PACKAGES = ("torch", "triton", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Everything as JSON data; works without the C++ extension, without Triton and without a GPU."""
+    devices = _devices()
+    return {
+        "versions": {
+            "genai_fast": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+            "torch's CUDA": torch.version.cuda or "none",
+        },
+        "platform": platform.platform(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu(),
+        "ops": {name: {device: _served(name, device) for device in devices} for name in OPS},
+        "caches": _caches(),
+        "openmp": backends.mapped_openmp(),
+        "warnings": _warnings(),
+    }
+
+
+def as_json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: a line a fact, warnings last."""
+    cpu = report["cpu"]
+    lines = ["versions"]
+    lines += [f"  {name:<14}{version}" for name, version in report["versions"].items()]
+    lines += [f"  {'platform':<14}{report['platform']}", "devices"]
+    lines += [f"  {device:<14}{what}" for device, what in report["devices"].items()]
+    lines += [
+        "CPU kernels",
+        f"  {'in use':<14}{cpu['in use'] or cpu['reason']}",
+        f"  {'available':<14}{', '.join(cpu['available']) or 'none'}"
+        f" (GENAI_FAST_ISA={cpu['GENAI_FAST_ISA'] or 'unset'})",
+        f"  {'threads':<14}{report['threads']}",
+        "ops",
+    ]
+    for op, by_device in report["ops"].items():
+        for device, served in by_device.items():
+            lines.append(f"  {op:<20}{device:<6}{served['backend']}")
+            lines += [f"  {'':<26}not {other}: {reason}" for other, reason in served["not"].items()]
+    lines.append("caches")
+    lines += [f"  {name:<14}{where}" for name, where in report["caches"].items()]
+    lines.append("OpenMP runtimes")
+    lines += [f"  {path}" for path in report["openmp"]] or ["  none mapped"]
+    lines += [f"WARNING: {warning}" for warning in report["warnings"]] or ["all is well"]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        devices["cuda"] = "; ".join(
+            f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in names
+        )
+    return devices
+
+
+def _cpu() -> dict[str, Any]:
+    """The C++ kernels: instruction set in use, those that this processor has, and what is wrong."""
+    module, reason = extension()
+    available = [isa for isa, here in module.instruction_sets().items() if here] if module else []
+    in_use = ""
+    if module is not None:
+        try:
+            in_use = cpu_kernels()[1]
+        except RuntimeError as error:  # GENAI_FAST_ISA names one that is not here
+            reason = str(error)
+    return {
+        "in use": in_use,
+        "available": available,
+        "GENAI_FAST_ISA": os.environ.get("GENAI_FAST_ISA", ""),
+        "reason": reason,
+    }
+
+
+def _served(op: str, device: str) -> dict[str, Any]:
+    """Which backend serves a public op's float32 tensors on a device, and why each other does not."""
+    names = [library.name for library in OPS[op].library]
+    served = {backends.choose(name, backends.forced_backend(), device, False)[0] for name in names}
+    others = {}
+    for backend in backends.BACKENDS:
+        if backend in served:
+            continue
+        if backend not in OPS[op].backends:
+            others[backend] = f"{op} has no {backend} kernel"
+        else:
+            others[backend] = (
+                backends.unavailable(backend, device) or "another comes first; use_backend() chooses it"
+            )
+    return {"backend": " and ".join(sorted(served)), "not": others}
+
+
+def _caches() -> dict[str, str]:
+    """Folders of compiled kernels, with their size."""
+    home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    caches = {"triton": _size(home)}
+    if inductor:
+        caches["inductor"] = _size(Path(inductor))
+    return caches
+
+
+def _size(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} (none yet)"
+    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
+
+
+def _warnings() -> list[str]:
+    found = []
+    runtimes = backends.mapped_openmp()
+    if len(runtimes) > 1:
+        found.append(
+            f"{len(runtimes)} OpenMP runtimes are mapped and slow each other: {', '.join(runtimes)};"
+            f" remedy: import torch first, and no package with an OpenMP of its own beside it"
+        )
+    cpu = _cpu()
+    if not cpu["in use"]:
+        found.append(cpu["reason"])
+    if (
+        sys.platform.startswith("linux")
+        and torch.cuda.is_available()
+        and _version("triton") == "not installed"
+    ):
+        found.append(
+            "triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton"
+        )
+    return found
