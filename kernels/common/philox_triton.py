@@ -8,7 +8,7 @@ from genai_fast.kernels.common.math_triton import log_positive, sincos_turn
 
 @triton.jit
 def _box_muller(even, odd):
-    u = ((even >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    u = (even >> 9).to(tl.int32).to(tl.float32) * (1.0 / 8388608.0) + (0.5 / 8388608.0)
     radius = tl.sqrt(-2.0 * log_positive(u))
     sine, cosine = sincos_turn((odd >> 8).to(tl.int32))
     return radius * cosine, radius * sine
@@ -17,10 +17,23 @@ def _box_muller(even, odd):
 @triton.jit
 def words(seed, counter):
     """The four uint32 words of each int64 counter; seed is an int64 scalar."""
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    return tl.philox(seed, low, high, zero, zero)
+    c0 = (counter & 0xFFFFFFFF).to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = c2
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # One wide product each: tl.philox multiplies twice, for the high and the low half.
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit

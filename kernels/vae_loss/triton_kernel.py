@@ -26,9 +26,9 @@ def _vae_loss_forward(
     BERNOULLI: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LATENT: tl.constexpr,
 ):  # fmt: skip
     """-log p(target | recon) over one block of columns; a row's first program adds the row's KL."""
-    program = tl.program_id(0).to(tl.int64)
-    row, split = program // splits, program % splits
-    column = split * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    row, split = (program // splits).to(tl.int64), program % splits
+    column = split.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
     x = tl.load(recon_ptr + row * recon_stride + column, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(target_ptr + row * target_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -96,8 +96,8 @@ def _vae_loss_backward(
     BERNOULLI: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LATENT: tl.constexpr,
 ):  # fmt: skip
     """drecon = w (sigmoid(recon) - target) or 2 w (recon - target);  dmu = u mu;  dlogvar = u (exp(logvar) - 1) / 2."""
-    program = tl.program_id(0).to(tl.int64)
-    row, split = program // splits, program % splits
+    program = tl.program_id(0)
+    row, split = (program // splits).to(tl.int64), program % splits
     if beta_ptr is not None:
         beta = tl.load(beta_ptr).to(tl.float32)
     w = 0.0
@@ -113,7 +113,7 @@ def _vae_loss_backward(
     w *= scale
     u *= scale
 
-    column = split * BLOCK + tl.arange(0, BLOCK)
+    column = split.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
     x = tl.load(recon_ptr + row * recon_stride + column, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(target_ptr + row * target_stride + column, mask=mask, other=0.0).to(tl.float32)
