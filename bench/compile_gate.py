@@ -114,12 +114,15 @@ class Job:
         return hashlib.sha256(f"{self.source().hash()}{options}".encode() + counting).hexdigest()
 
     def row(self, usage: dict[str, Any]) -> Row:
-        """What is committed: the usage, and instructions an element (a warp executes each for 32 threads)."""
+        """What is committed: the usage, and instructions an element (a warp executes each for 32 threads).
+
+        All are counted once: exact for straight-line code, too many where some branch is rare.
+        """
         if "error" in usage:
             return usage
-        hot = usage["loop_instructions"] or usage["instructions"]
         threads = 32 * self.case.num_warps
-        per_element = round(hot * threads / self.case.elements, 2) if self.case.elements else None
+        elements = self.case.elements
+        per_element = round(usage["instructions"] * threads / elements, 2) if elements else None
         return {"num_warps": self.case.num_warps, **usage, "instructions_per_element": per_element}
 
 

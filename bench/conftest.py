@@ -27,6 +27,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["genai_fast"] = {**record.environment(DEVICE), "roofs": roofs.roofs(DEVICE)}
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if config.stash[FIGURES]:
         terminalreporter.section("forward + backward, interleaved medians")

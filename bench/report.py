@@ -149,7 +149,7 @@ def markdown(machine: dict[str, Any], figures: list[dict[str, Any]]) -> str:
 
 
 def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) -> None:
-    """Speed against the first eager peer: a group of bars a case, one each for eager, torch.compile and fused."""
+    """Speed against the first eager peer: a group of bars a case, for eager, torch.compile and fused."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+# Some disassemblers write scheduling hints (?trans6, &req={0}) after the operands.
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*(?:[?&]|$)")
 _PREDICATE = re.compile(r"/\s+@!?U?P\w+\s+")
 # Matrix instructions: HMMA (Ampere), HGMMA (Hopper), UTCHMMA (Blackwell), and those of other number formats.
 _TENSOR_CORE = re.compile(r"(?:[HQIDBO]G?|UTC[A-Z]*)MMA")
@@ -75,7 +77,7 @@ def _parse(code: str) -> list[_Instruction]:
     program = []
     for line in _INSTRUCTION.finditer(code):
         address, name, operands = int(line[1], 16), line[2], line[3]
-        jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        jump = _TARGET.search(operands) if name.startswith("BRA") else None
         # BRA.U takes its condition as an operand.
         predicated = bool(_PREDICATE.search(line[0])) or name == "BRA.U"
         program.append(_Instruction(address, name, predicated, int(jump[1], 16) if jump else None))
