@@ -142,14 +142,15 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--count: expected at least 1, got {options.count}")
     if not options.out.parent.is_dir():
         raise UsageError(f"--out: expected a file in an existing folder, got {options.out}")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {options.seed}")
+    if options.out.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected the name of a PNG file, got {options.out}")
     folder = Path(options.folder)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     model, shape = open_run(folder)
-    try:
-        images = model.sample(options.count, seed=options.seed)
-    except (RuntimeError, OverflowError) as error:
-        raise UsageError(f"--seed: expected an integer of 64 bits, got {options.seed}") from error
+    images = model.sample(options.count, seed=options.seed)
     pictures.grid(images.view(-1, *shape), options.out)
     print(f"{options.out}: {options.count} samples of {folder}")
     return 0

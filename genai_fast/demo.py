@@ -18,6 +18,7 @@ from genai_fast.training.recipes import train
 from genai_fast.training.step import Step, make_optimizer
 
 EPOCHS = 40
+ROUNDS = 100  # of the comparison with eager PyTorch
 
 
 def run(out: Path, epochs: int | None = None) -> Path:
@@ -68,4 +69,4 @@ def training_speed(images: Images, settings: VAEConfig, device: torch.device) ->
         adam.step()
 
     # Five samples of warm-up: on CUDA, the graph is captured by then.
-    return compare({"eager": eager, "fused": lambda: step(x)}, rounds=100, warm_up=5)
+    return compare({"eager": eager, "fused": lambda: step(x)}, rounds=ROUNDS, warm_up=5)

@@ -49,7 +49,7 @@ def fit(
     *,
     about: dict[str, Any] | None = None,
     resume: dict[str, Any] | None = None,
-    stream: TextIO = sys.stderr,
+    stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Train until `config.epochs`; leave metrics.jsonl and checkpoints in folder `run`.
 
@@ -61,7 +61,7 @@ def fit(
     Args:
         about: JSON data stored with each checkpoint.
         resume: what `checkpoint.restore` returned, to go on from there.
-        stream: where the progress bar, or a line an epoch if it is no terminal, goes.
+        stream: where the progress bar goes, or a line an epoch if it is no terminal; None: stderr.
 
     Returns:
         The last epoch's record.
@@ -72,12 +72,13 @@ def fit(
     at = _progress(resume)
     step = Step(model, optimizer, clip=config.clip)
     steps_an_epoch = math.ceil(len(train) / config.batch_size)
+    total = config.epochs * len(train)
     record: dict[str, Any] = {}
 
     def save() -> None:
         checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {})
 
-    with _Metrics(run / METRICS, at.step) as metrics, _display(stream, config.epochs * len(train)) as display:
+    with _Metrics(run / METRICS, at.step) as metrics, _display(stream or sys.stderr, total) as display:
         while at.epoch < config.epochs:
             model.train()
             meter = _Meter(at)
@@ -207,7 +208,7 @@ class _Metrics:
 
 
 def _display(stream: TextIO, total: int) -> _Lines | _Bar:
-    return _Bar(total) if stream.isatty() else _Lines(stream)
+    return _Bar(stream, total) if stream.isatty() else _Lines(stream)
 
 
 class _Lines:
@@ -238,9 +239,9 @@ class _Lines:
 class _Bar:
     """A bar with loss, validation loss, samples/s and the time left."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, stream: TextIO, total: int) -> None:
         rich = require("rich.progress", "train")
-        console = require("rich.console", "train").Console(stderr=True)
+        console = require("rich.console", "train").Console(file=stream)
         self._bar = rich.Progress(
             rich.TextColumn("epoch {task.fields[epoch]}"),
             rich.BarColumn(),
