@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import clock, record, roofs
-from bench.points import DTYPES, Point, figures, points, red
+from bench.points import DTYPES, Point, figures, fused_backend, points, red
 from bench.report import summary
 from genai_fast import ops, registry
 from genai_fast.backends import use_backend
@@ -85,13 +85,9 @@ def numerics(run: Run) -> str:
 
 def determinism(run: Run) -> str:
     """What is wrong when forward and backward run twice on the same inputs; "" if nothing."""
-    inputs = _inputs(run)
-    if "seed" in inputs and inputs["seed"] is None:
-        return ""
     try:
-        step = step_of(run, inputs)
-        first = [x.clone() for x in step()]
-        return "" if _same(first, step()) else f"{run}: two runs on the same inputs differ in their bits"
+        first, second = (step_of(run, _inputs(run))() for _ in range(2))
+        return "" if _same(first, second) else f"{run}: two runs on the same inputs differ in their bits"
     except Exception as error:
         return f"{run}: {type(error).__name__}: {error}"[:1000]
 
@@ -104,13 +100,14 @@ def graph_replay(run: Run, capture: Capture = clock.capture) -> str:
     try:
         inputs = _inputs(run)
         replay, outputs = capture(step_of(run, inputs))
+        new = _inputs(run)
         with torch.no_grad():
-            for x in inputs.values():
-                if isinstance(x, torch.Tensor) and x.is_floating_point() and _writable(x):
-                    x.mul_(0.5)
+            for static, x in zip(_tensors(inputs), _tensors(new), strict=True):
+                if _writable(x):
+                    static.copy_(x.mul_(0.5) if x.is_floating_point() else x)
         replay()
         replayed = [x.clone() for x in outputs]
-        if not _same(replayed, step_of(run, inputs)()):
+        if not _same(replayed, step_of(run, new)()):
             return f"{run}: the replay's numbers differ from eager's"
         if "seed" not in inputs or replayed[0].numel() < 2:
             return ""
@@ -125,6 +122,11 @@ def graph_replay(run: Run, capture: Capture = clock.capture) -> str:
     return ""
 
 
+def _tensors(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    found = [x for value in inputs.values() for x in (value if isinstance(value, list) else [value])]
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
 def _writable(x: torch.Tensor) -> bool:
     """No two elements share memory, as those of an expanded tensor do."""
     return all(stride or size < 2 for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -133,10 +135,9 @@ def _writable(x: torch.Tensor) -> bool:
 def check_op(op: OpSpec, runs: list[Run], capture: Capture = clock.capture) -> dict[str, Any]:
     """The op's gate: how many checks ran, and every failure."""
     failures: dict[str, list[str]] = {"numerics": [], "determinism": [], "graph": []}
-    fused = [run for run in runs if run.backend != "reference"]
     for run in runs:
         failures["numerics"].append(numerics(run))
-    for run in fused:
+    for run in (run for run in runs if run.backend == fused_backend(op, run.device)):
         failures["determinism"].append(determinism(run))
         if not run.case.gpu:  # two copies of the largest do not fit
             failures["graph"].append(graph_replay(run, capture))
@@ -195,13 +196,11 @@ def memory_check() -> dict[str, Any]:
 def small_cases() -> None:
     """What runs under the memory checker: each op's small cases in float32."""
     for run in every_run(("cuda",)):
-        sizes = (
-            [x.numel() for x in _inputs(run).values() if isinstance(x, torch.Tensor)]
-            if not run.case.gpu
-            else []
-        )
-        if run.backend == "triton" and run.dtype is torch.float32 and sizes and max(sizes) <= SMALL:
-            step_of(run, _inputs(run))()
+        if run.backend != "triton" or run.dtype is not torch.float32 or run.case.gpu:
+            continue
+        inputs = _inputs(run)
+        if max(x.numel() for x in _tensors(inputs)) <= SMALL:
+            step_of(run, inputs)()
     torch.cuda.synchronize()
 
 

@@ -54,9 +54,11 @@ class Point:
         return _compiled(self) if variant == COMPILED else self.op.peers[variant]
 
     def step(self, variant: str, seed: int = 0) -> Callable[[], Any]:
-        """Forward, and backward from what the first peer returns (an op may return more)."""
+        """Forward, and backward from what the first peer returns (an op may return more), if it has one."""
         function, inputs = self.function(variant), self.inputs(seed)
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        if not leaves:
+            return lambda: function(**inputs)
         shared = len(_flat(next(iter(self.op.peers.values()))(**inputs)))
         upstream = [torch.randn_like(y) for y in _flat(function(**inputs))[:shared]]
 
@@ -77,8 +79,11 @@ def _flat(outputs: Any) -> list[torch.Tensor]:
 
 
 def points(device: str) -> Iterator[Point]:
-    """Every point that fits the device."""
+    """Every point that fits the device and has a kernel for it."""
+    kernel = {"cpu": "cpu", "cuda": "triton"}[device]
     for op in registry.OPS.values():
+        if kernel not in op.backends:
+            continue
         for case in op.bench_cases:
             for dtype in DTYPES[device]:
                 if dtype in op.dtypes and not (case.gpu and device == "cpu"):

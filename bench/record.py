@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def write_json(path: Path, value: Any) -> None:
     """Written whole or not at all."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,0 +1,407 @@
+"""The benchmarks' machinery: collection, clocks, gating of figures on numerics, records, report."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import clock, gpu_gate, points, record, report, roofs
+from genai_fast import ops
+from genai_fast.kernels.common.extension import extension
+from genai_fast.registry import OPS
+from genai_fast.testing import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+VAE_LOSS, REPARAMETERIZE = OPS["vae_loss"], OPS["reparameterize"]
+
+
+# Collection
+
+
+def collected(*arguments):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_plain_pytest_does_not_collect_the_benchmarks():
+    lines = collected()
+    assert any(line.startswith("tests/test_bench.py::") for line in lines)
+    assert not any(line.startswith("bench/") for line in lines)
+
+
+def test_benchmarks_cover_every_op_case_and_variant():
+    lines = collected("bench/")
+    found = [line for line in lines if line.startswith("bench/bench_ops.py::")]
+    expected = [f"[{p}-{v}]" for p in points.points(points.DEVICE) for v in p.variants]
+    assert len(found) == len(expected) == len(set(found))
+    assert all(any(line.endswith(suffix) for line in found) for suffix in expected)
+    assert any(line.startswith("bench/bench_training.py::") for line in lines)
+
+
+# Clocks
+
+
+class FakeTime:
+    """A clock that moves only when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def fake_time(monkeypatch):
+    time = FakeTime()
+    monkeypatch.setattr(clock, "time", time)
+    return time
+
+
+def test_interleaved_medians_of_calls_that_take_turns(fake_time):
+    order = []
+
+    def call(name, durations):
+        def run():
+            order.append(name)
+            fake_time.now += durations[order.count(name) % len(durations)]
+
+        return run
+
+    calls = {"slow": call("slow", [4e-3, 4e-3, 9.0]), "quick": call("quick", [2e-3])}
+    medians = clock.interleaved(calls, seconds=0.0)
+    assert medians == pytest.approx({"slow": 4e-3, "quick": 2e-3})  # one wild sample in three moves no median
+    turns = order[-2 * clock.ROUNDS :]
+    assert turns.count("slow") == turns.count("quick") == clock.ROUNDS
+    assert turns[:4] in (["slow", "quick", "quick", "slow"], ["quick", "slow", "slow", "quick"])
+
+
+def test_short_calls_are_timed_several_at_once(fake_time):
+    def call():
+        fake_time.now += 1e-5
+
+    blocks = []
+    perf_counter = fake_time.perf_counter
+    fake_time.perf_counter = lambda: blocks.append(fake_time.now) or perf_counter()
+    assert clock.interleaved({"call": call}, seconds=0.0) == pytest.approx({"call": 1e-5})
+    assert max(b - a for a, b in itertools.pairwise(blocks)) == pytest.approx(clock.BLOCK)
+
+
+def test_foreign_load_is_what_is_not_ours(monkeypatch):
+    readings = iter([(10.0, 100.0, 50.0), (20.0, 118.0, 53.0)])
+    monkeypatch.setattr(clock.Load, "_read", staticmethod(lambda: next(readings)))
+    assert clock.Load().foreign() == 1.5  # 18 s of work in 10 s, 3 s of it ours
+
+
+def test_share_is_of_the_nearer_roof(monkeypatch):
+    monkeypatch.setattr(roofs, "roofs", lambda device: {"bytes_per_second": 100.0, "float32": 1000.0})
+    assert roofs.share("cpu", 4.0, nbytes=200, flops=1000) == 0.5  # memory asks for 2 s, arithmetic for 1 s
+    assert roofs.share("cpu", 4.0, nbytes=100, flops=3000) == 0.75
+
+
+# What is measured
+
+
+def point_of(op, case=0):
+    return points.Point(op, op.bench_cases[case], torch.float32, "cpu")
+
+
+def test_steps_of_all_variants_give_the_same_gradients():
+    point = point_of(VAE_LOSS)
+    torch.manual_seed(0)
+    eager = point.step("eager")()
+    torch.manual_seed(0)
+    fused = point.step(points.FUSED)()
+    assert len(eager) == len(fused) == 3
+    for a, b in zip(eager, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Roofs that need no measuring, and a compiler that fails."""
+    monkeypatch.setattr(roofs, "roofs", lambda device: {"bytes_per_second": 1e10, "float32": 1e11})
+
+    def fail(*arguments, **settings):
+        raise RuntimeError("no compiler\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", fail)
+
+
+def test_figures_name_everything_and_say_what_was_skipped(quick):
+    point = point_of(VAE_LOSS)
+    figure = points.figures(point, seconds=0.0)
+    assert set(figure["variants"]) == {*VAE_LOSS.peers, points.COMPILED, points.FUSED}
+    assert figure["variants"][points.COMPILED] == {"skipped": "RuntimeError: no compiler"}
+    assert set(figure["ratio"]) == set(VAE_LOSS.peers)
+    fused = figure["variants"][points.FUSED]["wall_us"]
+    assert figure["ratio"]["eager"] == pytest.approx(figure["variants"]["eager"]["wall_us"] / fused, rel=0.01)
+    cost = VAE_LOSS.cost(**point.inputs())
+    assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01)
+    json.dumps(figure)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=str)
+def test_gate_is_green_on_what_is_right(op):
+    assert points.red(point_of(op)) == ""
+
+
+def test_gate_is_red_on_what_is_wrong(monkeypatch):
+    right = ops.reparameterize
+    monkeypatch.setattr(ops, "reparameterize", lambda *a, **k: 1.001 * right(*a, **k))
+    assert "output 0: error" in points.red(point_of(REPARAMETERIZE))
+
+
+def test_training_gate(monkeypatch):
+    from bench import bench_training
+
+    assert bench_training.red("cpu") == ""
+    right = ops.vae_loss
+    monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
+    assert bench_training.red("cpu").startswith("loss: expected about")
+
+
+# GPU gate
+
+
+def replaying(step):
+    """A capture for the CPU: replay runs the step again, into the same outputs."""
+    outputs = step()
+
+    def replay():
+        for static, fresh in zip(outputs, step(), strict=True):
+            static.copy_(fresh)
+
+    return replay, outputs
+
+
+def idle(step):
+    """A broken capture: its replay does nothing."""
+    return (lambda: None), step()
+
+
+def frozen(step):
+    """A broken capture: random numbers stay those of the capture."""
+    state = torch.get_rng_state()
+    outputs = step()
+
+    def replay():
+        torch.set_rng_state(state)
+        for static, fresh in zip(outputs, step(), strict=True):
+            static.copy_(fresh)
+
+    return replay, outputs
+
+
+@pytest.fixture
+def runs():
+    if extension()[0] is None:
+        pytest.skip(extension()[1])
+
+    def of(op, *names):
+        return [Run(op, case, torch.float32, "cpu", "cpu") for case in op.cases if case.name in names]
+
+    return of
+
+
+def test_op_that_is_right_is_green(runs):
+    check = gpu_gate.check_op(
+        REPARAMETERIZE, runs(REPARAMETERIZE, "latent_20", "empty_batch", "heads"), replaying
+    )
+    assert check["failures"] == {}
+    assert check["checks"] == {"numerics": 3, "determinism": 3, "graph": 3}
+    assert gpu_gate.green(check)
+
+
+def test_op_without_checks_is_not_green():
+    assert not gpu_gate.green(gpu_gate.check_op(REPARAMETERIZE, [], replaying))
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"), [(idle, "differ from eager's"), (frozen, "draw the same numbers")]
+)
+def test_broken_graph_is_red(runs, capture, message):
+    check = gpu_gate.check_op(REPARAMETERIZE, runs(REPARAMETERIZE, "latent_20"), capture)
+    assert list(check["failures"]) == ["graph"]
+    assert message in check["failures"]["graph"][0]
+
+
+def test_op_that_is_not_deterministic_is_red(runs, monkeypatch):
+    right = ops.reparameterize
+    # A few units in the last place: within the tolerance of numerics, and not the same bits.
+    monkeypatch.setattr(
+        ops, "reparameterize", lambda *a, **k: right(*a, **k) * (1.0 + 2e-7 * torch.randint(0, 4, ()).float())
+    )
+    torch.manual_seed(1)
+    (run,) = runs(REPARAMETERIZE, "latent_20")
+    assert gpu_gate.numerics(run) == ""
+    assert "differ in their bits" in gpu_gate.determinism(run)
+
+
+def test_op_that_raises_is_red_not_fatal(runs, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setattr(ops, "vae_loss", fail)
+    check = gpu_gate.check_op(VAE_LOSS, runs(VAE_LOSS, "odd"), replaying)
+    assert set(check["failures"]) == {"numerics", "determinism", "graph"}
+    assert "launch failed" in check["failures"]["numerics"][0]
+
+
+def test_bits_tell_nan_and_signed_zero():
+    nan = torch.tensor([float("nan"), 0.0])
+    assert gpu_gate._same([nan], [nan.clone()])
+    assert not gpu_gate._same([nan], [torch.tensor([float("nan"), -0.0])])
+
+
+def test_no_figure_without_a_green_gate(monkeypatch):
+    good = {"checks": {"numerics": 1}, "failures": {}}
+    bad = {"checks": {"numerics": 1}, "failures": {"numerics": ["wrong"]}}
+    todo = [point_of(VAE_LOSS), point_of(REPARAMETERIZE)]
+    checks = {"vae_loss": good, "reparameterize": bad}
+    found, refused = gpu_gate.gated_figures(checks, todo, measure=lambda point: {"op": point.op.name})
+    assert found == [{"op": "vae_loss"}]
+    assert refused == [{"point": str(todo[1]), "reason": "the gate of reparameterize is red"}]
+    # Nor where the op is green elsewhere but wrong on the very case that would be timed.
+    monkeypatch.setattr(gpu_gate, "red", lambda point: "error 1 against float64")
+    found, refused = gpu_gate.gated_figures(checks, todo[:1], measure=lambda point: {"op": point.op.name})
+    assert found == []
+    assert refused[0]["reason"] == "error 1 against float64"
+
+
+def test_without_a_gpu_the_gate_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert gpu_gate.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_record_of_the_whole_gate(monkeypatch, tmp_path, quick):
+    if extension()[0] is None:
+        pytest.skip(extension()[1])
+    few = [Run(op, op.cases[0], torch.float32, "cpu", "cpu") for op in OPS.values()]
+    monkeypatch.setattr(gpu_gate, "every_run", lambda devices: iter(few))
+    monkeypatch.setattr(gpu_gate, "points", lambda device: [point_of(VAE_LOSS)])
+    monkeypatch.setattr(points, "SECONDS", 0.0)
+    found = gpu_gate.gate("cpu", commit="abc", capture=replaying)
+    assert found["green"]
+    assert found["commit"] == "abc"
+    assert [check["op"] for check in found["checks"]] == list(OPS)
+    assert found["environment"]["torch"] == torch.__version__
+    record.write_json(tmp_path / "record.json", found)
+    machine, figures = report.load(tmp_path / "record.json")
+    assert figures == json.loads(json.dumps(found["figures"]))
+    assert machine["device"] == record.processor()
+
+
+def test_record_is_whole_or_absent(tmp_path):
+    path = tmp_path / "folder" / "record.json"
+    record.write_json(path, {"figures": 1})
+    with pytest.raises(TypeError):
+        record.write_json(path, {"figures": 2, "not": object()})
+    assert json.loads(path.read_text()) == {"figures": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_record_path():
+    import datetime
+
+    path = gpu_gate.record_path("NVIDIA H100 80GB HBM3", "abc123", True, datetime.date(2026, 3, 4))
+    assert path == ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "2026-03-04-abc123-dirty.json"
+
+
+# Report
+
+FIGURE = {
+    "op": "vae_loss",
+    "case": "mnist",
+    "dtype": "float32",
+    "device": "cpu",
+    "variants": {
+        "eager": {"wall_us": 30.0},
+        "compile": {"skipped": "no compiler"},
+        "fused": {"wall_us": 10.0},
+    },
+    "ratio": {"eager": 3.0},
+    "gigabytes_per_second": 12.34,
+    "share_of_roof": 0.5,
+    "foreign_load": 0.8,
+}
+ON_DEVICE = {
+    **FIGURE,
+    "device": "cuda",
+    "variants": {
+        "eager": {"wall_us": 90.0, "device_us": 8.0, "device_clock": "graph"},
+        "compile": {"wall_us": 50.0, "device_us": 6.0, "device_clock": "graph"},
+        "fused": {"wall_us": 40.0, "device_us": 2.0, "device_clock": "graph"},
+    },
+    "ratio": {"eager": 4.0, "compile": 3.0},
+}
+MACHINE = {"device": "a processor", "roofs": {"bytes_per_second": 4e10, "float32": 1e11}}
+
+
+def from_pytest_benchmark(*figures):
+    benchmarks = [{"extra_info": {**f, "variant": v}} for f in figures for v in f["variants"]]
+    return {"benchmarks": [*benchmarks, {"extra_info": {}}], "machine_info": {"genai_fast": MACHINE}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [from_pytest_benchmark(FIGURE, ON_DEVICE), {"environment": MACHINE, "figures": [FIGURE, ON_DEVICE]}],
+    ids=["pytest-benchmark", "gpu gate"],
+)
+def test_report(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert report.main([str(tmp_path / "run.json"), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "run.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("| vae_loss")]
+    assert table == [
+        "| vae_loss | mnist | float32 | eager | 30.0 | - | 10.0 | 3.00 | 12.3 | 50% | wall |",
+        "| vae_loss | mnist | float32 | eager | 8.0 | 6.0 | 2.0 | 4.00 | 12.3 | 50% | graph |",
+    ]
+    assert "- device: a processor" in text
+    assert "- roof, copy: 40.0 GB/s" in text
+    assert "compile was skipped: no compiler" in text
+    assert "0.8 processors busy" in text
+    assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert "3.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (json.dumps(from_pytest_benchmark(FIGURE))[:-40], "cut off"),
+        ("", "cut off"),
+        ("[1, 2]", "got neither"),
+        ('{"benchmarks": []}', "got neither"),
+        ('{"benchmarks": [{"extra_info": {}}], "machine_info": {}}', "holds no figures"),
+        ('{"environment": {}, "figures": []}', "holds no figures"),
+    ],
+    ids=["missing", "truncated", "empty", "list", "foreign", "all skipped", "no figures"],
+)
+def test_report_refuses_what_it_cannot_read(tmp_path, capsys, content, message):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"report: {path}")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_chart_draws_a_group_of_bars_a_case(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    report.chart(MACHINE, [FIGURE, ON_DEVICE], tmp_path / "chart.png")
+    (axes,) = drawn[0].axes
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert heights["genai_fast"] == [3.0, 4.0]
+    assert heights["torch.compile"] == [0.0, pytest.approx(4.0 / 3.0)]
+    assert heights["eager"] == [1.0, 1.0]
