@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
-from genai_fast.kernels.common.extension import extension, interpreting
+from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
 from genai_fast.registry import OPS
+
+__all__ = [
+    "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "interpreting",
+    "mapped_openmp", "select", "unavailable", "use_backend",
+]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -101,6 +106,7 @@ def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]
     backend = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     if backend == "reference":
         return backend, "" if forced else f"there is no kernel for {device} tensors"
+    reason = ""
     if not _has(name, backend):
         reason = f"it has no {backend} kernel"
     elif double:
@@ -118,6 +124,8 @@ def select(name: str, forced: str, tensors: tuple[Any, ...]) -> Callable[..., An
     """The function that serves this call of a library op."""
     device, double = "", False
     for x in tensors:
+        if isinstance(x, (list, tuple)) and x:  # a list of tensors is alike in device and dtype
+            x = x[0]
         if isinstance(x, torch.Tensor):
             # A 0-d CPU tensor (seed, beta) may accompany tensors of any device.
             device = x.device.type if not device or x.dim() else device

@@ -1,5 +1,6 @@
 """OPS: every public op. A new op is a folder in kernels/ and a line here."""
 
+from genai_fast.kernels.adam.spec import ADAM_STEP
 from genai_fast.kernels.common.spec import OpSpec
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
@@ -10,5 +11,6 @@ OPS: dict[str, OpSpec] = {
         REPARAMETERIZE,
         REPARAMETERIZE_KL,
         VAE_LOSS,
+        ADAM_STEP,
     )
 }

@@ -54,8 +54,6 @@ def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
                     continue
                 dtypes = (*op.dtypes, torch.float64) if backend == "reference" else op.dtypes
                 for case in op.cases:
-                    if case.gpu and device == "cpu":
-                        continue
                     for dtype in dtypes:
                         yield Run(op, case, dtype, backend, device)
 
@@ -66,12 +64,15 @@ def _flat(outputs: Any) -> list[torch.Tensor]:
 
 def _widen(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same numbers in float64: low precision is rounded to first, then widened."""
-    return {
-        name: x.detach().double().requires_grad_(x.requires_grad)
-        if isinstance(x, torch.Tensor) and x.is_floating_point()
-        else x
-        for name, x in inputs.items()
-    }
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, list):
+            return [wide(item) for item in x]
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x.detach().double().requires_grad_(x.requires_grad)
+        return x
+
+    return {name: wide(x) for name, x in inputs.items()}
 
 
 def _differentiable(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -123,7 +124,9 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
     kinds = [(torch.isnan(t), torch.isposinf(t), torch.isneginf(t)) for t in (got, eager, truth.to(eager.dtype))]
     for what, mine, theirs, exact in zip(("NaN", "+inf", "-inf"), *kinds, strict=True):
         if bool((mine != theirs).logical_and(mine != exact).any()):
-            return f"{name}: {what} where eager has none, or the other way round: {int((mine != theirs).sum())} elements"
+            return (
+                f"{name}: {what} where eager has none, or the other way round: {int((mine != theirs).sum())} elements"
+            )
     limited = torch.where(torch.isfinite(got) & torch.isfinite(eager), truth, math.nan)
     error, allowed = _error(got, limited, order), factor * _error(eager, limited, order) + TOLERANCE_FLOOR[run.dtype]
     more, _ = run.op.extra_tolerance.get(name, (0.0, ""))

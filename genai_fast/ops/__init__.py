@@ -1,7 +1,8 @@
 """The public functional ops: validated, differentiable, one call each."""
 
 from genai_fast.ops import _register  # noqa: F401  (defines torch.ops.genai_fast)
+from genai_fast.ops.adam import adam_step
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
-__all__ = ["VAELoss", "reparameterize", "reparameterize_kl", "vae_loss"]
+__all__ = ["VAELoss", "adam_step", "reparameterize", "reparameterize_kl", "vae_loss"]

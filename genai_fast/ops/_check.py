@@ -54,25 +54,29 @@ def one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def scalar(op: str, name: str, value: Any) -> tuple[torch.Tensor | None, float]:
+def scalar(op: str, name: str, value: Any, like: torch.Tensor) -> tuple[torch.Tensor | None, float]:
     """A factor >= 0 as (tensor or None, float): a 0-d tensor stays one, so that schedules change it in a graph."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{op}: {name}: expected a float or a 0-d tensor, got shape {tuple(value.shape)}")
         is_floating(op, name, value)
         return value, 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a float or a 0-d tensor, got {type(value).__name__}")
-    if isinstance(value, torch.SymFloat):
-        return None, value
-    if not value >= 0 or math.isinf(value):
+    if not 0.0 <= value < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite factor >= 0, got {value}")
+    if torch.compiler.is_compiling():
+        # An operator's float argument is a constant of the compiled graph: each new value would compile again. Only
+        # as a factor of a tensor does a float stay an input.
+        return torch.ones((), dtype=torch.float32, device=like.device) * value, 0.0
     return None, float(value)
 
 
 def offset(op: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: offset: expected an int (elements before this tensor's first), got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: offset: expected an int (elements before this tensor's first), got {type(value).__name__}"
+        )
     if value < 0:
         raise ValueError(f"{op}: offset: expected >= 0 elements, got {value}")
 

@@ -100,7 +100,7 @@ def vae_loss(
     _check.matches(_OP, "logvar", logvar, "mu", mu)
     _check.one_of(_OP, "likelihood", likelihood, ("bernoulli", "gaussian"))
     _check.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
-    beta_tensor, beta = _check.scalar(_OP, "beta", beta)
+    beta_tensor, beta = _check.scalar(_OP, "beta", beta, recon)
     return VAELoss(
         *_VAELoss.call(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())
     )

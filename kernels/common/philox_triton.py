@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from genai_fast.kernels.common.math_triton import log_positive, sincos_turn
 
 

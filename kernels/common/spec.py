@@ -52,7 +52,6 @@ class Case:
 
     name: str
     inputs: Callable[[Tensors], dict[str, Any]]
-    gpu: bool = False  # too large for anything but a GPU (more than 2**31 elements, say)
 
     def __str__(self) -> str:
         return self.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from genai_fast.kernels.common.extension import cpu_kernels
 from genai_fast.kernels.common.rows import DTYPE_CODE, as_rows, columns_of, dense_like, per_sample_gradient
 
@@ -24,10 +23,11 @@ def reparameterize_backward(grad_z, grad_kl, mu, logvar, seed, offset):
     m, m_stride = as_rows(mu)
     v, v_stride = as_rows(logvar)
     z, z_stride = (None, 0) if grad_z is None else as_rows(grad_z.to(mu.dtype))
-    kl, kl_address, kl_stride = per_sample_gradient(grad_kl)
+    _alive, kl_address, kl_stride = per_sample_gradient(grad_kl)
     grad_mu, grad_logvar = dense_like(mu), dense_like(logvar)
     cpu_kernels()[0]["reparameterize_backward"](
-        0 if z is None else z.data_ptr(), z_stride, kl_address, kl_stride, m.data_ptr(), m_stride, v.data_ptr(), v_stride,
+        0 if z is None else z.data_ptr(), z_stride, kl_address, kl_stride,
+        m.data_ptr(), m_stride, v.data_ptr(), v_stride,
         grad_mu.data_ptr(), grad_logvar.data_ptr(), seed.data_ptr(), offset, mu.shape[0], columns_of(mu),
         DTYPE_CODE[mu.dtype], torch.get_num_threads(),
     )  # fmt: skip

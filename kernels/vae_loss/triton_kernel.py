@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.math_triton import exp, log1p_unit
 from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like
@@ -32,7 +31,7 @@ def _vae_loss_forward(
     mask = column < columns
     x = tl.load(recon_ptr + row * recon_stride + column, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(target_ptr + row * target_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if BERNOULLI:
+    if BERNOULLI:  # noqa: SIM108
         # (1 - t) x - ln sigmoid(x)
         terms = (1.0 - t) * x - tl.where(x < 0.0, x, 0.0) + log1p_unit(exp(-tl.abs(x)))
     else:
@@ -117,7 +116,7 @@ def _vae_loss_backward(
     mask = column < columns
     x = tl.load(recon_ptr + row * recon_stride + column, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(target_ptr + row * target_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if BERNOULLI:
+    if BERNOULLI:  # noqa: SIM108
         grad = w * (1.0 / (1.0 + exp(-x)) - t)
     else:
         grad = 2.0 * w * (x - t)

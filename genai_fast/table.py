@@ -1,0 +1,47 @@
+"""The op table of the README, made from the registry.
+
+python -m genai_fast.table            print it
+python -m genai_fast.table README.md  write it between the marks there
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from genai_fast.registry import OPS
+
+BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
+
+
+def op_table() -> str:
+    """One Markdown row an op."""
+    lines = [
+        "| op | computes | backends | dtypes | double backward | source |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for op in OPS.values():
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
+        formula = op.formula.replace("|", "\\|")
+        lines.append(
+            f"| `{op.name}` | {formula} | {', '.join(op.backends)} | {dtypes} |"
+            f" {'yes' if op.double_backward else 'no gradient'} | {op.source} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if len(sys.argv) == 1:
+        print(op_table())
+        return
+    path = Path(sys.argv[1])
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{path}: expected the marks {BEGIN} and {END} around the table")
+    head, rest = text.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    path.write_text(f"{head}{BEGIN}\n{op_table()}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The house: layering, packaging, what importing costs, and that README and registry agree."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from genai_fast.registry import OPS
+from genai_fast.table import op_table
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each layer may import itself and what stands before it.
+LAYERS = [
+    ("genai_fast.kernels.common", "genai_fast.errors"),
+    ("genai_fast.kernels",),
+    ("genai_fast.registry",),
+    ("genai_fast.backends",),
+    ("genai_fast.ops",),
+    ("genai_fast.optim", "genai_fast.layers", "genai_fast.testing", "genai_fast.table"),
+    ("genai_fast.fuse",),
+    ("genai_fast.models", "genai_fast.data"),
+    ("genai_fast.training",),
+    ("genai_fast.profiling",),
+    ("genai_fast.doctor", "genai_fast.demo", "genai_fast.cli", "genai_fast.__main__"),
+]
+
+
+def _sources():
+    for folder, package in ((ROOT / "kernels", "genai_fast.kernels"), (ROOT / "genai_fast", "genai_fast")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield path, ".".join((package, *parts)).removesuffix(".__init__")
+
+
+def _layer(module):
+    matches = [
+        (len(name), k) for k, names in enumerate(LAYERS) for name in names if f"{module}.".startswith(f"{name}.")
+    ]
+    return max(matches)[1] if matches else None
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_arrows_go_one_way():
+    wrong = []
+    for path, module in _sources():
+        if module == "genai_fast":
+            continue
+        mine = _layer(module)
+        assert mine is not None or module == "genai_fast.kernels", f"{module} has no layer in LAYERS"
+        for target in _imports(path):
+            theirs = _layer(target)
+            if theirs is not None and mine is not None and theirs > mine:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+
+
+def test_kernels_import_no_other_op():
+    for path, module in _sources():
+        parts = module.split(".")
+        if parts[:2] == ["genai_fast", "kernels"] and len(parts) > 3 and parts[2] != "common":
+            for target in _imports(path):
+                if target.startswith("genai_fast.kernels."):
+                    assert target.split(".")[2] in ("common", parts[2]), f"{module} imports {target}"
+
+
+def test_triton_is_imported_only_by_triton_files():
+    for path, module in _sources():
+        if any(target.split(".")[0] == "triton" for target in _imports(path)):
+            assert path.stem.endswith(("triton_kernel", "_triton")), module
+
+
+def test_no_top_level_kernels_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_op_folder_is_complete():
+    for op in OPS.values():
+        folder = ROOT / "kernels" / op.folder
+        stems = {"reference": "reference.py", "cpu": "cpu_kernel.cpp", "triton": "triton_kernel.py"}
+        for name in ("spec.py", "README.md", *(stems[backend] for backend in op.backends)):
+            assert (folder / name).exists(), f"{op}: kernels/{op.folder}/{name} is missing"
+
+
+def test_the_op_table_in_the_readme_is_the_registry():
+    assert op_table() in (ROOT / "README.md").read_text(), "run: python -m genai_fast.table README.md"
+
+
+def _python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_import_is_light_and_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; before = set(sys.modules); import genai_fast\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'matplotlib', 'PIL', 'rich', 'mlxtend', 'sklearn', 'safetensors'}))"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_the_extension_the_reference_serves_and_says_so():
+    code = (
+        "import sys; sys.modules['genai_fast._cpu'] = None\n"
+        "import warnings, torch, genai_fast\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    x = torch.zeros(2, 3)\n"
+        "    for _ in range(2): genai_fast.ops.reparameterize(x, x, seed=1)\n"
+        "assert [w.category for w in said] == [genai_fast.FallbackWarning], said\n"
+        "print(said[0].message)\n"
+        "try:\n"
+        "    with genai_fast.use_backend('cpu'): genai_fast.ops.reparameterize(x, x, seed=1)\n"
+        "except RuntimeError as error: print(error)\n"
+        "else: raise SystemExit('an explicit choice must raise')"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+    said, error = done.stdout.splitlines()
+    assert "extension does not load" in said
+    assert "remedy" in error
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_each_instruction_set_passes_the_numerics_gate(isa):
+    from genai_fast.kernels.common.extension import extension
+
+    module, reason = extension()
+    if module is None:
+        pytest.skip(reason)
+    if not module.instruction_sets().get(isa):
+        pytest.skip(f"this processor has no {isa}")
+    code = (
+        "from genai_fast.backends import cpu_kernels\n"
+        "from genai_fast.testing import assert_matches_reference, every_run\n"
+        "runs = [run for run in every_run(('cpu',)) if run.backend == 'cpu']\n"
+        "for run in runs: assert_matches_reference(run)\n"
+        "print(cpu_kernels()[1], len(runs) > 0)"
+    )
+    done = _python(code, GENAI_FAST_ISA=isa)
+    assert done.stdout.split() == [isa, "True"], done.stdout + done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = _python(
+        "import torch, genai_fast; x = torch.zeros(1, 1); genai_fast.ops.reparameterize(x, x)", GENAI_FAST_ISA="avx9"
+    )
+    assert done.returncode != 0
+    assert "GENAI_FAST_ISA: expected one of portable" in done.stderr
+
+
+def test_one_openmp_runtime():
+    done = _python(
+        "import genai_fast, torch; x = torch.zeros(64, 512); genai_fast.ops.reparameterize(x, x)\n"
+        "from genai_fast.backends import mapped_openmp; print(len(mapped_openmp()))"
+    )
+    assert done.stdout.strip() == ("1" if sys.platform.startswith("linux") else "0"), done.stderr
+
+
+def test_the_wheel_has_one_top_level_package(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-q",
+         "-w", str(tmp_path), "-C", f"build-dir={tmp_path / 'build'}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"genai_fast"}
+    for needed in ("genai_fast/kernels/__init__.py", "genai_fast/kernels/vae_loss/triton_kernel.py"):
+        assert needed in names
+    assert any(name.startswith("genai_fast/_cpu") for name in names)

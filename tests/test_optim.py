@@ -1,0 +1,99 @@
+"""genai_fast.optim: the numbers, the state and the hooks of torch.optim."""
+
+import copy
+
+import pytest
+import torch
+
+from genai_fast.optim import Adam, AdamW
+
+
+def _params(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7, 5), (5,), (), (3, 2, 2))]
+
+
+def _train(optimizer, params, steps, skip=None):
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for k, p in enumerate(params):
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = None if (step, k) == skip else gradient
+        optimizer.step()
+
+
+def _assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mine", "torchs", "settings"),
+    [
+        (Adam, torch.optim.Adam, {}),
+        (Adam, torch.optim.Adam, dict(lr=0.01, betas=(0.5, 0.9), eps=1e-5, weight_decay=0.1)),
+        (AdamW, torch.optim.AdamW, dict(weight_decay=0.1)),
+        (Adam, torch.optim.Adam, dict(amsgrad=True)),
+        (Adam, torch.optim.Adam, dict(maximize=True)),
+        (Adam, torch.optim.Adam, dict(lr=torch.tensor(0.01))),
+    ],
+)
+def test_same_numbers_as_torch(mine, torchs, settings):
+    ours, theirs = _params(), _params()
+    _train(mine(ours, **settings), ours, 20)
+    _train(torchs(theirs, **settings), theirs, 20)
+    _assert_same(ours, theirs)
+
+
+def test_parameters_that_miss_a_step_keep_their_own_count():
+    ours, theirs = _params(), _params()
+    mine, torchs = Adam(ours), torch.optim.Adam(theirs)
+    _train(mine, ours, 6, skip=(2, 1))
+    _train(torchs, theirs, 6, skip=(2, 1))
+    assert [mine.state[p]["step"].item() for p in ours] == [6.0, 5.0, 6.0, 6.0]
+    _assert_same(ours, theirs)
+
+
+def test_state_goes_both_ways():
+    ours, theirs = _params(), _params()
+    mine, torchs = Adam(ours), torch.optim.Adam(theirs)
+    _train(mine, ours, 5)
+    for a, b in zip(theirs, ours, strict=True):
+        a.data.copy_(b.data)
+    torchs.load_state_dict(copy.deepcopy(mine.state_dict()))
+    _train(torchs, theirs, 5)
+    back = Adam(ours)
+    back.load_state_dict(copy.deepcopy(mine.state_dict()))
+    _train(back, ours, 5)
+    _assert_same(ours, theirs)
+
+
+def test_the_kernel_runs_and_says_where_it_cannot():
+    """Contiguous float32 goes to the kernel; another layout to torch. Both count hooks once."""
+    calls = []
+    torch.optim.Adam(_params())  # torch wraps the inherited step, too
+    for transpose in (False, True):
+        p = torch.nn.Parameter(torch.randn(4, 3).t() if transpose else torch.randn(3, 4))
+        optimizer = Adam([p])
+        optimizer.register_step_post_hook(lambda *a: calls.append(1))
+        p.grad = torch.ones_like(p)
+        before = p.detach().clone()
+        optimizer.step()
+        assert not torch.equal(p, before)
+    assert len(calls) == 2
+
+
+def test_closure_is_evaluated_once_with_gradients():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer, calls = Adam([p]), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert len(calls) == 1
+    assert p.max() < 1.0
