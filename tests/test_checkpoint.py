@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
@@ -23,9 +22,7 @@ from genai_fast.models import MLPVAE
 from genai_fast.training import CheckpointError, checkpoint, fit, loop, make_optimizer
 from genai_fast.training.config import VAEConfig
 
-CONFIG = VAEConfig(
-    data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=2, checkpoint_every=3
-)
+CONFIG = VAEConfig(data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=2, checkpoint_every=3)
 
 
 def new(config=CONFIG, seed=0):
@@ -94,9 +91,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_a_straight_one(tmp_path, monkeyp
     assert 0 < state["step"] <= steps
     record = train(tmp_path / "run", again, optimizer, resume=state)
     assert same(tensors(again, optimizer), expected)
-    assert {k: record[k] for k in ("train", "validation")} == {
-        k: expected_record[k] for k in ("train", "validation")
-    }
+    assert {k: record[k] for k in ("train", "validation")} == {k: expected_record[k] for k in ("train", "validation")}
     assert without_clock(tmp_path / "run") == without_clock(tmp_path / "straight")
 
 
@@ -161,9 +156,7 @@ def test_strided_and_shared_tensors_and_other_dtypes_survive(tmp_path):
 
 def test_hyperparameters_come_back_and_the_way_of_execution_does_not(tmp_path):
     model, _ = new()
-    path = checkpoint.save(
-        tmp_path, model, torch.optim.Adam(model.parameters(), lr=0.5, fused=True), 1, {}, {}
-    )
+    path = checkpoint.save(tmp_path, model, torch.optim.Adam(model.parameters(), lr=0.5, fused=True), 1, {}, {})
     optimizer = torch.optim.Adam(new()[0].parameters(), lr=0.1, foreach=True)
     checkpoint.restore(path, model, optimizer)
     group = optimizer.param_groups[0]
@@ -213,33 +206,42 @@ import sys
 from pathlib import Path
 from genai_fast.training.config import VAEConfig
 from genai_fast.training.recipes import train
-settings = VAEConfig(data="digits", epochs=10**6, batch_size=512, latent=4, checkpoint_every=1, threads=1)
+settings = VAEConfig(data="digits", epochs=10**6, batch_size=512, hidden=4000,
+                     latent=4, checkpoint_every=1, threads=1)
 train("vae", settings, Path(sys.argv[1]), resume=sys.argv[2] == "resume")
 """
 
 
+def step_of_newest(run: Path) -> int:
+    return max((int(p.name[-9:]) for p in run.glob("checkpoint-*")), default=0)
+
+
 def test_a_killed_process_leaves_a_checkpoint_from_which_the_next_goes_on(tmp_path):
-    run, pick, before = tmp_path / "run", random.Random(0), 0
+    run, before = tmp_path / "run", 0
     environment = {**os.environ, "PYTHONPATH": str(Path(genai_fast.__file__).parents[1])}
-    for turn in range(3):
-        mode = "resume" if turn else "new"
+    for prefix in (".checkpoint", "checkpoint"):  # killed in the midst of a write, and as its result appears
+        mode = "resume" if before else "new"
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(run), mode], env=environment, stderr=subprocess.PIPE, text=True
         )
         try:
-            while process.poll() is None:
-                found = [int(p.name[-9:]) for p in run.glob("checkpoint-*")]
-                if found and max(found) > before + 2:
-                    break
+            while process.poll() is None and step_of_newest(run) <= before + 2:
                 time.sleep(0.01)
-            time.sleep(pick.random() * 0.1)  # somewhere in the midst of writing
+            known = {name for name in os.listdir(run) if not name.endswith(".new")}
+            while process.poll() is None:
+                if any(n.startswith(prefix) and n not in known and n[-4:] != ".old" for n in os.listdir(run)):
+                    os.kill(process.pid, signal.SIGSTOP)
+                    time.sleep(0.01)  # it stops a moment later
+                    if prefix == "checkpoint" or list(run.glob(".checkpoint-*.new")):
+                        break
+                    os.kill(process.pid, signal.SIGCONT)
             os.kill(process.pid, signal.SIGKILL)
         finally:
             process.kill()
             error = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, error
         newest = checkpoint.latest(run)
-        model = MLPVAE(64, 400, 4)
+        model = MLPVAE(64, 4000, 4)
         state = checkpoint.restore(newest, model, make_optimizer(model, CONFIG))
         assert state["step"] > before + 2 and state["progress"]["step"] == state["step"]
         before = state["step"]
@@ -338,9 +340,7 @@ def test_a_model_of_another_size_is_refused_before_anything_changes(tmp_path):
     path, _, _ = saved(tmp_path)
     model, optimizer = new(dataclasses.replace(CONFIG, latent=5))
     before = [x.clone() for x in tensors(model, optimizer)]
-    with pytest.raises(
-        CheckpointError, match=r"expected \(5,\).* got \(4,\)|expected \(5, 32\).*got \(4, 32\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected \(5,\).* got \(4,\)|expected \(5, 32\).*got \(4, 32\)"):
         checkpoint.load_model(path, model)
     with pytest.raises(CheckpointError):
         checkpoint.restore(path, model, optimizer)
@@ -349,9 +349,7 @@ def test_a_model_of_another_size_is_refused_before_anything_changes(tmp_path):
 
 def test_other_optimizers_and_empty_folders_are_refused(tmp_path):
     path, model, _ = saved(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="expected an optimizer of 2 parameters in 1 groups, got 10 in 1"
-    ):
+    with pytest.raises(CheckpointError, match="expected an optimizer of 2 parameters in 1 groups, got 10 in 1"):
         checkpoint.restore(path, model, torch.optim.Adam(model.fc1.parameters()))
     shutil.rmtree(path)
     with pytest.raises(CheckpointError, match="expected a run with checkpoint-<step> folders, got none"):
