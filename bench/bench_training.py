@@ -93,7 +93,7 @@ def figures(device: str) -> tuple[dict[str, Any], ...]:
             times[pair].append(in_a_process(*pair, device))
     seconds = {pair: statistics.median(values) for pair, values in times.items()}
     stock, kept = ALLOCATORS
-    compared = {f"{a}": (a, a) for a in ALLOCATORS} | {f"eager {stock}, fused {kept}": (stock, kept)}
+    compared = {f"{a}": (a, a) for a in ALLOCATORS} | {"eager stock, fused kept": (stock, kept)}
     found = []
     for name, (theirs, ours) in compared.items():
         variants = {side: seconds[side, ours if side == FUSED else theirs] for side in SIDES}
@@ -104,9 +104,7 @@ def figures(device: str) -> tuple[dict[str, Any], ...]:
                 "dtype": "float32",
                 "device": device,
                 "variants": {side: {"wall_us": round(t * 1e6, 2)} for side, t in variants.items()},
-                "ratio": {
-                    side: round(t / variants[FUSED], 3) for side, t in variants.items() if side != FUSED
-                },
+                "ratio": {side: round(t / variants[FUSED], 3) for side, t in variants.items() if side != FUSED},
                 "foreign_load": load.foreign(),
             }
         )

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-BLOCK = (
-    1e-3  # seconds; shorter calls are timed several at once, so that their caches are as warm as in a loop
-)
+BLOCK = 1e-3  # seconds; shorter calls are timed several at once, so that their caches are as warm as in a loop
 ROUNDS = 11  # at least
 
 
@@ -65,9 +63,7 @@ def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return graph.replay, outputs
 
 
-def device_times(
-    calls: dict[str, Sequence[Callable[[], Any]]], rounds: int = 50
-) -> dict[str, tuple[float, str]]:
+def device_times(calls: dict[str, Sequence[Callable[[], Any]]], rounds: int = 50) -> dict[str, tuple[float, str]]:
     """Median device time of each call in seconds, interleaved, and how it was had: "graph" or "events".
 
     Events stand around the replay of a captured graph, or around the call itself where it cannot be captured
@@ -83,9 +79,7 @@ def device_times(
         except Exception:  # whatever the capture of somebody's code raises
             torch.cuda.synchronize()
             ready[name], how[name] = list(sets), "events"
-    flush = torch.empty(
-        2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda"
-    )
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, sets in ready.items():

@@ -84,15 +84,11 @@ class Job:
         """
         from triton.compiler import ASTSource
 
-        kernel = getattr(
-            importlib.import_module(f"genai_fast.kernels.{self.folder}.triton_kernel"), self.case.kernel
-        )
+        kernel = getattr(importlib.import_module(f"genai_fast.kernels.{self.folder}.triton_kernel"), self.case.kernel)
         given = self.case.signature
         if set(given) != set(kernel.arg_names):
             difference = ", ".join(sorted(set(given) ^ set(kernel.arg_names)))
-            raise ValueError(
-                f"{self}: the signature and the arguments of {self.case.kernel} differ in: {difference}"
-            )
+            raise ValueError(f"{self}: the signature and the arguments of {self.case.kernel} differ in: {difference}")
         types, constants, attributes = {}, {}, {}
         for parameter in kernel.params:
             value = given[parameter.name]
@@ -134,9 +130,7 @@ def jobs(architectures: Iterable[int]) -> list[Job]:
             for arch in architectures:
                 job = Job(op.folder, case, arch)
                 if found.setdefault(str(job), job) != job:
-                    raise ValueError(
-                        f"{job}: two compile cases have this name; rename one in {op.folder}/spec.py"
-                    )
+                    raise ValueError(f"{job}: two compile cases have this name; rename one in {op.folder}/spec.py")
     return list(found.values())
 
 
@@ -241,9 +235,7 @@ def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
         yield f"matrix instructions: expected {', '.join(lost)}, got {got}"
     room = MULTIPROCESSORS[arch].resident_warps
     if room(row) < room(before):
-        resources = (
-            "{registers} registers, {shared_bytes} bytes of shared memory, {num_warps} warps a program"
-        )
+        resources = "{registers} registers, {shared_bytes} bytes of shared memory, {num_warps} warps a program"
         yield (
             f"occupancy: expected {room(before)} resident warps ({resources.format(**before)}),"
             f" got {room(row)} ({resources.format(**row)})"

@@ -32,9 +32,7 @@ from genai_fast.kernels.common.spec import OpSpec, Tensors
 from genai_fast.testing import Run, assert_matches_reference, every_run
 
 RESULTS = Path(__file__).parent / "results"
-SMALL = (
-    20_000  # elements of the largest input that the memory checker is given: it slows kernels a hundredfold
-)
+SMALL = 20_000  # elements of the largest input that the memory checker is given: it slows kernels a hundredfold
 
 Step = Callable[[], list[torch.Tensor]]
 Capture = Callable[[Step], tuple[Callable[[], None], list[torch.Tensor]]]
@@ -69,9 +67,7 @@ def _same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(
-        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    )
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def numerics(run: Run) -> str:
@@ -139,8 +135,7 @@ def check_op(op: OpSpec, runs: list[Run], capture: Capture = clock.capture) -> d
         failures["numerics"].append(numerics(run))
     for run in (run for run in runs if run.backend == fused_backend(op, run.device)):
         failures["determinism"].append(determinism(run))
-        if not run.case.gpu:  # two copies of the largest do not fit
-            failures["graph"].append(graph_replay(run, capture))
+        failures["graph"].append(graph_replay(run, capture))
     checks = {name: len(messages) for name, messages in failures.items()}
     found = {name: [m for m in messages if m] for name, messages in failures.items()}
     return {"op": op.name, "checks": checks, "failures": {name: m for name, m in found.items() if m}}
@@ -196,7 +191,7 @@ def memory_check() -> dict[str, Any]:
 def small_cases() -> None:
     """What runs under the memory checker: each op's small cases in float32."""
     for run in every_run(("cuda",)):
-        if run.backend != "triton" or run.dtype is not torch.float32 or run.case.gpu:
+        if run.backend != "triton" or run.dtype is not torch.float32:
             continue
         inputs = _inputs(run)
         if max(x.numel() for x in _tensors(inputs)) <= SMALL:
@@ -249,18 +244,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(
-            "gpu gate: torch sees no CUDA device; run it on a machine with a GPU, with a CUDA build of torch"
-        )
+        print("gpu gate: torch sees no CUDA device; run it on a machine with a GPU, with a CUDA build of torch")
         return 2
     if options.small_cases:
         small_cases()
         return 0
     result = gate("cuda", options.commit)
     today = datetime.datetime.now(datetime.UTC).date()
-    path = options.out or record_path(
-        result["environment"]["device"], result["commit"], result["dirty"], today
-    )
+    path = options.out or record_path(result["environment"]["device"], result["commit"], result["dirty"], today)
     record.write_json(path, result)
     if result["figures"]:
         print(summary(result["figures"]))

@@ -79,14 +79,14 @@ def _flat(outputs: Any) -> list[torch.Tensor]:
 
 
 def points(device: str) -> Iterator[Point]:
-    """Every point that fits the device and has a kernel for it."""
+    """Every point that has a kernel for the device."""
     kernel = {"cpu": "cpu", "cuda": "triton"}[device]
     for op in registry.OPS.values():
         if kernel not in op.backends:
             continue
         for case in op.bench_cases:
             for dtype in DTYPES[device]:
-                if dtype in op.dtypes and not (case.gpu and device == "cpu"):
+                if dtype in op.dtypes:
                     yield Point(op, case, dtype, device)
 
 
@@ -98,9 +98,7 @@ def fused_backend(op: OpSpec, device: str) -> str:
 def red(point: Point) -> str:
     """What the numerics gate has against the fused op on this very case; "" if it is green."""
     case = point.case
-    if (
-        "seed" in inspect.signature(point.op.reference).parameters
-    ):  # two draws compare only if they are the same
+    if "seed" in inspect.signature(point.op.reference).parameters:  # two draws compare only if they are the same
         case = dataclasses.replace(case, inputs=lambda t: {"seed": t.seed(5), **point.case.inputs(t)})
     run = Run(point.op, case, point.dtype, fused_backend(point.op, point.device), point.device)
     try:

@@ -98,9 +98,7 @@ def _management() -> dict[str, Any]:
             "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
             "power_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             "power_limit_watts": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "temperature_celsius": lambda: pynvml.nvmlDeviceGetTemperature(
-                handle, pynvml.NVML_TEMPERATURE_GPU
-            ),
+            "temperature_celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         }
     except Exception as error:  # no library, no driver, no permission: the record says which
         return {"management": f"{type(error).__name__}: {error}"}

@@ -64,9 +64,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     # Each variant of a point carries the point's figures.
     figures = {(f["op"], f["case"], f["dtype"], f["device"]): f for f in found if f.keys() >= _REQUIRED}
     if not figures:
-        raise ReportError(
-            f"{path}: holds no figures: every benchmark was skipped, refused, or not of this project"
-        )
+        raise ReportError(f"{path}: holds no figures: every benchmark was skipped, refused, or not of this project")
     return machine, list(figures.values())
 
 
@@ -125,9 +123,7 @@ def notes(figures: Iterable[dict[str, Any]]) -> list[str]:
             if "skipped" in values:
                 found.append(f"{name}: {variant} was skipped: {values['skipped']}")
         if (figure.get("foreign_load") or 0.0) > 0.1:
-            found.append(
-                f"{name}: other programs kept {figure['foreign_load']:.1f} processors busy meanwhile"
-            )
+            found.append(f"{name}: other programs kept {figure['foreign_load']:.1f} processors busy meanwhile")
     return found
 
 
@@ -159,21 +155,20 @@ def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) ->
     for figure in figures:
         eager = next(iter(figure["ratio"].values()))
         bars["eager"].append(1.0)
-        bars["torch.compile"].append(
-            eager / figure["ratio"][COMPILED] if COMPILED in figure["ratio"] else 0.0
-        )
+        bars["torch.compile"].append(eager / figure["ratio"][COMPILED] if COMPILED in figure["ratio"] else 0.0)
         bars["genai_fast"].append(eager)
-    labels = [f"{f['op']}\n{f['case']}\n{f['dtype']}" for f in figures]
-    plot, axes = pyplot.subplots(figsize=(max(6.0, 1.6 * len(figures)), 4.5))
-    for k, (name, heights) in enumerate(bars.items()):
+    labels = [f"{f['op']}\n{f['case']}, {f['dtype']}" for f in figures]
+    plot, axes = pyplot.subplots(figsize=(8.0, 1.2 + 0.6 * len(figures)))
+    for k, (name, lengths) in enumerate(bars.items()):
         where = [i + 0.27 * (k - 1) for i in range(len(figures))]
-        drawn = axes.bar(where, heights, 0.25, label=name, color=("#9aa0a6", "#e8a33d", "#2f7ed8")[k])
-        axes.bar_label(drawn, [f"{h:.1f}" if h else "none" for h in heights], fontsize=7, padding=1)
-    axes.axhline(1.0, color="#5f6368", linewidth=0.6)
-    axes.set_xticks(range(len(figures)), labels, fontsize=7)
-    axes.set_ylabel("speed, eager = 1")
+        drawn = axes.barh(where, lengths, 0.25, label=name, color=("#9aa0a6", "#e8a33d", "#2f7ed8")[k])
+        axes.bar_label(drawn, [f"{x:.1f}" if x else "none" for x in lengths], fontsize=7, padding=2)
+    axes.axvline(1.0, color="#5f6368", linewidth=0.6)
+    axes.set_yticks(range(len(figures)), labels, fontsize=7)
+    axes.invert_yaxis()  # the first case on top
+    axes.set_xlabel("speed, eager = 1")
     axes.set_title(machine.get("device", ""), fontsize=9)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     plot.tight_layout()
     plot.savefig(path, dpi=150)
@@ -183,9 +178,7 @@ def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) ->
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="folder for the report (here)"
-    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the report (here)")
     options = parser.parse_args(arguments)
     try:
         machine, figures = load(options.file)

@@ -39,7 +39,7 @@ def share(device: str, seconds: float, nbytes: int, flops: int) -> float:
     return max(nbytes / roof["bytes_per_second"], flops / roof["float32"]) / seconds
 
 
-def _fastest(call: Callable[[], object], device: str, repeats: int = 7) -> float:
+def _fastest(call: Callable[[], object], device: str, repeats: int = 15) -> float:
     """Least wall time of a call, in seconds: a roof is what the machine can do, not what it usually does."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
@@ -70,8 +70,4 @@ def _gemm(device: str, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {d: roofs(d) for d in ("cpu", "cuda") if d == "cpu" or torch.cuda.is_available()}, indent=1
-        )
-    )
+    print(json.dumps({d: roofs(d) for d in ("cpu", "cuda") if d == "cpu" or torch.cuda.is_available()}, indent=1))

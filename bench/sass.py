@@ -39,9 +39,7 @@ def analyse(cubin: bytes, shared_bytes: int, tools: Path) -> Usage:
         file.write(cubin)
         file.flush()
         resources, code = (
-            subprocess.run(
-                [tools / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
-            ).stdout
+            subprocess.run([tools / "cuobjdump", option, file.name], check=True, capture_output=True, text=True).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
@@ -89,9 +87,7 @@ def _largest_loop(program: list[_Instruction]) -> int:
     index = {instruction.address: i for i, instruction in enumerate(program)}
     successors = []
     for i, instruction in enumerate(program):
-        falls_through = instruction.predicated or not instruction.name.startswith(
-            ("BRA", "EXIT", "RET", "BRX", "JMP")
-        )
+        falls_through = instruction.predicated or not instruction.name.startswith(("BRA", "EXIT", "RET", "BRX", "JMP"))
         following = [i + 1] if falls_through and i + 1 < len(program) else []
         successors.append([*following, *([index[instruction.target]] if instruction.target in index else [])])
     predecessors: list[list[int]] = [[] for _ in program]

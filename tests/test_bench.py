@@ -121,6 +121,15 @@ def test_steps_of_all_variants_give_the_same_gradients():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("op", "variant"), [(op, v) for op in OPS.values() for v in (*op.peers, points.FUSED)], ids=str
+)
+def test_every_variant_but_the_compiled_runs(op, variant):
+    """torch.compile's is left to the benchmarks: it takes a minute, and may fail there."""
+    for case in range(len(op.bench_cases)):
+        assert point_of(op, case).step(variant)() is not None
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Roofs that need no measuring, and a compiler that fails."""
@@ -209,9 +218,7 @@ def runs():
 
 
 def test_op_that_is_right_is_green(runs):
-    check = gpu_gate.check_op(
-        REPARAMETERIZE, runs(REPARAMETERIZE, "latent_20", "empty_batch", "heads"), replaying
-    )
+    check = gpu_gate.check_op(REPARAMETERIZE, runs(REPARAMETERIZE, "latent_20", "empty_batch", "heads"), replaying)
     assert check["failures"] == {}
     assert check["checks"] == {"numerics": 3, "determinism": 3, "graph": 3}
     assert gpu_gate.green(check)
@@ -221,9 +228,7 @@ def test_op_without_checks_is_not_green():
     assert not gpu_gate.green(gpu_gate.check_op(REPARAMETERIZE, [], replaying))
 
 
-@pytest.mark.parametrize(
-    ("capture", "message"), [(idle, "differ from eager's"), (frozen, "draw the same numbers")]
-)
+@pytest.mark.parametrize(("capture", "message"), [(idle, "differ from eager's"), (frozen, "draw the same numbers")])
 def test_broken_graph_is_red(runs, capture, message):
     check = gpu_gate.check_op(REPARAMETERIZE, runs(REPARAMETERIZE, "latent_20"), capture)
     assert list(check["failures"]) == ["graph"]
@@ -401,7 +406,7 @@ def test_chart_draws_a_group_of_bars_a_case(tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", drawn.append)
     report.chart(MACHINE, [FIGURE, ON_DEVICE], tmp_path / "chart.png")
     (axes,) = drawn[0].axes
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
-    assert heights["genai_fast"] == [3.0, 4.0]
-    assert heights["torch.compile"] == [0.0, pytest.approx(4.0 / 3.0)]
-    assert heights["eager"] == [1.0, 1.0]
+    lengths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert lengths["genai_fast"] == [3.0, 4.0]
+    assert lengths["torch.compile"] == [0.0, pytest.approx(4.0 / 3.0)]
+    assert lengths["eager"] == [1.0, 1.0]

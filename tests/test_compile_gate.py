@@ -164,9 +164,7 @@ def test_machine_code_is_read(hint):
     """A loop with one rare branch behind the kernel's end; then padding."""
     lines = ["MOV R1, 0x20", "LDL.LU R2, [R1]", "@P1 BRA 0x0060", "@!P0 BRA 0x0010", "EXIT", "BRA 0x0050"]
     lines += ["BRA 0x0030", "NOP"]
-    code = "".join(
-        f"        /*{16 * i:04x}*/    {line}{hint} ;   /* 0x00 */\n" for i, line in enumerate(lines)
-    )
+    code = "".join(f"        /*{16 * i:04x}*/    {line}{hint} ;   /* 0x00 */\n" for i, line in enumerate(lines))
     program = sass._parse(code)
     assert [i.name for i in program][:3] == ["MOV", "LDL.LU", "BRA"]
     assert sum(i.counts for i in program) == 6  # neither the jump to itself nor NOP
