@@ -28,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         flag = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(flag, options.flags, 1)
-        options.parser.error(
-            f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "")
-        )
+        options.parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -48,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     from genai_fast.training.config import types
     from genai_fast.training.recipes import RECIPES
 
-    parser = _Parser(
-        prog="genai-fast", description="Fused kernels for generative models.", allow_abbrev=False
-    )
+    parser = _Parser(prog="genai-fast", description="Fused kernels for generative models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"genai-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -59,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, recipe in RECIPES.items():
         p = recipes.add_parser(name, help=recipe.summary, description=recipe.summary, allow_abbrev=False)
         p.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags go over them")
-        p.add_argument(
-            "--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA"
-        )
+        p.add_argument("--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA")
         p.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")
         p.add_argument("--resume", action="store_true", help="go on with the run that --run names")
         for f in fields(recipe.config):
@@ -85,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     _finish(doctor, _doctor)
 
-    demo = commands.add_parser(
-        "demo", help="train two VAEs on handwritten digits in a minute", allow_abbrev=False
-    )
+    demo = commands.add_parser("demo", help="train two VAEs on handwritten digits in a minute", allow_abbrev=False)
     demo.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")
     demo.add_argument("--epochs", type=int, default=None, help="fewer or more of them")
     _finish(demo, _demo)

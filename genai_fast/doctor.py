@@ -82,9 +82,7 @@ def _devices() -> dict[str, str]:
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        devices["cuda"] = "; ".join(
-            f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in names
-        )
+        devices["cuda"] = "; ".join(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in names)
     return devices
 
 
@@ -117,9 +115,7 @@ def _served(op: str, device: str) -> dict[str, Any]:
         if backend not in OPS[op].backends:
             others[backend] = f"{op} has no {backend} kernel"
         else:
-            others[backend] = (
-                backends.unavailable(backend, device) or "another comes first; use_backend() chooses it"
-            )
+            others[backend] = backends.unavailable(backend, device) or "another comes first; use_backend() chooses it"
     return {"backend": " and ".join(sorted(served)), "not": others}
 
 
@@ -151,12 +147,6 @@ def _warnings() -> list[str]:
     cpu = _cpu()
     if not cpu["in use"]:
         found.append(cpu["reason"])
-    if (
-        sys.platform.startswith("linux")
-        and torch.cuda.is_available()
-        and _version("triton") == "not installed"
-    ):
-        found.append(
-            "triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton"
-        )
+    if sys.platform.startswith("linux") and torch.cuda.is_available() and _version("triton") == "not installed":
+        found.append("triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton")
     return found

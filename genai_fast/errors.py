@@ -20,6 +20,4 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UsageError(
-            f'{package} does not import ({error}); remedy: pip install "genai-fast[{extra}]"'
-        ) from error
+        raise UsageError(f'{package} does not import ({error}); remedy: pip install "genai-fast[{extra}]"') from error

@@ -54,9 +54,7 @@ def test_train_sample_and_resume(here, capsys):
 
     assert call("train", "vae", "--run", "one", "--resume", "--epochs", "3") == 0
     epochs = [
-        r["epoch"]
-        for r in map(json.loads, (run / loop.METRICS).read_text().splitlines())
-        if r["kind"] == "epoch"
+        r["epoch"] for r in map(json.loads, (run / loop.METRICS).read_text().splitlines()) if r["kind"] == "epoch"
     ]
     assert epochs == [1, 2, 3]
     assert tomllib.loads((run / "config.toml").read_text())["epochs"] == 3
@@ -94,9 +92,7 @@ def test_names_of_runs(here):
 
 def test_flags_go_over_the_file(here):
     (here / "a.toml").write_text('data = "digits"\nepochs = 1\nhidden = 16\nlatent = 3\n')
-    assert (
-        call("train", "vae", "--config", "a.toml", "--latent", "4", "--run", "r", "--out", "elsewhere") == 0
-    )
+    assert call("train", "vae", "--config", "a.toml", "--latent", "4", "--run", "r", "--out", "elsewhere") == 0
     settings = tomllib.loads((here / "elsewhere" / "r" / "config.toml").read_text())
     assert (settings["hidden"], settings["latent"]) == (16, 4)
 
@@ -153,12 +149,7 @@ def test_mistakes_get_one_line_and_exit_code_2(here, capsys, mistake):
     before = {p: p.stat().st_mtime_ns for p in here.rglob("*")}
     assert call(*arguments) == 2
     said = capsys.readouterr()
-    assert (
-        said.out == ""
-        and said.err.count("\n") == 1
-        and message in said.err
-        and said.err.startswith("genai-fast")
-    )
+    assert said.out == "" and said.err.count("\n") == 1 and message in said.err and said.err.startswith("genai-fast")
     assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before  # nothing was written
 
 

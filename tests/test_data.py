@@ -22,9 +22,7 @@ def nearest_centroid_accuracy(images: data.Images) -> float:
     return (torch.cdist(y, centres).argmin(1) == test.labels).float().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "count"), [("mnist", (1, 28, 28), 5000), ("digits", (1, 8, 8), 1797)]
-)
+@pytest.mark.parametrize(("name", "shape", "count"), [("mnist", (1, 28, 28), 5000), ("digits", (1, 8, 8), 1797)])
 def test_packaged_digits_are_real(name, shape, count):
     images = data.load(name)
     assert (images.shape, len(images)) == (shape, count)
@@ -103,11 +101,7 @@ def test_numpy_layouts(tmp_path, array, shape):
     np.save(tmp_path / "a.npy", array)
     np.savez(tmp_path / "a.npz", images=array, labels=LABELS)
     single, pair = data.load(str(tmp_path / "a.npy")), data.load(str(tmp_path / "a.npz"))
-    assert (
-        single.shape == pair.shape == shape
-        and single.labels is None
-        and pair.labels.tolist() == LABELS.tolist()
-    )
+    assert single.shape == pair.shape == shape and single.labels is None and pair.labels.tolist() == LABELS.tolist()
     torch.testing.assert_close(single.batch(slice(None))[:, -1], torch.from_numpy(PIXELS) / 255)
 
 

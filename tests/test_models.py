@@ -48,9 +48,7 @@ def test_training_step_is_the_mean_elbo(likelihood):
     recon, mu, logvar = model(x)
     kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1).mean()
     if likelihood == "bernoulli":
-        error = torch.nn.functional.binary_cross_entropy(
-            recon.sigmoid(), x.flatten(1), reduction="sum"
-        ) / len(x)
+        error = torch.nn.functional.binary_cross_entropy(recon.sigmoid(), x.flatten(1), reduction="sum") / len(x)
     else:
         error = ((recon - x.flatten(1)) ** 2).sum(1).mean()
     torch.testing.assert_close(losses.kl, kl, rtol=1e-4, atol=1e-5)

@@ -31,9 +31,7 @@ def digits():
 
 
 def equal(a, b):
-    return all(
-        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
@@ -136,15 +134,10 @@ def test_metrics_and_lines(tmp_path):
     # 1617 images: 7 steps an epoch; a record every third step and at an epoch's end.
     assert [r["step"] for r in steps] == [3, 6, 7, 9, 12, 14]
     assert [(r["epoch"], r["step"]) for r in epochs] == [(1, 7), (2, 14)] and epochs[-1] == last
-    assert all(
-        set(r) == {"kind", "epoch", "step", "samples_per_second", "loss", "reconstruction", "kl"}
-        for r in steps
-    )
+    assert all(set(r) == {"kind", "epoch", "step", "samples_per_second", "loss", "reconstruction", "kl"} for r in steps)
     for r in epochs:
         assert set(r["train"]) == set(r["validation"]) == {"loss", "reconstruction", "kl"}
-        assert r["validation"]["loss"] == pytest.approx(
-            r["validation"]["reconstruction"] + r["validation"]["kl"]
-        )
+        assert r["validation"]["loss"] == pytest.approx(r["validation"]["reconstruction"] + r["validation"]["kl"])
         assert r["samples_per_second"] > 0
     assert epochs[1]["train"]["loss"] < epochs[0]["train"]["loss"]
     lines = stream.getvalue().splitlines()
@@ -160,9 +153,7 @@ def test_an_epochs_mean_weighs_samples_not_batches(tmp_path):
     torch.manual_seed(0)
     model = Counts(64, 8, 2)
     train, validation = digits()
-    last = fit(
-        model, make_optimizer(model, CONFIG), train, validation, CONFIG, tmp_path, stream=io.StringIO()
-    )
+    last = fit(model, make_optimizer(model, CONFIG), train, validation, CONFIG, tmp_path, stream=io.StringIO())
     assert last["train"]["kl"] == pytest.approx((6 * 256**2 + 81**2) / 1617)
     assert last["validation"]["kl"] == len(validation) == 180
 

@@ -109,9 +109,7 @@ def load(source: str, size: int | None = None) -> Images:
     if path.is_dir():
         return _folder(path, size)
     if size is not None:
-        raise DataError(
-            f"{source}: size applies to folders of pictures only, got size={size}; remedy: leave it out"
-        )
+        raise DataError(f"{source}: size applies to folders of pictures only, got size={size}; remedy: leave it out")
     if path.suffix in (".npy", ".npz"):
         return _numpy(path)
     return _idx_images(path)
@@ -128,13 +126,9 @@ def _table(name: str, package: str, file: str, side: int, white: int) -> Images:
         with gzip.open(path) as rows:
             table = np.loadtxt(rows, delimiter=",", dtype=np.float32).astype(np.uint8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected {name} in a table, got {error}; remedy: reinstall {package}"
-        ) from error
+        raise DataError(f"{path}: expected {name} in a table, got {error}; remedy: reinstall {package}") from error
     if table.ndim != 2 or table.shape[1] != side * side + 1:
-        raise DataError(
-            f"{path}: expected {side * side + 1} columns, got shape {table.shape}; reinstall {package}"
-        )
+        raise DataError(f"{path}: expected {side * side + 1} columns, got shape {table.shape}; reinstall {package}")
     pixels = torch.from_numpy(table[:, :-1]).view(-1, 1, side, side)
     if white != 255:
         pixels = pixels.float() / white
@@ -159,18 +153,14 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     shape = struct.unpack_from(f">{dimensions}I", raw, 4)
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions)
     if body.size != int(np.prod(shape, dtype=np.uint64)):
-        raise DataError(
-            f"{path}: expected {shape} bytes as its header says, got {body.size}; remedy: fetch it again"
-        )
+        raise DataError(f"{path}: expected {shape} bytes as its header says, got {body.size}; remedy: fetch it again")
     return body.reshape(shape).copy()
 
 
 def _idx_images(path: Path) -> Images:
     pixels = _idx(path, 3)
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    beside = [
-        path.with_name(n) for n in (name, f"{name}.gz") if n != path.name and path.with_name(n).exists()
-    ]
+    beside = [path.with_name(n) for n in (name, f"{name}.gz") if n != path.name and path.with_name(n).exists()]
     labels = _idx(beside[0], 1) if beside else None
     return _from_arrays(path, pixels, labels, beside[0] if beside else path)
 
@@ -184,9 +174,7 @@ def _numpy(path: Path) -> Images:
     pixels = next((arrays[k] for k in _IMAGE_KEYS if k in arrays), None)
     if pixels is None:
         got = ", ".join(arrays) or "none"
-        raise DataError(
-            f"{path}: expected an array named {' or '.join(_IMAGE_KEYS)}, got {got}; remedy: rename it"
-        )
+        raise DataError(f"{path}: expected an array named {' or '.join(_IMAGE_KEYS)}, got {got}; remedy: rename it")
     return _from_arrays(path, pixels, next((arrays[k] for k in _LABEL_KEYS if k in arrays), None), path)
 
 
@@ -197,8 +185,7 @@ def _from_arrays(path: Path, pixels: np.ndarray, labels: np.ndarray | None, labe
         pixels = pixels.transpose(0, 3, 1, 2)
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
         raise DataError(
-            f"{path}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with C 1 or 3,"
-            f" got {pixels.shape}"
+            f"{path}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with C 1 or 3, got {pixels.shape}"
         )
     if pixels.size == 0:
         raise DataError(f"{path}: expected at least one image, got shape {pixels.shape}")
@@ -206,14 +193,11 @@ def _from_arrays(path: Path, pixels: np.ndarray, labels: np.ndarray | None, labe
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise DataError(
-                f"{path}: expected floats in [0, 1], got {low:g} to {high:g};"
-                f" remedy: scale them, or store uint8"
+                f"{path}: expected floats in [0, 1], got {low:g} to {high:g}; remedy: scale them, or store uint8"
             )
         pixels = pixels.astype(np.float32)
     elif pixels.dtype != np.uint8:
-        raise DataError(
-            f"{path}: expected uint8, or floats in [0, 1], got {pixels.dtype}; remedy: convert them"
-        )
+        raise DataError(f"{path}: expected uint8, or floats in [0, 1], got {pixels.dtype}; remedy: convert them")
     pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     if labels is None:
         return Images(path.name, pixels)
@@ -230,13 +214,9 @@ def _folder(path: Path, size: int | None) -> Images:
     """Pictures directly in the folder, or in subfolders, each of which is a class."""
     image = require("PIL.Image", "train")
     fit = require("PIL.ImageOps", "train").fit
-    files = sorted(
-        p for p in (*path.glob("*"), *path.glob("*/*")) if p.suffix.lower() in PICTURES and p.is_file()
-    )
+    files = sorted(p for p in (*path.glob("*"), *path.glob("*/*")) if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
-        raise DataError(
-            f"{path}: expected pictures ({', '.join(PICTURES)}) in it or in its subfolders, got none"
-        )
+        raise DataError(f"{path}: expected pictures ({', '.join(PICTURES)}) in it or in its subfolders, got none")
     pictures, grey = [], True
     for file in files:
         try:
@@ -247,16 +227,12 @@ def _folder(path: Path, size: int | None) -> Images:
             ValueError,
             SyntaxError,
         ) as error:  # Pillow raises SyntaxError on some broken PNG files
-            raise DataError(
-                f"{file}: expected a picture, got {error}; remedy: replace or remove it"
-            ) from error
+            raise DataError(f"{file}: expected a picture, got {error}; remedy: replace or remove it") from error
         if size is not None:
             picture = fit(picture, (size, size))
         if pictures and picture.size != pictures[0].size:
             one, other = ("{} x {}".format(*p.size) for p in (pictures[0], picture))
-            raise DataError(
-                f"{file}: expected {one} pixels as {files[0].name} has, got {other}; remedy: --size PIXELS"
-            )
+            raise DataError(f"{file}: expected {one} pixels as {files[0].name} has, got {other}; remedy: --size PIXELS")
         grey = grey and picture.mode == "L"
         pictures.append(picture)
     pixels = np.stack([np.asarray(p if grey else p.convert("RGB")) for p in pictures])

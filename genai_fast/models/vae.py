@@ -96,7 +96,6 @@ class MLPVAE(nn.Module):
         x = x.flatten(1)
         if x.shape[1] != self.input_size:
             raise ValueError(
-                f"MLPVAE: expected {self.input_size} values a sample, got {x.shape[1]};"
-                f" remedy: input_size={x.shape[1]}"
+                f"MLPVAE: expected {self.input_size} values a sample, got {x.shape[1]}; remedy: input_size={x.shape[1]}"
             )
         return x

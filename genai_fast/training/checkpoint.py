@@ -92,9 +92,7 @@ def latest(run: Path) -> Path:
     """The newest checkpoint of a run."""
     found = _all(run)
     if not found:
-        raise CheckpointError(
-            f"{run}: expected a run with checkpoint-<step> folders, got none; remedy: train it first"
-        )
+        raise CheckpointError(f"{run}: expected a run with checkpoint-<step> folders, got none; remedy: train it first")
     return found[0]
 
 
@@ -106,9 +104,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: expected JSON, got {error}; remedy: use an older checkpoint"
-        ) from error
+        raise CheckpointError(f"{path}: expected JSON, got {error}; remedy: use an older checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: expected a {_FORMAT}, got another kind of file")
     if state.get("version") != VERSION:
@@ -118,9 +114,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         )
     missing = {"step", "progress", "about", "optimizer", "environment"} - state.keys()
     if missing:
-        raise CheckpointError(
-            f"{path}: expected {', '.join(sorted(missing))} in it; remedy: use an older checkpoint"
-        )
+        raise CheckpointError(f"{path}: expected {', '.join(sorted(missing))} in it; remedy: use an older checkpoint")
     return state
 
 
@@ -129,9 +123,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     _fill_model(checkpoint, model, read_state(checkpoint))
 
 
-def restore(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True
-) -> dict:
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True) -> dict:
     """Put back model, optimizer, random generators and (if `threads`) the thread count; returns state.json.
 
     Warns where this machine differs from the one that wrote it: then the run goes on, but not bit for bit.
@@ -145,9 +137,7 @@ def restore(
         torch.set_num_threads(state["environment"]["threads"])
     _set_generators(checkpoint, tensors)
     now = environment(next(model.parameters()).device)
-    different = [
-        f"{k}: {v} then, {now.get(k)} now" for k, v in state["environment"].items() if now.get(k) != v
-    ]
+    different = [f"{k}: {v} then, {now.get(k)} now" for k, v in state["environment"].items() if now.get(k) != v]
     if different:
         warnings.warn(
             f"{checkpoint}: the run goes on, but not bit for bit: {'; '.join(different)}",
@@ -161,8 +151,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What decides the bits of a result on this machine."""
     on_cuda = device.type == "cuda"
     served = {
-        name: backends.choose(name, backends.forced_backend(), device.type, False)[0]
-        for name in backends.FOLDERS
+        name: backends.choose(name, backends.forced_backend(), device.type, False)[0] for name in backends.FOLDERS
     }
     isa = extension.cpu_kernels()[1] if "cpu" in served.values() else "none"
     return {
@@ -204,9 +193,7 @@ def _set_generators(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
             elif int(index) < torch.cuda.device_count():
                 torch.cuda.set_rng_state(value, int(index))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint}: {name}: expected a generator's state, got {error}"
-            ) from error
+            raise CheckpointError(f"{checkpoint}: {name}: expected a generator's state, got {error}") from error
 
 
 def _tensors(path: Path, step: int) -> dict[str, torch.Tensor]:
@@ -262,10 +249,7 @@ def _optimizer_state(
                 f" got {tuple(value.shape)}; remedy: use an older checkpoint"
             )
         state.setdefault(int(index), {})[name] = value
-    merged = [
-        {**old, **{k: new[k] for k in _EXECUTION if k in new}}
-        for old, new in zip(groups, present, strict=True)
-    ]
+    merged = [{**old, **{k: new[k] for k in _EXECUTION if k in new}} for old, new in zip(groups, present, strict=True)]
     return {"state": state, "param_groups": merged}
 
 

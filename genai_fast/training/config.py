@@ -24,21 +24,15 @@ def setting(
     choices: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
     """A field of a configuration: default, help text, and what is allowed: low <= x <= high, x > above."""
-    return field(
-        default=default, metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices}
-    )
+    return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
     """What every recipe shares."""
 
-    data: str = setting(
-        "mnist", "mnist, digits, or the path of an IDX, .npy or .npz file or a folder of pictures"
-    )
-    size: int = setting(
-        0, "side in pixels to which a folder's pictures are scaled; 0: they have one size", low=0
-    )
+    data: str = setting("mnist", "mnist, digits, or the path of an IDX, .npy or .npz file or a folder of pictures")
+    size: int = setting(0, "side in pixels to which a folder's pictures are scaled; 0: they have one size", low=0)
     validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
     epochs: int = setting(50, "passes over the data", low=1)
     batch_size: int = setting(128, "samples a step", low=1)
@@ -48,9 +42,7 @@ class Config:
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
-    checkpoint_every: int = setting(
-        0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0
-    )
+    checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -89,9 +89,7 @@ def fit(
                 if last or at.step % config.log_every == 0:
                     terms, rate = meter.latest(), meter.rate()
                     _check(terms, at, run)
-                    metrics.write(
-                        kind="step", epoch=at.epoch + 1, step=at.step, samples_per_second=rate, **terms
-                    )
+                    metrics.write(kind="step", epoch=at.epoch + 1, step=at.step, samples_per_second=rate, **terms)
                     done = at.epoch * len(train) + min(at.batch * config.batch_size, len(train))
                     display.steps(done, terms["loss"], rate)
                 if config.checkpoint_every and at.step % config.checkpoint_every == 0 and not last:
@@ -165,9 +163,7 @@ def _progress(resume: dict[str, Any] | None) -> Progress:
     try:
         return Progress(**resume["progress"])
     except TypeError as error:
-        raise checkpoint.CheckpointError(
-            f"checkpoint: progress: expected {Progress()}, got {error}"
-        ) from error
+        raise checkpoint.CheckpointError(f"checkpoint: progress: expected {Progress()}, got {error}") from error
 
 
 def _check(terms: dict[str, float], at: Progress, run: Path) -> None:
@@ -251,9 +247,7 @@ class _Bar:
             console=console,
             auto_refresh=False,  # its thread would compete with the kernels' threads
         )
-        self._task = self._bar.add_task(
-            "", total=total, epoch=1, loss=math.nan, validation=math.nan, rate=math.nan
-        )
+        self._task = self._bar.add_task("", total=total, epoch=1, loss=math.nan, validation=math.nan, rate=math.nan)
         self._drawn = 0.0
 
     def steps(self, done: int, loss: float, rate: float) -> None:
@@ -266,9 +260,7 @@ class _Bar:
         validation, number = record["validation"]["loss"], min(record["epoch"] + 1, epochs)
         self._bar.update(self._task, epoch=f"{number}/{epochs}", validation=validation)
         if record["epoch"] == epochs:
-            self._bar.update(
-                self._task, completed=self._bar.tasks[0].total, loss=record["train"]["loss"], refresh=True
-            )
+            self._bar.update(self._task, completed=self._bar.tasks[0].total, loss=record["train"]["loss"], refresh=True)
 
     def __enter__(self) -> _Bar:
         self._bar.start()

@@ -105,9 +105,7 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     about = {"recipe": name, "shape": list(images.shape), "images": len(images)}
     newest = checkpoint.latest(folder) if resume else None
     if newest and (found := checkpoint.read_state(newest)["about"]) != about:
-        raise UsageError(
-            f"{newest}: expected a run of {about}, got {found}; remedy: resume with the same data"
-        )
+        raise UsageError(f"{newest}: expected a run of {about}, got {found}; remedy: resume with the same data")
     if not resume and (folder / CONFIG).exists():
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
@@ -128,9 +126,7 @@ def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     fixed = [key for key in changes if key not in ON_RESUME]
     if fixed:
         flags, allowed = (", ".join(f"--{k.replace('_', '-')}" for k in keys) for keys in (fixed, ON_RESUME))
-        raise ConfigError(
-            f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}"
-        )
+        raise ConfigError(f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}")
     if not path.exists():
         raise UsageError(f"{folder}: expected a run ({CONFIG} in it), got none; remedy: leave --resume out")
     return config.build(RECIPES[name].config, {**config.read(path, name), **changes}, str(path))
