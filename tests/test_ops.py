@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from genai_fast.kernels.common.spec import Tensors
 
 from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
+from genai_fast.kernels.common.spec import Tensors
 from genai_fast.registry import OPS
 from genai_fast.testing import assert_matches_reference, every_run
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from genai_fast.kernels.common import philox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast import ops, use_backend
 from genai_fast.backends import cpu_kernels, unavailable
+from genai_fast.kernels.common import philox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = st.integers(-(2**63), 2**63 - 1)

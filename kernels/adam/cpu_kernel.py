@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 import torch
+
 from genai_fast.kernels.common.extension import cpu_kernels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from genai_fast.kernels.adam import reference
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
 
@@ -44,7 +45,7 @@ def _optimizer_step(**settings):
 
     def step(params, grads, exp_avgs, exp_avg_sqs, *, step):
         steps = [torch.tensor(float(step - 1)) for _ in params]
-        torch.optim.adam.adam(
+        adam(
             params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=0.9, beta2=0.999, lr=1e-3,
             weight_decay=0.0, eps=1e-8, maximize=False, **settings,
         )  # fmt: skip

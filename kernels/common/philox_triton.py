@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from genai_fast.kernels.common.math_triton import log_positive, sincos_turn
 
 

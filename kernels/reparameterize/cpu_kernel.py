@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from genai_fast.kernels.common.extension import cpu_kernels
 from genai_fast.kernels.common.rows import DTYPE_CODE, as_rows, columns_of, dense_like, per_sample_gradient
 

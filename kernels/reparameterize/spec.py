@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 from genai_fast.kernels.reparameterize import reference
 

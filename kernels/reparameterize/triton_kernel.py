@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.philox_triton import normals, words
 from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like

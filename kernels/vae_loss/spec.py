@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 from genai_fast.kernels.vae_loss import reference
 
@@ -147,7 +148,7 @@ _SIZES = {
     name: "i32"
     for name in ("columns", "latent", "recon_stride", "target_stride", "mu_stride", "logvar_stride", "splits")
 }
-_BLOCKS = dict(BLOCK=2048, BLOCK_LATENT=128)
+_BLOCKS = dict(BLOCK=1024, BLOCK_LATENT=128)
 
 
 def _compile_case(likelihood, name, dtype, backward):
@@ -156,7 +157,7 @@ def _compile_case(likelihood, name, dtype, backward):
     if not backward:
         return CompileCase(
             f"{likelihood}-{name}", "_vae_loss_forward",
-            {**pointers, "partial_ptr": "*fp32", "kl_ptr": "*fp32", **_SIZES, **constants}, elements=2048,
+            {**pointers, "partial_ptr": "*fp32", "kl_ptr": "*fp32", **_SIZES, **constants}, elements=1024,
         )  # fmt: skip
     upstream = dict(
         grad_loss_ptr="*fp32", grad_reconstruction_ptr=None, grad_kl_ptr=None, beta_ptr=None, grad_recon_ptr=dtype,
@@ -165,7 +166,7 @@ def _compile_case(likelihood, name, dtype, backward):
     )  # fmt: skip
     return CompileCase(
         f"{likelihood}_backward-{name}", "_vae_loss_backward", {**pointers, **upstream, **_SIZES, **constants},
-        elements=2048,
+        elements=1024,
     )  # fmt: skip
 
 
