@@ -249,7 +249,10 @@ def _optimizer_state(
                 f" got {tuple(value.shape)}; remedy: use an older checkpoint"
             )
         state.setdefault(int(index), {})[name] = value
-    merged = [{**old, **{k: new[k] for k in _EXECUTION if k in new}} for old, new in zip(groups, present, strict=True)]
+    merged = []
+    for old, new in zip(groups, present, strict=True):
+        settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
+        merged.append({**settings, **{k: new[k] for k in _EXECUTION if k in new}})
     return {"state": state, "param_groups": merged}
 
 
