@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock, record
+from bench import record
 from bench.points import DEVICE, FUSED
 from genai_fast.models import MLPVAE
 from genai_fast.models.peers import EagerMLPVAE
+from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.training.config import VAEConfig
 from genai_fast.training.step import Step, make_optimizer
 
@@ -85,7 +86,7 @@ def in_a_process(side: str, allocator: str, device: str) -> float:
 @functools.cache
 def figures(device: str) -> tuple[dict[str, Any], ...]:
     """One figure for each allocator on both sides, and one of plain eager against everything that helps."""
-    load = clock.Load()
+    load = ForeignLoad()
     pairs = [(side, allocator) for allocator in ALLOCATORS for side in SIDES]
     times: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for _ in range(TURNS):
@@ -105,7 +106,7 @@ def figures(device: str) -> tuple[dict[str, Any], ...]:
                 "device": device,
                 "variants": {side: {"wall_us": round(t * 1e6, 2)} for side, t in variants.items()},
                 "ratio": {side: round(t / variants[FUSED], 3) for side, t in variants.items() if side != FUSED},
-                "foreign_load": load.foreign(),
+                "foreign_load": load.cores(),
             }
         )
     return tuple(found)
@@ -132,7 +133,7 @@ def main() -> None:
     if options.allocator == ALLOCATORS[1]:
         keep_memory()
     step = make_step(options.side, options.device)
-    print(json.dumps({"seconds": clock.interleaved({"step": step}, SECONDS, options.device)["step"]}))
+    print(json.dumps({"seconds": compare({"step": step}, seconds=SECONDS).timings["step"].median}))
 
 
 if __name__ == "__main__":

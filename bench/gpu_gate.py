@@ -29,6 +29,7 @@ from bench.report import summary
 from genai_fast import ops, registry
 from genai_fast.backends import use_backend
 from genai_fast.kernels.common.spec import OpSpec, Tensors
+from genai_fast.profiling import ForeignLoad
 from genai_fast.testing import Run, assert_matches_reference, every_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -209,7 +210,7 @@ def gate(device: str, commit: str | None = None, capture: Capture = clock.captur
     """The whole gate; gives its record."""
     head, dirty = (commit, None) if commit else record.commit()
     environment = {**record.environment(device), "roofs": roofs.roofs(device)}
-    load, runs = clock.Load(), list(every_run((device,)))
+    load, runs = ForeignLoad(), list(every_run((device,)))
     checks = {}
     for op in registry.OPS.values():
         checks[op.name] = check_op(op, [run for run in runs if run.op is op], capture)
@@ -233,7 +234,7 @@ def gate(device: str, commit: str | None = None, capture: Capture = clock.captur
         "memory_check": memory,
         "figures": found,
         "refused": refused,
-        "foreign_load": load.foreign(),
+        "foreign_load": load.cores(),
     }
 
 

@@ -15,12 +15,13 @@ from bench import clock, roofs
 from genai_fast import ops, registry
 from genai_fast.backends import choose
 from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
+from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.testing import Run, assert_matches_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the op's peers
-SECONDS = 2.0  # of interleaved clocking for one point
+ROUNDS, SECONDS = 11, 2.0  # of interleaved clocking for one point, at least
 INPUT_SETS = 4  # used in rotation on CUDA
 
 
@@ -115,7 +116,7 @@ def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
     each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s and share of the roof:
     of the fused op, from what its spec says it must move and do.
     """
-    load, steps, skipped = clock.Load(), {}, {}
+    load, steps, skipped = ForeignLoad(), {}, {}
     for variant in point.variants:
         try:
             steps[variant] = point.step(variant)
@@ -125,7 +126,8 @@ def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
                 raise
             skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
             steps.pop(variant, None)
-    wall = clock.interleaved(steps, seconds, point.device)
+    timings = compare(steps, rounds=ROUNDS, seconds=seconds).timings
+    wall = {name: t.median for name, t in timings.items()}
     variants: dict[str, dict[str, Any]] = {name: {"wall_us": round(t * 1e6, 2)} for name, t in wall.items()}
     best = wall
     if point.device == "cuda":
@@ -147,5 +149,5 @@ def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
         "gigabytes_per_second": round(cost.bytes / fused / 1e9, 2),
         "gigaflops_per_second": round(cost.flops / fused / 1e9, 2),
         "share_of_roof": round(roofs.share(point.device, fused, cost.bytes, cost.flops), 3),
-        "foreign_load": load.foreign(),
+        "foreign_load": load.cores(),
     }

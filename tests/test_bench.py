@@ -1,6 +1,5 @@
 """The benchmarks' machinery: collection, clocks, gating of figures on numerics, records, report."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import clock, gpu_gate, points, record, report, roofs
+from bench import gpu_gate, points, record, report, roofs
 from genai_fast import ops
 from genai_fast.kernels.common.extension import extension
 from genai_fast.registry import OPS
@@ -43,58 +42,6 @@ def test_benchmarks_cover_every_op_case_and_variant():
 
 
 # Clocks
-
-
-class FakeTime:
-    """A clock that moves only when told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-
-@pytest.fixture
-def fake_time(monkeypatch):
-    time = FakeTime()
-    monkeypatch.setattr(clock, "time", time)
-    return time
-
-
-def test_interleaved_medians_of_calls_that_take_turns(fake_time):
-    order = []
-
-    def call(name, durations):
-        def run():
-            order.append(name)
-            fake_time.now += durations[order.count(name) % len(durations)]
-
-        return run
-
-    calls = {"slow": call("slow", [4e-3, 4e-3, 9.0]), "quick": call("quick", [2e-3])}
-    medians = clock.interleaved(calls, seconds=0.0)
-    assert medians == pytest.approx({"slow": 4e-3, "quick": 2e-3})  # one wild sample in three moves no median
-    turns = order[-2 * clock.ROUNDS :]
-    assert turns.count("slow") == turns.count("quick") == clock.ROUNDS
-    assert turns[:4] in (["slow", "quick", "quick", "slow"], ["quick", "slow", "slow", "quick"])
-
-
-def test_short_calls_are_timed_several_at_once(fake_time):
-    def call():
-        fake_time.now += 1e-5
-
-    blocks = []
-    perf_counter = fake_time.perf_counter
-    fake_time.perf_counter = lambda: blocks.append(fake_time.now) or perf_counter()
-    assert clock.interleaved({"call": call}, seconds=0.0) == pytest.approx({"call": 1e-5})
-    assert max(b - a for a, b in itertools.pairwise(blocks)) == pytest.approx(clock.BLOCK)
-
-
-def test_foreign_load_is_what_is_not_ours(monkeypatch):
-    readings = iter([(10.0, 100.0, 50.0), (20.0, 118.0, 53.0)])
-    monkeypatch.setattr(clock.Load, "_read", staticmethod(lambda: next(readings)))
-    assert clock.Load().foreign() == 1.5  # 18 s of work in 10 s, 3 s of it ours
 
 
 def test_share_is_of_the_nearer_roof(monkeypatch):

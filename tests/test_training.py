@@ -11,7 +11,6 @@ import torch
 
 from genai_fast import data
 from genai_fast.models import MLPVAE
-from genai_fast.profiling import compare
 from genai_fast.training import Step, TrainingStopped, fit, loop, make_optimizer
 from genai_fast.training import step as step_module
 from genai_fast.training.config import VAEConfig
@@ -197,17 +196,3 @@ def test_nan_stops_with_plain_words_and_leaves_the_last_good_checkpoint(tmp_path
     with pytest.raises(TrainingStopped, match=rf"stopped at {at} \(epoch 2\).* became nan.*smaller --lr"):
         fit(model, make_optimizer(model, config), *digits(), config, tmp_path, stream=io.StringIO())
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000000007"]
-
-
-def test_compare_interleaves_and_reports():
-    calls = []
-    functions = {name: (lambda n=name: calls.append(n)) for name in "ab"}
-    result = compare(functions, rounds=4, warm_up=2, calls=1)
-    assert "".join(calls) == "aabb" + "ab" * 4
-    for t in result.timings.values():
-        assert 0 < t.low <= t.median <= t.high and t.calls == 1
-    assert result.speedup("a", over="a") == 1
-    assert result.speedup("a", over="b") == result.timings["b"].median / result.timings["a"].median
-    assert result.load.cores >= 1 and "a: " in str(result) and "cores" in str(result)
-    with pytest.raises(ValueError, match="expected functions and rounds >= 2"):
-        compare({})

@@ -1,5 +1,5 @@
 """Throughput and comparisons."""
 
-from genai_fast.profiling.compare import Comparison, compare
+from genai_fast.profiling.compare import Comparison, ForeignLoad, compare
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "ForeignLoad", "compare"]

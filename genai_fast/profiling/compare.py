@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-_SAMPLE = 0.5e-3  # seconds that one sample should last at least, so that the clock's own cost does not count
+_SAMPLE = 1e-3  # seconds that one sample should last at least, so that the clock's own cost does not count
 _MOST_CALLS = 1000
 
 
@@ -59,18 +60,20 @@ def compare(
     functions: Mapping[str, Callable[[], Any]],
     *,
     rounds: int = 30,
+    seconds: float = 0.0,
     warm_up: int = 3,
     calls: int | None = None,
 ) -> Comparison:
-    """Time each function once a round, in turn (A B A B ...): what disturbs the machine disturbs all alike.
+    """Time each function once a round, in turn (A B B A ...): what disturbs the machine disturbs all alike.
 
     CUDA is synchronized around each sample where it is in use.
 
     Args:
         functions: name -> callable without arguments.
-        rounds: samples a function.
+        rounds: samples a function, at least.
+        seconds: how long to go on at least.
         warm_up: samples that are thrown away first.
-        calls: calls in a sample; None: as many as half a millisecond takes.
+        calls: calls in a sample; None: as many as a millisecond takes.
 
     Raises:
         ValueError: nothing to compare, or fewer than two rounds.
@@ -85,14 +88,13 @@ def compare(
             once = _sample(function, 1)
         count[name] = calls or min(_MOST_CALLS, int(_SAMPLE / max(once, 1e-9)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    average, before, start = _load_average(), _busy(), time.perf_counter()
-    for _ in range(rounds):
-        for name, function in functions.items():
+    average, foreign, start = _load_average(), ForeignLoad(), time.perf_counter()
+    for turn in itertools.count():
+        if turn >= rounds and time.perf_counter() >= start + seconds:
+            break
+        for name, function in list(functions.items())[:: -1 if turn % 2 else 1]:
             samples[name].append(_sample(function, count[name]))
-    elapsed, after = time.perf_counter() - start, _busy()
-    others = None
-    if before is not None and after is not None:
-        others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / elapsed
+    others = foreign.cores()
     timings = {}
     for name, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -119,12 +121,28 @@ def _load_average() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
-def _busy() -> tuple[float, float] | None:
-    """CPU seconds spent by all processes and by this one; None where /proc/stat does not tell."""
-    try:
-        with open("/proc/stat") as stat:
-            user, nice, system, _, _, irq, softirq = map(int, stat.readline().split()[1:8])
-    except (OSError, ValueError):
-        return None
-    total = user + nice + system + irq + softirq
-    return (total / os.sysconf("SC_CLK_TCK"), time.process_time()) if total else None
+class ForeignLoad:
+    """Cores that other programs kept busy on average, from construction to `cores()` (Linux only)."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    def cores(self) -> float | None:
+        """None where /proc/stat does not tell."""
+        after = self._read()
+        if self._before is None or after is None:
+            return None
+        wall, busy, own = (now - then for now, then in zip(after, self._before, strict=True))
+        return round(max(0.0, busy - own) / max(wall, 1e-9), 2)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of all cores' work, of this process and its finished children."""
+        try:
+            with open("/proc/stat") as stat:
+                user, nice, system, _, _, irq, softirq = map(int, stat.readline().split()[1:8])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system

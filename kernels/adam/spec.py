@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.adam import adam
 
 from genai_fast.kernels.adam import reference
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
