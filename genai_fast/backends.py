@@ -17,7 +17,7 @@ from genai_fast.registry import OPS
 
 __all__ = [
     "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "interpreting",
-    "mapped_openmp", "select", "unavailable", "use_backend",
+    "mapped_openmp", "select", "survey", "unavailable", "use_backend",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -90,11 +90,6 @@ def _has(name: str, backend: str) -> bool:
 
 
 @functools.cache
-def _say_once(name: str, reason: str) -> None:
-    warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=5)
-
-
-@functools.cache
 def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]:
     """The backend that serves a library op on such tensors, and why no kernel does ("" if one does).
 
@@ -120,19 +115,34 @@ def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]
     return "reference", reason
 
 
-def select(name: str, forced: str, tensors: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that serves this call of a library op."""
-    device, double = "", False
-    for x in tensors:
-        if isinstance(x, (list, tuple)) and x:  # a list of tensors is alike in device and dtype
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def survey(arguments: tuple[Any, ...]) -> tuple[str, bool, bool]:
+    """Of a library op's arguments: the device type, whether one is float64, whether the dispatcher must see them.
+
+    It must for a tensor subclass and for a lazily negated tensor.
+    """
+    device, double, special = "", False, False
+    for x in arguments:
+        if x.__class__ is list and x:  # a list of tensors is alike in device and dtype
             x = x[0]
         if isinstance(x, torch.Tensor):
-            # A 0-d CPU tensor (seed, beta) may accompany tensors of any device.
-            device = x.device.type if not device or x.dim() else device
-            double = double or x.dtype is torch.float64
+            if not device:
+                device = x.device.type  # of the first: seeds and schedules, which may lie elsewhere, come later
+            if x.dtype is torch.float64 and x.dim():
+                double = True
+            if x.__class__ not in _PLAIN or x.is_neg():
+                special = True
+    return device, double, special
+
+
+@functools.cache
+def select(name: str, forced: str, device: str, double: bool) -> Callable[..., Any]:
+    """The function that serves a library op on such tensors."""
     backend, reason = choose(name, forced, device, double)
     if reason:
-        _say_once(name, reason)
+        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=5)  # once: cached
     return _implementation(name, backend)
 
 

@@ -1,10 +1,29 @@
-"""autograd.Function without its per-call signature inspection, which costs more than a small kernel."""
+"""Calls without what small tensors cannot afford: signature inspection, and the dispatcher where nothing listens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+from genai_fast.backends import select, survey
+
+
+def _transformed() -> bool:
+    """Whether torch.compile or one of torch.func's transforms sees this call."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def library_call(name: str, *arguments: Any) -> Any:
+    """torch.ops.genai_fast.<name>; straight to the implementation where the dispatcher would do nothing (10 us).
+
+    It has work to do for a compiler, a transform, a dispatch mode (fake tensors, tracing) and special tensors.
+    """
+    if not (_transformed() or torch._C._len_torch_dispatch_stack()):
+        device, double, special = survey(arguments)
+        if not special:
+            return select(name, arguments[-1], device, double)(*arguments[:-1])
+    return getattr(torch.ops.genai_fast, name)(*arguments)
 
 
 class KernelFunction(torch.autograd.Function):
@@ -14,6 +33,4 @@ class KernelFunction(torch.autograd.Function):
     def call(cls, *arguments: Any) -> Any:
         # `apply` binds arguments to forward's signature on every call (20 us). Neither torch.func's transforms nor
         # torch.compile can do without it; everything else can start where it ends.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return cls.apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        return cls.apply(*arguments) if _transformed() else super(torch.autograd.Function, cls).apply(*arguments)

@@ -1,10 +1,10 @@
-"""The library torch.ops.genai_fast: every LibraryOp of every spec, routed by `backends.select`."""
+"""The library torch.ops.genai_fast: every LibraryOp of every spec, routed by genai_fast.backends."""
 
 from __future__ import annotations
 
 import torch
 
-from genai_fast.backends import select
+from genai_fast.backends import select, survey
 from genai_fast.kernels.common.spec import LibraryOp
 from genai_fast.ops._check import draw_seed
 from genai_fast.registry import OPS
@@ -16,7 +16,8 @@ def _register(op: LibraryOp) -> None:
     name = op.name
 
     def route(*arguments):
-        return select(name, arguments[-1], arguments)(*arguments[:-1])
+        device, double, _ = survey(arguments)
+        return select(name, arguments[-1], device, double)(*arguments[:-1])
 
     def fake(*arguments):
         return op.fake(*arguments[:-1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from genai_fast.backends import forced_backend
+from genai_fast.ops._function import library_call
 
 _OP = "adam_step"
 
@@ -16,33 +17,33 @@ def adam_step(
     grads: Sequence[torch.Tensor],
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
     *,
-    step: int,
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = False,
 ) -> list[torch.Tensor]:
-    """m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  p -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
+    """t += 1;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  p -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
 
     Args:
         params, exp_avgs, exp_avg_sqs: parameters and both moments, updated in place; contiguous, of one dtype and
             device, shapes in pairs.
         grads: gradients, shapes, dtype and device of params, contiguous.
-        step: number t of this step; the first is 1.
+        steps: steps taken so far, a 0-d tensor for each parameter, of params' dtype and device; updated in place.
         lr, betas, eps, weight_decay: as torch.optim.Adam takes them.
         decoupled: AdamW's decay p *= 1 - lr weight_decay instead of g += weight_decay p.
 
     Returns:
-        The updated params, exp_avgs and exp_avg_sqs, one list.
+        The updated params, exp_avgs, exp_avg_sqs and steps, one list.
 
     Gradients: none.
     Backends: C++ (CPU, float32), reference (elsewhere). On CUDA torch.optim.Adam(fused=True) is the better choice.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
     Source: Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
-    groups = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    groups = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "params": params}
     for name, tensors in groups.items():
         if len(tensors) != len(params):
             raise ValueError(f"{_OP}: {name}: expected {len(params)} tensors as params has, got {len(tensors)}")
@@ -52,15 +53,14 @@ def adam_step(
                     f"{_OP}: {name}[{k}]: expected {p.dtype} on {p.device} as params[{k}] has, got {x.dtype} on"
                     f" {x.device}; convert it with .to(params[{k}])"
                 )
-            if x.shape != p.shape:
-                raise ValueError(f"{_OP}: {name}[{k}]: expected shape {tuple(p.shape)}, got {tuple(x.shape)}")
+            shape = () if name == "steps" else tuple(p.shape)
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{_OP}: {name}[{k}]: expected shape {shape}, got {tuple(x.shape)}")
             if not x.is_contiguous():
                 raise ValueError(f"{_OP}: {name}[{k}]: expected a contiguous tensor, got strides {x.stride()}")
-    if step < 1:
-        raise ValueError(f"{_OP}: step: expected >= 1 (the number of this step), got {step}")
     with torch.no_grad():
-        torch.ops.genai_fast.adam_step(
-            params, grads, exp_avgs, exp_avg_sqs, float(step), lr, *betas, eps, weight_decay, decoupled,
-            forced_backend(),
+        library_call(
+            _OP, list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), lr, *betas, eps,
+            weight_decay, decoupled, forced_backend(),
         )  # fmt: skip
-    return [*params, *exp_avgs, *exp_avg_sqs]
+    return [*params, *exp_avgs, *exp_avg_sqs, *steps]

@@ -7,13 +7,13 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.reparameterize import reference
 from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction
+from genai_fast.ops._function import KernelFunction, library_call
 
 
 class _Reparameterize(KernelFunction):
     @staticmethod
     def forward(mu, logvar, seed, offset, with_kl, backend):
-        return torch.ops.genai_fast.reparameterize(mu, logvar, seed, offset, with_kl, backend)
+        return library_call("reparameterize", mu, logvar, seed, offset, with_kl, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -31,7 +31,7 @@ class _Reparameterize(KernelFunction):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = reference.reparameterize_backward(*arguments)
         else:
-            grads = torch.ops.genai_fast.reparameterize_backward(*arguments, ctx.backend)
+            grads = library_call("reparameterize_backward", *arguments, ctx.backend)
         return *grads, None, None, None, None
 
 

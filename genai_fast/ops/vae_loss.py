@@ -9,7 +9,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.vae_loss import reference
 from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction
+from genai_fast.ops._function import KernelFunction, library_call
 
 _OP = "vae_loss"
 
@@ -23,9 +23,7 @@ class VAELoss(NamedTuple):
 class _VAELoss(KernelFunction):
     @staticmethod
     def forward(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend):
-        return torch.ops.genai_fast.vae_loss(
-            recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend
-        )
+        return library_call("vae_loss", recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -44,7 +42,7 @@ class _VAELoss(KernelFunction):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = reference.vae_loss_backward(*arguments)
         else:
-            inputs = torch.ops.genai_fast.vae_loss_backward(*arguments, ctx.backend)
+            inputs = library_call("vae_loss_backward", *arguments, ctx.backend)
         # Rarely asked for, so plain PyTorch serves.
         grad_target = grad_beta = None
         if ctx.needs_input_grad[1]:

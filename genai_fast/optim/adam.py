@@ -7,17 +7,12 @@ from typing import Any
 
 import torch
 
-from genai_fast.ops import adam_step
+from genai_fast.backends import forced_backend
+from genai_fast.ops._function import library_call
 
 
-def _fits(group: dict[str, Any], params: list[torch.Tensor]) -> bool:
-    if group["amsgrad"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], torch.Tensor):
-        return False
-    return all(
-        x.dtype is torch.float32 and x.device.type == "cpu" and x.layout is torch.strided and x.is_contiguous()
-        for p in params
-        for x in (p, p.grad)
-    )
+def _fits(x: torch.Tensor) -> bool:
+    return x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
 
 
 class _OneCall:
@@ -29,10 +24,14 @@ class _OneCall:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        if all(_fits(group, params) for group, params in work):
-            for group, params in work:
-                self._step_group(group, params)
+        work = [self._tensors(group) for group in self.param_groups]
+        if None not in work:
+            for group, tensors in zip(self.param_groups, work, strict=True):
+                if tensors[0]:
+                    library_call(
+                        "adam_step", *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                        group["decoupled_weight_decay"], forced_backend(),
+                    )  # fmt: skip
         else:
             # torch wraps `step` of each class that is instantiated, to run hooks: ours has run them already.
             inherited = super().step.__func__
@@ -41,24 +40,27 @@ class _OneCall:
             inherited(self)
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        by_step: dict[float, list[torch.Tensor]] = {}
-        for p in params:
+    def _tensors(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], ...] | None:
+        """Parameters, gradients, both moments and step counts of a group; None where the kernel does not fit."""
+        if group["amsgrad"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], torch.Tensor):
+            return None
+        lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [])
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not (_fits(p) and _fits(p.grad)):
+                return None
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            by_step.setdefault(state["step"].item(), []).append(p)
-        for step, members in by_step.items():
-            states = [self.state[p] for p in members]
-            torch._foreach_add_([s["step"] for s in states], 1.0)
-            adam_step(
-                members, [p.grad for p in members], [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states], step=int(step) + 1, lr=group["lr"], betas=group["betas"],
-                eps=group["eps"], weight_decay=group["weight_decay"],
-                decoupled=group.get("decoupled_weight_decay", False),
-            )  # fmt: skip
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            members = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            if not all(_fits(x) for x in members[2:]):  # a loaded state may be of another kind
+                return None
+            for list_, x in zip(lists, members, strict=True):
+                list_.append(x)
+        return lists
 
 
 class Adam(_OneCall, torch.optim.Adam):

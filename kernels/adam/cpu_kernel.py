@@ -9,11 +9,10 @@ import torch
 from genai_fast.kernels.common.extension import cpu_kernels
 
 
-def adam_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay, decoupled):
-    table = array("q")
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        table.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()))
+def adam_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled):
+    rows = array("q")
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        rows.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel()))
     cpu_kernels()[0]["adam_step"](
-        table.buffer_info()[0], len(params), float(step), lr, beta1, beta2, eps, weight_decay, decoupled,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        rows.buffer_info()[0], len(params), lr, beta1, beta2, eps, weight_decay, decoupled, torch.get_num_threads()
+    )

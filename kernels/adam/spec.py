@@ -15,8 +15,9 @@ def _fake(*arguments):
 
 LIBRARY = (
     LibraryOp(
-        "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float step,"
-        " float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, str backend) -> ()",
+        "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
+        " str backend) -> ()",
         _fake,
     ),
 )
@@ -24,10 +25,10 @@ LIBRARY = (
 _DEFAULTS = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False)
 
 
-def _reference(params, grads, exp_avgs, exp_avg_sqs, *, step, **settings):
+def _reference(params, grads, exp_avgs, exp_avg_sqs, steps, **settings):
     s = {**_DEFAULTS, **settings}
     new = reference.updated(
-        params, grads, exp_avgs, exp_avg_sqs, step, s["lr"], *s["betas"], s["eps"], s["weight_decay"], s["decoupled"]
+        params, grads, exp_avgs, exp_avg_sqs, steps, s["lr"], *s["betas"], s["eps"], s["weight_decay"], s["decoupled"]
     )
     return [x for values in new for x in values]
 
@@ -36,7 +37,10 @@ def _inputs(*shapes, step=3, **more):
     def make(t):
         draw = lambda scale: [t.normal(*shape, scale=scale, grad=False) for shape in shapes]  # noqa: E731
         squares = [x * x for x in draw(0.1)]
-        return dict(params=draw(1.0), grads=draw(0.1), exp_avgs=draw(0.1), exp_avg_sqs=squares, step=step, **more)
+        steps = [t.values(step - 1, grad=False) for _ in shapes]
+        return dict(
+            params=draw(1.0), grads=draw(0.1), exp_avgs=draw(0.1), exp_avg_sqs=squares, steps=steps, **more
+        )  # fmt: skip
 
     return make
 
@@ -44,8 +48,7 @@ def _inputs(*shapes, step=3, **more):
 def _optimizer_step(**settings):
     """torch.optim.Adam on the same tensors."""
 
-    def step(params, grads, exp_avgs, exp_avg_sqs, *, step):
-        steps = [torch.tensor(float(step - 1)) for _ in params]
+    def step(params, grads, exp_avgs, exp_avg_sqs, steps):
         adam(
             params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, beta1=0.9, beta2=0.999, lr=1e-3,
             weight_decay=0.0, eps=1e-8, maximize=False, **settings,
@@ -55,7 +58,7 @@ def _optimizer_step(**settings):
     return step
 
 
-def _cost(params, grads, exp_avgs, exp_avg_sqs, *, step, **settings):
+def _cost(params, grads, exp_avgs, exp_avg_sqs, steps, **settings):
     count = sum(p.numel() for p in params)
     return Cost(flops=15 * count, bytes=7 * 4 * count)  # reads four arrays, writes three
 
@@ -76,7 +79,8 @@ ERROR_CASES = (
     ErrorCase("dtype", lambda t: {**_GOOD(t), "grads": [t.normal(4, 3).double()]}, TypeError, r"grads\[0\].*float64"),
     ErrorCase("strides", lambda t: {**_GOOD(t), "params": [t.normal(3, 4, grad=False).t()]}, ValueError,
               r"params\[0\].*contiguous"),
-    ErrorCase("step", lambda t: {**_GOOD(t), "step": 0}, ValueError, r"step.*>= 1.*got 0"),
+    ErrorCase("steps", lambda t: {**_GOOD(t), "steps": [t.normal(1)]}, ValueError,
+              r"steps\[0\].*\(\).*got \(1,\)"),
 )  # fmt: skip
 
 _VAE = ((400, 784), (400,), (20, 400), (20,), (20, 400), (20,), (400, 20), (400,), (784, 400), (784,))

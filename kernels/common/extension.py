@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch  # noqa: F401  (first: the extension then shares torch's OpenMP runtime)
 
+from genai_fast.errors import UsageError
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
@@ -34,5 +36,5 @@ def cpu_kernels() -> tuple[dict[str, Callable[..., None]], str]:
     available = [isa for isa, supported in module.instruction_sets().items() if supported]
     wanted = os.environ.get("GENAI_FAST_ISA", available[-1])
     if wanted not in available:
-        raise RuntimeError(f"GENAI_FAST_ISA: expected one of {', '.join(available)} on this processor, got {wanted!r}")
+        raise UsageError(f"GENAI_FAST_ISA: expected one of {', '.join(available)} on this processor, got {wanted!r}")
     return module.kernels(wanted), wanted

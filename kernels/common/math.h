@@ -62,11 +62,31 @@ inline float log_positive(float x) {
   return multiply_add(static_cast<float>(exponent), 0.693147180559945f, log1p_near(m - 1.0f));
 }
 
-// ln(1 + e) for e in [0, 1].
+// e^-a for a >= 0, to two units in the last place where the result is above 1e-7 (absolutely 1e-7 below); NaN stays.
+inline float exp_minus(float a) {
+  const float t = (a > 87.0f ? 87.0f : a) * -1.44269504088896341f;
+  const float shifted = t + 12582912.0f;  // as in exp_fast
+  const float f = t - (shifted - 12582912.0f);
+  float p = 1.32764666e-3f;
+  p = multiply_add(p, f, 9.67554189e-3f);
+  p = multiply_add(p, f, 5.55071346e-2f);
+  p = multiply_add(p, f, 2.40221202e-1f);
+  p = multiply_add(p, f, 6.93146944e-1f);
+  p = multiply_add(p, f, 1.00000012f);
+  return as_float(as_int(p) + int32_t(uint32_t(as_int(shifted)) << 23));
+}
+
+// ln(1 + e) for e in [0, 1]: |relative error| <= 4e-7. Coefficients: minimax fit of ln(1 + e) / e.
 inline float log1p_unit(float e) {
-  const bool upper = e > 0.41421356f;
-  const float f = upper ? multiply_add(0.5f, e, -0.5f) : e;
-  return log1p_near(f) + (upper ? 0.693147180559945f : 0.0f);
+  float p = -8.53910483e-3f;
+  p = multiply_add(p, e, 4.40892801e-2f);
+  p = multiply_add(p, e, -1.07681252e-1f);
+  p = multiply_add(p, e, 1.77452117e-1f);
+  p = multiply_add(p, e, -2.44954541e-1f);
+  p = multiply_add(p, e, 3.32754791e-1f);
+  p = multiply_add(p, e, -4.99974042e-1f);
+  p = multiply_add(p, e, 9.99999821e-1f);
+  return p * e;
 }
 
 // sin and cos of 2 pi turn24 / 2^24, turn24 in [0, 2^24): reduced to the nearest quarter turn exactly, in integers.

@@ -16,7 +16,7 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
         x = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1)
         if x.size(1) > 1 and x.stride(1) != 1:
             x = x.contiguous()
-    return x, x.stride(0) if x.dim() else 0
+    return x, x.stride(0)
 
 
 def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
@@ -30,7 +30,8 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
 
 def columns_of(x: torch.Tensor) -> int:
     """Elements a sample."""
-    return x.numel() // x.shape[0] if x.shape[0] else 0
+    batch = x.size(0)
+    return x.numel() // batch if batch else 0
 
 
 def dense_like(x: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ void vae_loss(const void* recon, int64_t recon_stride, int recon_dtype, const vo
                                     [=](int64_t i) {
                                       // (1 - t) x - ln sigmoid(x)
                                       const float negative = x[i] < 0.0f ? x[i] : 0.0f;
-                                      const float e = exp_fast(-__builtin_fabsf(x[i]));
+                                      const float e = exp_minus(__builtin_fabsf(x[i]));
                                       return (1.0f - t[i]) * x[i] - negative + log1p_unit(e);
                                     })
                           : row_sum(p.columns, [=](int64_t i) { return (x[i] - t[i]) * (x[i] - t[i]); });
@@ -123,7 +123,10 @@ void vae_loss_backward(const float* grad_loss, int64_t grad_loss_stride, const f
       const int64_t first = r * p.columns, last = first + p.columns;
       if (bernoulli) {
 #pragma omp simd
-        for (int64_t i = first; i < last; ++i) dx[i] = w * (1.0f / (1.0f + exp_fast(-x[i])) - t[i]);
+        for (int64_t i = first; i < last; ++i) {
+          const float e = exp_minus(__builtin_fabsf(x[i])), sigmoid_of_abs = 1.0f / (1.0f + e);
+          dx[i] = w * ((x[i] < 0.0f ? e * sigmoid_of_abs : sigmoid_of_abs) - t[i]);
+        }
       } else {
 #pragma omp simd
         for (int64_t i = first; i < last; ++i) dx[i] = 2.0f * w * (x[i] - t[i]);

@@ -12,7 +12,10 @@ _REDUCTION_CODE = {"none": 0, "sum": 1, "mean": 2}
 
 def _inputs(recon, target, mu, logvar):
     """The tensors that must stay alive during the call, and the arguments that describe them."""
-    (x, x_stride), (t, t_stride), (m, m_stride), (v, v_stride) = map(as_rows, (recon, target, mu, logvar))
+    x, x_stride = as_rows(recon)
+    t, t_stride = as_rows(target)
+    m, m_stride = as_rows(mu)
+    v, v_stride = as_rows(logvar)
     return (x, t, m, v), (
         x.data_ptr(), x_stride, DTYPE_CODE[recon.dtype], t.data_ptr(), t_stride, DTYPE_CODE[target.dtype],
         m.data_ptr(), m_stride, v.data_ptr(), v_stride, DTYPE_CODE[mu.dtype],
@@ -21,32 +24,35 @@ def _inputs(recon, target, mu, logvar):
 
 def _settings(recon, mu, beta_tensor, beta, likelihood, reduction):
     return (
-        beta if beta_tensor is None else float(beta_tensor), recon.shape[0], columns_of(recon), columns_of(mu),
+        beta if beta_tensor is None else float(beta_tensor), recon.size(0), columns_of(recon), columns_of(mu),
         likelihood == "bernoulli", _REDUCTION_CODE[reduction], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction):
-    alive, inputs = _inputs(recon, target, mu, logvar)
-    shape = recon.shape[:1] if reduction == "none" else ()
-    outputs = tuple(recon.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    _alive, inputs = _inputs(recon, target, mu, logvar)
+    shape = (recon.size(0),) if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=torch.float32)
+    reconstruction, kl = torch.empty_like(loss), torch.empty_like(loss)
     cpu_kernels()[0]["vae_loss"](
-        *inputs, *(x.data_ptr() for x in outputs),
+        *inputs, loss.data_ptr(), reconstruction.data_ptr(), kl.data_ptr(),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
     )  # fmt: skip
-    del alive
-    return outputs
+    return loss, reconstruction, kl
 
 
 def vae_loss_backward(
     grad_loss, grad_reconstruction, grad_kl, recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
 ):
-    upstream = [per_sample_gradient(g) for g in (grad_loss, grad_reconstruction, grad_kl)]
-    alive, inputs = _inputs(recon, target, mu, logvar)
-    grads = tuple(dense_like(x) for x in (recon, mu, logvar))
+    _alive, inputs = _inputs(recon, target, mu, logvar)
+    loss, loss_address, loss_stride = per_sample_gradient(grad_loss)
+    image, image_address, image_stride = per_sample_gradient(grad_reconstruction)
+    latent, latent_address, latent_stride = per_sample_gradient(grad_kl)
+    _alive += (loss, image, latent)
+    grad_recon, grad_mu, grad_logvar = dense_like(recon), dense_like(mu), dense_like(logvar)
     cpu_kernels()[0]["vae_loss_backward"](
-        *(value for g in upstream for value in g[1:]), *inputs, *(g.data_ptr() for g in grads),
+        loss_address, loss_stride, image_address, image_stride, latent_address, latent_stride, *inputs,
+        grad_recon.data_ptr(), grad_mu.data_ptr(), grad_logvar.data_ptr(),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
     )  # fmt: skip
-    del alive
-    return grads
+    return grad_recon, grad_mu, grad_logvar
