@@ -81,7 +81,21 @@ def unavailable(backend: str, device: str) -> str:
 @functools.cache
 def _implementation(name: str, backend: str) -> Callable[..., Any]:
     stem = {"reference": "reference", "cpu": "cpu_kernel", "triton": "triton_kernel"}[backend]
-    return getattr(importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.{stem}"), name)
+    function = getattr(importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.{stem}"), name)
+    return _on_its_device(function) if backend == "triton" else function
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+
+    def launch(*arguments: Any) -> Any:
+        device = next(x for x in arguments if isinstance(x, torch.Tensor)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return launch
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def extension() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("genai_fast._cpu"), ""
     except ImportError as error:
-        return None, f"the C++ extension does not load ({error}); remedy: pip install --force-reinstall genai-fast"
+        return None, f"the C++ extension does not load ({error}); remedy: build it with a C++ compiler (pip install .)"
 
 
 @functools.cache
