@@ -40,26 +40,19 @@ inline float exp_fast(float x) {
   return x > 88.7228394f ? __builtin_inff() : x < -87.0f ? 0.0f : value;  // NaN fails both and stays
 }
 
-// ln(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1].
-inline float log1p_near(float f) {
-  float p = 7.0376836292e-2f;
-  p = multiply_add(p, f, -1.1514610310e-1f);
-  p = multiply_add(p, f, 1.1676998740e-1f);
-  p = multiply_add(p, f, -1.2420140846e-1f);
-  p = multiply_add(p, f, 1.4249322787e-1f);
-  p = multiply_add(p, f, -1.6668057665e-1f);
-  p = multiply_add(p, f, 2.0000714765e-1f);
-  p = multiply_add(p, f, -2.4999993993e-1f);
-  p = multiply_add(p, f, 3.3333331174e-1f);
-  const float square = f * f;
-  return multiply_add(p * f, square, multiply_add(-0.5f, square, f));
-}
-
-// ln x for normal positive x.
-inline float log_positive(float x) {
-  const int32_t bits = as_int(x), exponent = (bits - 0x3f3504f3) >> 23;  // x = 2^exponent m, m in [sqrt(1/2), sqrt(2))
-  const float m = as_float(bits - (exponent << 23));
-  return multiply_add(static_cast<float>(exponent), 0.693147180559945f, log1p_near(m - 1.0f));
+// -2 ln u for normal u in (0, 1): |relative error| <= 3e-7, near 1 too. Minimax fit of -2 ln(1 + f) / f.
+inline float minus_two_log(float u) {
+  const int32_t bits = as_int(u), exponent = (bits - 0x3f3504f3) >> 23;  // u = 2^exponent (1 + f), 1 + f near 1
+  const float f = as_float(bits - (exponent << 23)) - 1.0f;
+  float p = 2.02137753e-1f;
+  p = multiply_add(p, f, -3.24451625e-1f);
+  p = multiply_add(p, f, 3.45016658e-1f);
+  p = multiply_add(p, f, -3.98003310e-1f);
+  p = multiply_add(p, f, 4.99398172e-1f);
+  p = multiply_add(p, f, -6.66701198e-1f);
+  p = multiply_add(p, f, 1.00000727f);
+  p = multiply_add(p, f, -1.99999988f);
+  return multiply_add(static_cast<float>(exponent), -1.38629436f, p * f);
 }
 
 // e^-a for a >= 0, to two units in the last place where the result is above 1e-7 (absolutely 1e-7 below); NaN stays.
@@ -89,20 +82,22 @@ inline float log1p_unit(float e) {
   return p * e;
 }
 
-// sin and cos of 2 pi turn24 / 2^24, turn24 in [0, 2^24): reduced to the nearest quarter turn exactly, in integers.
-inline void sincos_turn(int32_t turn24, float& sine, float& cosine) {
-  const int32_t quarter = (turn24 + (1 << 21)) >> 22;
-  const float t = static_cast<float>(turn24 - (quarter << 22)) * 3.74507028e-7f;  // 2 pi / 2^24
+// sin and cos of 2 pi (word >> 8) / 2^24, absolutely to 2e-7. The word's upper 24 bits are reduced to the nearest half
+// turn exactly, in integers; an odd number of half turns changes both signs.
+inline void sincos_turn(uint32_t word, float& sine, float& cosine) {
+  const float t = static_cast<float>(int32_t(word << 1) >> 9) * 3.74507039e-7f;  // 2 pi / 2^24
+  const int32_t sign = int32_t((word + 0x40000000u) & 0x80000000u);
   const float z = t * t;
-  float s = multiply_add(z, -1.9515295891e-4f, 8.3321608736e-3f);
-  s = multiply_add(z, s, -1.6666654611e-1f);
+  float s = multiply_add(z, 2.60005459e-6f, -1.98066147e-4f);
+  s = multiply_add(z, s, 8.33301712e-3f);
+  s = multiply_add(z, s, -1.66666567e-1f);
   s = multiply_add(t * z, s, t);
-  float c = multiply_add(z, 2.443315711809948e-5f, -1.388731625493765e-3f);
-  c = multiply_add(z, c, 4.166664568298827e-2f);
-  c = multiply_add(z * z, c, multiply_add(-0.5f, z, 1.0f));
-  const bool swap = quarter & 1;
-  sine = as_float(as_int(swap ? c : s) ^ ((quarter & 2) << 30));
-  cosine = as_float(as_int(swap ? s : c) ^ (((quarter + 1) & 2) << 30));
+  float c = multiply_add(z, 2.31943850e-5f, -1.38559274e-3f);
+  c = multiply_add(z, c, 4.16639894e-2f);
+  c = multiply_add(z, c, -4.99999315e-1f);
+  c = multiply_add(z, c, 1.0f);
+  sine = as_float(as_int(s) ^ sign);
+  cosine = as_float(as_int(c) ^ sign);
 }
 
 }  // namespace

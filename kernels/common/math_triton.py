@@ -16,48 +16,48 @@ def exp(x):
 
 
 @triton.jit
-def log1p_near(f):
-    """ln(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; the polynomial of math.h."""
-    p = 7.0376836292e-2
-    p = p * f - 1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f - 1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f - 1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    square = f * f
-    return p * f * square + (f - 0.5 * square)
-
-
-@triton.jit
-def log_positive(x):
-    """ln x for normal positive x, accurate near 1 too, where lg2.approx would be off by 2**-22 absolutely."""
-    bits = x.to(tl.int32, bitcast=True)
+def minus_two_log(u):
+    """-2 ln u for normal u in (0, 1), accurate near 1 too, where lg2.approx would be off by 2**-22 absolutely."""
+    bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
-    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    return exponent.to(tl.float32) * 0.693147180559945 + log1p_near(m - 1.0)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = 2.02137753e-1
+    p = p * f - 3.24451625e-1
+    p = p * f + 3.45016658e-1
+    p = p * f - 3.98003310e-1
+    p = p * f + 4.99398172e-1
+    p = p * f - 6.66701198e-1
+    p = p * f + 1.00000727
+    p = p * f - 1.99999988
+    return exponent.to(tl.float32) * -1.38629436 + p * f
 
 
 @triton.jit
-def sincos_turn(turn24):
-    """sin and cos of 2 pi turn24 / 2**24, reduced to the nearest quarter turn in integers."""
-    quarter = (turn24 + (1 << 21)) >> 22
-    t = (turn24 - (quarter << 22)).to(tl.float32) * 3.74507028e-7
+def sincos_turn(word):
+    """sin and cos of 2 pi (word >> 8) / 2**24 for uint32 words, reduced to the nearest half turn in integers."""
+    t = ((word << 1).to(tl.int32, bitcast=True) >> 9).to(tl.float32) * 3.74507039e-7
+    sign = tl.add(word, 0x40000000, sanitize_overflow=False) & 0x80000000
     z = t * t
-    s = (z * -1.9515295891e-4 + 8.3321608736e-3) * z - 1.6666654611e-1
+    s = (z * 2.60005459e-6 - 1.98066147e-4) * z + 8.33301712e-3
+    s = s * z - 1.66666567e-1
     s = t * z * s + t
-    c = (z * 2.443315711809948e-5 - 1.388731625493765e-3) * z + 4.166664568298827e-2
-    c = z * z * c + (1.0 - 0.5 * z)
-    swap = (quarter & 1) != 0
-    sine = tl.where(swap, c, s).to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
-    cosine = tl.where(swap, s, c).to(tl.int32, bitcast=True) ^ (((quarter + 1) & 2) << 30)
-    return sine.to(tl.float32, bitcast=True), cosine.to(tl.float32, bitcast=True)
+    c = (z * 2.31943850e-5 - 1.38559274e-3) * z + 4.16639894e-2
+    c = c * z - 4.99999315e-1
+    c = c * z + 1.0
+    sine = (s.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    cosine = (c.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return sine, cosine
 
 
 @triton.jit
 def log1p_unit(e):
     """ln(1 + e) for e in [0, 1]."""
-    upper = e > 0.41421356
-    return log1p_near(tl.where(upper, 0.5 * e - 0.5, e)) + tl.where(upper, 0.693147180559945, 0.0)
+    p = -8.53910483e-3
+    p = p * e + 4.40892801e-2
+    p = p * e - 1.07681252e-1
+    p = p * e + 1.77452117e-1
+    p = p * e - 2.44954541e-1
+    p = p * e + 3.32754791e-1
+    p = p * e - 4.99974042e-1
+    p = p * e + 9.99999821e-1
+    return p * e

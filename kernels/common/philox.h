@@ -106,9 +106,9 @@ inline const float* normals(float* room, uint64_t position, int64_t count, int64
 #pragma omp simd
       for (int i = 0; i < kCounters; ++i) {
         const float u = (float(int32_t(words[pair][i] >> 9)) + 0.5f) * 0x1p-23f;
-        const float radius = __builtin_sqrtf(-2.0f * log_positive(u));
+        const float radius = __builtin_sqrtf(minus_two_log(u));
         float sine, cosine;
-        sincos_turn(int32_t(words[pair + 1][i] >> 8), sine, cosine);
+        sincos_turn(words[pair + 1][i], sine, cosine);
         lanes[pair][i] = radius * cosine;
         lanes[pair + 1][i] = radius * sine;
       }

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.common.math_triton import log_positive, sincos_turn
+from genai_fast.kernels.common.math_triton import minus_two_log, sincos_turn
 
 
 @triton.jit
 def _box_muller(even, odd):
     u = (even >> 9).to(tl.int32).to(tl.float32) * (1.0 / 8388608.0) + (0.5 / 8388608.0)
-    radius = tl.sqrt(-2.0 * log_positive(u))
-    sine, cosine = sincos_turn((odd >> 8).to(tl.int32))
+    radius = tl.sqrt(minus_two_log(u))
+    sine, cosine = sincos_turn(odd)
     return radius * cosine, radius * sine
 
 
