@@ -129,7 +129,7 @@ def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]
     return "reference", reason
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def survey(arguments: tuple[Any, ...]) -> tuple[str, bool, bool]:
@@ -139,15 +139,19 @@ def survey(arguments: tuple[Any, ...]) -> tuple[str, bool, bool]:
     """
     device, double, special = "", False, False
     for x in arguments:
+        # By identity first: isinstance costs more than the rest, and small tensors feel it.
         if x.__class__ is list and x:  # a list of tensors is alike in device and dtype
             x = x[0]
-        if isinstance(x, torch.Tensor):
-            if not device:
-                device = x.device.type  # of the first: seeds and schedules, which may lie elsewhere, come later
-            if x.dtype is torch.float64 and x.dim():
-                double = True
-            if x.__class__ not in _PLAIN or x.is_neg():
-                special = True
+        if x.__class__ not in _PLAIN:
+            if not isinstance(x, torch.Tensor):
+                continue
+            special = True
+        if not device:  # of the first: seeds and schedules, which may lie elsewhere, come later
+            device = "cpu" if x.is_cpu else x.device.type
+        if x.dtype is torch.float64 and x.dim():
+            double = True
+        if x.is_neg():
+            special = True
     return device, double, special
 
 

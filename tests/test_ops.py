@@ -298,3 +298,34 @@ def test_gradient_of_a_beta_tensor():
     loss, _, kl = ops.vae_loss(**inputs, beta=beta)
     (gradient,) = torch.autograd.grad(loss, beta)
     torch.testing.assert_close(gradient, kl.detach())
+
+
+@pytest.mark.parametrize("backend", _backends(OPS["vae_loss"]))
+def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
+    """The kernels work on addresses; torch.ops.genai_fast can be called past the public functions' checks."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch checks by itself")
+    library, seed = torch.ops.genai_fast, torch.tensor(1, device=DEVICE)
+    x, short = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 7, device=DEVICE)
+    loss = (torch.ones(4, device=DEVICE), None, None)
+    settings = (None, 1.0, "bernoulli", "none", backend)
+    for call in (
+        lambda: library.reparameterize(x, short, seed, 0, True, backend),
+        lambda: library.reparameterize(x, x.bfloat16(), seed, 0, True, backend),
+        lambda: library.reparameterize(x, x, seed.int(), 0, True, backend),
+        lambda: library.reparameterize_backward(short, None, x, x, seed, 0, backend),
+        lambda: library.reparameterize_backward(x, x[:2, 0], x, x, seed, 0, backend),
+        lambda: library.vae_loss(x, short, x, x, *settings),
+        lambda: library.vae_loss(x, x, x[:2], x[:2], *settings),
+        lambda: library.vae_loss_backward(loss[0][:2], None, None, x, x, x, x, *settings),
+    ):
+        with pytest.raises(ValueError, match="genai_fast: expected"):
+            call()
+
+
+def test_adam_refuses_a_state_of_another_size():
+    tensors = [[torch.zeros(4)] for _ in range(4)]
+    tensors[2] = [torch.zeros(2)]
+    settings = (1e-3, 0.9, 0.999, 1e-8, 0.0, False, "cpu")
+    with pytest.raises(ValueError, match="adam_step: expected a contiguous float32 CPU tensor of 4 elements"):
+        torch.ops.genai_fast.adam_step(*tensors, [torch.zeros(())], *settings)

@@ -83,7 +83,7 @@ def offset(op: str, value: Any) -> None:
 
 def draw_seed(like: torch.Tensor) -> torch.Tensor:
     """A fresh 0-d int64 seed on like's device, from that device's default generator."""
-    return torch.empty((), dtype=torch.int64, device=like.device).random_()
+    return torch.randint(2**63 - 1, (), device=like.device)
 
 
 def seed(op: str, value: Any, like: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,14 @@ class _Reparameterize(KernelFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        mu, logvar, seed, ctx.offset, _, ctx.backend = inputs
+        mu, logvar, seed, ctx.offset, ctx.with_kl, ctx.backend = inputs
         ctx.save_for_backward(mu, logvar, seed)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl):
+        if not ctx.with_kl:
+            grad_kl = None  # torch.compile hands over an empty tensor
         if grad_z is None and grad_kl is None:
             return None, None, None, None, None, None
         arguments = (grad_z, grad_kl, *ctx.saved_tensors, ctx.offset)

@@ -7,6 +7,38 @@ import torch
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def require_alike(*tensors: torch.Tensor | None, dtype: bool = True) -> None:
+    """Raise unless all have the first one's shape and device (and dtype): kernels read and write by address.
+
+    The public ops have checked already, with better words; this is for calls of torch.ops.genai_fast itself.
+    """
+    first = tensors[0]
+    for x in tensors[1:]:
+        if x is None:
+            continue
+        if x.shape != first.shape or x.device != first.device or (dtype and x.dtype is not first.dtype):
+            raise ValueError(
+                f"genai_fast: expected {first.dtype} {tuple(first.shape)} on {first.device} as its partner is,"
+                f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+
+
+def require_per_sample(like: torch.Tensor, *tensors: torch.Tensor | None, one: bool = False) -> None:
+    """Raise unless each begins with like's batch (or, with `one`, is a single value) and lies on its device."""
+    for x in tensors:
+        if x is None:
+            continue
+        if x.device != like.device or (x.dim() != 0 if one else x.size(0) != like.size(0)):
+            expected = "one value" if one else f"a batch of {like.size(0)}"
+            raise ValueError(f"genai_fast: expected {expected} on {like.device}, got {tuple(x.shape)} on {x.device}")
+
+
+def require_seed(seed: torch.Tensor, like: torch.Tensor) -> None:
+    """Raise unless the seed is one int64 on like's device."""
+    if seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != like.device:
+        raise ValueError(f"genai_fast: expected a seed of one int64 on {like.device}, got {seed.dtype} {seed.shape}")
+
+
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x as [B, ...] with dense row-major rows, and the stride between rows; copies only other layouts.
 

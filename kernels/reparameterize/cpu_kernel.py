@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.common.rows import DTYPE_CODE, as_rows, columns_of, dense_like, per_sample_gradient
+from genai_fast.kernels.common.rows import (
+    DTYPE_CODE,
+    as_rows,
+    columns_of,
+    dense_like,
+    per_sample_gradient,
+    require_alike,
+    require_per_sample,
+    require_seed,
+)
 
 
 def reparameterize(mu, logvar, seed, offset, with_kl):
+    require_alike(mu, logvar)
+    require_seed(seed, mu)
     m, m_stride = as_rows(mu)
     v, v_stride = as_rows(logvar)
     z = dense_like(mu)
@@ -21,9 +32,12 @@ def reparameterize(mu, logvar, seed, offset, with_kl):
 
 
 def reparameterize_backward(grad_z, grad_kl, mu, logvar, seed, offset):
+    require_alike(mu, logvar, grad_z)
+    require_seed(seed, mu)
+    require_per_sample(mu, grad_kl)
     m, m_stride = as_rows(mu)
     v, v_stride = as_rows(logvar)
-    z, z_stride = (None, 0) if grad_z is None else as_rows(grad_z.to(mu.dtype))
+    z, z_stride = (None, 0) if grad_z is None else as_rows(grad_z)
     _alive, kl_address, kl_stride = per_sample_gradient(grad_kl)
     grad_mu, grad_logvar = dense_like(mu), dense_like(logvar)
     cpu_kernels()[0]["reparameterize_backward"](

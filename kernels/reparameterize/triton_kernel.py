@@ -8,7 +8,14 @@ import triton.language as tl
 
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.philox_triton import normals, words
-from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like
+from genai_fast.kernels.common.rows import (
+    as_rows,
+    columns_of,
+    dense_like,
+    require_alike,
+    require_per_sample,
+    require_seed,
+)  # fmt: skip
 
 ELEMENTS = 1024  # a program: 8 elements a thread, two Philox calls
 NUM_WARPS = 4
@@ -77,7 +84,7 @@ def _reparameterize_backward(
         grad_mu += grad_z
         grad_logvar += 0.5 * (grad_z * std * eps)
     if grad_kl_ptr is not None:
-        grad_kl = tl.load(grad_kl_ptr + row * grad_kl_stride, mask=row < batch, other=0.0)[:, None]
+        grad_kl = tl.load(grad_kl_ptr + row * grad_kl_stride, mask=row < batch, other=0.0).to(tl.float32)[:, None]
         mu = tl.load(mu_ptr + row[:, None] * mu_stride + column, mask=mask, other=0.0).to(tl.float32)
         grad_mu += grad_kl * mu
         grad_logvar += 0.5 * (grad_kl * (std * std - 1.0))
@@ -104,6 +111,8 @@ def _geometry(batch: int, columns: int, offset: int):
 
 
 def reparameterize(mu, logvar, seed, offset, with_kl):
+    require_alike(mu, logvar)
+    require_seed(seed, mu)
     (m, m_stride), (v, v_stride) = as_rows(mu), as_rows(logvar)
     z = dense_like(mu)
     batch, columns = mu.shape[0], columns_of(mu)
@@ -121,6 +130,9 @@ def reparameterize(mu, logvar, seed, offset, with_kl):
 
 
 def reparameterize_backward(grad_z, grad_kl, mu, logvar, seed, offset):
+    require_alike(mu, logvar, grad_z)
+    require_seed(seed, mu)
+    require_per_sample(mu, grad_kl)
     (m, m_stride), (v, v_stride) = as_rows(mu), as_rows(logvar)
     g, g_stride = (None, 0) if grad_z is None else as_rows(grad_z)
     grad_mu, grad_logvar = dense_like(mu), dense_like(logvar)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.common.rows import DTYPE_CODE, as_rows, columns_of, dense_like, per_sample_gradient
+from genai_fast.kernels.common.rows import (
+    DTYPE_CODE,
+    as_rows,
+    columns_of,
+    dense_like,
+    per_sample_gradient,
+    require_alike,
+    require_per_sample,
+)
 
 _REDUCTION_CODE = {"none": 0, "sum": 1, "mean": 2}
 
@@ -30,6 +38,9 @@ def _settings(recon, mu, beta_tensor, beta, likelihood, reduction):
 
 
 def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction):
+    require_alike(recon, target, dtype=False)
+    require_alike(mu, logvar)
+    require_per_sample(recon, mu)
     _alive, inputs = _inputs(recon, target, mu, logvar)
     shape = (recon.size(0),) if reduction == "none" else ()
     loss = torch.empty(shape, dtype=torch.float32)
@@ -44,6 +55,10 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
 def vae_loss_backward(
     grad_loss, grad_reconstruction, grad_kl, recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
 ):
+    require_alike(recon, target, dtype=False)
+    require_alike(mu, logvar)
+    require_per_sample(recon, mu)
+    require_per_sample(recon, grad_loss, grad_reconstruction, grad_kl, one=reduction != "none")
     _alive, inputs = _inputs(recon, target, mu, logvar)
     loss, loss_address, loss_stride = per_sample_gradient(grad_loss)
     image, image_address, image_stride = per_sample_gradient(grad_reconstruction)

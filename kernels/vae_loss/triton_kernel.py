@@ -8,7 +8,7 @@ import triton.language as tl
 
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.math_triton import exp, log1p_unit
-from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like
+from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like, require_alike, require_per_sample
 
 BLOCK = 1024  # columns a program, 8 a thread: 16 spill on sm_100
 BLOCK_LATENT = 512
@@ -147,6 +147,9 @@ def _scale(batch, reduction):
 
 
 def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction):
+    require_alike(recon, target, dtype=False)
+    require_alike(mu, logvar)
+    require_per_sample(recon, mu)
     (x, x_stride), (t, t_stride), (m, m_stride), (v, v_stride) = map(as_rows, (recon, target, mu, logvar))
     batch, columns, latent = recon.shape[0], columns_of(recon), columns_of(mu)
     splits = max(ceil_div(columns, BLOCK), 1)
@@ -173,6 +176,10 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
 def vae_loss_backward(
     grad_loss, grad_reconstruction, grad_kl, recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
 ):
+    require_alike(recon, target, dtype=False)
+    require_alike(mu, logvar)
+    require_per_sample(recon, mu)
+    require_per_sample(recon, grad_loss, grad_reconstruction, grad_kl, one=reduction != "none")
     (x, x_stride), (t, t_stride), (m, m_stride), (v, v_stride) = map(as_rows, (recon, target, mu, logvar))
     batch, columns, latent = recon.shape[0], columns_of(recon), columns_of(mu)
     splits = max(ceil_div(columns, BLOCK), 1)
