@@ -93,7 +93,7 @@ def points(device: str) -> Iterator[Point]:
 
 def fused_backend(op: OpSpec, device: str) -> str:
     """The backend that serves the op's fused variant."""
-    return choose(op.library[0].name, "", device, False)[0]
+    return choose(op.library[0].name, "", device)[0]
 
 
 def red(point: Point) -> str:

@@ -99,12 +99,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _has(name: str, backend: str) -> bool:
-    return any(backend in op.backends for op in OPS.values() if op.folder == FOLDERS[name])
-
-
-@functools.cache
-def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]:
+def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The backend that serves a library op on such tensors, and why no kernel does ("" if one does).
 
     Raises:
@@ -115,11 +110,11 @@ def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]
     backend = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     if backend == "reference":
         return backend, "" if forced else f"there is no kernel for {device} tensors"
-    reason = ""
-    if not _has(name, backend):
+    op = next(op for op in OPS.values() if op.folder == FOLDERS[name])
+    if backend not in op.backends:
         reason = f"it has no {backend} kernel"
-    elif double:
-        reason = "the kernels compute in float32 and the tensors are float64"
+    elif dtype not in op.dtypes:
+        reason = f"its kernels do not take {dtype}"
     else:
         reason = unavailable(backend, device)
     if not reason:
@@ -132,12 +127,12 @@ def choose(name: str, forced: str, device: str, double: bool) -> tuple[str, str]
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
-def survey(arguments: tuple[Any, ...]) -> tuple[str, bool, bool]:
-    """Of a library op's arguments: the device type, whether one is float64, whether the dispatcher must see them.
+def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
+    """Of a library op's arguments: device type, dtype (float64 if any is), whether the dispatcher must see them.
 
     It must for a tensor subclass and for a lazily negated tensor.
     """
-    device, double, special = "", False, False
+    device, dtype, special = "", torch.float32, False
     for x in arguments:
         # By identity first: isinstance costs more than the rest, and small tensors feel it.
         if x.__class__ is list and x:  # a list of tensors is alike in device and dtype
@@ -147,20 +142,20 @@ def survey(arguments: tuple[Any, ...]) -> tuple[str, bool, bool]:
                 continue
             special = True
         if not device:  # of the first: seeds and schedules, which may lie elsewhere, come later
-            device = "cpu" if x.is_cpu else x.device.type
-        if x.dtype is torch.float64 and x.dim():
-            double = True
+            device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
+        elif x.dtype is torch.float64 and x.dim():
+            dtype = torch.float64
         if x.is_neg():
             special = True
-    return device, double, special
+    return device or "cpu", dtype, special
 
 
 @functools.cache
-def select(name: str, forced: str, device: str, double: bool) -> Callable[..., Any]:
+def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function that serves a library op on such tensors."""
-    backend, reason = choose(name, forced, device, double)
+    backend, reason = choose(name, forced, device, dtype)
     if reason:
-        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=5)  # once: cached
+        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=6)  # once: cached
     return _implementation(name, backend)
 
 

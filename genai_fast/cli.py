@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{options.parser.prog}: interrupted", file=sys.stderr)
         return 130

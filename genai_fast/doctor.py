@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from genai_fast import __version__, backends
+from genai_fast.errors import UsageError
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.registry import OPS
 
@@ -94,7 +95,7 @@ def _cpu() -> dict[str, Any]:
     if module is not None:
         try:
             in_use = cpu_kernels()[1]
-        except RuntimeError as error:  # GENAI_FAST_ISA names one that is not here
+        except (RuntimeError, UsageError) as error:  # GENAI_FAST_ISA names one that is not here
             reason = str(error)
     return {
         "in use": in_use,
@@ -107,7 +108,7 @@ def _cpu() -> dict[str, Any]:
 def _served(op: str, device: str) -> dict[str, Any]:
     """Which backend serves a public op's float32 tensors on a device, and why each other does not."""
     names = [library.name for library in OPS[op].library]
-    served = {backends.choose(name, backends.forced_backend(), device, False)[0] for name in names}
+    served = {backends.choose(name, backends.forced_backend(), device)[0] for name in names}
     others = {}
     for backend in backends.BACKENDS:
         if backend in served:

@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
+from genai_fast import FallbackWarning
 from genai_fast.optim import Adam, AdamW
 
 
@@ -27,6 +29,7 @@ def _assert_same(ours, theirs):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::genai_fast.FallbackWarning")
 @pytest.mark.parametrize(
     ("mine", "torchs", "settings"),
     [
@@ -68,8 +71,8 @@ def test_state_goes_both_ways():
     _assert_same(ours, theirs)
 
 
-def test_the_kernel_runs_and_says_where_it_cannot():
-    """Contiguous float32 goes to the kernel; another layout to torch. Both count hooks once."""
+@pytest.mark.filterwarnings("ignore::genai_fast.FallbackWarning")
+def test_hooks_run_once_whoever_steps():
     calls = []
     torch.optim.Adam(_params())  # torch wraps the inherited step, too
     for transpose in (False, True):
@@ -113,3 +116,53 @@ def test_moments_too_small_for_a_normal_float_are_flushed():
         pytest.skip("this processor has no flush mode that the kernel knows")
     assert not state["exp_avg"].any()
     assert torch.tensor(1e-39) * 0.5 > 0  # the mode ended with the call
+
+
+def test_a_step_that_is_torchs_says_so_once():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adam([p], amsgrad=True)
+    p.grad = torch.ones(3)
+    with pytest.warns(FallbackWarning, match="Adam steps as torch's own: amsgrad=True") as said:
+        optimizer.step()
+        optimizer.step()
+    assert len(said) == 1
+
+
+def test_channels_last_parameters_stay_with_the_kernel():
+    """FallbackWarning is an error in tests."""
+    ours, theirs = (torch.nn.Parameter(torch.arange(24.0).view(2, 3, 2, 2)) for _ in range(2))
+    ours.data = ours.data.to(memory_format=torch.channels_last)
+    for p, optimizer in ((ours, Adam([ours])), (theirs, torch.optim.Adam([theirs]))):
+        for scale in (1.0, -3.0):
+            p.grad = scale * torch.arange(24.0).view(2, 3, 2, 2)  # row-major, unlike ours
+            optimizer.step()
+    _assert_same([ours], [theirs])
+
+
+def test_autograd_sees_the_update():
+    p, x = torch.nn.Parameter(torch.randn(5)), torch.randn(5, requires_grad=True)
+    y = (p * p * x).sum()
+    p.grad = torch.ones(5)
+    Adam([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.filterwarnings("ignore::genai_fast.FallbackWarning")
+def test_grad_scaler_skips_infinite_gradients():
+    for fused in (None, True):
+        p = torch.nn.Parameter(torch.ones(4))
+        optimizer, scaler = Adam([p], lr=0.01, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        scaler.scale(p.sum())
+        p.grad = torch.tensor([1.0, 2.0, float("inf"), 1.0])
+        scaler.step(optimizer)
+        assert torch.equal(p, torch.ones(4))
+
+
+def test_numpy_rates():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = Adam([p])
+    optimizer.param_groups[0]["lr"] = np.float64(0.01)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.99))

@@ -20,9 +20,9 @@ def library_call(name: str, *arguments: Any) -> Any:
     It has work to do for a compiler, a transform, a dispatch mode (fake tensors, tracing) and special tensors.
     """
     if not (_transformed() or torch._C._len_torch_dispatch_stack()):
-        device, double, special = survey(arguments)
+        device, dtype, special = survey(arguments)
         if not special:
-            return select(name, arguments[-1], device, double)(*arguments[:-1])
+            return select(name, arguments[-1], device, dtype)(*arguments[:-1])
     return getattr(torch.ops.genai_fast, name)(*arguments)
 
 

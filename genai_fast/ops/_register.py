@@ -16,8 +16,8 @@ def _register(op: LibraryOp) -> None:
     name = op.name
 
     def route(*arguments):
-        device, double, _ = survey(arguments)
-        return select(name, arguments[-1], device, double)(*arguments[:-1])
+        device, dtype, _ = survey(arguments)
+        return select(name, arguments[-1], device, dtype)(*arguments[:-1])
 
     def fake(*arguments):
         return op.fake(*arguments[:-1])

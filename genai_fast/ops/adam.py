@@ -31,7 +31,8 @@ def adam_step(
         params, exp_avgs, exp_avg_sqs: parameters and both moments, updated in place; contiguous, of one dtype and
             device, shapes in pairs.
         grads: gradients, shapes, dtype and device of params, contiguous.
-        steps: steps taken so far, a 0-d tensor for each parameter, of params' dtype and device; updated in place.
+        steps: steps taken so far, one 0-d tensor for each parameter (not shared), of params' dtype and device;
+            updated in place.
         lr, betas, eps, weight_decay: as torch.optim.Adam takes them.
         decoupled: AdamW's decay p *= 1 - lr weight_decay instead of g += weight_decay p.
 
@@ -39,7 +40,8 @@ def adam_step(
         The updated params, exp_avgs, exp_avg_sqs and steps, one list.
 
     Gradients: none.
-    Backends: C++ (CPU, float32), reference (elsewhere). On CUDA torch.optim.Adam(fused=True) is the better choice.
+    Backends: C++ (CPU, float32; numbers below 1.2e-38 count as zero), reference (elsewhere).
+        On CUDA torch.optim.Adam(fused=True) is the better choice.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
     Source: Kingma & Ba 2014, arXiv:1412.6980; Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
@@ -60,7 +62,7 @@ def adam_step(
                 raise ValueError(f"{_OP}: {name}[{k}]: expected a contiguous tensor, got strides {x.stride()}")
     with torch.no_grad():
         library_call(
-            _OP, list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), lr, *betas, eps,
-            weight_decay, decoupled, forced_backend(),
+            _OP, list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps),
+            float(lr), *map(float, betas), float(eps), float(weight_decay), decoupled, forced_backend(),
         )  # fmt: skip
     return [*params, *exp_avgs, *exp_avg_sqs, *steps]

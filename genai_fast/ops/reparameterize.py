@@ -63,9 +63,9 @@ def reparameterize(
             a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
 
     Returns:
-        z, shape and dtype of mu, contiguous.
+        z, shape and dtype of mu (the wider one's under autocast), contiguous.
 
-    Gradients: mu and logvar, to any order (the second and higher through plain PyTorch).
+    Gradients: mu and logvar, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Other strides than row-major rows are
         copied first.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
@@ -87,7 +87,8 @@ def reparameterize_kl(
     Returns:
         z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
 
-    Gradients: mu and logvar through both results, to any order (the second and higher through plain PyTorch).
+    Gradients: mu and logvar through both results, to any order (the second and higher through plain PyTorch;
+        torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Kingma & Welling 2013, arXiv:1312.6114.

@@ -66,13 +66,15 @@ def vae_loss(
 ) -> VAELoss:
     """loss = -log p(target | recon) + beta * KL(N(mu, exp(logvar)) || N(0, I)), summed over all but the batch.
 
-    Bernoulli: -log p = sum of BCE(sigmoid(recon), target), recon being logits: leave the decoder's sigmoid out.
+    Bernoulli: -log p = sum of BCE(sigmoid(recon), target), recon being logits: leave the decoder's sigmoid out (and
+    apply it yourself to look at pictures).
     Gaussian: sum of (recon - target)^2, the squared error that `F.mse_loss(reduction="sum")` gives (-log p up to a
     constant at variance 1/2).
 
     Args:
         recon: decoder output, [B, ...], float32, bfloat16, float16 or float64, any strides.
-        target: data, shape, dtype and device of recon (under autocast dtypes may differ); in [0, 1] for Bernoulli.
+        target: data, shape, dtype and device of recon (under autocast dtypes may differ); in [0, 1] for Bernoulli
+            (not checked: that would read it once more).
         mu, logvar: posterior mean and log-variance, [B, ...] each.
         likelihood: "bernoulli" or "gaussian".
         beta: weight of the KL term, >= 0: a float, or a 0-d tensor that a schedule may change, in a CUDA graph too.
@@ -82,7 +84,7 @@ def vae_loss(
         VAELoss(loss, reconstruction, kl) in nats, float32 (float64 if recon is): 0-d, or [B] for "none".
 
     Gradients: recon, target, mu, logvar and a beta tensor, to any order (the second and higher through plain
-        PyTorch, as target's and beta's first).
+        PyTorch, as target's and beta's first; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Kingma & Welling 2013, arXiv:1312.6114; beta: Higgins et al. 2017.
@@ -98,6 +100,9 @@ def vae_loss(
     _check.matches(_OP, "logvar", logvar, "mu", mu)
     _check.one_of(_OP, "likelihood", likelihood, ("bernoulli", "gaussian"))
     _check.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    if mu.dtype is not logvar.dtype:  # under autocast only
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
     beta_tensor, beta = _check.scalar(_OP, "beta", beta, recon)
     return VAELoss(
         *_VAELoss.call(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from genai_fast.backends import forced_backend
+from genai_fast.backends import FallbackWarning, forced_backend
+from genai_fast.kernels.common.rows import is_dense
 from genai_fast.ops._function import library_call
-
-
-def _fits(x: torch.Tensor) -> bool:
-    return x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
 
 
 class _OneCall:
@@ -25,47 +23,66 @@ class _OneCall:
             with torch.enable_grad():
                 loss = closure()
         work = [self._tensors(group) for group in self.param_groups]
-        if None not in work:
+        reason = next((found for found in work if isinstance(found, str)), "")
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            reason = "a GradScaler leaves unscaling to an optimizer with fused=True"
+        if not reason:
             for group, tensors in zip(self.param_groups, work, strict=True):
                 if tensors[0]:
                     library_call(
-                        "adam_step", *tensors, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                        group["decoupled_weight_decay"], forced_backend(),
+                        "adam_step", *tensors, float(group["lr"]), *map(float, group["betas"]), float(group["eps"]),
+                        float(group["weight_decay"]), group["decoupled_weight_decay"], forced_backend(),
                     )  # fmt: skip
-        else:
-            # torch wraps `step` of each class that is instantiated, to run hooks: ours has run them already.
-            inherited = super().step.__func__
-            if getattr(inherited, "hooked", False):
-                inherited = inherited.__wrapped__
-            inherited(self)
+            return loss
+        if not self.__dict__.get("_said"):
+            self._said = True
+            warnings.warn(f"{type(self).__name__} steps as torch's own: {reason}", FallbackWarning, stacklevel=4)
+        # torch wraps `step` of each class that is instantiated, to run hooks: ours has run them already.
+        inherited = super().step.__func__
+        if getattr(inherited, "hooked", False):
+            inherited = inherited.__wrapped__
+        inherited(self)
         return loss
 
-    def _tensors(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], ...] | None:
-        """Parameters, gradients, both moments and step counts of a group; None where the kernel does not fit."""
-        if group["amsgrad"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], torch.Tensor):
-            return None
+    def _tensors(self, group: dict[str, Any]) -> tuple[list[torch.Tensor], ...] | str:
+        """Parameters, gradients, both moments and step counts of a group; or why the kernel does not fit."""
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group[option]:
+                return f"{option}=True"
+        if isinstance(group["lr"], torch.Tensor):
+            return "lr is a tensor"
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [])
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if not (_fits(p) and _fits(p.grad)):
-                return None
+            if p.dtype is not torch.float32 or not p.is_cpu:
+                return f"a parameter is {p.dtype} on {p.device}, the kernel takes float32 on the CPU"
+            if not is_dense(p) or p.grad.layout is not torch.strided:
+                return "a parameter or gradient is neither contiguous nor channels_last"
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            members = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-            if not all(_fits(x) for x in members[2:]):  # a loaded state may be of another kind
-                return None
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            gradient, strides = p.grad, p.stride()
+            if gradient.stride() != strides:
+                gradient = torch.empty_like(p).copy_(gradient)
+            for x in (gradient, state["exp_avg"], state["exp_avg_sq"]):
+                if x.dtype is not torch.float32 or x.shape != p.shape or x.stride() != strides or not x.is_cpu:
+                    return "a loaded state or a gradient has another dtype or layout than its parameter"
+            members = (p, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
             for list_, x in zip(lists, members, strict=True):
                 list_.append(x)
         return lists
 
 
 class Adam(_OneCall, torch.optim.Adam):
-    """torch.optim.Adam: same arguments, same state_dict; on CPU float32 parameters one fused call a step."""
+    """torch.optim.Adam: same arguments, same state_dict; on CPU float32 parameters one fused call a step.
+
+    Numbers below 1.2e-38 count as zero in that call. What it does not take (other dtypes and devices, amsgrad,
+    maximize, a tensor as lr, sparse gradients) steps as torch's own, with a FallbackWarning once.
+    """
 
 
 class AdamW(_OneCall, torch.optim.AdamW):
-    """torch.optim.AdamW: same arguments, same state_dict; on CPU float32 parameters one fused call a step."""
+    """torch.optim.AdamW, as `Adam` is torch.optim.Adam."""

@@ -104,7 +104,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, got {error}; remedy: use an older checkpoint") from error
+        raise CheckpointError(
+            f"{path}: expected JSON, got {error}; remedy: remove this checkpoint; the one before serves"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: expected a {_FORMAT}, got another kind of file")
     if state.get("version") != VERSION:
@@ -114,7 +116,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         )
     missing = {"step", "progress", "about", "optimizer", "environment"} - state.keys()
     if missing:
-        raise CheckpointError(f"{path}: expected {', '.join(sorted(missing))} in it; remedy: use an older checkpoint")
+        raise CheckpointError(
+            f"{path}: expected {', '.join(sorted(missing))} in it; remedy: remove this checkpoint; the one before serves"
+        )
     return state
 
 
@@ -150,9 +154,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 def environment(device: torch.device) -> dict[str, Any]:
     """What decides the bits of a result on this machine."""
     on_cuda = device.type == "cuda"
-    served = {
-        name: backends.choose(name, backends.forced_backend(), device.type, False)[0] for name in backends.FOLDERS
-    }
+    served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
     isa = extension.cpu_kernels()[1] if "cpu" in served.values() else "none"
     return {
         "torch": torch.__version__,
@@ -204,7 +206,7 @@ def _tensors(path: Path, step: int) -> dict[str, torch.Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {error}; remedy: use an older checkpoint"
+            f"{path}: expected a whole safetensors file, got {error}; remedy: remove this checkpoint; the one before serves"
         ) from error
     if found != str(step):
         raise CheckpointError(
@@ -246,7 +248,7 @@ def _optimizer_state(
         if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
             raise CheckpointError(
                 f"{checkpoint}: {key}: expected {'no such tensor' if shape is None else tuple(shape)},"
-                f" got {tuple(value.shape)}; remedy: use an older checkpoint"
+                f" got {tuple(value.shape)}; remedy: remove this checkpoint; the one before serves"
             )
         state.setdefault(int(index), {})[name] = value
     merged = []

@@ -106,7 +106,7 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     newest = checkpoint.latest(folder) if resume else None
     if newest and (found := checkpoint.read_state(newest)["about"]) != about:
         raise UsageError(f"{newest}: expected a run of {about}, got {found}; remedy: resume with the same data")
-    if not resume and (folder / CONFIG).exists():
+    if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
     model = recipe.build(settings, images.shape).to(device)

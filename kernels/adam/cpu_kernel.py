@@ -7,21 +7,28 @@ from array import array
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.rows import is_dense
 
 
 def adam_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled):
     rows = array("q")
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        count = p.numel()
-        for x in (p, g, m, v):
-            if x.dtype is not torch.float32 or x.numel() != count or not x.is_contiguous() or not x.is_cpu:
+        shape, strides = p.shape, p.stride()
+        for x in (p, g, m, v):  # elementwise: any layout without holes, the same in all four
+            if x.dtype is not torch.float32 or not x.is_cpu or x.shape != shape or x.stride() != strides:
                 raise ValueError(
-                    f"adam_step: expected a contiguous float32 CPU tensor of {count} elements as the parameter is,"
-                    f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+                    f"adam_step: expected float32 {tuple(shape)} with strides {strides} on the CPU as the parameter"
+                    f" has, got {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
                 )
-        if step.dtype is not torch.float32 or step.numel() != 1:
-            raise ValueError(f"adam_step: expected a step count of one float32, got {step.dtype} {tuple(step.shape)}")
-        rows.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), count))
+        if not is_dense(p):
+            raise ValueError(f"adam_step: expected a contiguous or channels_last parameter, got strides {strides}")
+        if step.dtype is not torch.float32 or step.numel() != 1 or not step.is_cpu:
+            raise ValueError(
+                f"adam_step: expected a step count of one float32 on the CPU, got {step.dtype} {step.shape}"
+            )
+        rows.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel()))
     cpu_kernels()[0]["adam_step"](
         rows.buffer_info()[0], len(params), lr, beta1, beta2, eps, weight_decay, decoupled, torch.get_num_threads()
     )
+    # Autograd must see that these changed: a backward that still needs the old values has to fail.
+    torch.autograd.graph.increment_version((*params, *exp_avgs, *exp_avg_sqs, *steps))

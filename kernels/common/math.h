@@ -66,7 +66,8 @@ inline float exp_minus(float a) {
   p = multiply_add(p, f, 2.40221202e-1f);
   p = multiply_add(p, f, 6.93146944e-1f);
   p = multiply_add(p, f, 1.00000012f);
-  return as_float(as_int(p) + int32_t(uint32_t(as_int(shifted)) << 23));
+  const float value = as_float(as_int(p) + int32_t(uint32_t(as_int(shifted)) << 23));
+  return a == a ? value : a;
 }
 
 // ln(1 + e) for e in [0, 1]: |relative error| <= 4e-7. Coefficients: minimax fit of ln(1 + e) / e.

@@ -36,7 +36,7 @@ nb::object wrap(const Kernel* kernel) {
         Argument arguments[kMaxArguments];
         for (int k = 0; k < n; ++k) {
           PyObject* value = PyTuple_GET_ITEM(values.ptr(), k);
-          if (PyFloat_CheckExact(value)) {
+          if (PyFloat_Check(value)) {
             arguments[k] = {0, PyFloat_AS_DOUBLE(value)};
           } else {
             const long long integer = PyLong_AsLongLong(value);

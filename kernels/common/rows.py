@@ -60,6 +60,14 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
     return g, g.data_ptr(), g.stride(0) if g.dim() else 0
 
 
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether x fills its memory without holes: contiguous or channels_last."""
+    if x.layout is not torch.strided:
+        return False
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+
+
 def columns_of(x: torch.Tensor) -> int:
     """Elements a sample."""
     batch = x.size(0)

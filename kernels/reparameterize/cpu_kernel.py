@@ -23,7 +23,7 @@ def reparameterize(mu, logvar, seed, offset, with_kl):
     m, m_stride = as_rows(mu)
     v, v_stride = as_rows(logvar)
     z = dense_like(mu)
-    kl = torch.empty(mu.shape[0] if with_kl else 0, dtype=torch.float32)
+    kl = mu.new_empty(mu.shape[0] if with_kl else 0, dtype=torch.float32)
     cpu_kernels()[0]["reparameterize"](
         m.data_ptr(), m_stride, v.data_ptr(), v_stride, z.data_ptr(), kl.data_ptr() if with_kl else 0,
         seed.data_ptr(), offset, mu.shape[0], columns_of(mu), DTYPE_CODE[mu.dtype], torch.get_num_threads(),

@@ -43,7 +43,7 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
     require_per_sample(recon, mu)
     _alive, inputs = _inputs(recon, target, mu, logvar)
     shape = (recon.size(0),) if reduction == "none" else ()
-    loss = torch.empty(shape, dtype=torch.float32)
+    loss = recon.new_empty(shape, dtype=torch.float32)
     reconstruction, kl = torch.empty_like(loss), torch.empty_like(loss)
     cpu_kernels()[0]["vae_loss"](
         *inputs, loss.data_ptr(), reconstruction.data_ptr(), kl.data_ptr(),
