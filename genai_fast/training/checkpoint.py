@@ -105,7 +105,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: expected JSON, got {error}; remedy: remove this checkpoint; the one before serves"
+            f"{path}: expected JSON, got {error}; remedy: remove it; the one before serves"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: expected a {_FORMAT}, got another kind of file")
@@ -117,7 +117,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     missing = {"step", "progress", "about", "optimizer", "environment"} - state.keys()
     if missing:
         raise CheckpointError(
-            f"{path}: expected {', '.join(sorted(missing))} in it; remedy: remove this checkpoint; the one before serves"
+            f"{path}: expected {', '.join(sorted(missing))} in it; remedy: remove it; the one before serves"
         )
     return state
 
@@ -206,7 +206,7 @@ def _tensors(path: Path, step: int) -> dict[str, torch.Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {error}; remedy: remove this checkpoint; the one before serves"
+            f"{path}: expected a whole safetensors file, got {error}; remedy: remove it; the one before serves"
         ) from error
     if found != str(step):
         raise CheckpointError(
@@ -248,7 +248,7 @@ def _optimizer_state(
         if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
             raise CheckpointError(
                 f"{checkpoint}: {key}: expected {'no such tensor' if shape is None else tuple(shape)},"
-                f" got {tuple(value.shape)}; remedy: remove this checkpoint; the one before serves"
+                f" got {tuple(value.shape)}; remedy: remove it; the one before serves"
             )
         state.setdefault(int(index), {})[name] = value
     merged = []
