@@ -88,7 +88,6 @@ class LibraryOp:
 
     schema: str
     fake: Callable[..., Any]
-    mutates: bool = False
 
     @property
     def name(self) -> str:
