@@ -1,6 +1,7 @@
 """OPS: every public op. A new op is a folder in kernels/ and a line here."""
 
 from genai_fast.kernels.adam.spec import ADAM_STEP
+from genai_fast.kernels.batch_norm_act.spec import BATCH_NORM_ACT
 from genai_fast.kernels.common.spec import OpSpec
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
@@ -12,5 +13,6 @@ OPS: dict[str, OpSpec] = {
         REPARAMETERIZE_KL,
         VAE_LOSS,
         ADAM_STEP,
+        BATCH_NORM_ACT,
     )
 }

@@ -79,18 +79,19 @@ def _differentiable(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
 
 
-def _evaluate(function, inputs, upstream=None):
-    """Outputs, and the gradients of sum(output * upstream) by input name."""
+def _evaluate(op, function, inputs, upstream=None):
+    """Outputs and what was updated in place, and the gradients of sum(output * upstream) by input name."""
     outputs = _flat(function(**inputs))
+    updated = [inputs[name] for name in op.mutates if inputs.get(name) is not None]
     targets = _differentiable(inputs)
     if upstream is None or not targets:
-        return outputs, {}
+        return [*outputs, *updated], {}
     grads = torch.autograd.grad(
-        outputs, list(targets.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
+        outputs, list(targets.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)],
         allow_unused=True,
     )  # fmt: skip
     zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
-    return outputs, dict(zip(targets, zero, strict=True))
+    return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 
 
 @contextlib.contextmanager
@@ -139,15 +140,18 @@ def assert_matches_reference(run: Run) -> None:
     Raises:
         AssertionError: names the run, and each output or input whose error passes its limit.
     """
-    inputs = run.case.inputs(Tensors(run.dtype, run.device))
-    wide = _widen(inputs)
-    outputs, _ = _evaluate(run.op.reference, wide)
+    op = run.op
+
+    def inputs() -> dict[str, Any]:  # anew each time: an op may update them in place
+        return run.case.inputs(Tensors(run.dtype, run.device))
+
+    outputs, _ = _evaluate(op, op.reference, _widen(inputs()))
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(o.shape, generator=generator).to(run.dtype).to(o) for o in outputs]
-    truth, truth_grads = _evaluate(run.op.reference, wide, upstream)
-    eager, eager_grads = _evaluate(run.op.reference, inputs, upstream)
+    truth, truth_grads = _evaluate(op, op.reference, _widen(inputs()), upstream)
+    eager, eager_grads = _evaluate(op, op.reference, inputs(), upstream)
     with use_backend(run.backend), poisoned_memory():
-        got, got_grads = _evaluate(getattr(ops, run.op.name), inputs, upstream)
+        got, got_grads = _evaluate(op, getattr(ops, op.name), inputs(), upstream)
 
     with torch.no_grad():
         wrong = [

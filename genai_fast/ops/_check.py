@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from genai_fast.kernels.common.activations import ACTIVATIONS
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,6 +41,40 @@ def matches(op: str, name: str, x: Any, other_name: str, other: torch.Tensor) ->
             f"{op}: {name}: expected {other.dtype} as {other_name} has, got {x.dtype};"
             f" convert it with .to({other_name}.dtype)"
         )
+
+
+def has_channels(op: str, x: Any) -> None:
+    is_floating(op, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x: expected [N, C] or [N, C, ...], got shape {tuple(x.shape)}; add dimensions")
+
+
+def per_channel(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
+    """Each parameter is None or [C] on x's device, all of one dtype: that of x, or float32 beside a narrower x."""
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        is_floating(op, name, p)
+        same_device(op, name, p, "x", x)
+        if p.dim() != 1 or p.size(0) != x.size(1):
+            raise ValueError(
+                f"{op}: {name}: expected shape ({x.size(1)},) as x has {x.size(1)} channels, got {tuple(p.shape)};"
+                f" x is [N, C, ...], channels second"
+            )
+        if p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
+            allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
+            raise TypeError(
+                f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()"
+            )
+    if len({p.dtype for p in parameters.values() if p is not None}) > 1:
+        got = ", ".join(f"{name} {p.dtype}" for name, p in parameters.items() if p is not None)
+        raise TypeError(f"{op}: expected parameters and running statistics of one dtype, got {got}; convert with .to()")
+
+
+def activation(op: str, name: Any, slope: Any) -> None:
+    one_of(op, "activation", name, ACTIVATIONS)
+    if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):
+        raise ValueError(f"{op}: negative_slope: expected a finite float, got {slope!r}")
 
 
 def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -130,6 +130,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     backends: tuple[str, ...] = ("reference", "cpu", "triton")
     double_backward: bool = True
+    mutates: tuple[str, ...] = ()  # arguments that the op and its reference update in place
     extra_tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)  # output or input -> (floor, reason)
 
     def __str__(self) -> str:

@@ -1,0 +1,161 @@
+"""Batch normalization and activation as one op: statistics, apply, and their gradients in one pass each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.batch_norm_act import reference
+from genai_fast.kernels.common.channels import wide
+from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction, library_call
+
+_OP = "batch_norm_act"
+
+
+class _BatchNormAct(KernelFunction):
+    @staticmethod
+    def forward(x, weight, bias, mean, rstd, batch_statistics, eps, activation, slope, total, group, backend):
+        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, activation, slope, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, mean, rstd, ctx.batch_statistics, *ctx.settings, ctx.total, ctx.group, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        eps, activation, slope = ctx.settings
+        arguments = (grad_y, x, weight, bias, mean, rstd)
+        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if ctx.group is not None:
+                raise NotImplementedError(
+                    f"{_OP}: expected one backward through statistics of several processes, got create_graph=True;"
+                    f" use BatchNorm without synchronization where a gradient is differentiated"
+                )
+            return *reference.gradients(*arguments, ctx.batch_statistics, eps, activation, slope), *(None,) * 9
+        grad_x = sum_dz = sum_dz_x_hat = None
+        if ctx.batch_statistics or any(ctx.needs_input_grad[1:3]):
+            sum_dz, sum_dz_x_hat = library_call("batch_norm_act_reduce", *arguments, activation, slope, ctx.backend)
+        if ctx.needs_input_grad[0]:
+            used, count = (sum_dz, sum_dz_x_hat), x.numel() // x.size(1)
+            if not ctx.batch_statistics:
+                used = (None, None)
+            elif ctx.group is not None:
+                used, count = _sum_over_processes(used, ctx.total, ctx.group), 1
+            grad_x = library_call("batch_norm_act_grad", *arguments, *used, count, activation, slope, ctx.backend)
+        grad_weight = sum_dz_x_hat if ctx.needs_input_grad[1] else None
+        grad_bias = sum_dz if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, *(None,) * 9
+
+
+def _sum_over_processes(sums, total, group):
+    """The means of dz and dz x-hat over the elements of all processes: one collective of 2 C floats."""
+    joined = torch.stack(sums)
+    dist.all_reduce(joined, group=group)
+    return (joined / total).unbind()
+
+
+def _statistics_over_processes(x, running_mean, running_var, momentum, eps, group, backend):
+    """(mean, rstd, elements a channel as a tensor) over the batches of all processes, combined in rank order."""
+    mean, squares, _ = library_call("batch_norm_statistics", x, None, None, 0.0, eps, backend)
+    count = mean.new_full((1,), x.numel() // x.size(1))
+    mine = torch.cat((mean, squares, count))
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    everyone = torch.stack(gathered).double()
+    channels = x.size(1)
+    means, squares, counts = everyone[:, :channels], everyone[:, channels:-1], everyone[:, -1:]
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    squares = (squares + counts * (means - mean) ** 2).sum(0)
+    if running_mean is not None:
+        running_mean.copy_((1.0 - momentum) * running_mean + momentum * mean)
+        running_var.copy_((1.0 - momentum) * running_var + momentum * squares / (total - 1))
+    return mean.to(mine.dtype), torch.rsqrt(squares / total + eps).to(mine.dtype), total.to(mine.dtype)
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+    *,
+    process_group: Any = None,
+) -> torch.Tensor:
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias), mean and var by channel.
+
+    In training mean and (biased) var are the batch's, over all dimensions but the second, and running_mean and
+    running_var move by momentum towards the batch's mean and unbiased variance; else they are the running ones.
+    Only x is kept for backward: x-hat and the activation's derivative are computed again.
+
+    Args:
+        x: [N, C] or [N, C, ...], float32, bfloat16, float16 or float64, any strides; results keep the layout of a
+            contiguous or channels-last x.
+        weight, bias: [C] or None for 1 and 0; the dtype of x, or float32.
+        running_mean, running_var: [C] or None (in training only), both or neither; dtype as weight; updated in place
+            in training, with no version of theirs counted, as F.batch_norm does.
+        training: whether the batch's statistics are used.
+        momentum: share of the new value in the running statistics; cumulative averages pass 1 / batches seen.
+        eps: added to the variance.
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid" or "silu".
+        negative_slope: of leaky_relu.
+        process_group: in training, take the statistics over the batches of all its processes, which must all call
+            (torch.distributed.group.WORLD or a group; None: this process alone).
+
+    Returns:
+        y, shape and dtype of x.
+
+    Gradients: x, weight, bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
+        those, and so do statistics of several processes).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are means and squared
+        deviations of tiles combined in a fixed order: accurate at any mean, and bitwise repeatable.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167; combination: Chan, Golub & LeVeque 1983.
+    """
+    _check.has_channels(_OP, x)
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check.per_channel(_OP, parameters, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
+    if not training and running_mean is None:
+        raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
+    _check.activation(_OP, activation, negative_slope)
+    momentum, eps = float(momentum), float(eps)
+    if not eps >= 0.0 or not math.isfinite(momentum):
+        raise ValueError(f"{_OP}: expected eps >= 0 and a finite momentum, got eps {eps} and momentum {momentum}")
+    backend, total = forced_backend(), None
+    weight, bias = (p if p is None else wide(p) for p in (weight, bias))
+    if training:
+        count = x.numel() // x.size(1) if x.numel() else 0
+        if count == 0 or (count == 1 and process_group is None):
+            raise ValueError(
+                f"{_OP}: x: expected more than one value per channel in training, got shape {tuple(x.shape)};"
+                f" use a larger batch, or eval()"
+            )
+        with torch.no_grad():
+            given = (x.detach(), running_mean, running_var, momentum, eps)
+            if process_group is None:
+                mean, _, rstd = library_call("batch_norm_statistics", *given, backend)
+            else:
+                mean, rstd, total = _statistics_over_processes(*given, process_group, backend)
+    else:
+        with torch.no_grad():
+            # Copies: a later forward in training moves the originals, and backward needs these.
+            mean = running_mean.to(torch.promote_types(running_mean.dtype, torch.float32), copy=True)
+            rstd = torch.rsqrt(wide(running_var) + eps)
+    return _BatchNormAct.call(
+        x, weight, bias, mean, rstd, training, eps, activation, float(negative_slope), total, process_group, backend
+    )

@@ -1,0 +1,205 @@
+"""batch_norm_act: what the op is, its cases and its cost."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from genai_fast.kernels.batch_norm_act import reference
+from genai_fast.kernels.common.activations import ACTIVATIONS, activate
+from genai_fast.kernels.common.channels import dense_channels, wide
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+
+
+def _wide_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _channel_vectors(x, count):
+    return tuple(x.new_empty(x.size(1), dtype=_wide_dtype(x)) for _ in range(count))
+
+
+LIBRARY = (
+    LibraryOp(
+        "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps,"
+        " str backend) -> (Tensor mean, Tensor squares, Tensor rstd)",
+        lambda x, *settings: _channel_vectors(x, 3),
+    ),
+    LibraryOp(
+        "batch_norm_act_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str activation,"
+        " float slope, str backend) -> Tensor",
+        lambda x, *rest: torch.empty_like(dense_channels(x)),
+    ),
+    LibraryOp(
+        "batch_norm_act_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " str activation, float slope, str backend) -> (Tensor sum_dz, Tensor sum_dz_x_hat)",
+        lambda grad_y, x, *rest: _channel_vectors(x, 2),
+    ),
+    LibraryOp(
+        "batch_norm_act_grad(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " Tensor? sum_dz, Tensor? sum_dz_x_hat, SymInt count, str activation, float slope, str backend) -> Tensor",
+        lambda grad_y, x, *rest: torch.empty_like(dense_channels(x)),
+    ),
+)
+
+
+def _reference(
+    x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
+    activation="leaky_relu", negative_slope=0.2,
+):  # fmt: skip
+    """F.batch_norm and the activation, in float32 or wider."""
+    running = [None if r is None else wide(r).clone() for r in (running_mean, running_var)]
+    weight, bias = (None if p is None else wide(p) for p in (weight, bias))
+    z = F.batch_norm(wide(x), *running, weight, bias, training, momentum, eps)
+    if running_mean is not None:
+        running_mean.copy_(running[0])
+        running_var.copy_(running[1])
+    return activate(z, activation, negative_slope).to(x.dtype)
+
+
+def _eager(inplace):
+    def run(
+        x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
+        activation="leaky_relu", negative_slope=0.2,
+    ):  # fmt: skip
+        """What people write: BatchNorm, then the activation module."""
+        z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if activation == "leaky_relu":
+            return F.leaky_relu(z, negative_slope, inplace=inplace)
+        return activate(z, activation, negative_slope)
+
+    return run
+
+
+def _cost(x, weight=None, **settings):
+    # Forward reads x twice and writes y; backward reads x and dy twice and writes dx.
+    return Cost(flops=30 * x.numel(), bytes=8 * x.numel() * x.element_size())
+
+
+def _parameters(t, channels, running=True):
+    found = dict(weight=t.uniform(channels, low=0.5, high=1.5, grad=True), bias=t.normal(channels, scale=0.3))
+    if running:
+        found.update(
+            running_mean=t.normal(channels, grad=False), running_var=t.uniform(channels, low=0.5, high=2.0)
+        )  # fmt: skip
+    return found
+
+
+def _inputs(*shape, layout="contiguous", mean=0.5, running=True, **more):
+    def make(t):
+        x = t.normal(*shape, scale=2.0, mean=mean, grad=False)
+        if layout == "channels_last":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        elif layout == "strided":
+            x = torch.cat((x, x), 1)[:, : shape[1]]
+        elif layout == "transposed":
+            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return dict(x=x.requires_grad_(), **_parameters(t, shape[1], running), **more)
+
+    return make
+
+
+def _mixed(t):
+    """Activations of a narrow dtype beside float32 parameters, as under autocast."""
+    wide_t = type(t)(torch.promote_types(t.dtype, torch.float32), t.device, t.generator)
+    return dict(x=t.normal(6, 5, 4, 4), **_parameters(wide_t, 5))
+
+
+def _no_affine(t):
+    return dict(x=t.normal(6, 5, 4, 4), running_mean=t.normal(5, grad=False), running_var=t.uniform(5, low=0.5))
+
+
+def _weight_only(t):
+    return dict(x=t.normal(6, 5, 9), weight=t.uniform(5, low=0.5, grad=True))
+
+
+def _special(t):
+    """Channels with an infinity, with a NaN, with one value everywhere, with zeros, and an ordinary one."""
+    x = torch.randn(4, 5, 3, generator=t.generator)
+    x[0, 0, 0], x[1, 1, 1], x[:, 2], x[:, 3] = float("inf"), float("nan"), 1.5, 0.0
+    return dict(x=t.values(x.tolist()), **_parameters(t, 5))
+
+
+CASES = (
+    Case("dcgan_block", _inputs(8, 16, 8, 8)),
+    Case("channels_last", _inputs(8, 24, 9, 7, layout="channels_last")),
+    Case("odd", _inputs(3, 5, 7, 7, activation="none")),
+    Case("two_values", _inputs(2, 3, 1, 1, eps=0.5)),
+    Case("linear", _inputs(33, 130, activation="relu")),
+    Case("one_channel", _inputs(5, 1, 11)),
+    Case("sound", _inputs(4, 6, 300, activation="silu")),
+    Case("sound_channels_last", _inputs(4, 6, 50, layout="channels_last", activation="tanh")),
+    Case("volume", _inputs(2, 4, 3, 4, 5, activation="sigmoid")),
+    Case("volume_channels_last", _inputs(2, 70, 3, 2, 2, layout="channels_last", activation="relu")),
+    Case("large_plane", _inputs(2, 3, 96, 128)),
+    Case("many_rows", _inputs(40, 66, 9, 9, layout="channels_last")),
+    Case("wide_rows", _inputs(3, 9000, layout="channels_last", activation="relu")),
+    Case("strided", _inputs(4, 6, 5, 5, layout="strided", activation="relu")),
+    Case("transposed", _inputs(4, 6, 5, 3, layout="transposed")),
+    Case("far_mean", _inputs(64, 4, 8, 8, mean=200.0)),
+    Case("far_mean_channels_last", _inputs(64, 4, 8, 8, mean=200.0, layout="channels_last")),
+    Case("eps_0.8", _inputs(4, 6, 5, 5, eps=0.8, momentum=0.2)),
+    Case("momentum_1", _inputs(4, 6, 5, 5, momentum=1.0, negative_slope=-0.5)),
+    Case("momentum_0", _inputs(4, 6, 5, 5, momentum=0.0)),
+    Case("no_running", _inputs(4, 6, 5, 5, running=False)),
+    Case("no_affine", _no_affine),
+    Case("weight_only", _weight_only),
+    Case("mixed_dtypes", _mixed),
+    Case("eval", _inputs(4, 6, 5, 5, training=False)),
+    Case("eval_channels_last", _inputs(1, 6, 5, 5, training=False, layout="channels_last", activation="silu")),
+    Case("eval_empty", _inputs(0, 6, 5, 5, training=False)),
+    Case("special_values", _special),
+    *(Case(f"all_{name}", _inputs(5, 4, 6, 6, activation=name)) for name in ACTIVATIONS),
+)
+
+_GOOD = _inputs(4, 6, 5, 5)
+ERROR_CASES = (
+    ErrorCase("channels", lambda t: {**_GOOD(t), "weight": t.normal(5)}, ValueError,
+              r"weight.*expected shape \(6,\).*got \(5,\)"),
+    ErrorCase("running_channels", lambda t: {**_GOOD(t), "running_var": t.uniform(7)}, ValueError,
+              r"running_var.*expected shape \(6,\).*got \(7,\)"),
+    ErrorCase("running_dtype", lambda t: {**_GOOD(t), "running_mean": t.uniform(6).double()}, TypeError,
+              r"running_mean.*expected torch\.float32.*got torch\.float64"),
+    ErrorCase("running_device", lambda t: {**_GOOD(t), "running_mean": t.uniform(6).to("meta")}, ValueError,
+              r"running_mean.*expected device.*got meta"),
+    ErrorCase("running_alone", lambda t: {**_GOOD(t), "running_mean": None}, ValueError, r"running_var.*both or"),
+    ErrorCase("eval_without_running", lambda t: {**_GOOD(t), "running_mean": None, "running_var": None,
+              "training": False}, ValueError, r"running_mean.*got None"),
+    ErrorCase("one_value", lambda t: {**_GOOD(t), "x": t.normal(1, 6, 1, 1)}, ValueError,
+              r"x.*more than one value per channel.*\(1, 6, 1, 1\)"),
+    ErrorCase("empty_batch", lambda t: {**_GOOD(t), "x": t.normal(0, 6, 5, 5)}, ValueError,
+              r"x.*more than one value per channel.*\(0, 6, 5, 5\)"),
+    ErrorCase("vector", lambda t: {**_GOOD(t), "x": t.normal(6)}, ValueError, r"x.*\[N, C.*got shape \(6,\)"),
+    ErrorCase("integers", lambda t: {**_GOOD(t), "x": torch.ones(4, 6, dtype=torch.int32)}, TypeError,
+              r"x.*floating.*got torch\.int32"),
+    ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
+              r"activation.*'leaky_relu'.*got 'leaky'"),
+    ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": None}, ValueError, r"negative_slope.*got None"),
+    ErrorCase("eps", lambda t: {**_GOOD(t), "eps": -1e-5}, ValueError, r"eps >= 0.*got eps -1e-05"),
+    ErrorCase("mixed_parameters", lambda t: dict(x=t.normal(4, 6).bfloat16(), weight=t.normal(6),
+              bias=t.normal(6).bfloat16()), TypeError, r"one dtype.*weight torch\.float32"),
+)  # fmt: skip
+
+BENCH_CASES = (
+    Case("dcgan_64-64x64x32x32-channels_last", _inputs(64, 64, 32, 32, layout="channels_last")),
+    Case("dcgan_64-64x64x32x32", _inputs(64, 64, 32, 32)),
+    Case("dcgan_64-32x128x16x16-channels_last", _inputs(32, 128, 16, 16, layout="channels_last")),
+    Case("dcgan_64-32x128x16x16", _inputs(32, 128, 16, 16)),
+    Case("dense_to_image-128x6272", _inputs(128, 6272, activation="relu")),
+)
+
+BATCH_NORM_ACT = OpSpec(
+    name="batch_norm_act",
+    folder="batch_norm_act",
+    formula="activation((x - mean) / sqrt(var + eps) weight + bias), statistics of the batch or running ones",
+    source="Ioffe & Szegedy 2015, arXiv:1502.03167; combination of tiles: Chan, Golub & LeVeque 1983",
+    library=LIBRARY,
+    reference=_reference,
+    mutates=("running_mean", "running_var"),
+    cases=CASES,
+    error_cases=ERROR_CASES,
+    bench_cases=BENCH_CASES,
+    peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
+    cost=_cost,
+    compile_cases=(),
+)

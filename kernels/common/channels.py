@@ -1,0 +1,42 @@
+"""Tensors [N, C, ...] as the kernels of channels.h see them: [outer, channels, inner], dense."""
+
+from __future__ import annotations
+
+import torch
+
+
+def dense_channels(x: torch.Tensor) -> torch.Tensor:
+    """x itself if it is contiguous or its channels lie last without holes (any rank), else a contiguous copy."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def like_layout(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """g with the strides of x, which is dense; copies only if it has others."""
+    return g if g.stride() == x.stride() else torch.empty_like(x, dtype=g.dtype).copy_(g)
+
+
+def extent(x: torch.Tensor) -> tuple[int, int, int]:
+    """(outer, channels, inner) of a dense x; inner is 1 where the channels lie last."""
+    channels = x.size(1)
+    if x.is_contiguous():
+        outer = x.size(0)
+        per_sample = x.numel() // outer if outer else 0
+        return outer, channels, per_sample // channels if channels else 0
+    return x.numel() // channels, channels, 1
+
+
+def per_channel(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[C] -> [1, C, 1, ...], to broadcast against x."""
+    return p.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def reduced_dims(x: torch.Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [0, *range(2, x.dim())]
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Statistics and parameters are computed with in float32, or in float64 if x is."""
+    return x if x.dtype == torch.float64 else x.float()
