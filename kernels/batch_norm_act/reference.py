@@ -15,7 +15,8 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sum of squared deviations of each channel."""
     dims = reduced_dims(x)
     mean = x.mean(dims)
-    mean = mean + (x - per_channel(mean, x)).mean(dims)  # what rounding took where the mean is far from 0
+    lost = (x - per_channel(mean, x)).mean(dims)  # to rounding, where the mean is far from 0
+    mean = mean + torch.where(mean.isfinite(), lost, 0.0)
     return mean, (x - per_channel(mean, x)).square().sum(dims)
 
 
