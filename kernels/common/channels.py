@@ -40,3 +40,22 @@ def reduced_dims(x: torch.Tensor) -> list[int]:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Statistics and parameters are computed with in float32, or in float64 if x is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def require_channels(
+    x: torch.Tensor, *vectors: torch.Tensor | None, dtype: torch.dtype | None = torch.float32
+) -> tuple[torch.Tensor | None, ...]:
+    """The vectors, contiguous. Raises unless each is None or [C] on x's device and of that dtype.
+
+    Kernels read them by address; the public ops have checked already, with better words.
+    """
+    channels = (x.size(1),)
+    for p in vectors:
+        if p is not None and (
+            tuple(p.shape) != channels or p.device != x.device or (dtype is not None and p.dtype is not dtype)
+        ):
+            raise ValueError(
+                f"genai_fast: expected {dtype or 'floats'} {channels} on {x.device}, one for each channel,"
+                f" got {p.dtype} {tuple(p.shape)} on {p.device}"
+            )
+    return tuple(p if p is None else p.contiguous() for p in vectors)

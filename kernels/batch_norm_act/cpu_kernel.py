@@ -1,0 +1,72 @@
+"""batch_norm_act on the CPU: allocates the results and calls cpu_kernel.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.activations import ACTIVATION_CODE
+from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
+from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike
+
+
+def _address(p: torch.Tensor | None) -> int:
+    return 0 if p is None else p.data_ptr()
+
+
+def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    return [x.new_empty(x.size(1), dtype=torch.float32) for _ in range(count)]
+
+
+def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
+    x = dense_channels(x)
+    require_channels(x, running_mean, running_var, dtype=None)
+    running = (running_mean, running_var)
+    if running_mean is not None:  # narrower ones, of a model in bfloat16, take a detour
+        running = tuple(r.to(torch.float32).contiguous() for r in running)
+    results = _vectors(x, 3)
+    cpu_kernels()[0]["batch_norm_statistics"](
+        x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(_address, running),
+        momentum, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    for given, moved in zip((running_mean, running_var), running, strict=True):
+        if moved is not given:
+            given.copy_(moved)
+    return tuple(results)
+
+
+def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
+    x = dense_channels(x)
+    parameters = require_channels(x, weight, bias, mean, rstd)
+    y = torch.empty_like(x)
+    cpu_kernels()[0]["batch_norm_act_apply"](
+        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *extent(x), *map(_address, parameters),
+        ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope):
+    require_alike(x, grad_y)
+    x = dense_channels(x)
+    grad_y = like_layout(grad_y, x)
+    parameters = require_channels(x, weight, bias, mean, rstd)
+    sums = _vectors(x, 2)
+    cpu_kernels()[0]["batch_norm_act_reduce"](
+        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(_address, parameters),
+        *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return tuple(sums)
+
+
+def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
+    require_alike(x, grad_y)
+    x = dense_channels(x)
+    grad_y = like_layout(grad_y, x)
+    parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
+    grad_x = torch.empty_like(x)
+    cpu_kernels()[0]["batch_norm_act_grad"](
+        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], grad_x.data_ptr(), *extent(x),
+        *map(_address, parameters), count, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
