@@ -1,7 +1,9 @@
 """OPS: every public op. A new op is a folder in kernels/ and a line here."""
 
+from genai_fast.kernels.act_dropout.spec import ACT_DROPOUT
 from genai_fast.kernels.adam.spec import ADAM_STEP
 from genai_fast.kernels.batch_norm_act.spec import BATCH_NORM_ACT
+from genai_fast.kernels.bias_act.spec import BIAS_ACT
 from genai_fast.kernels.common.spec import OpSpec
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
@@ -14,5 +16,7 @@ OPS: dict[str, OpSpec] = {
         VAE_LOSS,
         ADAM_STEP,
         BATCH_NORM_ACT,
+        BIAS_ACT,
+        ACT_DROPOUT,
     )
 }

@@ -1,9 +1,14 @@
 """The public functional ops: validated, differentiable, one call each."""
 
 from genai_fast.ops import _register  # noqa: F401  (defines torch.ops.genai_fast)
+from genai_fast.ops.act_dropout import act_dropout
 from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act
+from genai_fast.ops.bias_act import bias_act
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
-__all__ = ["VAELoss", "adam_step", "batch_norm_act", "reparameterize", "reparameterize_kl", "vae_loss"]
+__all__ = [
+    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "reparameterize", "reparameterize_kl",
+    "vae_loss",
+]  # fmt: skip

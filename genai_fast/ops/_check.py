@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genai_fast.kernels.common.activations import ACTIVATIONS
+from genai_fast.kernels.common.activations import ACTIVATIONS, output_gives_derivative
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -77,6 +77,24 @@ def activation(op: str, name: Any, slope: Any) -> None:
         raise ValueError(f"{op}: negative_slope: expected a finite float, got {slope!r}")
 
 
+def saves_output(op: str, activation: str, slope: float, asked: bool, always: tuple[str, ...]) -> bool:
+    """Whether backward keeps the result instead of the input: where asked, and for the activations in `always`."""
+    if asked and not output_gives_derivative(activation, slope):
+        of = f"{activation} and negative_slope {slope}" if activation == "leaky_relu" else activation
+        raise ValueError(
+            f"{op}: save_output: expected False with {of}, whose result does not give the derivative, got True;"
+            f" leave it out"
+        )
+    return bool(asked) or activation in always
+
+
+def share(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name}: expected a float, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name}: expected a share in [0, 1], got {value}")
+
+
 def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if x.device != other.device:
         raise ValueError(
@@ -122,7 +140,7 @@ def draw_seed(like: torch.Tensor) -> torch.Tensor:
     return torch.randint(2**63 - 1, (), device=like.device)
 
 
-def seed(op: str, value: Any, like: torch.Tensor) -> torch.Tensor:
+def seed(op: str, value: Any, like_name: str, like: torch.Tensor) -> torch.Tensor:
     """The seed as a 0-d int64 tensor on like's device; None draws one from that device's default generator."""
     if value is None:
         if torch.compiler.is_compiling():
@@ -133,7 +151,7 @@ def seed(op: str, value: Any, like: torch.Tensor) -> torch.Tensor:
             raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got dtype {value.dtype}")
         if value.dim() != 0:
             raise ValueError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got shape {tuple(value.shape)}")
-        same_device(op, "seed", value, "mu", like)
+        same_device(op, "seed", value, like_name, like)
         return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got {type(value).__name__}")

@@ -42,7 +42,7 @@ def _call(op, mu, logvar, seed, offset, with_kl):
     _check.has_batch(op, "mu", mu)
     _check.matches(op, "logvar", logvar, "mu", mu)
     _check.offset(op, offset)
-    seed = _check.seed(op, seed, mu)
+    seed = _check.seed(op, seed, "mu", mu)
     if mu.dtype is not logvar.dtype:  # under autocast only
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
         mu, logvar = mu.to(dtype), logvar.to(dtype)

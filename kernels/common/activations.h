@@ -62,6 +62,13 @@ inline float derivative_from_output(float y, float slope) {
   return derivative<A>(y, slope);
 }
 
+// From whichever backward has.
+template <int A, bool FromOutput>
+inline float derivative_from(float saved, float slope) {
+  if constexpr (FromOutput) return derivative_from_output<A>(saved, slope);
+  return derivative<A>(saved, slope);
+}
+
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -77,6 +84,16 @@ inline void with_activation(int activation, F f) {
     case kSigmoid: return f(Constant<kSigmoid>{});
     case kSilu: return f(Constant<kSilu>{});
     default: return f(Constant<kNone>{});
+  }
+}
+
+// Calls f(Constant<true>) or f(Constant<false>).
+template <class F>
+inline void with_flag(bool flag, F f) {
+  if (flag) {
+    f(Constant<true>{});
+  } else {
+    f(Constant<false>{});
   }
 }
 

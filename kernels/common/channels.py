@@ -59,3 +59,17 @@ def require_channels(
                 f" got {p.dtype} {tuple(p.shape)} on {p.device}"
             )
     return tuple(p if p is None else p.contiguous() for p in vectors)
+
+
+def joined_extent(x: torch.Tensor, by_channel: bool) -> tuple[tuple[int, int, int], int]:
+    """extent(x), and how many rows count as one: a few channels that lie last make short rows.
+
+    Joined, `channels` stands for that many copies of them. One plane of one channel unless by_channel.
+    """
+    if not by_channel:
+        return (1, 1, x.numel()), 1
+    outer, channels, inner = extent(x)
+    joined = max(min(64 // max(channels, 1), outer), 1) if inner == 1 else 1
+    while outer % joined:
+        joined -= 1
+    return (outer // joined, channels * joined, inner), joined

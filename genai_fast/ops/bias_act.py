@@ -1,0 +1,75 @@
+"""A bias by channel and an activation in one pass, and their gradients in one more."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.bias_act import reference
+from genai_fast.kernels.common.channels import wide
+from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction, library_call
+
+_OP = "bias_act"
+
+
+class _BiasAct(KernelFunction):
+    @staticmethod
+    def forward(x, bias, activation, slope, from_output, backend):
+        return library_call("bias_act", x, bias, activation, slope, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, bias, *ctx.settings, ctx.from_output, ctx.backend = inputs
+        if ctx.settings[0] == "none":
+            ctx.save_for_backward(None, None)
+        else:
+            ctx.save_for_backward(*((output, None) if ctx.from_output else (x, bias)))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        saved, bias = ctx.saved_tensors
+        saved = grad_y if saved is None else saved  # of an activation whose derivative is 1
+        arguments = (grad_y, saved, bias, ctx.from_output, ctx.needs_input_grad[1], *ctx.settings)
+        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad_x, grad_bias = reference.bias_act_backward(*arguments)
+        else:
+            grad_x, grad_bias = library_call("bias_act_backward", *arguments, ctx.backend)
+        return grad_x, grad_bias if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def bias_act(
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+    *,
+    save_output: bool = False,
+) -> torch.Tensor:
+    """y = activation(x + bias[c]).
+
+    Args:
+        x: [N, C] or [N, C, ...], float32, bfloat16, float16 or float64, any strides; results keep the layout of a
+            contiguous or channels-last x.
+        bias: [C] or None for 0; the dtype of x, or float32.
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid" or "silu".
+        negative_slope: of leaky_relu.
+        save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
+            then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh and sigmoid
+            always keep y; leaky_relu can where its slope is above 0; silu cannot.
+
+    Returns:
+        y, shape and dtype of x.
+
+    Gradients: x and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The sums by channel are bitwise repeatable.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
+    Source: Maas, Hannun & Ng 2013 (leaky ReLU).
+    """
+    _check.has_channels(_OP, x)
+    _check.per_channel(_OP, {"bias": bias}, x)
+    _check.activation(_OP, activation, negative_slope)
+    from_output = _check.saves_output(_OP, activation, negative_slope, save_output, ("relu", "tanh", "sigmoid"))
+    bias = bias if bias is None else wide(bias)
+    return _BiasAct.call(x, bias, activation, float(negative_slope), from_output, forced_backend())

@@ -1,0 +1,123 @@
+// bias_act on the CPU. Tensors are dense [outer, channels, inner]; the bias is float32, or null beside one channel.
+#include <omp.h>
+
+#include "activations.h"
+#include "channels.h"
+#include "kernel.h"
+
+namespace {
+
+constexpr int64_t kParallel = 16384;  // elements worth a second thread
+constexpr float kNoBias = 0.0f;
+
+// y = activate(x + bias[c]).
+void bias_act(const void* x, int dtype, void* y, int64_t outer, int64_t channels, int64_t inner, const float* bias,
+              int activation, double negative_slope, int threads) {
+  const Channels shape{outer, channels, inner};
+  const Pieces pieces(shape.rows(), shape.columns());
+  const Rows in{x, shape.columns(), dtype};
+  const DenseOut out{y, shape.columns(), dtype};
+  const float slope = float(negative_slope);
+  if (!bias) bias = &kNoBias;
+  with_activation(activation, [&](auto a) {
+    with_flag(shape.last(), [&](auto last) {
+      constexpr bool kLast = decltype(last)::value;
+#pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
+      for (int64_t k = 0; k < pieces.count(); ++k) {
+        alignas(64) float from[kPiece], to[kPiece];
+        const Piece p = pieces[k];
+        const float* v = in.read(p, from);
+        float* const begin = out.begin(p, to);
+        float* w = begin;
+        for (int64_t r = 0; r < p.rows; ++r, v += p.columns, w += p.columns) {
+          const Param<kLast> b(bias + (kLast ? p.column : shape.channel_of(p.row + r)));
+#pragma omp simd
+          for (int64_t i = 0; i < p.columns; ++i) w[i] = activate<decltype(a)::value>(v[i] + b[i], slope);
+        }
+        out.end(p, begin);
+      }
+    });
+  });
+}
+
+// dx = dy act'(x + bias), or from `saved` = y;  grad_bias[c] = sum of dx, if it is not null.
+void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* grad_x, float* grad_bias, int64_t outer,
+                       int64_t channels, int64_t inner, const float* bias, bool from_output, int activation,
+                       double negative_slope, int threads) {
+  const Channels shape{outer, channels, inner};
+  const Tiles tiles(shape);
+  const Rows g_rows{grad_y, shape.columns(), dtype}, s_rows{saved, shape.columns(), dtype};
+  const DenseOut out{grad_x, shape.columns(), dtype};
+  const float slope = float(negative_slope);
+  const bool parallel = shape.elements() >= kParallel;
+  float* const zeros = static_cast<float*>(std::calloc(size_t(bias ? 1 : channels + 1), sizeof(float)));
+  float* const sums = static_cast<float*>(std::malloc(size_t(tiles.size() + 1) * sizeof(float)));
+  const float* const shift = bias ? bias : zeros;
+  with_activation(activation, [&](auto a) {
+    with_flag(shape.last(), [&](auto last) {
+      with_flag(from_output, [&](auto output) {
+        constexpr bool kLast = decltype(last)::value;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+        for (int64_t k = 0; k < tiles.pieces.count(); ++k) {
+          alignas(64) float g_buffer[kTile], s_buffer[kTile], to[kTile];
+          const Piece p = tiles.pieces[k];
+          const float* g = g_rows.read(p, g_buffer);
+          const float* v = s_rows.read(p, s_buffer);
+          float* const begin = out.begin(p, to);
+          float* w = begin;
+          float* sum = sums + tiles.index(k, p);
+          if constexpr (kLast) {
+            for (int64_t i = 0; i < p.columns; ++i) sum[i] = 0.0f;
+          }
+          for (int64_t r = 0; r < p.rows; ++r, g += p.columns, v += p.columns, w += p.columns) {
+            const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(p.row + r)));
+            const auto dx = [&](int64_t i) {
+              constexpr bool kOutput = decltype(output)::value;
+              return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], slope);
+            };
+            if constexpr (kLast) {
+#pragma omp simd
+              for (int64_t i = 0; i < p.columns; ++i) {
+                const float d = dx(i);
+                w[i] = d;
+                sum[i] += d;
+              }
+            } else {
+              float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+              for (int64_t i = 0; i < p.columns; ++i) {
+                const float d = dx(i);
+                w[i] = d;
+                total += d;
+              }
+              sum[r * tiles.per] = total;
+            }
+          }
+          out.end(p, begin);
+        }
+      });
+    });
+  });
+  if (grad_bias) {
+    for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
+      double total[kLanes] = {};
+      for (int64_t g = 0; g < tiles.groups; ++g) {
+        for (int64_t k = 0; k < tiles.per; ++k) {
+          const float* tile = sums + (g * channels + first) * tiles.per + k;
+          for (int64_t c = 0; c < count; ++c) total[c] += double(tile[c * tiles.per]);
+        }
+      }
+      for (int64_t c = 0; c < count; ++c) grad_bias[first + c] = float(total[c]);
+    });
+  }
+  std::free(zeros);
+  std::free(sums);
+}
+
+}  // namespace
+
+GENAI_FAST_TABLE = {
+    Entry<&bias_act>::named("bias_act"),
+    Entry<&bias_act_backward>::named("bias_act_backward"),
+    {},
+};

@@ -1,0 +1,48 @@
+"""bias_act on the CPU: allocates the results and calls cpu_kernel.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.activations import ACTIVATION_CODE
+from genai_fast.kernels.common.channels import dense_channels, joined_extent, like_layout, require_channels
+from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike
+
+
+def _address(p: torch.Tensor | None) -> int:
+    return 0 if p is None else p.data_ptr()
+
+
+def _repeated(bias: torch.Tensor | None, joined: int) -> torch.Tensor | None:
+    return bias if bias is None or joined == 1 else bias.repeat(joined)
+
+
+def bias_act(x, bias, activation, slope):
+    x = dense_channels(x)
+    (bias,) = require_channels(x, bias)
+    shape, joined = joined_extent(x, bias is not None)
+    bias, y = _repeated(bias, joined), torch.empty_like(x)
+    cpu_kernels()[0]["bias_act"](
+        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, _address(bias), ACTIVATION_CODE[activation], slope,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, slope):
+    require_alike(saved, grad_y)
+    saved = dense_channels(saved)
+    grad_y = like_layout(grad_y, saved)
+    (bias,) = require_channels(saved, None if from_output else bias)
+    shape, joined = joined_extent(saved, with_bias or bias is not None)
+    bias, grad_x = _repeated(bias, joined), torch.empty_like(saved)
+    empty = with_bias and saved.numel() == 0
+    sums = (torch.zeros if empty else torch.empty)(shape[1] if with_bias else 0, dtype=torch.float32, device="cpu")
+    if not empty:
+        cpu_kernels()[0]["bias_act_backward"](
+            grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(),
+            sums.data_ptr() if with_bias else 0, *shape, _address(bias), from_output, ACTIVATION_CODE[activation],
+            slope, torch.get_num_threads(),
+        )  # fmt: skip
+    return grad_x, sums if joined == 1 or not with_bias else sums.view(joined, -1).sum(0)

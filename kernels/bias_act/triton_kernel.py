@@ -1,0 +1,141 @@
+"""bias_act on the GPU: [rows, columns] with all channels a row where they lie last, else one channel's plane a row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.activations_triton import activate, times_derivative, times_derivative_from_output
+from genai_fast.kernels.common.channels import dense_channels, joined_extent, like_layout, require_channels
+from genai_fast.kernels.common.launch import ceil_div, row_tile
+from genai_fast.kernels.common.rows import require_alike
+
+ELEMENTS = 1024  # a step of a program: 8 elements a thread
+NUM_WARPS = 4
+PROGRAMS = 1024  # that share the rows of a channel sum: enough for every GPU, few enough to add up
+
+
+@triton.jit
+def _tile(group, split, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns [1, BLOCK], offsets and mask [ROWS, BLOCK]."""
+    row = (group.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows * columns passes 2**31
+    column = (split.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    return column, row * columns + column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def _bias(bias_ptr, group, column, columns, channels, LAST: tl.constexpr, JOINED: tl.constexpr, ROWS: tl.constexpr):
+    """The bias of each element, [1, BLOCK] or [ROWS, 1]."""
+    if LAST:
+        channel = column.to(tl.int32) % channels if JOINED else column
+        return tl.load(bias_ptr + channel, mask=column < columns, other=0.0)
+    channel = ((group % channels) * ROWS + tl.arange(0, ROWS)) % channels
+    return tl.load(bias_ptr + channel)[:, None]
+
+
+@triton.jit(do_not_specialize=["units"])
+def _bias_act_forward(
+    x_ptr, bias_ptr, y_ptr,                  # [rows, columns], [channels] or None, [rows, columns]
+    rows, units, channels, splits, slope,    # columns = units * UNIT: what a thread may load at once
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, JOINED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = activate(x + bias[c])."""
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    columns = units.to(tl.int64) * UNIT
+    column, offs, mask = _tile(group, split, rows, columns, ROWS, BLOCK)
+    z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += _bias(bias_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
+    tl.store(y_ptr + offs, activate(z, slope, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["units"])
+def _bias_act_backward(
+    grad_y_ptr, saved_ptr,                   # [rows, columns]: saved is y if FROM_OUTPUT, else x
+    bias_ptr, grad_x_ptr,                    # [channels] or None, [rows, columns]
+    partial_ptr,                             # [programs / splits, columns] if LAST, else [rows, splits]; or None
+    rows, units, channels, splits, slope,
+    ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, STEPS: tl.constexpr, LAST: tl.constexpr,
+    JOINED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = dy act'(x + bias), and its sums over this program's rows or columns; STEPS is 1 unless LAST."""
+    first, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    columns = units.to(tl.int64) * UNIT
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(STEPS):
+        group = first * STEPS + step
+        column, offs, mask = _tile(group, split, rows, columns, ROWS, BLOCK)
+        grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if FROM_OUTPUT:
+            grad = times_derivative_from_output(grad, z, slope, ACTIVATION)
+        else:
+            if bias_ptr is not None:
+                z += _bias(bias_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
+            grad = times_derivative(grad, z, slope, ACTIVATION)
+        tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            total += tl.where(mask, grad, 0.0)
+    if partial_ptr is not None:
+        if LAST:
+            column = split.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(partial_ptr + first.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+        else:
+            row = first.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+            tl.store(partial_ptr + row * splits + split, tl.sum(total, axis=1), mask=row < rows)
+
+
+def _geometry(x, by_channel):
+    """(rows, units, channels, splits), and the constants of a launch."""
+    (outer, channels, inner), joined = joined_extent(x, by_channel)
+    last = by_channel and inner == 1
+    rows, columns = (outer, channels) if last else (outer * channels, inner)
+    tile, block, splits = row_tile(columns, ELEMENTS)
+    unit = math.gcd(columns, 8)
+    sizes = (rows, columns // unit, channels // joined, splits)
+    return sizes, dict(LAST=last, JOINED=joined > 1, UNIT=unit, ROWS=tile, BLOCK=block, num_warps=NUM_WARPS)
+
+
+def bias_act(x, bias, activation, slope):
+    x = dense_channels(x)
+    (bias,) = require_channels(x, bias)
+    y = torch.empty_like(x)
+    if x.numel():
+        sizes, constants = _geometry(x, bias is not None)
+        rows, _, _, splits = sizes
+        grid = (ceil_div(rows, constants["ROWS"]) * splits,)
+        _bias_act_forward[grid](x, bias, y, *sizes, slope, ACTIVATION=activation, **constants)
+    return y
+
+
+def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, slope):
+    require_alike(saved, grad_y)
+    saved = dense_channels(saved)
+    grad_y = like_layout(grad_y, saved)
+    (bias,) = require_channels(saved, None if from_output else bias)
+    grad_x = torch.empty_like(saved)
+    channels = saved.size(1) if with_bias else 0
+    if not saved.numel():
+        return grad_x, saved.new_zeros(channels, dtype=torch.float32)
+    sizes, constants = _geometry(saved, with_bias or bias is not None)
+    rows, _, _, splits = sizes
+    groups, last = ceil_div(rows, constants["ROWS"]), constants["LAST"]
+    steps = ceil_div(groups * splits, PROGRAMS) if last else 1
+    steps = 1 << (steps - 1).bit_length()  # powers of two: each compiles
+    groups = ceil_div(groups, steps)
+    partial = None
+    if with_bias:
+        # Rows of channels, perhaps joined, or [outer, channels, splits].
+        width = saved.numel() // rows if last else splits
+        partial = saved.new_empty((groups if last else rows) * width, dtype=torch.float32)
+    _bias_act_backward[(groups * splits,)](
+        grad_y, saved, bias, grad_x, partial, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output,
+        STEPS=steps, **constants,
+    )  # fmt: skip
+    if partial is None:
+        return grad_x, saved.new_empty(0, dtype=torch.float32)
+    return grad_x, partial.view(-1, channels).sum(0) if last else partial.view(-1, channels, splits).sum((0, 2))
