@@ -31,9 +31,11 @@ def _bias(bias_ptr, group, column, columns, channels, LAST: tl.constexpr, JOINED
     """The bias of each element, [1, BLOCK] or [ROWS, 1]."""
     if LAST:
         channel = column.to(tl.int32) % channels if JOINED else column
-        return tl.load(bias_ptr + channel, mask=column < columns, other=0.0)
-    channel = ((group % channels) * ROWS + tl.arange(0, ROWS)) % channels
-    return tl.load(bias_ptr + channel)[:, None]
+        bias = tl.load(bias_ptr + channel, mask=column < columns, other=0.0)
+    else:
+        channel = ((group % channels) * ROWS + tl.arange(0, ROWS)) % channels
+        bias = tl.load(bias_ptr + channel)[:, None]
+    return bias
 
 
 @triton.jit(do_not_specialize=["units"])
