@@ -144,7 +144,8 @@ def seed(op: str, value: Any, like_name: str, like: torch.Tensor) -> torch.Tenso
     """The seed as a 0-d int64 tensor on like's device; None draws one from that device's default generator."""
     if value is None:
         if torch.compiler.is_compiling():
-            return torch.ops.genai_fast.draw_seed(like)
+            # AOTAutograd makes one of calls with the same arguments, except of torch.empty's: so each draw has its own.
+            return torch.ops.genai_fast.draw_seed(torch.empty((), dtype=torch.int64, device=like.device))
         return draw_seed(like)  # the same without the dispatcher, which costs more than the draw
     if isinstance(value, torch.Tensor):
         if value.dtype is not torch.int64:
