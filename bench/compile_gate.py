@@ -5,8 +5,9 @@
     python -m bench.compile_gate --update                  and the committed one written anew
 
 Each committed table, bench/gate/triton-<version>.json, is of one Triton version, whose compiler is part of
-what is measured. `--check` fails on spills, on lost matrix instructions, on registers or shared memory that
-leave room for fewer warps, on more instructions, and on a case's own limit of instructions an element.
+what is measured. `--check` fails on spills, on lost matrix instructions or loads of 16 bytes, on registers or
+shared memory that leave room for fewer warps, on more instructions, and on a case's own limit of instructions
+an element.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ def _absolute(job: Job, row: Row) -> Iterator[str]:
         )
     if job.case.tensor_cores and not row["tensor_cores"]:
         yield "matrix instructions: expected some, got none; the kernel multiplies on the ordinary units"
+    if job.case.wide_loads and not row["wide_loads"]:
+        yield "loads of 16 bytes: expected some, got none; strides or masks hide that addresses are aligned"
     limit, got = job.case.max_instructions_per_element, row["instructions_per_element"]
     if job.arch == LIMITED and limit is not None:
         if got is None:
@@ -229,6 +232,8 @@ def _absolute(job: Job, row: Row) -> Iterator[str]:
 
 
 def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
+    if row["wide_loads"] < before.get("wide_loads", 0):
+        yield f"loads of 16 bytes: expected {before['wide_loads']}, got {row['wide_loads']}"
     lost = sorted(set(before["tensor_cores"]) - set(row["tensor_cores"]))
     if lost:
         got = ", ".join(row["tensor_cores"]) or "none"
@@ -250,6 +255,7 @@ _COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spill B",
     "shared_bytes": "shared B",
+    "wide_loads": "16 B loads",
     "instructions": "SASS",
     "loop_instructions": "in loop",
     "instructions_per_element": "an element",

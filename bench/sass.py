@@ -25,6 +25,7 @@ class Usage:
     spill_bytes: int  # stack frame, per thread
     local_accesses: int  # loads and stores of local memory (LDL, STL)
     shared_bytes: int  # per program
+    wide_loads: int  # loads of global memory that are 16 bytes wide
     instructions: int  # without padding
     loop_instructions: int  # of the largest loop; 0 for straight-line code
     tensor_cores: dict[str, int]  # matrix instructions by name
@@ -52,6 +53,7 @@ def analyse(cubin: bytes, shared_bytes: int, tools: Path) -> Usage:
         spill_bytes=int(found[2]),
         local_accesses=names["LDL"] + names["STL"],
         shared_bytes=shared_bytes,
+        wide_loads=sum(i.name.startswith("LDG") and i.name.endswith(".128") for i in program),
         instructions=sum(instruction.counts for instruction in program),
         loop_instructions=_largest_loop(program),
         tensor_cores={name: count for name, count in sorted(names.items()) if _TENSOR_CORE.fullmatch(name)},

@@ -9,34 +9,39 @@ namespace {
 
 constexpr int64_t kParallel = 16384;  // elements worth a second thread
 
+// Adds f(x[r][c]) over the rows to each column's sum, four rows at a time: the sums are read and written less often.
+template <class F>
+void add_rows(const float* x, int64_t stride, const Piece& p, float* sums, F f) {
+  int64_t r = 0;
+  for (; r + 4 <= p.rows; r += 4, x += 4 * stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < p.columns; ++c) {
+      sums[c] += (f(x[c], c) + f(x[c + stride], c)) + (f(x[c + 2 * stride], c) + f(x[c + 3 * stride], c));
+    }
+  }
+  for (; r < p.rows; ++r, x += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < p.columns; ++c) sums[c] += f(x[c], c);
+  }
+}
+
 // Mean and sum of squared deviations of each channel of one tile, which the caches hold for the second look.
-void tile_moments(const float* x, const Piece& p, bool last, int64_t per, float* mean, float* squares) {
+void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean,
+                  float* squares) {
   if (last) {
     for (int64_t c = 0; c < p.columns; ++c) mean[c] = squares[c] = 0.0f;
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const float* row = x + r * p.columns;
-#pragma omp simd
-      for (int64_t c = 0; c < p.columns; ++c) mean[c] += row[c];
-    }
+    add_rows(x, stride, p, mean, [](float v, int64_t) { return v; });
     const float scale = 1.0f / float(p.rows);
     for (int64_t c = 0; c < p.columns; ++c) mean[c] *= scale;
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const float* row = x + r * p.columns;
-#pragma omp simd
-      for (int64_t c = 0; c < p.columns; ++c) {
-        const float d = row[c] - mean[c];
-        squares[c] += d * d;
-      }
-    }
+    add_rows(x, stride, p, squares, [=](float v, int64_t c) { return (v - mean[c]) * (v - mean[c]); });
     return;
   }
-  for (int64_t r = 0; r < p.rows; ++r, x += p.columns) {
-    float sum = 0.0f, square = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < p.columns; ++i) sum += x[i];
+  for (int64_t r = 0; r < p.rows; ++r, x += stride) {
+    float sum, unused;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += x[i]; }, &sum, &unused);
     const float m = sum / float(p.columns);
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < p.columns; ++i) square += (x[i] - m) * (x[i] - m);
+    float square;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += (x[i] - m) * (x[i] - m); }, &square, &unused);
     mean[r * per] = m;
     squares[r * per] = square;
   }
@@ -49,16 +54,18 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
                            double eps, int threads) {
   const Channels shape{outer, channels, inner};
   const Tiles tiles(shape);
-  const Rows rows{x, shape.columns(), dtype};
+  const Rows rows{x, tiles.shape.columns(), dtype};
   const bool parallel = shape.elements() >= kParallel;
-  float* const means = static_cast<float*>(std::malloc(size_t(2 * tiles.size() + 1) * sizeof(float)));
-  float* const deviations = means + tiles.size();
+  float* const means = static_cast<float*>(std::malloc(size_t(2 * tiles.partials() + 1) * sizeof(float)));
+  float* const deviations = means + tiles.partials();
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-  for (int64_t k = 0; k < tiles.pieces.count(); ++k) {
+  for (int64_t k = 0; k < tiles.count(); ++k) {
     alignas(64) float buffer[kTile];
-    const Piece p = tiles.pieces[k];
-    const int64_t at = tiles.index(k, p);
-    tile_moments(rows.read(p, buffer), p, shape.last(), tiles.per, means + at, deviations + at);
+    const Piece p = tiles[k];
+    const int64_t at = tiles.partial(p);
+    int64_t stride;
+    const float* const v = rows.view(p, buffer, &stride);
+    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, deviations + at);
   }
   const double total = double(outer * inner);
   for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
@@ -66,7 +73,7 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
     for (int64_t g = 0; g < tiles.groups; ++g) {
       for (int64_t k = 0; k < tiles.per; ++k) {
         const float* tile = means + (g * channels + first) * tiles.per + k;
-        const double n = tiles.count(g, k);
+        const double n = tiles.elements(g, k);
         for (int64_t c = 0; c < count; ++c) m[c] += n * double(tile[c * tiles.per]);
       }
     }
@@ -74,7 +81,7 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
     for (int64_t g = 0; g < tiles.groups; ++g) {
       for (int64_t k = 0; k < tiles.per; ++k) {
         const int64_t at = (g * channels + first) * tiles.per + k;
-        const double n = tiles.count(g, k);
+        const double n = tiles.elements(g, k);
         for (int64_t c = 0; c < count; ++c) {
           const double d = double(means[at + c * tiles.per]) - m[c];
           s[c] += double(deviations[at + c * tiles.per]) + n * d * d;
@@ -100,17 +107,22 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
 struct Coefficients {
   float *mean, *scale, *shift, *linear, *constant;
 
-  Coefficients(int64_t channels, const float* weight, const float* bias, const float* mean_, const float* rstd,
-               const float* sum_dz, const float* sum_dz_x_hat, int64_t count) {
-    mean = static_cast<float*>(std::malloc(size_t(5 * channels + 1) * sizeof(float)));
-    scale = mean + channels, shift = scale + channels, linear = shift + channels, constant = linear + channels;
+  // Each channel's stand `repeat` times in a row, for columns of which `repeat` belong to a channel.
+  Coefficients(int64_t channels, int64_t repeat, const float* weight, const float* bias, const float* mean_,
+               const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count) {
+    const int64_t columns = channels * repeat;
+    mean = static_cast<float*>(std::malloc(size_t(5 * columns + 1) * sizeof(float)));
+    scale = mean + columns, shift = scale + columns, linear = shift + columns, constant = linear + columns;
     const float share = 1.0f / float(count);
     for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = mean_[c];
-      scale[c] = weight ? weight[c] * rstd[c] : rstd[c];
-      shift[c] = bias ? bias[c] : 0.0f;
-      linear[c] = sum_dz ? -scale[c] * rstd[c] * (sum_dz_x_hat[c] * share) : 0.0f;
-      constant[c] = sum_dz ? -scale[c] * (sum_dz[c] * share) : 0.0f;
+      const float a = weight ? weight[c] * rstd[c] : rstd[c];
+      for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) {
+        mean[i] = mean_[c];
+        scale[i] = a;
+        shift[i] = bias ? bias[c] : 0.0f;
+        linear[i] = sum_dz ? -a * rstd[c] * (sum_dz_x_hat[c] * share) : 0.0f;
+        constant[i] = sum_dz ? -a * (sum_dz[c] * share) : 0.0f;
+      }
     }
   }
   Coefficients(const Coefficients&) = delete;
@@ -136,7 +148,7 @@ void batch_norm_act_apply(const void* x, int dtype, void* y, int64_t outer, int6
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows in{x, shape.columns(), dtype};
   const DenseOut out{y, shape.columns(), dtype};
-  const Coefficients of(channels, weight, bias, mean, rstd, nullptr, nullptr, 1);
+  const Coefficients of(channels, 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const float slope = float(negative_slope);
   specialised(activation, shape.last(), [&](auto a, auto last) {
     constexpr bool kLast = decltype(last)::value;
@@ -165,47 +177,41 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
                            float* sum_dz, float* sum_dz_x_hat, int activation, double negative_slope, int threads) {
   const Channels shape{outer, channels, inner};
   const Tiles tiles(shape);
-  const Rows x_rows{x, shape.columns(), dtype}, g_rows{grad_y, shape.columns(), dtype};
-  const Coefficients of(channels, weight, bias, mean, rstd, nullptr, nullptr, 1);
+  const Rows x_rows{x, tiles.shape.columns(), dtype}, g_rows{grad_y, tiles.shape.columns(), dtype};
+  const bool by_column = tiles.shape.last();
+  const Coefficients of(channels, by_column ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const float slope = float(negative_slope);
   const bool parallel = shape.elements() >= kParallel;
-  float* const sums = static_cast<float*>(std::malloc(size_t(2 * tiles.size() + 1) * sizeof(float)));
-  float* const products = sums + tiles.size();
-  specialised(activation, shape.last(), [&](auto a, auto last) {
+  float* const sums = static_cast<float*>(std::malloc(size_t(2 * tiles.partials() + 1) * sizeof(float)));
+  float* const products = sums + tiles.partials();
+  specialised(activation, by_column, [&](auto a, auto last) {
     constexpr bool kLast = decltype(last)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-    for (int64_t k = 0; k < tiles.pieces.count(); ++k) {
+    for (int64_t k = 0; k < tiles.count(); ++k) {
       alignas(64) float x_buffer[kTile], g_buffer[kTile];
-      const Piece p = tiles.pieces[k];
-      const float* v = x_rows.read(p, x_buffer);
-      const float* g = g_rows.read(p, g_buffer);
-      float* s = sums + tiles.index(k, p);
-      float* q = products + tiles.index(k, p);
+      const Piece p = tiles[k];
+      int64_t stride;
+      const float* v = x_rows.view(p, x_buffer, &stride);
+      const float* g = g_rows.view(p, g_buffer, &stride);
+      float* s = sums + tiles.partial(p);
+      float* q = products + tiles.partial(p);
       if (kLast) {
         for (int64_t i = 0; i < p.columns; ++i) s[i] = q[i] = 0.0f;
       }
-      for (int64_t r = 0; r < p.rows; ++r, v += p.columns, g += p.columns) {
+      for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const auto add = [=](int64_t i, float& sum, float& product) {
+          const float d = v[i] - m[i];
+          const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), slope);
+          sum += dz;
+          product += dz * d;
+        };
         if constexpr (kLast) {
 #pragma omp simd
-          for (int64_t i = 0; i < p.columns; ++i) {
-            const float d = v[i] - m[i];
-            const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), slope);
-            s[i] += dz;
-            q[i] += dz * d;
-          }
+          for (int64_t i = 0; i < p.columns; ++i) add(i, s[i], q[i]);
         } else {
-          float sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : sum, product)
-          for (int64_t i = 0; i < p.columns; ++i) {
-            const float d = v[i] - m[i];
-            const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), slope);
-            sum += dz;
-            product += dz * d;
-          }
-          s[r * tiles.per] = sum;
-          q[r * tiles.per] = product;
+          sum_pairs(p.columns, add, s + r * tiles.per, q + r * tiles.per);
         }
       }
     }
@@ -238,7 +244,7 @@ void batch_norm_act_grad(const void* grad_y, const void* x, int dtype, void* gra
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows x_rows{x, shape.columns(), dtype}, g_rows{grad_y, shape.columns(), dtype};
   const DenseOut out{grad_x, shape.columns(), dtype};
-  const Coefficients of(channels, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count);
+  const Coefficients of(channels, 1, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count);
   const float slope = float(negative_slope);
   specialised(activation, shape.last(), [&](auto a, auto last) {
     constexpr bool kLast = decltype(last)::value;

@@ -132,8 +132,11 @@ CASES = (
     Case("volume", _inputs(2, 4, 3, 4, 5, activation="sigmoid")),
     Case("volume_channels_last", _inputs(2, 70, 3, 2, 2, layout="channels_last", activation="relu")),
     Case("large_plane", _inputs(2, 3, 96, 128)),
-    Case("many_rows", _inputs(40, 66, 9, 9, layout="channels_last")),
-    Case("wide_rows", _inputs(3, 9000, layout="channels_last", activation="relu")),
+    Case("many_rows", _inputs(8, 66, 9, 9, layout="channels_last")),
+    Case("wide_rows", _inputs(3, 1100, activation="relu")),
+    Case("small_planes", _inputs(20, 34, 4, 4)),
+    Case("second_order", _inputs(3, 2, 3, 2, activation="tanh")),
+    Case("second_order_eval", _inputs(3, 2, 4, activation="silu", training=False)),
     Case("strided", _inputs(4, 6, 5, 5, layout="strided", activation="relu")),
     Case("transposed", _inputs(4, 6, 5, 3, layout="transposed")),
     Case("far_mean", _inputs(64, 4, 8, 8, mean=200.0)),
@@ -188,6 +191,63 @@ BENCH_CASES = (
     Case("dense_to_image-128x6272", _inputs(128, 6272, activation="relu")),
 )
 
+# The launches of a DCGAN block: [64, 64, 32, 32], channels last and not.
+_LAYOUTS = {
+    "last": (
+        dict(LAST=True, ROWS=16, BLOCK=64, inner=1, across=1),
+        dict(LAST=True, ROWS=32, BLOCK=64, inner=1),
+    ),
+    "planes": (
+        dict(LAST=False, ROWS=1, BLOCK=1024, inner="i32", across=1),
+        dict(LAST=False, ROWS=2, BLOCK=1024, inner="i32"),
+    ),
+}
+_PARAMETERS = dict(weight_ptr="*fp32", bias_ptr="*fp32", mean_ptr="*fp32", rstd_ptr="*fp32")
+_SUM_SIZES = dict(outer="i32", channels="i32", row_stride="i32", plane="i32", tiles="i32")
+_MATRIX_SIZES = dict(rows="i32", columns="i32", channels="i32", slope="fp32")
+
+
+def _compile_cases(layout, dtype, activation="leaky_relu"):
+    tile, sums = _LAYOUTS[layout]
+    tile = {k: v for k, v in tile.items() if k != "inner"}
+    name = f"{layout}-{dtype[1:]}" + ("" if activation == "leaky_relu" else f"-{activation}")
+    of = dict(elements=1024, wide_loads=True)
+    if activation == "leaky_relu":
+        yield CompileCase(
+            f"moments-{name}", "_batch_norm_moments", dict(x_ptr=dtype, partial_ptr="*fp32", **_SUM_SIZES, **sums),
+            num_warps=8, wide_loads=True,
+        )  # fmt: skip
+    yield CompileCase(
+        f"apply-{name}", "_batch_norm_act_apply",
+        dict(x_ptr=dtype, y_ptr=dtype, **_PARAMETERS, **_MATRIX_SIZES, ACTIVATION=activation, **tile), **of,
+    )  # fmt: skip
+    yield CompileCase(
+        f"sums-{name}", "_batch_norm_act_sums",
+        dict(grad_y_ptr=dtype, x_ptr=dtype, **_PARAMETERS, partial_ptr="*fp32", slope="fp32", ACTIVATION=activation,
+             **_SUM_SIZES, **sums), num_warps=8, wide_loads=True,
+    )  # fmt: skip
+    yield CompileCase(
+        f"grad-{name}", "_batch_norm_act_grad",
+        dict(grad_y_ptr=dtype, x_ptr=dtype, grad_x_ptr=dtype, **_PARAMETERS, sum_dz_ptr="*fp32",
+             sum_dz_x_hat_ptr="*fp32", share="fp32", **_MATRIX_SIZES, ACTIVATION=activation, **tile), **of,
+    )  # fmt: skip
+
+
+_COMBINE = dict(groups="i32", channels="i32", plane="i32", GROUPS=64, CHANNELS=16)
+_COMPILE_CASES = (
+    *(case for layout in _LAYOUTS for dtype in ("*fp32", "*bf16") for case in _compile_cases(layout, dtype)),
+    *_compile_cases("last", "*bf16", "silu"),
+    CompileCase(
+        "combine_moments", "_batch_norm_combine_moments",
+        dict(partial_ptr="*fp32", mean_ptr="*fp32", squares_ptr="*fp32", rstd_ptr="*fp32", running_mean_ptr="*fp32",
+             running_var_ptr="*fp32", total="fp32", momentum="fp32", eps="fp32", **_COMBINE),
+    ),
+    CompileCase(
+        "combine_sums", "_batch_norm_combine_sums",
+        dict(partial_ptr="*fp32", rstd_ptr="*fp32", sum_dz_ptr="*fp32", sum_dz_x_hat_ptr="*fp32", **_COMBINE),
+    ),
+)  # fmt: skip
+
 BATCH_NORM_ACT = OpSpec(
     name="batch_norm_act",
     folder="batch_norm_act",
@@ -201,5 +261,5 @@ BATCH_NORM_ACT = OpSpec(
     bench_cases=BENCH_CASES,
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
-    compile_cases=(),
+    compile_cases=_COMPILE_CASES,
 )

@@ -1,4 +1,4 @@
-// Dense tensors [outer, channels, inner] and sums over all but the channels, in pieces that are combined in order.
+// Dense tensors [outer, channels, inner], and sums over all but the channels: by tiles, which are combined in order.
 #pragma once
 #include "rows.h"
 
@@ -28,33 +28,38 @@ struct Param<false> {
   float operator[](int64_t) const { return value; }
 };
 
-constexpr int64_t kTile = 8192;  // elements a partial sum: 32 KiB
+constexpr int64_t kTile = 8192;  // elements: 32 KiB, for the caches to hold
 
-// Where the partial sums of tiles stand: [groups, channels, per]; `count` elements went into each.
+// How sums are cut: whole rows, or parts of long ones. Partial sums stand as [groups, channels, per].
 struct Tiles {
-  Pieces pieces;
-  Channels shape;
-  int64_t groups, per;
+  Channels shape;  // small planes of many samples count as columns of their own, which saves a short loop for each
+  int64_t channels, width, across, rows_each, groups, per;
 
-  explicit Tiles(const Channels& s) : pieces(s.rows(), s.columns(), kTile), shape(s) {
-    const bool whole = pieces.per_row == 1;
-    groups = s.last() ? (whole ? pieces.count() : s.outer) : s.outer;
-    per = s.last() ? 1 : pieces.per_row;
+  explicit Tiles(const Channels& s) : shape(s), channels(s.channels) {
+    if (!s.last() && s.inner < 128 && s.outer >= 16) shape = {s.outer, s.channels * s.inner, 1};
+    const int64_t columns = shape.columns(), most = shape.last() ? (columns > 1024 ? 128 : 1024) : kTile;
+    width = columns < most ? columns : most;
+    across = width ? (columns + width - 1) / width : 0;
+    rows_each = across > 1 && !shape.last() ? 1 : width ? kTile / width : 1;
+    groups = shape.last() ? (shape.outer + rows_each - 1) / rows_each : shape.outer;
+    per = shape.last() ? (channels ? shape.channels / channels : 1) : across;
   }
-  int64_t size() const { return groups * shape.channels * per; }
-  // Of the piece's first row and column; where channels do not lie last, row r's is `per` r further on.
-  int64_t index(int64_t k, const Piece& p) const {
-    if (!shape.last()) return p.row * per + k % pieces.per_row;
-    return (pieces.per_row == 1 ? k : p.row) * shape.channels + p.column;
+  int64_t count() const { return (shape.rows() + rows_each - 1) / rows_each * across; }
+  Piece operator[](int64_t k) const {
+    const int64_t row = k / across * rows_each, column = k % across * width;
+    const int64_t rows = shape.rows() - row, columns = shape.columns() - column;
+    return {row, rows < rows_each ? rows : rows_each, column, columns < width ? columns : width};
   }
-  double count(int64_t group, int64_t k) const {
-    if (!shape.last()) {
-      const int64_t rest = shape.inner - k * pieces.size;
-      return double(pieces.per_row == 1 ? shape.inner : rest < pieces.size ? rest : pieces.size);
-    }
-    if (pieces.per_row > 1) return 1.0;
-    const int64_t rest = shape.outer - group * pieces.rows_each;
-    return double(rest < pieces.rows_each ? rest : pieces.rows_each);
+  int64_t partials() const { return groups * channels * per; }
+  // Of the tile's first row and column; its row r's is `per` r further on where channels do not lie last.
+  int64_t partial(const Piece& p) const {
+    return shape.last() ? p.row / rows_each * shape.channels + p.column : p.row * per + p.column / width;
+  }
+  // Elements that went into a partial sum.
+  double elements(int64_t group, int64_t k) const {
+    const int64_t whole = shape.last() ? rows_each : width;
+    const int64_t rest = shape.last() ? shape.outer - group * rows_each : shape.inner - k * width;
+    return double(rest < whole ? rest : whole);
   }
 };
 
@@ -67,6 +72,25 @@ void for_channels(int64_t channels, bool parallel, int threads, F f) {
   for (int64_t first = 0; first < channels; first += kLanes) {
     f(first, channels - first < kLanes ? channels - first : kLanes);
   }
+}
+
+// sums[0..2) = sums of f(i) (a pair of floats) over i < count, in 64 lanes: one chain of additions would wait for itself.
+template <class F>
+inline void sum_pairs(int64_t count, F f, float* first, float* second) {
+  constexpr int64_t kChains = 64;
+  alignas(64) float a[kChains] = {}, b[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+#pragma omp simd
+    for (int64_t k = 0; k < kChains; ++k) f(i + k, a[k], b[k]);
+  }
+#pragma omp simd
+  for (int64_t k = 0; k < count - i; ++k) f(i + k, a[k], b[k]);
+  for (int64_t half = kChains / 2; half; half /= 2) {
+#pragma omp simd
+    for (int64_t k = 0; k < half; ++k) a[k] += a[k + half], b[k] += b[k + half];
+  }
+  *first = a[0], *second = b[0];
 }
 
 }  // namespace

@@ -53,11 +53,11 @@ struct Piece {
 };
 
 struct Pieces {
-  int64_t batch, columns, size, per_row, rows_each;
+  int64_t batch, columns, per_row, rows_each;
 
-  Pieces(int64_t batch_, int64_t columns_, int64_t size_ = kPiece) : batch(batch_), columns(columns_), size(size_) {
-    per_row = columns > size ? (columns + size - 1) / size : 1;
-    rows_each = columns > 0 && columns <= size ? size / columns : 1;
+  Pieces(int64_t batch_, int64_t columns_) : batch(batch_), columns(columns_) {
+    per_row = columns > kPiece ? (columns + kPiece - 1) / kPiece : 1;
+    rows_each = columns > 0 && columns <= kPiece ? kPiece / columns : 1;
   }
   int64_t count() const { return columns == 0 ? 0 : (batch + rows_each - 1) / rows_each * per_row; }
   Piece operator[](int64_t k) const {
@@ -65,8 +65,8 @@ struct Pieces {
       const int64_t row = k * rows_each;
       return {row, batch - row < rows_each ? batch - row : rows_each, 0, columns};
     }
-    const int64_t column = k % per_row * size;
-    return {k / per_row, 1, column, columns - column < size ? columns - column : size};
+    const int64_t column = k % per_row * kPiece;
+    return {k / per_row, 1, column, columns - column < kPiece ? columns - column : kPiece};
   }
 };
 
@@ -75,6 +75,12 @@ struct Rows {
   const void* data;
   int64_t stride;
   int dtype;
+
+  // The piece as float32, rows `row_stride` apart: in place if it is, else copied to `buffer`.
+  const float* view(const Piece& p, float* buffer, int64_t* row_stride) const {
+    *row_stride = dtype == kFloat32 ? stride : p.columns;
+    return dtype == kFloat32 ? static_cast<const float*>(data) + p.row * stride + p.column : read(p, buffer);
+  }
 
   // The piece as dense float32: in place if it already is, else copied to `buffer`.
   const float* read(const Piece& p, float* buffer) const {

@@ -109,6 +109,7 @@ class CompileCase:
     elements: int | None = None  # elements that one program handles: instructions per element are then known
     max_instructions_per_element: float | None = None  # on sm_90
     tensor_cores: bool = False
+    wide_loads: bool = False  # must load 16 bytes at a time
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,340 @@
+"""batch_norm_act on the GPU: sums by program over a range of tiles, then added in a fixed order; no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.activations_triton import activate, times_derivative
+from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
+from genai_fast.kernels.common.launch import ceil_div, next_power_of_2, row_tile
+from genai_fast.kernels.common.rows import require_alike
+
+ELEMENTS = 1024  # a tile of the elementwise kernels: 8 elements a thread
+NUM_WARPS = 4
+SUM_ELEMENTS, SUM_WARPS = 2048, 8  # a tile of the sums
+CHANNELS_A_PROGRAM = 64  # of the sums, where channels lie last
+MOST_GROUPS = 256  # partial sums a channel
+COMBINE_GROUPS, COMBINE_CHANNELS = 64, 16  # a tile of the last step
+
+
+@triton.jit
+def _elements(tile, base, outer, limit, row_stride, across, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and mask [ROWS, BLOCK] of a tile: rows row_stride apart, `across` tiles side by side in `limit` columns."""
+    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # outer * row_stride passes 2**31
+    column = (tile % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < outer)[:, None] & (column < limit)[None, :]
+    return row[:, None] * row_stride + base + column[None, :], mask
+
+
+@triton.jit
+def _range(outer, channels, inner, tiles, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a summing program covers: group, channels, base, columns, tiles across, first tile, and one past the last."""
+    program = tl.program_id(0)
+    if LAST:  # a block of channels; rows hold all channels
+        blocks = tl.cdiv(channels, BLOCK)
+        first = program % blocks * BLOCK
+        channel = first + tl.arange(0, BLOCK)
+        base = first.to(tl.int64)
+        limit = channels - first
+        across = 1
+    else:  # one channel; rows are its planes
+        blocks = channels
+        channel = program % blocks + tl.arange(0, 1)
+        base = (program % blocks).to(tl.int64) * inner
+        limit = inner
+        across = tl.cdiv(inner, BLOCK)
+    group = program // blocks
+    end = tl.minimum((group + 1) * tiles, tl.cdiv(outer, ROWS) * across)
+    return group, channel, base, limit, across, group * tiles, end
+
+
+@triton.jit
+def _by_channel(x, LAST: tl.constexpr):
+    """[ROWS, BLOCK] -> [BLOCK] where channels lie last, else [1]."""
+    total = tl.sum(x, axis=0)
+    if not LAST:
+        total = tl.sum(tl.reshape(total, [1, total.shape[0]]), axis=1)
+    return total
+
+
+@triton.jit
+def _batch_norm_moments(
+    x_ptr,                                   # [outer, channels, inner]
+    partial_ptr,                             # [3, groups, channels]: count, mean, squared deviations
+    outer, channels, inner, row_stride, plane, tiles,
+    LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared deviations over this program's tiles, from sums around the first tile's mean."""
+    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, ROWS, BLOCK)
+    offs, mask = _elements(begin, base, outer, limit, row_stride, across, ROWS, BLOCK)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    shift = _by_channel(x, LAST) / tl.maximum(_by_channel(mask.to(tl.float32), LAST), 1.0)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    count = tl.zeros([ROWS, BLOCK], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    square = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(begin, end):
+        offs, mask = _elements(tile, base, outer, limit, row_stride, across, ROWS, BLOCK)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        d = tl.where(mask, x - shift[None, :], 0.0)
+        count += mask.to(tl.float32)
+        total += d
+        square += d * d
+    n = tl.maximum(_by_channel(count, LAST), 1.0)
+    total_d = _by_channel(total, LAST)
+    deviations = _by_channel(square, LAST) - total_d * (total_d / n)
+    deviations = tl.where(deviations < 0.0, 0.0, deviations)  # rounding; NaN stays
+    at = partial_ptr + group.to(tl.int64) * channels + channel
+    inside = channel < channels
+    tl.store(at, n, mask=inside)
+    tl.store(at + plane, shift + total_d / n, mask=inside)
+    tl.store(at + 2 * plane, deviations, mask=inside)
+
+
+@triton.jit
+def _batch_norm_combine_moments(
+    partial_ptr,                             # [3, groups, channels]
+    mean_ptr, squares_ptr, rstd_ptr,         # [channels]
+    running_mean_ptr, running_var_ptr,       # [channels] or None
+    groups, channels, plane, total, momentum, eps,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean, squared deviations and 1 / sqrt(variance + eps) of each channel; running statistics move by momentum."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mean = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    for first in range(0, groups, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        mask = (group < groups)[:, None] & (channel < channels)[None, :]
+        at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
+        count = tl.load(at, mask=mask, other=0.0)
+        mean += count / total * tl.load(at + plane, mask=mask, other=0.0)
+    mean_c = tl.sum(mean, axis=0)
+    squares = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    for first in range(0, groups, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        mask = (group < groups)[:, None] & (channel < channels)[None, :]
+        at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
+        count = tl.load(at, mask=mask, other=0.0)
+        d = tl.where(mask, tl.load(at + plane, mask=mask, other=0.0) - mean_c[None, :], 0.0)
+        squares += tl.load(at + 2 * plane, mask=mask, other=0.0) + count * d * d
+    squares_c = tl.sum(squares, axis=0)
+    inside = channel < channels
+    tl.store(mean_ptr + channel, mean_c, mask=inside)
+    tl.store(squares_ptr + channel, squares_c, mask=inside)
+    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares_c / total + eps), mask=inside)
+    if running_mean_ptr is not None:
+        dtype = running_mean_ptr.dtype.element_ty
+        before = tl.load(running_mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        after = before * (1.0 - momentum) + mean_c * momentum
+        tl.store(running_mean_ptr + channel, after.to(dtype), mask=inside)
+        before = tl.load(running_var_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        after = before * (1.0 - momentum) + squares_c / (total - 1.0) * momentum
+        tl.store(running_var_ptr + channel, after.to(dtype), mask=inside)
+
+
+@triton.jit
+def _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, inside):
+    """mean, scale and shift of z = (x - mean) scale + shift for these channels."""
+    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)
+    scale = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    shift = tl.zeros_like(scale)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def _matrix_tile(rows, columns, channels, across, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets, mask and channels of an elementwise program's tile of [rows, columns]."""
+    offs, mask = _elements(tl.program_id(0), 0, rows, columns, columns, across, ROWS, BLOCK)
+    if LAST:
+        channel = (tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK))[None, :]
+    else:
+        row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        channel = (row % channels)[:, None]
+    return offs, mask, channel
+
+
+@triton.jit
+def _batch_norm_act_apply(
+    x_ptr, y_ptr,                            # [rows, columns]
+    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
+    rows, columns, channels, across, slope,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = activate((x - mean) rstd weight + bias)."""
+    offs, mask, channel = _matrix_tile(rows, columns, channels, across, LAST, ROWS, BLOCK)
+    mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, channel < channels)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = activate((x - mean) * scale + shift, slope, ACTIVATION)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _batch_norm_act_sums(
+    grad_y_ptr, x_ptr,                       # [outer, channels, inner]
+    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
+    partial_ptr,                             # [2, groups, channels]
+    outer, channels, inner, row_stride, plane, tiles, slope,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz and of dz (x - mean) over this program's tiles, dz = dy activate'(z)."""
+    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, ROWS, BLOCK)
+    inside = channel < channels
+    mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, inside)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    product = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(begin, end):
+        offs, mask = _elements(tile, base, outer, limit, row_stride, across, ROWS, BLOCK)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        d = x - mean[None, :]
+        dz = times_derivative(grad, d * scale[None, :] + shift[None, :], slope, ACTIVATION)
+        dz = tl.where(mask, dz, 0.0)
+        total += dz
+        product += tl.where(mask, dz * d, 0.0)
+    at = partial_ptr + group.to(tl.int64) * channels + channel
+    tl.store(at, _by_channel(total, LAST), mask=inside)
+    tl.store(at + plane, _by_channel(product, LAST), mask=inside)
+
+
+@triton.jit
+def _batch_norm_combine_sums(
+    partial_ptr, rstd_ptr,                   # [2, groups, channels], [channels]
+    sum_dz_ptr, sum_dz_x_hat_ptr,            # [channels]
+    groups, channels, plane,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    product = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    for first in range(0, groups, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        mask = (group < groups)[:, None] & (channel < channels)[None, :]
+        at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+        product += tl.load(at + plane, mask=mask, other=0.0)
+    inside = channel < channels
+    rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
+    tl.store(sum_dz_ptr + channel, tl.sum(total, axis=0), mask=inside)
+    tl.store(sum_dz_x_hat_ptr + channel, tl.sum(product, axis=0) * rstd, mask=inside)
+
+
+@triton.jit
+def _batch_norm_act_grad(
+    grad_y_ptr, x_ptr, grad_x_ptr,           # [rows, columns]
+    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
+    sum_dz_ptr, sum_dz_x_hat_ptr,            # [channels] or None
+    rows, columns, channels, across, share, slope,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = weight rstd (dz - share sum_dz - x-hat share sum_dz_x_hat)."""
+    offs, mask, channel = _matrix_tile(rows, columns, channels, across, LAST, ROWS, BLOCK)
+    inside = channel < channels
+    mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, inside)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    d = x - mean
+    dx = scale * times_derivative(grad, d * scale + shift, slope, ACTIVATION)
+    if sum_dz_ptr is not None:
+        rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
+        linear = scale * rstd * (share * tl.load(sum_dz_x_hat_ptr + channel, mask=inside, other=0.0))
+        constant = scale * (share * tl.load(sum_dz_ptr + channel, mask=inside, other=0.0))
+        dx -= linear * d + constant
+    tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+def _matrix(x):
+    """(grid, rows, columns, channels, across) of the elementwise kernels and their constants."""
+    outer, channels, inner = extent(x)
+    rows, columns = (outer, channels) if inner == 1 else (outer * channels, inner)
+    tile_rows, block, across = row_tile(columns, ELEMENTS)
+    constants = dict(LAST=inner == 1, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS)
+    return (ceil_div(rows, tile_rows) * across,), (rows, columns, channels, across), constants
+
+
+def _sums(x):
+    """grid, groups, sizes and constants of the summing kernels: their partial sums are [..., groups, channels]."""
+    outer, channels, inner = extent(x)
+    last = inner == 1
+    columns = min(channels, CHANNELS_A_PROGRAM) if last else inner
+    rows, block, across = row_tile(columns, SUM_ELEMENTS)
+    all_tiles = ceil_div(outer, rows) * (1 if last else across)
+    tiles = max(ceil_div(all_tiles, MOST_GROUPS), 1)
+    groups = max(ceil_div(all_tiles, tiles), 1)
+    blocks = ceil_div(channels, block) if last else channels
+    constants = dict(LAST=last, ROWS=rows, BLOCK=block, num_warps=SUM_WARPS)
+    return (blocks * groups,), groups, (outer, channels, inner, channels * inner, groups * channels, tiles), constants
+
+
+def _combine(channels):
+    grid = (ceil_div(channels, COMBINE_CHANNELS),)
+    return grid, dict(GROUPS=COMBINE_GROUPS, CHANNELS=COMBINE_CHANNELS, num_warps=NUM_WARPS)
+
+
+def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
+    x = dense_channels(x)
+    require_channels(x, running_mean, running_var, dtype=None)
+    running = (running_mean, running_var)
+    if running_mean is not None:
+        running = tuple(r.contiguous() for r in running)
+    grid, groups, sizes, constants = _sums(x)
+    outer, channels, inner = sizes[:3]
+    partial = x.new_empty((3, groups, channels), dtype=torch.float32)
+    results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(3))
+    _batch_norm_moments[grid](x, partial, *sizes, **constants)
+    grid, constants = _combine(channels)
+    _batch_norm_combine_moments[grid](
+        partial, *results, *running, groups, channels, groups * channels, float(outer * inner), momentum, eps, **constants
+    )
+    for given, moved in zip((running_mean, running_var), running, strict=True):
+        if moved is not given:
+            given.copy_(moved)
+    return results
+
+
+def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
+    x = dense_channels(x)
+    parameters = require_channels(x, weight, bias, mean, rstd)
+    y = torch.empty_like(x)
+    if x.numel():
+        grid, sizes, constants = _matrix(x)
+        _batch_norm_act_apply[grid](x, y, *parameters, *sizes, slope, ACTIVATION=activation, **constants)
+    return y
+
+
+def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope):
+    require_alike(x, grad_y)
+    x = dense_channels(x)
+    grad_y = like_layout(grad_y, x)
+    parameters = require_channels(x, weight, bias, mean, rstd)
+    grid, groups, sizes, constants = _sums(x)
+    channels = x.size(1)
+    partial = x.new_empty((2, groups, channels), dtype=torch.float32)
+    results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    if not x.numel():
+        return tuple(r.zero_() for r in results)
+    _batch_norm_act_sums[grid](
+        grad_y, x, *parameters, partial, *sizes, slope, ACTIVATION=activation, **constants
+    )  # fmt: skip
+    grid, constants = _combine(channels)
+    _batch_norm_combine_sums[grid](partial, parameters[3], *results, groups, channels, groups * channels, **constants)
+    return results
+
+
+def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
+    require_alike(x, grad_y)
+    x = dense_channels(x)
+    grad_y = like_layout(grad_y, x)
+    parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
+    grad_x = torch.empty_like(x)
+    if x.numel():
+        grid, sizes, constants = _matrix(x)
+        _batch_norm_act_grad[grid](
+            grad_y, x, grad_x, *parameters, *sizes, 1.0 / count, slope, ACTIVATION=activation, **constants
+        )
+    return grad_x
