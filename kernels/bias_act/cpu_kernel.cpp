@@ -46,33 +46,35 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
                        double negative_slope, int threads) {
   const Channels shape{outer, channels, inner};
   const Tiles tiles(shape);
-  const Rows g_rows{grad_y, shape.columns(), dtype}, s_rows{saved, shape.columns(), dtype};
-  const DenseOut out{grad_x, shape.columns(), dtype};
+  const bool by_column = tiles.shape.last();
+  const int64_t columns = tiles.shape.columns(), repeat = by_column ? tiles.per : 1;
+  const Rows g_rows{grad_y, columns, dtype}, s_rows{saved, columns, dtype};
+  const DenseOut out{grad_x, columns, dtype};
   const float slope = float(negative_slope);
   const bool parallel = shape.elements() >= kParallel;
-  float* const zeros = static_cast<float*>(std::calloc(size_t(bias ? 1 : channels + 1), sizeof(float)));
-  float* const sums = static_cast<float*>(std::malloc(size_t(tiles.size() + 1) * sizeof(float)));
-  const float* const shift = bias ? bias : zeros;
+  float* const shift = static_cast<float*>(std::malloc(size_t(channels * repeat + 1) * sizeof(float)));
+  for (int64_t i = 0; i < channels * repeat; ++i) shift[i] = bias ? bias[i / repeat] : 0.0f;
+  float* const sums = static_cast<float*>(std::malloc(size_t(tiles.partials() + 1) * sizeof(float)));
   with_activation(activation, [&](auto a) {
-    with_flag(shape.last(), [&](auto last) {
+    with_flag(by_column, [&](auto last) {
       with_flag(from_output, [&](auto output) {
-        constexpr bool kLast = decltype(last)::value;
+        constexpr bool kLast = decltype(last)::value, kOutput = decltype(output)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-        for (int64_t k = 0; k < tiles.pieces.count(); ++k) {
+        for (int64_t k = 0; k < tiles.count(); ++k) {
           alignas(64) float g_buffer[kTile], s_buffer[kTile], to[kTile];
-          const Piece p = tiles.pieces[k];
-          const float* g = g_rows.read(p, g_buffer);
-          const float* v = s_rows.read(p, s_buffer);
-          float* const begin = out.begin(p, to);
+          const Piece p = tiles[k];
+          int64_t stride;
+          const float* g = g_rows.view(p, g_buffer, &stride);
+          const float* v = s_rows.view(p, s_buffer, &stride);
+          float* const begin = out.view(p, to, &stride);
           float* w = begin;
-          float* sum = sums + tiles.index(k, p);
+          float* const sum = sums + tiles.partial(p);
           if constexpr (kLast) {
             for (int64_t i = 0; i < p.columns; ++i) sum[i] = 0.0f;
           }
-          for (int64_t r = 0; r < p.rows; ++r, g += p.columns, v += p.columns, w += p.columns) {
+          for (int64_t r = 0; r < p.rows; ++r, g += stride, v += stride, w += stride) {
             const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(p.row + r)));
             const auto dx = [&](int64_t i) {
-              constexpr bool kOutput = decltype(output)::value;
               return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], slope);
             };
             if constexpr (kLast) {
@@ -93,7 +95,7 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
               sum[r * tiles.per] = total;
             }
           }
-          out.end(p, begin);
+          if (dtype != kFloat32) out.end_view(p, begin);
         }
       });
     });
@@ -103,14 +105,14 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
       double total[kLanes] = {};
       for (int64_t g = 0; g < tiles.groups; ++g) {
         for (int64_t k = 0; k < tiles.per; ++k) {
-          const float* tile = sums + (g * channels + first) * tiles.per + k;
+          const float* const tile = sums + (g * channels + first) * tiles.per + k;
           for (int64_t c = 0; c < count; ++c) total[c] += double(tile[c * tiles.per]);
         }
       }
       for (int64_t c = 0; c < count; ++c) grad_bias[first + c] = float(total[c]);
     });
   }
-  std::free(zeros);
+  std::free(shift);
   std::free(sums);
 }
 
