@@ -289,7 +289,16 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     _batch_norm_moments[grid](x, partial, *sizes, **constants)
     grid, constants = _combine(channels)
     _batch_norm_combine_moments[grid](
-        partial, *results, *running, groups, channels, groups * channels, float(outer * inner), momentum, eps, **constants
+        partial,
+        *results,
+        *running,
+        groups,
+        channels,
+        groups * channels,
+        float(outer * inner),
+        momentum,
+        eps,
+        **constants,
     )
     for given, moved in zip((running_mean, running_var), running, strict=True):
         if moved is not given:

@@ -45,7 +45,7 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
                        int64_t channels, int64_t inner, const float* bias, bool from_output, int activation,
                        double negative_slope, int threads) {
   const Channels shape{outer, channels, inner};
-  const Tiles tiles(shape);
+  const Tiles tiles(shape, 2 * kTile, 1024);
   const bool by_column = tiles.shape.last();
   const int64_t columns = tiles.shape.columns(), repeat = by_column ? tiles.per : 1;
   const Rows g_rows{grad_y, columns, dtype}, s_rows{saved, columns, dtype};
@@ -53,7 +53,9 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
   const float slope = float(negative_slope);
   const bool parallel = shape.elements() >= kParallel;
   float* const shift = static_cast<float*>(std::malloc(size_t(channels * repeat + 1) * sizeof(float)));
-  for (int64_t i = 0; i < channels * repeat; ++i) shift[i] = bias ? bias[i / repeat] : 0.0f;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) shift[i] = bias ? bias[c] : 0.0f;
+  }
   float* const sums = static_cast<float*>(std::malloc(size_t(tiles.partials() + 1) * sizeof(float)));
   with_activation(activation, [&](auto a) {
     with_flag(by_column, [&](auto last) {
@@ -63,17 +65,16 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
         for (int64_t k = 0; k < tiles.count(); ++k) {
           alignas(64) float g_buffer[kTile], s_buffer[kTile], to[kTile];
           const Piece p = tiles[k];
-          int64_t stride;
-          const float* g = g_rows.view(p, g_buffer, &stride);
-          const float* v = s_rows.view(p, s_buffer, &stride);
-          float* const begin = out.view(p, to, &stride);
-          float* w = begin;
           float* const sum = sums + tiles.partial(p);
           if constexpr (kLast) {
             for (int64_t i = 0; i < p.columns; ++i) sum[i] = 0.0f;
           }
-          for (int64_t r = 0; r < p.rows; ++r, g += stride, v += stride, w += stride) {
-            const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(p.row + r)));
+          for (int64_t r = 0; r < p.rows; ++r) {
+            const Piece row{p.row + r, 1, p.column, p.columns};
+            const float* const g = g_rows.read(row, g_buffer);
+            const float* const v = s_rows.read(row, s_buffer);
+            float* const w = out.begin(row, to);
+            const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(row.row)));
             const auto dx = [&](int64_t i) {
               return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], slope);
             };
@@ -94,8 +95,8 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
               }
               sum[r * tiles.per] = total;
             }
+            out.end(row, w);
           }
-          if (dtype != kFloat32) out.end_view(p, begin);
         }
       });
     });

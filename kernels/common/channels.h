@@ -28,19 +28,21 @@ struct Param<false> {
   float operator[](int64_t) const { return value; }
 };
 
-constexpr int64_t kTile = 8192;  // elements: 32 KiB, for the caches to hold
+constexpr int64_t kTile = 8192;  // elements: 32 KiB, for the caches to hold; no row of a tile is longer
 
 // How sums are cut: whole rows, or parts of long ones. Partial sums stand as [groups, channels, per].
 struct Tiles {
   Channels shape;  // small planes of many samples count as columns of their own, which saves a short loop for each
   int64_t channels, width, across, rows_each, groups, per;
 
-  explicit Tiles(const Channels& s) : shape(s), channels(s.channels) {
+  // `elements` a tile of whole or short rows; `part` columns of a long one, in a tile that is written too no fewer than
+  // 1024: stores and the next row's loads then lie apart, although their addresses may agree in the lower 12 bits.
+  explicit Tiles(const Channels& s, int64_t elements = kTile, int64_t part = 128) : shape(s), channels(s.channels) {
     if (!s.last() && s.inner < 128 && s.outer >= 16) shape = {s.outer, s.channels * s.inner, 1};
-    const int64_t columns = shape.columns(), most = shape.last() ? (columns > 1024 ? 128 : 1024) : kTile;
+    const int64_t columns = shape.columns(), most = shape.last() ? (columns > 1024 ? part : 1024) : kTile;
     width = columns < most ? columns : most;
     across = width ? (columns + width - 1) / width : 0;
-    rows_each = across > 1 && !shape.last() ? 1 : width ? kTile / width : 1;
+    rows_each = across > 1 && !shape.last() ? 1 : width ? elements / width : 1;
     groups = shape.last() ? (shape.outer + rows_each - 1) / rows_each : shape.outer;
     per = shape.last() ? (channels ? shape.channels / channels : 1) : across;
   }

@@ -106,16 +106,6 @@ struct DenseOut {
   void end(const Piece& p, const float* values) const {
     store_span(data, dtype, p.row * columns + p.column, p.count(), values);
   }
-  // The same for a piece of any columns, rows `row_stride` apart.
-  float* view(const Piece& p, float* buffer, int64_t* row_stride) const {
-    *row_stride = dtype == kFloat32 ? columns : p.columns;
-    return begin(p, buffer);
-  }
-  void end_view(const Piece& p, const float* values) const {
-    for (int64_t r = 0; r < p.rows; ++r) {
-      store_span(data, dtype, (p.row + r) * columns + p.column, p.columns, values + r * p.columns);
-    }
-  }
 };
 
 }  // namespace
