@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import clock, roofs
+from bench import clock, memory, roofs
 from genai_fast import ops, registry
 from genai_fast.backends import choose
 from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
@@ -57,6 +57,7 @@ class Point:
     def step(self, variant: str, seed: int = 0) -> Callable[[], Any]:
         """Forward, and backward from what the first peer returns (an op may return more), if it has one."""
         function, inputs = self.function(variant), self.inputs(seed)
+        inputs = getattr(function, "prepare", dict)(inputs)  # a peer may want another memory layout
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         if not leaves:
             return lambda: function(**inputs)
@@ -112,7 +113,7 @@ def red(point: Point) -> str:
 def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
     """All figures of a point, variants interleaved; call only on a green gate.
 
-    wall_us: median wall time of forward and backward. device_us (CUDA): median time on the device. ratio:
+    wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median time on the device. ratio:
     each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s and share of the roof:
     of the fused op, from what its spec says it must move and do.
     """
@@ -136,6 +137,8 @@ def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
         best = {name: t for name, (t, _) in timed.items()}
         for name, (t, how) in timed.items():
             variants[name].update(device_us=round(t * 1e6, 2), device_clock=how)
+    for name in variants:
+        variants[name]["peak_bytes"] = memory.peak_bytes(steps[name], point.device)
     variants.update({name: {"skipped": reason} for name, reason in skipped.items()})
     cost, fused = point.op.cost(**point.inputs()), best[FUSED]
     return {

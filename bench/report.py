@@ -29,6 +29,8 @@ _HEADER = (
     "ratio",
     "GB/s",
     "of roof",
+    "peer MiB",
+    "fused MiB",
     "clock",
 )
 
@@ -75,6 +77,10 @@ def _time(variant: dict[str, Any] | None) -> str:
     return f"{variant.get('device_us', variant['wall_us']):.1f}"
 
 
+def _mebibytes(variant: dict[str, Any]) -> str:
+    return f"{variant['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in variant else "-"
+
+
 def _optional(figure: dict[str, Any], name: str, pattern: str) -> str:
     return pattern.format(figure[name]) if figure.get(name) is not None else "-"
 
@@ -99,6 +105,8 @@ def rows(figures: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
                     f"{figure['ratio'][peer]:.2f}",
                     _optional(figure, "gigabytes_per_second", "{:.1f}"),
                     _optional(figure, "share_of_roof", "{:.0%}"),
+                    _mebibytes(variants[peer]),
+                    _mebibytes(variants[FUSED]),
                     variants[FUSED].get("device_clock", "wall"),
                 )
             )
@@ -138,7 +146,8 @@ def markdown(machine: dict[str, Any], figures: list[dict[str, Any]]) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in rows(figures)]
     lines += [
         "",
-        "ratio: the peer's time over the fused op's, medians of interleaved runs in one process.",
+        "ratio: the peer's time over the fused op's, medians of interleaved runs in one process. MiB: the most memory",
+        "that forward and backward hold beyond inputs and incoming gradients.",
         "",
     ]
     return "\n".join([*lines, *(f"- {note}" for note in notes(figures)), ""])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_gate, points, record, report, roofs
+from bench import gpu_gate, memory, points, record, report, roofs
 from genai_fast import ops
 from genai_fast.kernels.common.extension import extension
 from genai_fast.registry import OPS
@@ -99,6 +99,26 @@ def test_figures_name_everything_and_say_what_was_skipped(quick):
     cost = VAE_LOSS.cost(**point.inputs())
     assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01)
     json.dumps(figure)
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    def call():
+        first = torch.empty(1 << 20)
+        del first
+        second, third = torch.empty(1 << 20), torch.empty(1 << 20)
+        return second, third
+
+    assert memory.peak_bytes(call, "cpu") == 2 * 4 << 20
+
+
+def test_batch_norm_act_holds_less_than_eager(quick):
+    """The result and the gradient; eager also holds the normalised tensor and its gradient."""
+    op = OPS["batch_norm_act"]
+    point = point_of(op, next(k for k, case in enumerate(op.bench_cases) if "32x128x16x16" in case.name))
+    peak = {v: memory.peak_bytes(point.step(v), "cpu") for v in (*op.peers, points.FUSED)}
+    tensor = point.inputs()["x"].nbytes
+    assert peak[points.FUSED] <= peak["eager (inplace)"]
+    assert peak[points.FUSED] <= peak["eager"] - tensor
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
@@ -274,9 +294,9 @@ FIGURE = {
     "dtype": "float32",
     "device": "cpu",
     "variants": {
-        "eager": {"wall_us": 30.0},
+        "eager": {"wall_us": 30.0, "peak_bytes": 3 << 20},
         "compile": {"skipped": "no compiler"},
-        "fused": {"wall_us": 10.0},
+        "fused": {"wall_us": 10.0, "peak_bytes": 2 << 20},
     },
     "ratio": {"eager": 3.0},
     "gigabytes_per_second": 12.34,
@@ -312,8 +332,8 @@ def test_report(tmp_path, capsys, content):
     text = (tmp_path / "out" / "run.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("| vae_loss")]
     assert table == [
-        "| vae_loss | mnist | float32 | eager | 30.0 | - | 10.0 | 3.00 | 12.3 | 50% | wall |",
-        "| vae_loss | mnist | float32 | eager | 8.0 | 6.0 | 2.0 | 4.00 | 12.3 | 50% | graph |",
+        "| vae_loss | mnist | float32 | eager | 30.0 | - | 10.0 | 3.00 | 12.3 | 50% | 3.0 | 2.0 | wall |",
+        "| vae_loss | mnist | float32 | eager | 8.0 | 6.0 | 2.0 | 4.00 | 12.3 | 50% | - | - | graph |",
     ]
     assert "- device: a processor" in text
     assert "- roof, copy: 40.0 GB/s" in text

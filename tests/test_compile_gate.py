@@ -54,8 +54,10 @@ SCALE = {**VECTORS, "count": "i32", "FACTOR": 2.0, "BLOCK": 1024}
 CASES = {
     case.name: case
     for case in (
-        CompileCase("scale", "_scale", SCALE, elements=1024, max_instructions_per_element=20),
-        CompileCase("unaligned", "_scale", {**SCALE, "x_ptr": "*fp32:4", "y_ptr": "*fp32:4"}, elements=1024),
+        CompileCase("scale", "_scale", SCALE, elements=1024, max_instructions_per_element=20, wide_loads=True),
+        CompileCase(
+            "unaligned", "_scale", {**SCALE, "x_ptr": "*fp32:4", "y_ptr": "*fp32:4"}, elements=1024, wide_loads=True
+        ),
         CompileCase("no_pointer", "_scale", {**SCALE, "x_ptr": "fp32"}, elements=1024),
         CompileCase("spill", "_spill", {**VECTORS, "BLOCK": 16384}, num_warps=1),
         CompileCase("loop", "_loop", {**VECTORS, "count": "i32", "BLOCK": 512}, elements=512),
@@ -190,6 +192,11 @@ def test_limit_of_instructions_fails(table):
     assert "instructions an element: expected at most 20, got 20.01" in message
 
 
+def test_narrow_loads_fail_where_wide_ones_are_asked_for(table):
+    (message,) = wrong(table, "unaligned")
+    assert message.startswith("toy/unaligned/sm_90: loads of 16 bytes: expected some, got none")
+
+
 def test_what_does_not_compile_is_said(table):
     assert "DOES NOT COMPILE" in compile_gate.render(table)
     (message,) = wrong(table, "no_pointer")
@@ -208,6 +215,7 @@ REGRESSIONS = {
     "element": (lambda row: row.update(instructions_per_element=99), r"instructions_per_element: expected"),
     "registers": (lambda row: row.update(registers=255), "occupancy: expected 64 resident warps"),
     "shared": (lambda row: row.update(shared_bytes=200000), "occupancy: expected 64 resident warps"),
+    "wide loads": (lambda row: row.update(wide_loads=-1), "loads of 16 bytes: expected"),
 }
 
 

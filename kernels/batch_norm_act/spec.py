@@ -71,6 +71,16 @@ def _eager(inplace):
     return run
 
 
+def _contiguous(inputs):
+    """The same inputs in PyTorch's default layout, N C H W."""
+    x = inputs["x"].detach().contiguous().requires_grad_()
+    return {**inputs, "x": x}
+
+
+_eager_contiguous = _eager(False)
+_eager_contiguous.prepare = _contiguous
+
+
 def _cost(x, weight=None, **settings):
     # Forward reads x twice and writes y; backward reads x and dy twice and writes dx.
     return Cost(flops=30 * x.numel(), bytes=8 * x.numel() * x.element_size())
@@ -259,7 +269,7 @@ BATCH_NORM_ACT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
-    peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
+    peers={"eager": _eager(False), "eager (inplace)": _eager(True), "eager (NCHW)": _eager_contiguous},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
 )
