@@ -10,6 +10,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genai_fast.layers._stock import CONVS, TRANSPOSED
@@ -78,9 +79,9 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
         weight = (groups * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, 1, *ones)
-    # oneDNN's relu turns NaN into 0.
-    relu = activation == "relu" or (activation == "leaky_relu" and slope == 0.0)
-    name = "none" if relu else _NAMES[activation]
+    # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is.
+    after = activation == "relu" or (activation == "leaky_relu" and slope == 0.0)
+    name = "none" if after else _NAMES[activation]
     epilogue = (name, [slope] if name == "leaky_relu" else [], "")
     given = (x, weight.to(x.dtype), shift.to(x.dtype), conv.padding)
     settings = (conv.stride, conv.dilation, conv.groups, *epilogue)
@@ -88,4 +89,6 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
         y = torch.ops.mkldnn._convolution_transpose_pointwise(*given, conv.output_padding, *settings)
     else:
         y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)
-    return y.relu_() if relu else y
+    if not after:
+        return y
+    return y.relu_() if activation == "relu" else F.leaky_relu_(y, slope)
