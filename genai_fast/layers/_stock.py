@@ -23,6 +23,7 @@ _LETTERS: dict[type[nn.Module], str] = {
     **dict.fromkeys((*CONVS, *TRANSPOSED, nn.Linear), "C"), **dict.fromkeys(NORMS, "N"),
     **dict.fromkeys(ACTIVATIONS, "A"), nn.Dropout: "D",
 }  # fmt: skip
+STOCK = tuple(_LETTERS)
 _RUN = re.compile("C?N[Aa]?|[Aa]?[Dd]|.")
 
 
