@@ -76,30 +76,33 @@ def _plan(module: nn.Module) -> tuple[Any, str]:
     # torch.fx takes its time to trace, and its part of this package is not needed to import it.
     from genai_fast.fuse._written import Refused, written
 
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        return None, f"it is a {type(module).__name__}"
-    if obstacle(module) and "hooks" not in obstacle(module):
-        return None, obstacle(module)
+    if "forward" in module.__dict__:
+        return None, "its forward is replaced"
     try:
         return written(module), ""
     except Refused as reason:
         return None, f"forward: {reason}"
 
 
-def _has_forward(cls: type) -> bool:
-    """Whether somebody wrote this class's forward: torch's own modules are leaves or containers."""
-    return cls.forward is not nn.Module.forward and not cls.forward.__module__.startswith(("torch.", "genai_fast."))
+def _is_generated(module: nn.Module) -> bool:
+    return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
+
+
+def _is_written(module: nn.Module, cls: type) -> bool:
+    """Whether somebody wrote this forward that calls children: torch's own modules are leaves or containers."""
+    made_in = getattr(cls.forward, "__module__", None) or ""
+    return bool(module._modules) and not made_in.startswith(("torch.", "genai_fast."))
 
 
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     cls = type(module)
-    if _original(cls) is not cls or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+    if _original(cls) is not cls or "forward" in module.__dict__ or _is_generated(module):
         return None
     if _is_sequential(cls):
         if issubclass(cls, FusedSequential):
             return None
         return _subclass(cls, (), forward=FusedSequential.forward)
-    if not _has_forward(cls) or not module._modules:
+    if not _is_written(module, cls):
         return None
     plan, _ = _plan(module)
     if plan is None:
@@ -203,12 +206,15 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
     cls, found = _original(type(module)), type(module).__name__
     if wrapper := _wrapper(module):
         yield Row(path, found, "", f"{wrapper}: fuse comes first")
+    elif _is_generated(module):
+        if any(True for _ in module.children()):
+            yield Row(path, found, "", "its forward is generated already")
     elif _is_sequential(cls):
         if "forward" in module.__dict__:
             yield Row(path, found, "", obstacle(module))
         else:
             yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
-    elif _has_forward(cls) and module._modules:
+    elif _is_written(module, cls):
         chains, reason = getattr(module, "_fused_chains", None), ""
         if chains is None:
             plan, reason = _plan(module)
