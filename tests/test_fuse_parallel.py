@@ -1,5 +1,6 @@
 """Fused models in two processes: DDP, FSDP2, and SyncBatchNorm against BatchNorm on the joined batch."""
 
+import contextlib
 import copy
 import os
 
@@ -20,31 +21,35 @@ from genai_fast.layers import FusedSequential
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def _start(rank, check, file, arguments):
+def _start(rank, check, file):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     genai_fast.use_backend("reference")
     torch.manual_seed(0)
     try:
-        check(rank, *arguments)
+        check(rank)
     finally:
         dist.destroy_process_group()
 
 
-def _in_two_processes(check, tmp_path, *arguments):
-    mp.spawn(_start, (check, str(tmp_path / "rendezvous"), arguments), nprocs=2)
+def _in_two_processes(check, tmp_path):
+    mp.spawn(_start, (check, str(tmp_path / "rendezvous")), nprocs=2)
 
 
+@contextlib.contextmanager
 def _counted():
     made, op = [], ops.batch_norm_act
     ops.batch_norm_act = lambda *a, **k: made.append(a[8]) or op(*a, **k)
-    return made
+    try:
+        yield made
+    finally:
+        ops.batch_norm_act = op
 
 
 def _trains_alike(rank, make, shape, wrap):
     plain = make()
-    fused, calls = fuse(copy.deepcopy(plain)), _counted()
+    fused = fuse(copy.deepcopy(plain))
     models = [wrap(m) for m in (fused, plain)]
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, eps=1e-2) for m in models]
     for _ in range(3):
@@ -52,7 +57,9 @@ def _trains_alike(rank, make, shape, wrap):
         outputs, gradients = [], []
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
-            outputs.append(model(x))
+            with _counted() as calls:
+                outputs.append(model(x))
+            assert bool(calls) == (model is models[0])
             outputs[-1].square().sum().backward()
             found = {name: p.grad for name, p in model.named_parameters()}
             gradients.append({name: getattr(g, "full_tensor", lambda g=g: g)() for name, g in found.items()})
@@ -65,7 +72,6 @@ def _trains_alike(rank, make, shape, wrap):
         model.eval()
     with torch.no_grad():
         close(models[0](x), models[1](x), 1e-4)
-    assert calls
 
 
 def _fsdp(model):
@@ -77,21 +83,25 @@ def _fsdp(model):
 
 def _fsdp_checks(rank, make, shape):
     _trains_alike(rank, make, shape, _fsdp)
-    with pytest.raises(TypeError, match="fuse: model: .*got FSDPModule"):
+    with pytest.raises(TypeError, match=r"fuse: model: .*got FSDPModule"):
         fuse(_fsdp(make()))
 
 
 def _ddp_checks(rank, make, shape):
     _trains_alike(rank, make, shape, DistributedDataParallel)
-    with pytest.raises(TypeError, match="fuse: model: .*got DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"fuse: model: .*got DistributedDataParallel"):
         fuse(DistributedDataParallel(make()))
     assert any("fuse comes first" in row.reason for row in explain(DistributedDataParallel(make())))
 
 
-@pytest.mark.parametrize("make,shape", [(HandWritten, (5, 6)), (UNet, (3, 3, 8, 8))], ids=["written", "containers"])
-@pytest.mark.parametrize("check", [_ddp_checks, _fsdp_checks], ids=["ddp", "fsdp2"])
-def test_data_parallel(check, make, shape, tmp_path):
-    _in_two_processes(check, tmp_path, make, shape)
+def _data_parallel_checks(rank):
+    for make, shape in ((HandWritten, (5, 6)), (UNet, (3, 3, 8, 8))):
+        _ddp_checks(rank, make, shape)
+        _fsdp_checks(rank, make, shape)
+
+
+def test_ddp_and_fsdp2(tmp_path):
+    _in_two_processes(_data_parallel_checks, tmp_path)
 
 
 def _sync_checks(rank, sizes, momentum, group):
@@ -102,7 +112,7 @@ def _sync_checks(rank, sizes, momentum, group):
     process_group = dist.new_group([0, 1]) if group else None
     sync = nn.SyncBatchNorm.convert_sync_batchnorm(with_statistics(copy.deepcopy(plain)), process_group)
     with_statistics(plain)
-    fused, calls = FusedSequential(*sync), _counted()
+    fused = FusedSequential(*sync)
     for _ in range(2):
         joined = torch.randn(sum(sizes), 3, 5, 5) * 3 + 20
         weights = torch.randn(sum(sizes), 4, 10, 10)
@@ -111,7 +121,9 @@ def _sync_checks(rank, sizes, momentum, group):
         x, images = joined[mine].clone().requires_grad_(), joined.clone().requires_grad_()
         fused.zero_grad()
         plain.zero_grad()
-        y, expected = fused(x), plain(images)
+        with _counted() as calls:
+            y, expected = fused(x), plain(images)
+        assert calls == ["leaky_relu", "tanh"]
         (y * weights[mine]).sum().backward()
         (expected * weights).sum().backward()
         if sizes[rank]:
@@ -123,7 +135,6 @@ def _sync_checks(rank, sizes, momentum, group):
         gradients_close(gradients, {name: p.grad for name, p in plain.named_parameters()})
         for (name, a), (_, b) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
             close(a, b, 1e-4, what=name)
-    assert calls == ["leaky_relu", "tanh"] * 2
     fused.eval()
     plain.load_state_dict(fused.state_dict(), strict=True)
     if sizes[rank]:  # alone: evaluation must not wait for the other process
@@ -131,7 +142,11 @@ def _sync_checks(rank, sizes, momentum, group):
             close(fused(x), plain.eval()(x), 1e-4)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("sizes", [(4, 4), (7, 2), (5, 0)], ids=str)
-def test_sync_batch_norm_is_batch_norm_on_the_joined_batch(sizes, momentum, tmp_path):
-    _in_two_processes(_sync_checks, tmp_path, sizes, momentum, sizes == (7, 2))
+def _all_sync_checks(rank):
+    for sizes in ((4, 4), (7, 2), (5, 0)):
+        for momentum in (0.1, None):
+            _sync_checks(rank, sizes, momentum, group=sizes == (7, 2))
+
+
+def test_sync_batch_norm_is_batch_norm_on_the_joined_batch(tmp_path):
+    _in_two_processes(_all_sync_checks, tmp_path)

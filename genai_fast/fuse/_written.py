@@ -69,9 +69,7 @@ class _Reader:
             self._statement(statement)
 
     def _statement(self, node: ast.stmt) -> None:
-        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Constant, ast.Call)):
-            self._reads_tensor(node.value)
-        elif isinstance(node, ast.Return) and node.value is not None:
+        if isinstance(node, (ast.Expr, ast.Return)):
             self._reads_tensor(node.value)
         elif isinstance(node, ast.Assign):
             tensor = self._reads_tensor(node.value)

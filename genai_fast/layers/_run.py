@@ -43,10 +43,7 @@ def _fits(x: Any) -> bool:
         return not torch.compiler.is_exporting()
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
-    return (
-        x.layout is torch.strided and x.dim() > 1 and x.numel() > 0
-        and _served(forced_backend(), x.device.type, x.dtype)
-    )  # fmt: skip
+    return x.layout is torch.strided and x.dim() > 1 and _served(forced_backend(), x.device.type, x.dtype)
 
 
 @functools.cache
@@ -64,6 +61,8 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> Any:
     conv = modules[0] if letters[0] == "C" else None
     norm = modules[0 if conv is None else 1]
     group = _process_group(norm)
+    if x.numel() == 0 and group is None:
+        return _one_by_one(modules, x)  # torch has statistics of nothing, the op refuses
     if torch.compiler.is_compiling() and (group is not None or norm.momentum is None):
         return _one_by_one(modules, x)  # collectives, and a momentum that is read from a tensor: left to torch
     activation, slope = _activation(modules[-1] if letters[-1] in "Aa" else None)
