@@ -224,6 +224,15 @@ class Upsampler(nn.Module):
         return self.line(images.flatten(2)), self.volume(images.unsqueeze(1))
 
 
+class OneNorm(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), norm, nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
 def images(*shape):
     return lambda: torch.randn(*shape)
 

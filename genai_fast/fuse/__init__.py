@@ -37,14 +37,11 @@ class _InPlace:
         return function, arguments, *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        fused = type(self)
-        self.__class__ = _original(fused)  # so that a copy is made as that class makes it
-        try:
-            twin = copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = fused
-        twin.__class__ = fused
-        return twin
+        inherited = getattr(super(), "__deepcopy__", None)
+        if inherited is not None:
+            return inherited(memo)
+        # What deepcopy does without this method, but not by way of the pickle, which is of the original class.
+        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))
 
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}

@@ -6,7 +6,6 @@ import functools
 import re
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules import module as _globals
 
@@ -64,7 +63,7 @@ def letter(child: nn.Module) -> str:
     found = _LETTERS.get(type(child), ".")
     if found == "." or obstacle(child):
         return "."
-    return found.lower() if getattr(child, "inplace", False) else found
+    return found.lower() if child.__dict__.get("inplace") else found
 
 
 @functools.cache
@@ -79,7 +78,10 @@ def _runs(word: str) -> tuple[Run, ...]:
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
 def runs(word: str) -> tuple[Run, ...]:
     """The children, given as one letter each, cut into what runs as one and what is called by itself."""
     return _runs(word)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+runs._dynamo_marked_constant = True
