@@ -9,16 +9,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def _reference(request):
-    """Layers and fuse run on the reference."""
-    from genai_fast import use_backend
-
-    chosen = "reference" if request.module.__name__.startswith(("test_layers", "test_fold", "test_fuse")) else None
-    with use_backend(chosen):
-        yield
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     """The activations that ops.batch_norm_act was called with."""

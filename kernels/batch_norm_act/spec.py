@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.channels import dense_channels, wide
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from genai_fast.kernels.common.activations_triton import activate, times_derivative
 from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
-from genai_fast.kernels.common.launch import ceil_div, next_power_of_2, row_tile
+from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.rows import require_alike
 
 ELEMENTS = 1024  # a tile of the elementwise kernels: 8 elements a thread
@@ -289,7 +289,16 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     _batch_norm_moments[grid](x, partial, *sizes, **constants)
     grid, constants = _combine(channels)
     _batch_norm_combine_moments[grid](
-        partial, *results, *running, groups, channels, groups * channels, float(outer * inner), momentum, eps, **constants
+        partial,
+        *results,
+        *running,
+        groups,
+        channels,
+        groups * channels,
+        float(outer * inner),
+        momentum,
+        eps,
+        **constants,
     )
     for given, moved in zip((running_mean, running_var), running, strict=True):
         if moved is not given:
