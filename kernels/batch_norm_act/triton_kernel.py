@@ -21,7 +21,7 @@ COMBINE_GROUPS, COMBINE_CHANNELS = 64, 16  # a tile of the last step
 
 @triton.jit
 def _elements(tile, base, outer, limit, row_stride, across, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets and mask [ROWS, BLOCK] of a tile: rows row_stride apart, `across` tiles side by side in `limit` columns."""
+    """Offsets and mask [ROWS, BLOCK] of a tile: rows row_stride apart, `across` tiles in `limit` columns."""
     row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # outer * row_stride passes 2**31
     column = (tile % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = (row < outer)[:, None] & (column < limit)[None, :]
@@ -30,7 +30,7 @@ def _elements(tile, base, outer, limit, row_stride, across, ROWS: tl.constexpr, 
 
 @triton.jit
 def _range(outer, channels, inner, tiles, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a summing program covers: group, channels, base, columns, tiles across, first tile, and one past the last."""
+    """What a summing program covers: group, channels, base, columns, tiles across, first tile and one past the last."""
     program = tl.program_id(0)
     if LAST:  # a block of channels; rows hold all channels
         blocks = tl.cdiv(channels, BLOCK)
