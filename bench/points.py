@@ -113,9 +113,9 @@ def red(point: Point) -> str:
 def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
     """All figures of a point, variants interleaved; call only on a green gate.
 
-    wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median time on the device. ratio:
-    each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s and share of the roof:
-    of the fused op, from what its spec says it must move and do.
+    wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median
+    time on the device. ratio: each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s
+    and share of the roof: of the fused op, from what its spec says it must move and do.
     """
     load, steps, skipped = ForeignLoad(), {}, {}
     for variant in point.variants:

@@ -2,7 +2,23 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The activations that ops.batch_norm_act was called with."""
+    from genai_fast import ops
+
+    made, op = [], ops.batch_norm_act
+
+    def counted(*args, **kwargs):
+        made.append(args[8])
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "batch_norm_act", counted)
+    return made

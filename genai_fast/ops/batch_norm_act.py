@@ -64,9 +64,11 @@ def _sum_over_processes(sums, total, group):
 
 def _statistics_over_processes(x, running_mean, running_var, momentum, eps, group, backend):
     """(mean, rstd, elements a channel as a tensor) over the batches of all processes, combined in rank order."""
-    mean, squares, _ = library_call("batch_norm_statistics", x, None, None, 0.0, eps, backend)
-    count = mean.new_full((1,), x.numel() // x.size(1))
-    mine = torch.cat((mean, squares, count))
+    if x.numel():
+        mean, squares, _ = library_call("batch_norm_statistics", x, None, None, 0.0, eps, backend)
+        mine = torch.cat((mean, squares, mean.new_full((1,), x.numel() // x.size(1))))
+    else:  # this process has nothing to add, and the others wait for it
+        mine = wide(x).new_zeros(2 * x.size(1) + 1)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     everyone = torch.stack(gathered).double()
@@ -140,7 +142,7 @@ def batch_norm_act(
     weight, bias = (p if p is None else wide(p) for p in (weight, bias))
     if training:
         count = x.numel() // x.size(1) if x.numel() else 0
-        if count == 0 or (count == 1 and process_group is None):
+        if count < 2 and process_group is None:
             raise ValueError(
                 f"{_OP}: x: expected more than one value per channel in training, got shape {tuple(x.shape)};"
                 f" use a larger batch, or eval()"

@@ -1,0 +1,254 @@
+"""fuse(model): the containers and forward methods of a model run batch norm, activation and dropout as fused calls.
+
+The model stays the object that it is, with its children, keys and hooks; only the class of some modules changes, to a
+subclass of what it was. Whether a run is fused is decided at each call, by `genai_fast.layers`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from genai_fast.layers import FusedSequential
+from genai_fast.layers._stock import STOCK, letter, obstacle, runs
+
+__all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
+
+_WRAPPERS = (
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
+)  # fmt: skip
+
+
+class _InPlace:
+    """What a module's class becomes: its own class, with another forward. Pickled, it is its own class again."""
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        # Later protocols name the class of the object, and pickle insists on that.
+        reduced = super().__reduce_ex__(min(protocol, 1))
+        if isinstance(reduced, str):
+            return reduced
+        function, arguments, *rest = reduced
+        arguments = tuple(_original(a) if isinstance(a, type) else a for a in arguments)
+        return function, arguments, *rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        inherited = getattr(super(), "__deepcopy__", None)
+        if inherited is not None:
+            return inherited(memo)
+        # What deepcopy does without this method, but not by way of the pickle, which is of the original class.
+        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))
+
+
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def _original(cls: type) -> type:
+    """The class that fuse found; cls itself if fuse did not make it."""
+    return vars(cls).get("_fused_from", cls)
+
+
+def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> type[nn.Module]:
+    key = (cls, *key)
+    if key not in _classes:
+        base = FusedSequential if cls is nn.Sequential else cls
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[key] = type(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
+    return _classes[key]
+
+
+def _is_sequential(cls: type) -> bool:
+    return (
+        issubclass(cls, nn.Sequential) and cls.forward in (nn.Sequential.forward, FusedSequential.forward)
+        and cls.__iter__ is nn.Sequential.__iter__
+    )  # fmt: skip
+
+
+def _plan(module: nn.Module) -> tuple[Any, str]:
+    """(Written or None, why nothing is done) for a module whose class has a forward of its own."""
+    # torch.fx takes its time to trace, and its part of this package is not needed to import it.
+    from genai_fast.fuse._written import Refused, written
+
+    if "forward" in module.__dict__:
+        return None, "its forward is replaced"
+    try:
+        return written(module), ""
+    except Refused as reason:
+        return None, f"forward: {reason}"
+
+
+def _is_generated(module: nn.Module) -> bool:
+    return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
+
+
+def _is_written(module: nn.Module, cls: type) -> bool:
+    """Whether somebody wrote this forward that calls children: torch's own modules are leaves or containers."""
+    made_in = getattr(cls.forward, "__module__", None) or ""
+    return bool(module._modules) and not made_in.startswith(("torch.", "genai_fast."))
+
+
+def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+    cls = type(module)
+    if _original(cls) is not cls or "forward" in module.__dict__ or _is_generated(module):
+        return None
+    if _is_sequential(cls):
+        if issubclass(cls, FusedSequential):
+            return None
+        return _subclass(cls, (), forward=FusedSequential.forward)
+    if not _is_written(module, cls):
+        return None
+    plan, _ = _plan(module)
+    if plan is None:
+        return None
+    key = (plan.source, *(str(chain) for chain in plan.chains))
+    if (cls, *key) in _classes:
+        return _classes[(cls, *key)]
+    return _subclass(cls, key, forward=plan.compile(cls.__name__), _fused_chains=plan.chains)
+
+
+def _wrapper(module: nn.Module) -> str:
+    for cls in type(module).__mro__:
+        if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
+            return cls.__name__
+    return "a compiled module" if module._compiled_call_impl is not None else ""
+
+
+def _check(name: str, model: Any, wrapped: bool = False) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model: expected an nn.Module, got {type(model).__name__}; pass the model itself")
+    for path, module in () if wrapped else model.named_modules():
+        if wrapper := _wrapper(module):
+            raise TypeError(
+                f"{name}: {path or 'model'}: expected a module that nothing wraps yet, got {wrapper};"
+                f" {name} the model first, then wrap or compile it"
+            )
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Make a model run batch norm, activations and dropout as fused calls, in place.
+
+    nn.Sequential at any depth becomes a `layers.FusedSequential`; a class whose forward method is a straight line of
+    calls gets a subclass with the forward method generated again. Parameters, buffers, keys, hooks, copies and
+    optimizers stay; a pickle holds the original classes. `explain` says what happens to each module and why not.
+
+    Args:
+        model: any module, before DistributedDataParallel, fully_shard or torch.compile.
+
+    Returns:
+        The same object. A fused model stays as it is.
+
+    Raises: TypeError on a model that is wrapped already, or holds a module that is, and on what is no module.
+    """
+    _check("fuse", model)
+    for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
+        if cls is not None:
+            module.__class__ = cls
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every module that `fuse` changed its own class back, in place; the same object is returned.
+
+    Raises: TypeError as `fuse` does.
+    """
+    _check("unfuse", model)
+    for module in model.modules():
+        if _original(type(module)) is not type(module):
+            module.__class__ = _original(type(module))
+    return model
+
+
+class Row(NamedTuple):
+    """Modules at a path, what they are, what they become, or ("" then) why they are left alone."""
+
+    path: str
+    found: str
+    becomes: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `fuse` does to a model: rows to iterate over, and a table as str."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = [("module", "found", "becomes")]
+        lines += [(row.path or ".", row.found, row.becomes or f"left alone: {row.reason}") for row in self.rows]
+        widths = [max(len(line[k]) for line in lines) for k in (0, 1)]
+        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What `fuse` makes of each part of a model, and why it leaves the others alone; the model is not changed.
+
+    Raises: TypeError on what is no module.
+    """
+    _check("explain", model, wrapped=True)
+    return Explanation(tuple(row for path, module in model.named_modules() for row in _rows(path, module)))
+
+
+def _rows(path: str, module: nn.Module) -> Iterator[Row]:
+    cls, found = _original(type(module)), type(module).__name__
+    if wrapper := _wrapper(module):
+        yield Row(path, found, "", f"{wrapper}: fuse comes first")
+    elif _is_generated(module):
+        if any(True for _ in module.children()):
+            yield Row(path, found, "", "its forward is generated already")
+    elif _is_sequential(cls):
+        if "forward" in module.__dict__:
+            yield Row(path, found, "", obstacle(module))
+        else:
+            yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
+    elif _is_written(module, cls):
+        chains, reason = getattr(module, "_fused_chains", None), ""
+        if chains is None:
+            plan, reason = _plan(module)
+            chains = () if plan is None else plan.chains
+        if reason:
+            yield Row(path, found, "", reason)
+        for chain in chains:
+            names = [step if isinstance(step, str) else f"{type(step).__name__}()" for step in chain.steps]
+            yield from _chain_rows(path, names, chain.modules(module))
+
+
+def _chain_rows(path: str, names: list[str], modules: list[nn.Module]) -> Iterator[Row]:
+    cut = runs("".join(letter(m) for m in modules))
+    for run, after in zip(cut, (*cut[1:], None), strict=True):
+        here = modules[run.start : run.stop]
+        where = ".".join(part for part in (path, "+".join(names[run.start : run.stop])) if part)
+        found = " + ".join(type(m).__name__ for m in here)
+        if run.fused:
+            last = type(here[-1]).__name__ if run.letters[-1] in "Aa" else ""
+            becomes = "act_dropout in training" if run.letters[-1] in "Dd" else "batch_norm_act"
+            yield Row(where, found, f"{becomes} ({last})" if last else becomes, "")
+        elif run.letters == "." and (reason := _why_not(here[0])):
+            yield Row(where, found, "", reason)
+        elif (run.letters[0] in "ad" and len(run.letters) > 1) or run.letters == "d":
+            yield Row(where, found, "", "it works in place on what this container was given")
+        elif run.letters == "C" and after is not None and after.letters in ("A", "a"):
+            yield Row(where, found, "", "no norm between: torch adds the bias already, nothing to gain")
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module that looks like one of torch's does not count as one; "" if it does not look like one."""
+    if not isinstance(module, (*STOCK, nn.modules.batchnorm._NormBase)):
+        return ""
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "it is made at its first call"
+    if type(module) in STOCK:
+        return obstacle(module)
+    return f"a subclass of {', '.join(base.__name__ for base in type(module).__bases__)}"

@@ -1,0 +1,94 @@
+"""Convolution, batch norm with running statistics and activation as one oneDNN call on the CPU.
+
+The norm is folded into weight and bias at every call. It costs a pass over the weight, which is small beside the output
+or the fold is not taken; and nothing is kept that an optimizer, a loaded checkpoint or `p.data` could make stale.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genai_fast.layers._stock import CONVS, TRANSPOSED
+
+_NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "sigmoid": "sigmoid", "silu": "swish"}
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+@functools.cache
+def _available(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the operators, which are Inductor's own, for this dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    mine = torch.ops.mkldnn
+    if not (hasattr(mine, "_convolution_pointwise") and hasattr(mine, "_convolution_transpose_pointwise")):
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and mine._is_mkldnn_bf16_supported())
+
+
+def _output_elements(conv: nn.Module, x: torch.Tensor) -> int:
+    sizes = []
+    for k, length in enumerate(x.shape[2:]):
+        reach = conv.dilation[k] * (conv.kernel_size[k] - 1)
+        if type(conv) in TRANSPOSED:
+            sizes.append((length - 1) * conv.stride[k] - 2 * conv.padding[k] + reach + conv.output_padding[k] + 1)
+        else:
+            sizes.append((length + 2 * conv.padding[k] - reach - 1) // conv.stride[k] + 1)
+    return x.size(0) * conv.out_channels * math.prod(max(size, 0) for size in sizes)
+
+
+def folds(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the fold computes the same, has a gain, and no gradient is asked for."""
+    if norm.training or type(conv) not in CONVS + TRANSPOSED or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if any(t is not None and (type(t) not in _PLAIN or not t.is_cpu) for t in tensors):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    mean, var, weight = norm.running_mean, norm.running_var, conv.weight
+    if mean is None or var is None or weight.dtype is not x.dtype or x.dim() != weight.dim():
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if x.size(1) != conv.in_channels or mean.numel() != conv.out_channels:
+        return False  # torch's own error comes from the modules
+    if not (_available(x.dtype) and torch.backends.mkldnn.enabled):
+        return False
+    return weight.numel() * 4 <= _output_elements(conv, x)
+
+
+@torch.no_grad()
+def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
+    """activation(norm(conv(x))) where `folds` says so."""
+    norm._check_input_dim(x)
+    scale = torch.rsqrt(norm.running_var.float() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    weight, ones = conv.weight, (1,) * (x.dim() - 2)
+    if type(conv) in TRANSPOSED:  # [in, out / groups, ...]: input channels are cut into groups, each with its outputs
+        groups = weight.unflatten(0, (conv.groups, -1))
+        weight = (groups * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
+    else:
+        weight = weight * scale.view(-1, 1, *ones)
+    # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is.
+    after = activation == "relu" or (activation == "leaky_relu" and slope == 0.0)
+    name = "none" if after else _NAMES[activation]
+    epilogue = (name, [slope] if name == "leaky_relu" else [], "")
+    given = (x, weight.to(x.dtype), shift.to(x.dtype), conv.padding)
+    settings = (conv.stride, conv.dilation, conv.groups, *epilogue)
+    if type(conv) in TRANSPOSED:
+        y = torch.ops.mkldnn._convolution_transpose_pointwise(*given, conv.output_padding, *settings)
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)
+    if not after:
+        return y
+    return y.relu_() if activation == "relu" else F.leaky_relu_(y, slope)

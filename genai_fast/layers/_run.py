@@ -1,0 +1,114 @@
+"""Modules called one after another, those in a row that one kernel serves as one call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from genai_fast import ops
+from genai_fast.backends import FallbackWarning, choose, forced_backend
+from genai_fast.layers._fold import folded, folds
+from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def run(modules: Sequence[nn.Module], x: Any) -> Any:
+    """What calling the modules one after another gives."""
+    if global_hooks():
+        return _one_by_one(modules, x)
+    for start, stop, letters, fused in runs("".join([letter(module) for module in modules])):
+        here = modules[start:stop]
+        x = _as_one(letters, here, x) if fused and _fits(x) else _one_by_one(here, x)
+    return x
+
+
+def _one_by_one(modules: Iterable[nn.Module], x: Any) -> Any:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _fits(x: Any) -> bool:
+    """Whether the ops take x as the modules would; what traces the modules gets to see torch's own operators."""
+    if type(x) not in _PLAIN:
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return False
+    return x.layout is torch.strided and x.dim() > 1 and _served(forced_backend(), x.device.type, x.dtype)
+
+
+@functools.cache
+def _served(forced: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel. PyTorch's own modules are faster than the reference, unless that is asked for."""
+    _, reason = choose("batch_norm_act_apply", forced, device, dtype)
+    if reason:
+        warnings.warn(f"FusedSequential calls its modules one by one: {reason}", FallbackWarning, stacklevel=5)
+    return not reason
+
+
+def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> Any:
+    if letters[-1] in "Dd":
+        return _act_dropout(modules, x) if modules[-1].training else _one_by_one(modules, x)
+    conv = modules[0] if letters[0] == "C" else None
+    norm = modules[0 if conv is None else 1]
+    group = _process_group(norm)
+    if x.numel() == 0 and group is None:
+        return _one_by_one(modules, x)  # torch has statistics of nothing, the op refuses
+    if torch.compiler.is_compiling() and (group is not None or norm.momentum is None):
+        return _one_by_one(modules, x)  # collectives, and a momentum that is read from a tensor: left to torch
+    activation, slope = _activation(modules[-1] if letters[-1] in "Aa" else None)
+    if conv is not None:
+        if not torch.compiler.is_compiling() and folds(conv, norm, x):
+            return folded(conv, norm, x, activation, slope)
+        x = conv(x)
+    return _norm_act(norm, group, x, activation, slope)
+
+
+def _activation(module: nn.Module | None) -> tuple[str, float]:
+    """Name and slope, as ops call them."""
+    if module is None:
+        return "none", 0.0
+    return ACTIVATIONS[type(module)], float(getattr(module, "negative_slope", 0.0))
+
+
+def _act_dropout(modules: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    first, dropout = modules[0], modules[-1]
+    activation, slope = _activation(None if first is dropout else first)
+    return ops.act_dropout(x, dropout.p, True, activation, slope, save_output=getattr(first, "inplace", False))
+
+
+def _process_group(norm: nn.Module) -> Any:
+    """The processes that this norm takes its statistics with; None for this one alone."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _norm_act(norm: nn.Module, group: Any, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
+    """activation(norm(x)), with all that _BatchNorm.forward does beside."""
+    norm._check_input_dim(x)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, var = norm.running_mean, norm.running_var
+    batch_statistics = norm.training or (mean is None and var is None)
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    return ops.batch_norm_act(
+        x, norm.weight, norm.bias, mean, var, batch_statistics, momentum, norm.eps, activation, slope,
+        process_group=group,
+    )  # fmt: skip

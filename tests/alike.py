@@ -1,0 +1,84 @@
+"""Whether two modules compute the same: outputs, gradients, buffers, training steps."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def close(found, expected, tolerance=2e-5, scale=None, what=""):
+    """The largest error beside the largest value, so that rounding near 0 does not count."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape, what
+    scale = expected.detach().abs().max().item() if scale is None else scale
+    error = (found.detach().double() - expected.detach().double()).abs().max().item()
+    assert error <= tolerance * max(scale, 1e-6), f"{what}: error {error:.3e} beside {scale:.3e}"
+
+
+def gradients_close(found, expected, tolerance=1e-3):
+    """In 2-norm, since they flip at the kink of ReLU; beside the largest, since some are 0 but for rounding."""
+    floor = 1e-2 * max(g.double().norm().item() for g in expected.values())
+    for name, g in expected.items():
+        error = (found[name].double() - g.double()).norm().item()
+        assert error <= tolerance * max(g.double().norm().item(), floor), f"gradient of {name}: error {error:.3e}"
+
+
+def step(model, *inputs):
+    """(outputs, gradients of all parameters and floating inputs) of one forward and backward."""
+    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    model.zero_grad()
+    outputs = model(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(5)
+    sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads.update({f"input {k}": x.grad for k, x in enumerate(inputs)})
+    return outputs, grads
+
+
+def assert_alike(fused, plain, *inputs, steps=3):
+    """Training steps with Adam, then evaluation with and without gradients, agree in everything; strides too."""
+    assert [*fused.state_dict()] == [*plain.state_dict()]
+    # A large eps: a gradient that is 0 but for rounding must not become a step of the full length.
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, eps=1e-2) for m in (fused, plain)]
+    for training in [True] * steps + [False]:
+        fused.train(training)
+        plain.train(training)
+        (found, found_gradients), (expected, expected_gradients) = step(fused, *inputs), step(plain, *inputs)
+        for a, b in zip(found, expected, strict=True):
+            close(a, b, 1e-4, what="output")
+            assert a.stride() == b.stride()
+        assert [*found_gradients] == [*expected_gradients]
+        gradients_close(found_gradients, expected_gradients)
+        for optimizer in optimizers:
+            if training:
+                optimizer.step()
+    fused.load_state_dict(plain.state_dict(), strict=True)  # evaluation alone, then
+    with torch.no_grad():
+        found, expected = fused(*inputs), plain(*inputs)
+    for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (found, expected)), strict=True):
+        close(a, b, what="output in evaluation")
+        assert a.stride() == b.stride()
+
+
+def assert_buffers_alike(fused, plain):
+    found = dict(fused.named_buffers())
+    for name, b in plain.named_buffers():
+        close(found[name], b, 1e-4, what=name)
+
+
+def with_statistics(model, seed=0):
+    """The model with running statistics and affine parameters as after a long training; in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            for name, draw in (("running_mean", torch.randn), ("running_var", torch.rand), ("weight", torch.randn),
+                               ("bias", torch.randn)):  # fmt: skip
+                p = getattr(m, name, None)
+                if p is not None:
+                    p.data.copy_(draw(p.shape, generator=generator) + (0.1 if draw is torch.rand else 0.0))
+    return model
+
+
+def plain_of(sequential):
+    """nn.Sequential of copies of the children."""
+    return nn.Sequential(*copy.deepcopy(list(sequential)))

@@ -1,0 +1,150 @@
+"""Fused models in two processes: DDP, FSDP2, and SyncBatchNorm against BatchNorm on the joined batch."""
+
+import contextlib
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from alike import close, gradients_close, with_statistics
+from fuse_models import HandWritten, UNet
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from genai_fast import explain, fuse, ops
+from genai_fast.layers import FusedSequential
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+
+def _start(rank, check, file):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    try:
+        check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_two_processes(check, tmp_path):
+    mp.spawn(_start, (check, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+@contextlib.contextmanager
+def _counted():
+    made, op = [], ops.batch_norm_act
+    ops.batch_norm_act = lambda *a, **k: made.append(a[8]) or op(*a, **k)
+    try:
+        yield made
+    finally:
+        ops.batch_norm_act = op
+
+
+def _trains_alike(rank, make, shape, wrap):
+    plain = make()
+    fused = fuse(copy.deepcopy(plain))
+    models = [wrap(m) for m in (fused, plain)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, eps=1e-2) for m in models]
+    for _ in range(3):
+        x = torch.randn(*shape) + rank
+        outputs, gradients = [], []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with _counted() as calls:
+                outputs.append(model(x))
+            assert bool(calls) == (model is models[0])
+            outputs[-1].square().sum().backward()
+            found = {name: p.grad for name, p in model.named_parameters()}
+            gradients.append({name: getattr(g, "full_tensor", lambda g=g: g)() for name, g in found.items()})
+            optimizer.step()
+        close(*outputs, 1e-4)
+        gradients_close(*gradients)
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        close(*(getattr(t, "full_tensor", lambda t=t: t)() for t in (a, b)), 1e-4, what=name)
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        close(models[0](x), models[1](x), 1e-4)
+
+
+def _fsdp(model):
+    for child in model.children():
+        if isinstance(child, nn.Sequential):
+            fully_shard(child)
+    return fully_shard(model)
+
+
+def _fsdp_checks(rank, make, shape):
+    _trains_alike(rank, make, shape, _fsdp)
+    with pytest.raises(TypeError, match=r"fuse: model: .*got FSDPModule"):
+        fuse(_fsdp(make()))
+
+
+def _ddp_checks(rank, make, shape):
+    _trains_alike(rank, make, shape, DistributedDataParallel)
+    with pytest.raises(TypeError, match=r"fuse: model: .*got DistributedDataParallel"):
+        fuse(DistributedDataParallel(make()))
+    assert any("fuse comes first" in row.reason for row in explain(DistributedDataParallel(make())))
+
+
+def _data_parallel_checks(rank):
+    for make, shape in ((HandWritten, (5, 6)), (UNet, (3, 3, 8, 8))):
+        _ddp_checks(rank, make, shape)
+        _fsdp_checks(rank, make, shape)
+
+
+def test_ddp_and_fsdp2(tmp_path):
+    _in_two_processes(_data_parallel_checks, tmp_path)
+
+
+def _sync_checks(rank, sizes, momentum, group):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=momentum), nn.LeakyReLU(0.2, True),
+        nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4, 0.8, momentum, affine=False), nn.Tanh(),
+    )  # fmt: skip
+    process_group = dist.new_group([0, 1]) if group else None
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm(with_statistics(copy.deepcopy(plain)), process_group)
+    with_statistics(plain)
+    fused = FusedSequential(*sync)
+    for _ in range(2):
+        joined = torch.randn(sum(sizes), 3, 5, 5) * 3 + 20
+        weights = torch.randn(sum(sizes), 4, 10, 10)
+        start = sum(sizes[:rank])
+        mine = slice(start, start + sizes[rank])
+        x, images = joined[mine].clone().requires_grad_(), joined.clone().requires_grad_()
+        fused.zero_grad()
+        plain.zero_grad()
+        with _counted() as calls:
+            y, expected = fused(x), plain(images)
+        assert calls == ["leaky_relu", "tanh"]
+        (y * weights[mine]).sum().backward()
+        (expected * weights).sum().backward()
+        if sizes[rank]:
+            close(y, expected[mine], 1e-4)
+            gradients_close({"x": x.grad}, {"x": images.grad[mine]})
+        gradients = {name: p.grad for name, p in fused.named_parameters()}
+        for g in gradients.values():
+            dist.all_reduce(g)
+        gradients_close(gradients, {name: p.grad for name, p in plain.named_parameters()})
+        for (name, a), (_, b) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
+            close(a, b, 1e-4, what=name)
+    fused.eval()
+    plain.load_state_dict(fused.state_dict(), strict=True)
+    if sizes[rank]:  # alone: evaluation must not wait for the other process
+        with torch.no_grad():
+            close(fused(x), plain.eval()(x), 1e-4)
+
+
+def _all_sync_checks(rank):
+    for sizes in ((4, 4), (7, 2), (5, 0)):
+        for momentum in (0.1, None):
+            _sync_checks(rank, sizes, momentum, group=sizes == (7, 2))
+
+
+def test_sync_batch_norm_is_batch_norm_on_the_joined_batch(tmp_path):
+    _in_two_processes(_all_sync_checks, tmp_path)

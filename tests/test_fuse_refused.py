@@ -1,0 +1,242 @@
+"""What fuse leaves alone, what it refuses, and what explain says of both."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fuse_models import Branches, Generator, OneNorm, ResBlock, Spectral
+from torch import nn
+
+from genai_fast import explain, fuse, unfuse
+
+
+class _Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.scale = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 2.0
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+FACTOR = 2.0
+
+
+class _Flag(_Base):
+    def forward(self, x):
+        return F.dropout(F.relu(self.bn(self.conv(x))), 0.5, self.training)
+
+
+class _Parameter(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) * self.gain
+
+
+class _ChildsParameter(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) + self.conv.bias.sum()
+
+
+class _Global(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) * FACTOR
+
+
+class _If(_Base):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = -x
+        return F.relu(self.bn(self.conv(x)))
+
+
+class _Ternary(_Base):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return F.relu(y) if self.training else y
+
+
+class _Loop(_Base):
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class _Comprehension(_Base):
+    def forward(self, x):
+        return sum([F.relu(self.bn(self.conv(x))) for _ in "ab"])
+
+
+class _With(_Base):
+    def forward(self, x):
+        with torch.no_grad():
+            return F.relu(self.bn(self.conv(x)))
+
+
+class _Assigns(_Base):
+    def forward(self, x):
+        self.last = F.relu(self.bn(self.conv(x)))
+        return self.last
+
+
+class _Star(_Base):
+    def forward(self, *xs):
+        return F.relu(self.bn(self.conv(xs[0])))
+
+
+class _Draws(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) + torch.randn(4, 1, 1)
+
+
+class _Builtin(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) / len(x)
+
+
+class _Helper(_Base):
+    def norm(self, x):
+        return self.bn(x)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+
+class _Compares(_Base):
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(x)))
+        return y * (y > 1)
+
+
+class _Lambda(_Base):
+    def forward(self, x):
+        act = lambda t: t.relu()  # noqa: E731
+        return act(self.bn(self.conv(x)))
+
+
+class _Decorated(_Base):
+    @torch.no_grad()
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class _Super(_Parameter):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class _Mode(_Base):
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) + torch.is_grad_enabled()
+
+
+REFUSED = {
+    _Flag: "reads self.training, which is not a child", _Parameter: "reads self.gain, which is not a child",
+    _ChildsParameter: "calls self.conv.bias.sum, which is not a child", _Global: "reads FACTOR", _If: "an if",
+    _Ternary: "a conditional expression", _Loop: "a for loop", _Comprehension: "a comprehension", _With: "a with",
+    _Assigns: "assigns to self.last", _Star: "arguments are not plain", _Draws: "torch.randn", _Builtin: "calls len",
+    _Helper: "calls self.norm, which is not a child", _Compares: "a comparison", _Lambda: "a lambda",
+    _Decorated: "decorated", _Super: "calls super", _Mode: "calls torch.is_grad_enabled",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", REFUSED, ids=lambda c: c.__name__)
+def test_a_forward_that_a_trace_would_freeze_is_refused(cls, fused_calls):
+    model = cls()
+    (row,) = explain(model)
+    assert REFUSED[cls] in row.reason and row.path == "" and row.found == cls.__name__ and not row.becomes
+    assert type(fuse(model)) is cls
+    model(torch.randn(4, 3, 8, 8))
+    assert not fused_calls
+
+
+def test_a_forward_without_source_is_refused():
+    namespace = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return self.bn(x)", namespace)
+    model = namespace["Made"]()
+    model.bn = nn.BatchNorm2d(3)
+    assert "source" in explain(model).rows[0].reason and type(fuse(model)) is namespace["Made"]
+
+
+def test_a_forward_replaced_on_the_instance_stays(fused_calls):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    hand = OneNorm(nn.BatchNorm2d(4))
+    for m in (model, hand):
+        m.forward = lambda x: x + 1.0
+        assert type(fuse(m)) in (nn.Sequential, OneNorm)
+        assert "replaced" in explain(m).rows[0].reason
+        assert torch.equal(m(torch.zeros(2)), torch.ones(2))
+    assert not fused_calls
+
+
+def test_scripted_and_traced_models_stay():
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    for model in (torch.jit.script(plain), torch.fx.symbolic_trace(plain)):
+        assert type(fuse(model)) is type(model)
+        assert "generated already" in explain(model).rows[0].reason
+
+
+class _MyNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_explain_says_what_happens():
+    late = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+    late[1].register_forward_hook(lambda *_: None)
+    model = nn.Sequential(Generator(), Spectral(), late, nn.Sequential(_MyNorm(3), nn.LazyBatchNorm2d()), ResBlock())
+    classes = [type(m) for m in model.modules()]
+    rows = list(explain(model))
+    assert [type(m) for m in model.modules()] == classes
+    found = {row.path: row for row in rows}
+    assert found["0.main.0+1+2"].becomes == "batch_norm_act (ReLU)"
+    assert found["0.main.0+1+2"].found == "ConvTranspose2d + BatchNorm2d + ReLU"
+    assert "nothing to gain" in found["0.main.6"].reason
+    assert "hooks" in found["1.old.0"].reason and found["1.old.1+2"].becomes == "batch_norm_act (LeakyReLU)"
+    assert "parametrized" in found["1.new.0"].reason
+    assert "hooks" in found["2.1"].reason
+    assert "subclass of BatchNorm2d" in found["3.0"].reason and "first call" in found["3.1"].reason
+    assert found["4.conv1+bn1+relu"].becomes == "batch_norm_act (ReLU)" and found["4.conv2+bn2"].becomes
+    table = str(explain(model)).splitlines()
+    assert len(table) == len(rows) + 1 == len(explain(model)) + 1
+    assert len({line.index("batch_norm_act") for line in table if "batch_norm_act" in line}) == 1
+    assert list(explain(fuse(model))) == rows
+    assert "no batch norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
+
+
+def test_branches_are_not_joined():
+    rows = {row.path for row in explain(Branches())}
+    assert rows == {"bn1", "bn2+ReLU()"}
+
+
+# --- wrappers
+
+
+def _data_parallel(m):
+    return nn.DataParallel(m)
+
+
+def _compiled(m):
+    return torch.compile(m, backend="eager")
+
+
+def _compiled_in_place(m):
+    m.compile(backend="eager")
+    return m
+
+
+WRAPPERS = {_data_parallel: "DataParallel", _compiled: "OptimizedModule", _compiled_in_place: "a compiled module"}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda w: w.__name__)
+def test_a_wrapped_model_is_refused(wrap):
+    wrapped = wrap(Generator())
+    for name, function in (("fuse", fuse), ("unfuse", unfuse)):
+        with pytest.raises(TypeError, match=rf"{name}: model: .*got {WRAPPERS[wrap]}; {name} the model first"):
+            function(wrapped)
+        with pytest.raises(TypeError, match=rf"{name}: 0\.1: .*got {WRAPPERS[wrap]}"):
+            function(nn.Sequential(nn.Sequential(nn.ReLU(), wrapped)))
+    assert type(wrap(fuse(Generator()))(torch.randn(2, 6, 1, 1))) is torch.Tensor
+    assert any("fuse comes first" in row.reason for row in explain(wrapped))
+
+
+def test_what_is_no_module_is_refused():
+    for function in (fuse, unfuse, explain):
+        with pytest.raises(TypeError, match=r"expected an nn\.Module, got list"):
+            function([nn.ReLU()])
