@@ -13,8 +13,6 @@ import genai_fast
 from genai_fast import ops
 from genai_fast.layers import ConvBNAct, ConvTransposeBNAct, FusedSequential
 
-needs_dropout = pytest.mark.skipif(not hasattr(ops, "act_dropout"), reason="ops.act_dropout is not there")
-
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -174,7 +172,6 @@ def test_a_lazy_norm_runs_once_it_is_made(fused_calls):
 # --- dropout
 
 
-@needs_dropout
 def test_dropout_draws_again_in_backward_and_is_none_in_evaluation():
     fused = FusedSequential(nn.Linear(40, 300), nn.BatchNorm1d(300), nn.LeakyReLU(0.2), nn.Dropout(0.4))
     plain = plain_of(fused)[:3]
@@ -192,7 +189,6 @@ def test_dropout_draws_again_in_backward_and_is_none_in_evaluation():
     close(fused(x), plain.eval()(x))
 
 
-@needs_dropout
 @pytest.mark.parametrize("inplace", [False, True])
 def test_activation_and_dropout(inplace, monkeypatch):
     made, op = [], ops.act_dropout
@@ -217,7 +213,6 @@ class _Times(nn.Module):
         return x * self.factor
 
 
-@needs_dropout
 def test_what_works_in_place_on_the_input_does_so():
     x = torch.randn(6, 8)
     y = x.clone()
