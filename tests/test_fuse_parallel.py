@@ -20,19 +20,21 @@ from genai_fast.layers import FusedSequential
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def _start(rank, check, file):
+def _start(rank, check, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
     try:
-        check(rank)
+        torch.save(check(rank), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def _in_two_processes(check, tmp_path):
-    mp.spawn(_start, (check, str(tmp_path / "rendezvous")), nprocs=2)
+    """What `check(rank)` returns in each: pairs (found, expected), one a model. Its own assertions fail the spawn."""
+    mp.spawn(_start, (check, str(tmp_path)), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def _trains_alike(rank, make, shape, wrap):
     for model in models:
         model.eval()
     with torch.no_grad():
-        close(models[0](x), models[1](x), 1e-4)
+        return models[0](x), models[1](x)
 
 
 def _fsdp(model):
@@ -80,26 +82,31 @@ def _fsdp(model):
 
 
 def _fsdp_checks(rank, make, shape):
-    _trains_alike(rank, make, shape, _fsdp)
+    trained = _trains_alike(rank, make, shape, _fsdp)
     with pytest.raises(TypeError, match=r"fuse: model: .*got FSDPModule"):
         fuse(_fsdp(make()))
+    return trained
 
 
 def _ddp_checks(rank, make, shape):
-    _trains_alike(rank, make, shape, DistributedDataParallel)
+    trained = _trains_alike(rank, make, shape, DistributedDataParallel)
     with pytest.raises(TypeError, match=r"fuse: model: .*got DistributedDataParallel"):
         fuse(DistributedDataParallel(make()))
     assert any("fuse comes first" in row.reason for row in explain(DistributedDataParallel(make())))
+    return trained
 
 
 def _data_parallel_checks(rank):
-    for make, shape in ((HandWritten, (5, 6)), (UNet, (3, 3, 8, 8))):
-        _ddp_checks(rank, make, shape)
-        _fsdp_checks(rank, make, shape)
+    models = ((HandWritten, (5, 6)), (UNet, (3, 3, 8, 8)))
+    return [check(rank, *model) for model in models for check in (_ddp_checks, _fsdp_checks)]
 
 
 def test_ddp_and_fsdp2(tmp_path):
-    _in_two_processes(_data_parallel_checks, tmp_path)
+    first, second = _in_two_processes(_data_parallel_checks, tmp_path)
+    assert len(first) == len(second) == 4
+    for (found, expected), (elsewhere, _) in zip(first, second, strict=True):
+        close(found, expected, 1e-4)
+        assert not torch.equal(found, elsewhere)  # each process has data of its own
 
 
 def _sync_checks(rank, sizes, momentum, group):
@@ -138,13 +145,19 @@ def _sync_checks(rank, sizes, momentum, group):
     if sizes[rank]:  # alone: evaluation must not wait for the other process
         with torch.no_grad():
             close(fused(x), plain.eval()(x), 1e-4)
+    return y.detach(), expected.detach()
+
+
+SIZES = ((4, 4), (7, 2), (5, 0))
 
 
 def _all_sync_checks(rank):
-    for sizes in ((4, 4), (7, 2), (5, 0)):
-        for momentum in (0.1, None):
-            _sync_checks(rank, sizes, momentum, group=sizes == (7, 2))
+    return [_sync_checks(rank, sizes, m, group=sizes == (7, 2)) for sizes in SIZES for m in (0.1, None)]
 
 
 def test_sync_batch_norm_is_batch_norm_on_the_joined_batch(tmp_path):
-    _in_two_processes(_all_sync_checks, tmp_path)
+    first, second = _in_two_processes(_all_sync_checks, tmp_path)
+    assert len(first) == len(second) == 2 * len(SIZES)
+    for (a, expected), (b, same) in zip(first, second, strict=True):
+        assert torch.equal(expected, same)
+        close(torch.cat((a, b)), expected, 1e-4)
