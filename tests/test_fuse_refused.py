@@ -187,7 +187,7 @@ def test_explain_says_what_happens():
     found = {row.path: row for row in rows}
     assert found["0.main.0+1+2"].becomes == "batch_norm_act (ReLU)"
     assert found["0.main.0+1+2"].found == "ConvTranspose2d + BatchNorm2d + ReLU"
-    assert "nothing to gain" in found["0.main.6"].reason
+    assert "no norm between" in found["0.main.6"].reason
     assert "hooks" in found["1.old.0"].reason and found["1.old.1+2"].becomes == "batch_norm_act (LeakyReLU)"
     assert "parametrized" in found["1.new.0"].reason
     assert "hooks" in found["2.1"].reason

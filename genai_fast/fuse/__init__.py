@@ -238,7 +238,7 @@ def _chain_rows(path: str, names: list[str], modules: list[nn.Module]) -> Iterat
         elif (run.letters[0] in "ad" and len(run.letters) > 1) or run.letters == "d":
             yield Row(where, found, "", "it works in place on what this container was given")
         elif run.letters == "C" and after is not None and after.letters in ("A", "a"):
-            yield Row(where, found, "", "no norm between: torch adds the bias already, nothing to gain")
+            yield Row(where, found, "", "no norm between: left to torch's convolution, which adds the bias")
 
 
 def _why_not(module: nn.Module) -> str:

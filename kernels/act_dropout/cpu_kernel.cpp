@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t kParallel = 16384;  // elements worth a second thread
-
 // y = activate(x) scale where the element's word is above `bound`, else 0; a null seed keeps all.
 void act_dropout(const void* x, int dtype, void* y, int64_t count, const int64_t* seed, int64_t offset, uint32_t bound,
                  double scale_, int activation, double negative_slope, int threads) {

@@ -47,14 +47,8 @@ def _cost(x, *settings, **more):
 
 def _inputs(*shape, layout="contiguous", seed=1234, **more):
     def make(t):
-        x = t.normal(*shape, scale=2.0, grad=False)
-        if layout == "channels_last":
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        elif layout == "strided":
-            x = torch.cat((x, x), 1)[:, : shape[1]]
-        elif layout == "transposed":
-            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        return dict(x=x.requires_grad_(), seed=t.seed(seed), **more)
+        x = t.laid_out(layout, *shape, scale=2.0)
+        return dict(x=x, seed=t.seed(seed), **more)
 
     return make
 

@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr int64_t kParallel = 16384;  // elements worth a second thread
-
 // Adds f(x[r][c]) over the rows to each column's sum, four rows at a time: the sums are read and written less often.
 template <class F>
 void add_rows(const float* x, int64_t stride, const Piece& p, float* sums, F f) {
@@ -132,13 +130,7 @@ struct Coefficients {
 // f(Constant<activation>, Constant<channels lie last>).
 template <class F>
 void specialised(int activation, bool last, F f) {
-  with_activation(activation, [&](auto a) {
-    if (last) {
-      f(a, Constant<true>{});
-    } else {
-      f(a, Constant<false>{});
-    }
-  });
+  with_activation(activation, [&](auto a) { with_flag(last, [&](auto flag) { f(a, flag); }); });
 }
 
 void batch_norm_act_apply(const void* x, int dtype, void* y, int64_t outer, int64_t channels, int64_t inner,
@@ -216,22 +208,9 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
       }
     }
   });
-  for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
-    double s[kLanes] = {}, q[kLanes] = {};
-    for (int64_t g = 0; g < tiles.groups; ++g) {
-      for (int64_t k = 0; k < tiles.per; ++k) {
-        const int64_t at = (g * channels + first) * tiles.per + k;
-        for (int64_t c = 0; c < count; ++c) {
-          s[c] += double(sums[at + c * tiles.per]);
-          q[c] += double(products[at + c * tiles.per]);
-        }
-      }
-    }
-    for (int64_t c = 0; c < count; ++c) {
-      sum_dz[first + c] = float(s[c]);
-      sum_dz_x_hat[first + c] = float(q[c] * double(rstd[first + c]));
-    }
-  });
+  sum_tiles(tiles, sums, parallel, threads, [&](int64_t c, double total) { sum_dz[c] = float(total); });
+  sum_tiles(tiles, products, parallel, threads,
+            [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });
   std::free(sums);
 }
 

@@ -7,11 +7,7 @@ import torch
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike
-
-
-def _address(p: torch.Tensor | None) -> int:
-    return 0 if p is None else p.data_ptr()
+from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
 def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -26,7 +22,7 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
         running = tuple(r.to(torch.float32).contiguous() for r in running)
     results = _vectors(x, 3)
     cpu_kernels()[0]["batch_norm_statistics"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(_address, running),
+        x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),
         momentum, eps, torch.get_num_threads(),
     )  # fmt: skip
     for given, moved in zip((running_mean, running_var), running, strict=True):
@@ -40,7 +36,7 @@ def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     cpu_kernels()[0]["batch_norm_act_apply"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *extent(x), *map(_address, parameters),
+        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *extent(x), *map(address, parameters),
         ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -53,7 +49,7 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     parameters = require_channels(x, weight, bias, mean, rstd)
     sums = _vectors(x, 2)
     cpu_kernels()[0]["batch_norm_act_reduce"](
-        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(_address, parameters),
+        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(address, parameters),
         *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(sums)
@@ -67,6 +63,6 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
     grad_x = torch.empty_like(x)
     cpu_kernels()[0]["batch_norm_act_grad"](
         grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], grad_x.data_ptr(), *extent(x),
-        *map(_address, parameters), count, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        *map(address, parameters), count, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return grad_x

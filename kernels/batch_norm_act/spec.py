@@ -96,14 +96,8 @@ def _parameters(t, channels, running=True):
 
 def _inputs(*shape, layout="contiguous", mean=0.5, running=True, **more):
     def make(t):
-        x = t.normal(*shape, scale=2.0, mean=mean, grad=False)
-        if layout == "channels_last":
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        elif layout == "strided":
-            x = torch.cat((x, x), 1)[:, : shape[1]]
-        elif layout == "transposed":
-            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        return dict(x=x.requires_grad_(), **_parameters(t, shape[1], running), **more)
+        x = t.laid_out(layout, *shape, scale=2.0, mean=mean)
+        return dict(x=x, **_parameters(t, shape[1], running), **more)
 
     return make
 

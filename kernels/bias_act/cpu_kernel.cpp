@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr int64_t kParallel = 16384;  // elements worth a second thread
 constexpr float kNoBias = 0.0f;
 
 // y = activate(x + bias[c]).
@@ -102,16 +101,7 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
     });
   });
   if (grad_bias) {
-    for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
-      double total[kLanes] = {};
-      for (int64_t g = 0; g < tiles.groups; ++g) {
-        for (int64_t k = 0; k < tiles.per; ++k) {
-          const float* const tile = sums + (g * channels + first) * tiles.per + k;
-          for (int64_t c = 0; c < count; ++c) total[c] += double(tile[c * tiles.per]);
-        }
-      }
-      for (int64_t c = 0; c < count; ++c) grad_bias[first + c] = float(total[c]);
-    });
+    sum_tiles(tiles, sums, parallel, threads, [&](int64_t c, double total) { grad_bias[c] = float(total); });
   }
   std::free(shift);
   std::free(sums);

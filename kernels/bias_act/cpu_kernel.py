@@ -7,11 +7,7 @@ import torch
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import dense_channels, joined_extent, like_layout, require_channels
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike
-
-
-def _address(p: torch.Tensor | None) -> int:
-    return 0 if p is None else p.data_ptr()
+from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
 def _repeated(bias: torch.Tensor | None, joined: int) -> torch.Tensor | None:
@@ -24,7 +20,7 @@ def bias_act(x, bias, activation, slope):
     shape, joined = joined_extent(x, bias is not None)
     bias, y = _repeated(bias, joined), torch.empty_like(x)
     cpu_kernels()[0]["bias_act"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, _address(bias), ACTIVATION_CODE[activation], slope,
+        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, address(bias), ACTIVATION_CODE[activation], slope,
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -42,7 +38,7 @@ def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, s
     if not empty:
         cpu_kernels()[0]["bias_act_backward"](
             grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(),
-            sums.data_ptr() if with_bias else 0, *shape, _address(bias), from_output, ACTIVATION_CODE[activation],
+            sums.data_ptr() if with_bias else 0, *shape, address(bias), from_output, ACTIVATION_CODE[activation],
             slope, torch.get_num_threads(),
         )  # fmt: skip
     return grad_x, sums if joined == 1 or not with_bias else sums.view(joined, -1).sum(0)

@@ -52,14 +52,8 @@ def _cost(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_out
 
 def _inputs(*shape, layout="contiguous", bias=True, **more):
     def make(t):
-        x = t.normal(*shape, scale=2.0, grad=False)
-        if layout == "channels_last":
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        elif layout == "strided":
-            x = torch.cat((x, x), 1)[:, : shape[1]]
-        elif layout == "transposed":
-            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        return dict(x=x.requires_grad_(), bias=t.normal(shape[1], scale=0.5) if bias else None, **more)
+        x = t.laid_out(layout, *shape, scale=2.0)
+        return dict(x=x, bias=t.normal(shape[1], scale=0.5) if bias else None, **more)
 
     return make
 

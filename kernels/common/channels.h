@@ -76,7 +76,22 @@ void for_channels(int64_t channels, bool parallel, int threads, F f) {
   }
 }
 
-// sums[0..2) = sums of f(i) (a pair of floats) over i < count, in 64 lanes: one chain of additions would wait for itself.
+// store(channel, sum) for each channel, of partial sums that stand as `tiles` says; in order, in float64.
+template <class Store>
+void sum_tiles(const Tiles& tiles, const float* partials, bool parallel, int threads, Store store) {
+  for_channels(tiles.channels, parallel, threads, [&](int64_t first, int64_t count) {
+    double total[kLanes] = {};
+    for (int64_t g = 0; g < tiles.groups; ++g) {
+      for (int64_t k = 0; k < tiles.per; ++k) {
+        const float* const tile = partials + (g * tiles.channels + first) * tiles.per + k;
+        for (int64_t c = 0; c < count; ++c) total[c] += double(tile[c * tiles.per]);
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) store(first + c, total[c]);
+  });
+}
+
+// first and second = sums of f(i) (a pair of floats) over i < count, in 64 lanes: one chain would wait for itself.
 template <class F>
 inline void sum_pairs(int64_t count, F f, float* first, float* second) {
   constexpr int64_t kChains = 64;

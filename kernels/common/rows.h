@@ -44,6 +44,7 @@ inline void store_span(void* base, int dtype, int64_t first, int64_t count, cons
   }
 }
 
+constexpr int64_t kParallel = 16384;  // elements worth a second thread
 constexpr int64_t kPiece = 2048;  // elements a piece: its float buffers stay in the first-level cache
 
 // A rectangle of [batch, columns]: whole rows where they are short, a part of one row where it is long.

@@ -60,6 +60,11 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
     return g, g.data_ptr(), g.stride(0) if g.dim() else 0
 
 
+def address(x: torch.Tensor | None) -> int:
+    """Where x's data lie; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
 def is_dense(x: torch.Tensor) -> bool:
     """Whether x fills its memory without holes: contiguous or channels_last."""
     if x.layout is not torch.strided:

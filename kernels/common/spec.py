@@ -42,6 +42,19 @@ class Tensors:
     def seed(self, value: int) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.int64, device=self.device)
 
+    def laid_out(self, layout: str, *shape: int, **draw: float) -> torch.Tensor:
+        """`normal` in memory that is "contiguous", "channels_last", "strided" (half of it used) or "transposed"."""
+        x = self.normal(*shape, **draw, grad=False)
+        if layout == "channels_last":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        elif layout == "strided":
+            x = torch.cat((x, x), 1)[:, : shape[1]]
+        elif layout == "transposed":
+            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        elif layout != "contiguous":
+            raise ValueError(f"laid_out: layout: got {layout!r}")
+        return x.requires_grad_()
+
     def _finish(self, x: torch.Tensor, grad: bool) -> torch.Tensor:
         return x.to(self.dtype).to(self.device).requires_grad_(grad)
 

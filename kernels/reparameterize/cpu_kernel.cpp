@@ -15,7 +15,7 @@ void reparameterize(const void* mu, int64_t mu_stride, const void* logvar, int64
   const DenseOut z_out{z, columns, dtype};
   // Rows longer than a piece: partial sums first, added in order afterwards, whatever the number of threads.
   float* const partial = kl && pieces.per_row > 1 ? static_cast<float*>(std::malloc(size_t(pieces.count()) * 4)) : kl;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < pieces.count(); ++k) {
     alignas(64) float room[normals_room(kPiece)], a[kPiece], b[kPiece], c[kPiece];
     const Piece p = pieces[k];
@@ -64,7 +64,7 @@ void reparameterize_backward(const void* grad_z, int64_t grad_z_stride, const fl
   const Rows mu_rows{mu, mu_stride, dtype}, logvar_rows{logvar, logvar_stride, dtype},
       grad_rows{grad_z, grad_z_stride, dtype};
   const DenseOut mu_out{grad_mu, columns, dtype}, logvar_out{grad_logvar, columns, dtype};
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < pieces.count(); ++k) {
     alignas(64) float room[normals_room(kPiece)], a[kPiece], b[kPiece], c[kPiece], d[kPiece], e[kPiece];
     const Piece p = pieces[k];

@@ -15,7 +15,7 @@ void sum_rows(int64_t batch, int64_t columns, int threads, double* out, Term ter
   const Pieces pieces(batch, columns);
   double* const partial =
       pieces.per_row > 1 ? static_cast<double*>(std::malloc(size_t(pieces.count()) * sizeof(double))) : nullptr;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < pieces.count(); ++k) {
     const Piece p = pieces[k];
     term(p, partial ? partial + k : out + p.row);
@@ -111,7 +111,7 @@ void vae_loss_backward(const float* grad_loss, int64_t grad_loss_stride, const f
   const float scale = reduction == kMean ? 1.0f / float(batch) : 1.0f, weight = float(beta);
 
   const Pieces images(batch, columns);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < images.count(); ++k) {
     alignas(64) float a[kPiece], b[kPiece], c[kPiece];
     const Piece p = images[k];
@@ -136,7 +136,7 @@ void vae_loss_backward(const float* grad_loss, int64_t grad_loss_stride, const f
   }
 
   const Pieces latents(batch, latent);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * latent >= 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * latent >= kParallel)
   for (int64_t k = 0; k < latents.count(); ++k) {
     alignas(64) float a[kPiece], b[kPiece], c[kPiece], d[kPiece];
     const Piece p = latents[k];
