@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # paths are measured in the tests that are about them alone
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

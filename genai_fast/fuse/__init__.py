@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from genai_fast.layers import FusedSequential
+from genai_fast.layers._paths import convolution
 from genai_fast.layers._stock import STOCK, letter, obstacle, runs
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
@@ -224,21 +225,21 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
 
 
 def _chain_rows(path: str, names: list[str], modules: list[nn.Module]) -> Iterator[Row]:
-    cut = runs("".join(letter(m) for m in modules))
-    for run, after in zip(cut, (*cut[1:], None), strict=True):
+    for run in runs("".join(letter(m) for m in modules)):
         here = modules[run.start : run.stop]
         where = ".".join(part for part in (path, "+".join(names[run.start : run.stop])) if part)
         found = " + ".join(type(m).__name__ for m in here)
         if run.fused:
-            last = type(here[-1]).__name__ if run.letters[-1] in "Aa" else ""
-            becomes = "act_dropout in training" if run.letters[-1] in "Dd" else "batch_norm_act"
-            yield Row(where, found, f"{becomes} ({last})" if last else becomes, "")
+            last = f" ({type(here[-1]).__name__})" if run.letters[-1] in "Aa" else ""
+            if run.letters[-1] in "Dd":
+                becomes = "act_dropout in training"
+            else:
+                becomes = f"batch_norm_act{last}" if "N" in run.letters else ""
+            yield Row(where, found, "; ".join(filter(None, (becomes, convolution(here[0])))), "")
         elif run.letters == "." and (reason := _why_not(here[0])):
             yield Row(where, found, "", reason)
         elif (run.letters[0] in "ad" and len(run.letters) > 1) or run.letters == "d":
             yield Row(where, found, "", "it works in place on what this container was given")
-        elif run.letters == "C" and after is not None and after.letters in ("A", "a"):
-            yield Row(where, found, "", "no norm between: left to torch's convolution, which adds the bias")
 
 
 def _why_not(module: nn.Module) -> str:

@@ -265,7 +265,8 @@ def _chains(graph: fx.Graph, model: nn.Module) -> list[tuple[list[fx.Node], Chai
 
     def close() -> None:
         chain = Chain(tuple(steps))
-        if any(r.fused for r in runs("".join(letter(m) for m in chain.modules(model)))):
+        cut = runs("".join(letter(m) for m in chain.modules(model)))
+        if any(r.fused and r.letters.strip("CAa") for r in cut):  # for convolutions alone a forward is not replaced
             found.append((list(nodes), chain))
 
     for node in graph.nodes:

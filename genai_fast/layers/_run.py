@@ -14,6 +14,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.layers._fold import folded, folds
+from genai_fast.layers._paths import CHANNELS_LAST, TORCH, laid_out, path_of, restored
 from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -23,10 +24,18 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
     """What calling the modules one after another gives."""
     if global_hooks():
         return _one_by_one(modules, x)
+    given, relaid = x, False
     for start, stop, letters, fused in runs("".join([letter(module) for module in modules])):
         here = modules[start:stop]
-        x = _as_one(letters, here, x) if fused and _fits(x) else _one_by_one(here, x)
-    return x
+        if relaid and letters == ".":  # what is not torch's own may ask for the layout, as x.view does
+            x, relaid = restored(x, given), False
+        if not (fused and _fits(x)):
+            x = _one_by_one(here, x)
+            continue
+        path = path_of(letters, here, x, _as_one) if letters[0] == "C" else TORCH
+        relaid = relaid or path == CHANNELS_LAST
+        x = _as_one(letters, here, laid_out(x, path), path)
+    return restored(x, given) if relaid else x
 
 
 def _one_by_one(modules: Iterable[nn.Module], x: Any) -> Any:
@@ -55,10 +64,12 @@ def _served(forced: str, device: str, dtype: torch.dtype) -> bool:
     return not reason
 
 
-def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> Any:
+def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: str) -> Any:
     if letters[-1] in "Dd":
         return _act_dropout(modules, x) if modules[-1].training else _one_by_one(modules, x)
-    conv = modules[0] if letters[0] == "C" else None
+    if "N" not in letters:
+        return _one_by_one(modules, x)
+    conv = modules[0] if letters[0] in "CL" else None
     norm = modules[0 if conv is None else 1]
     group = _process_group(norm)
     if x.numel() == 0 and group is None:

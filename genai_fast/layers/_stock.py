@@ -19,11 +19,11 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 
 # One letter a child, so that a container is a word and a run a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((*CONVS, *TRANSPOSED, nn.Linear), "C"), **dict.fromkeys(NORMS, "N"),
+    **dict.fromkeys((*CONVS, *TRANSPOSED), "C"), nn.Linear: "L", **dict.fromkeys(NORMS, "N"),
     **dict.fromkeys(ACTIVATIONS, "A"), nn.Dropout: "D",
 }  # fmt: skip
 STOCK = tuple(_LETTERS)
-_RUN = re.compile("C?N[Aa]?|[Aa]?[Dd]|.")
+_RUN = re.compile("[CL]?N[Aa]?|C[Aa](?![Dd])|[Aa]?[Dd]|.")
 
 
 class Run(NamedTuple):
@@ -56,7 +56,7 @@ def global_hooks() -> bool:
 
 
 def letter(child: nn.Module) -> str:
-    """What a child counts as: C (convolution or Linear), N (batch norm), A (activation), D (Dropout), or "." (other).
+    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), D (Dropout), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
     """
@@ -72,9 +72,9 @@ def _runs(word: str) -> tuple[Run, ...]:
     for match in _RUN.finditer(word):
         run = match.group()
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets live with it.
-        fused = run not in ("C", "A", "a", ".") and (owned or run[0] not in "ad")
+        fused = run not in ("L", "A", "a", ".") and (owned or run[0] not in "ad")
         found.append(Run(match.start(), match.end(), run, fused))
-        owned = run[0] in "CN" or (owned and run != ".")
+        owned = run[0] in "CLN" or (owned and run != ".")
     return tuple(found)
 
 

@@ -1,0 +1,108 @@
+"""The ways to run a convolution, with the norm and activation behind it, and which of them serves a call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast import paths
+from genai_fast.backends import forced_backend
+from genai_fast.layers._stock import CONVS, TRANSPOSED
+
+TORCH, CHANNELS_LAST = "torch", "channels_last"
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+# As run: letters, modules, input, path -> output.
+Unit = Callable[[str, Sequence[nn.Module], torch.Tensor, str], torch.Tensor]
+
+
+def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Unit) -> str:
+    """How to run a convolution and what follows it on x."""
+    conv = modules[0]
+    if torch.compiler.is_compiling() or type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
+        return TORCH  # the compiler lays tensors out by itself
+    if x.dim() != 4 or x.numel() == 0 or type(conv.weight) not in _PLAIN:
+        return TORCH
+    layout = _layout(x)
+    names = [TORCH] if layout == CHANNELS_LAST else [TORCH, CHANNELS_LAST]
+    if len(names) == 1:
+        return names[0]
+    key = _key(letters, modules, x, layout)
+    return paths.choose(key, x.device, {name: _maker(letters, modules, x, name, run) for name in names}, TORCH).path
+
+
+def convolution(module: nn.Module) -> str:
+    """In words, the paths among which measurement chooses; "" for what is no convolution."""
+    if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+        return "convolution by the fastest of torch, channels_last"
+    return "convolution by torch" if type(module) in CONVS + TRANSPOSED else ""
+
+
+def _layout(x: torch.Tensor) -> str:
+    if x.is_contiguous():
+        return "contiguous"
+    return CHANNELS_LAST if x.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, layout: str) -> paths.Key:
+    """All that the time of a call depends on."""
+    conv = modules[0]
+    narrow, forced = _autocast(x), forced_backend()
+    return (
+        type(conv).__name__, tuple(x.shape), "to", conv.out_channels, "kernel", conv.kernel_size, "stride", conv.stride,
+        "padding", conv.padding, conv.output_padding, "dilation", conv.dilation, "groups", conv.groups,
+        *("bias" for _ in range(conv.bias is not None)), *(type(m).__name__ for m in modules[1:]),
+        str(x.dtype).removeprefix("torch."), *((str(narrow).removeprefix("torch."),) if narrow else ()),
+        layout, "weight", _layout(conv.weight), "training" if modules[len(letters) > 1].training else "evaluation",
+        "gradients", _needs_gradient(x), _needs_gradient(*conv.parameters()), *((forced,) if forced else ()),
+    )  # fmt: skip
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _maker(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: str, run: Unit) -> paths.Maker:
+    """Gives the call to clock: the same modules and a tensor like x, copied; forward, and backward if it will come."""
+    gradients, narrow = torch.is_grad_enabled(), _autocast(x)
+
+    def make() -> Callable[[], Any]:
+        copies = [copy.deepcopy(module) for module in modules]
+        generator = torch.Generator(x.device).manual_seed(0)  # not the user's: measuring must not move it
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(generator=generator)
+        like.requires_grad_(x.requires_grad)
+        parameters = [p for module in copies for p in module.parameters()]
+        leaves = [t for t in (like, *parameters) if t.requires_grad] if gradients else []
+        upstream: list[torch.Tensor] = []
+
+        def call() -> None:
+            with torch.set_grad_enabled(gradients), torch.autocast(x.device.type, narrow, enabled=narrow is not None):
+                y = restored(run(letters, copies, laid_out(like, path), path), like)
+            if leaves:
+                upstream[:] = upstream or [torch.ones_like(y)]
+                torch.autograd.grad(y, leaves, upstream[0])
+
+        return call
+
+    return make
+
+
+def laid_out(x: torch.Tensor, path: str) -> torch.Tensor:
+    """x as the path wants it in memory."""
+    return x.contiguous(memory_format=torch.channels_last) if path == CHANNELS_LAST else x
+
+
+def restored(y: Any, given: torch.Tensor) -> Any:
+    """y in the memory layout that torch gives it for an input such as `given`."""
+    if isinstance(y, torch.Tensor) and y.dim() == 4 and _layout(given) != CHANNELS_LAST:
+        return y.contiguous()
+    return y

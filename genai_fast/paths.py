@@ -1,0 +1,217 @@
+"""Which of several ways to compute the same is the fastest here: measured once, remembered in a file.
+
+The file is `paths.json` in $GENAI_FAST_CACHE, else in the user's cache folder. It holds, for each machine and set of
+versions, the choice for each shape and the times that it rests on; a file that cannot be read or belongs to another
+version is measured anew. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, pins every choice to a
+fixed one: two paths differ in rounding, and what was faster yesterday need not be today.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+from genai_fast.kernels.common.extension import cpu_kernels, extension
+
+VERSION = 1  # of the file's form and of what the names of paths mean
+MARGIN = 0.97  # a path must take less than this share of the fixed one's time to be chosen over it
+_ROUNDS, _SECONDS = 5, 0.5  # of interleaved measurement of one choice: this many, or until so long
+
+Key = tuple[Any, ...]
+Maker = Callable[[], Callable[[], Any]]
+
+
+class PathsWarning(UserWarning):
+    """The file of choices cannot be read or written: they hold for this process alone."""
+
+
+class Choice(NamedTuple):
+    path: str
+    microseconds: dict[str, float]  # of each path that was measured; empty if none was
+
+
+_chosen: dict[str, dict[Key, Choice]] = {}  # by machine
+_only_remembered = False
+
+
+def choose(key: Key, device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Choice:
+    """The fastest of `paths` for what `key` describes, measured on the first call for it on this machine.
+
+    Args:
+        key: what the time depends on (op, shapes, dtype, layout, ...); its text is the key of the file.
+        paths: name -> a function that prepares inputs of its own and gives the call to clock. Called to measure only.
+        fixed: the path where nothing may be measured or remembered: deterministic runs, and, unless the choice is
+            known already, inside the capture of a CUDA graph.
+    """
+    if pinned():
+        return Choice(fixed, {})
+    machine = _machine(device.type, device.index or 0, torch.get_num_threads())
+    known = _chosen.get(machine)
+    if known is None:
+        known = _chosen[machine] = {}
+    found = known.get(key)
+    if found is None:
+        found = _read(machine).get(_text(key))
+        if found is None or found.path not in paths:
+            if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                return Choice(fixed, {})
+            found = _measure(device, paths, fixed)
+            _write(machine, _text(key), found)
+        known[key] = found
+    return found
+
+
+def pinned() -> bool:
+    """Whether every choice is the fixed one."""
+    return os.environ.get("GENAI_FAST_DETERMINISTIC", "") == "1" or torch.are_deterministic_algorithms_enabled()
+
+
+@contextlib.contextmanager
+def only_remembered() -> Iterator[None]:
+    """Inside the block nothing is measured: what is not known yet takes its fixed path."""
+    global _only_remembered
+    before, _only_remembered = _only_remembered, True
+    try:
+        yield
+    finally:
+        _only_remembered = before
+
+
+def forget() -> None:
+    """Forget the choices that this process has made or read; those in the file stay."""
+    _chosen.clear()
+
+
+def file() -> Path:
+    """Where choices are remembered."""
+    given = os.environ.get("GENAI_FAST_CACHE")
+    if given:
+        return Path(given) / "paths.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_fast" / "paths.json"
+
+
+@functools.cache
+def _machine(device: str, index: int, threads: int) -> str:
+    """What a time depends on beside the key."""
+    parts = [f"{name} {importlib.metadata.version(name)}" for name in ("genai_fast", "torch")]
+    if device == "cuda":
+        return ", ".join([torch.cuda.get_device_name(index), *parts, f"triton {importlib.metadata.version('triton')}"])
+    isa = cpu_kernels()[1] if extension()[0] else "no C++ kernels"
+    return ", ".join([_processor(), *parts, isa, f"{threads} threads"])
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _text(key: Key) -> str:
+    return " ".join("x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in key)
+
+
+def _measure(device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Choice:
+    """Shortest time of each path, interleaved: what disturbs a measurement makes it longer."""
+    if len(paths) == 1:
+        return Choice(next(iter(paths)), {})
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        calls = {}
+        for name, make in paths.items():
+            try:
+                call = make()
+                call()  # compiles, warms up
+            except torch.OutOfMemoryError:
+                if name == fixed:
+                    raise
+            else:
+                calls[name] = call
+        shortest = dict.fromkeys(calls, float("inf"))
+        start, turn = time.perf_counter(), 0
+        while turn < _ROUNDS and (turn < 2 or time.perf_counter() - start < _SECONDS):
+            for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
+                shortest[name] = min(shortest[name], _clock(device, call))
+            turn += 1
+    best = min(shortest, key=shortest.__getitem__)
+    if shortest[best] >= MARGIN * shortest[fixed]:
+        best = fixed
+    return Choice(best, {name: round(t * 1e6, 1) for name, t in shortest.items()})
+
+
+def _clock(device: torch.device, call: Callable[[], Any]) -> float:
+    """Seconds of one call: on the device where it has a clock of its own."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def remembered(machine: str | None = None) -> dict[str, dict[str, Choice]]:
+    """machine -> key -> choice, as the file has them."""
+    try:
+        content = json.loads(file().read_text())
+        if content.get("version") != VERSION:
+            return {}
+        return {
+            name: {key: Choice(str(c["path"]), dict(c["microseconds"])) for key, c in choices.items()}
+            for name, choices in content["machines"].items()
+            if machine is None or name == machine
+        }
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _warn_once(f"{file()}: cannot be read: {error.strerror}; choices hold for this process alone")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _warn_once(f"{file()}: is damaged; choices are measured anew and the file is replaced")
+    return {}
+
+
+def _read(machine: str) -> dict[str, Choice]:
+    return remembered(machine).get(machine, {})
+
+
+def _write(machine: str, key: str, choice: Choice) -> None:
+    """Add one choice; whole files only, so that a reader never sees half of one."""
+    target = file()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            if fcntl is not None:  # other processes add theirs
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            machines = remembered()
+            machines.setdefault(machine, {})[key] = choice
+            content = {name: {k: c._asdict() for k, c in choices.items()} for name, choices in machines.items()}
+            written = target.with_suffix(".new")
+            written.write_text(json.dumps({"version": VERSION, "machines": content}, indent=1))
+            os.replace(written, target)
+    except OSError as error:
+        _warn_once(f"{target}: cannot be written: {error.strerror}; choices hold for this process alone")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, PathsWarning, stacklevel=2)
