@@ -1,4 +1,4 @@
-"""The command line: genai-fast train | sample | doctor | demo."""
+"""The command line: genai-fast train | sample | tune | doctor | demo."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG file; default: %(default)s")
     _finish(sample, _sample)
 
+    tune = commands.add_parser(
+        "tune", help="measure the fastest path of each convolution of a model", allow_abbrev=False,
+        description="Measures the paths of every convolution, for training and evaluation, and remembers the fastest.",
+    )  # fmt: skip
+    tune.add_argument("model", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY")
+    tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
+    tune.add_argument("--batch", type=int, default=64, help="inputs at a time; default: %(default)s")
+    tune.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    tune.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
+    tune.add_argument("--channels-last", action="store_true", help="model and input in channels_last")
+    _finish(tune, _tune)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     _finish(doctor, _doctor)
@@ -148,6 +160,32 @@ def _sample(options: argparse.Namespace) -> int:
     images = model.sample(options.count, seed=options.seed)
     pictures.grid(images.view(-1, *shape), options.out)
     print(f"{options.out}: {options.count} samples of {folder}")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from genai_fast import paths, tune
+
+    if options.batch < 1:
+        raise UsageError(f"--batch: expected at least 1, got {options.batch}")
+    if paths.pinned():
+        raise UsageError("choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
+    model, shape = tune.load(options.model, options.input)
+    chosen = tune.tune(
+        model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
+    )
+    rows = tune.table(chosen)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(chosen)} convolutions; remembered in {paths.file()}")
     return 0
 
 

@@ -31,7 +31,7 @@ from genai_fast.kernels.common.extension import cpu_kernels, extension
 
 VERSION = 1  # of the file's form and of what the names of paths mean
 MARGIN = 0.97  # a path must take less than this share of the fixed one's time to be chosen over it
-_ROUNDS, _SECONDS = 5, 0.5  # of interleaved measurement of one choice: this many, or until so long
+_ROUNDS, _SECONDS = 7, 0.5  # of interleaved measurement of one choice: this many, or three if that takes so long
 
 Key = tuple[Any, ...]
 Maker = Callable[[], Callable[[], Any]]
@@ -93,6 +93,12 @@ def only_remembered() -> Iterator[None]:
         _only_remembered = before
 
 
+def chosen(device: torch.device) -> dict[str, Choice]:
+    """What this process has chosen or read for such a device, by the text of the key, in order."""
+    machine = _machine(device.type, device.index or 0, torch.get_num_threads())
+    return {_text(key): choice for key, choice in _chosen.get(machine, {}).items()}
+
+
 def forget() -> None:
     """Forget the choices that this process has made or read; those in the file stay."""
     _chosen.clear()
@@ -145,7 +151,7 @@ def _measure(device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Ch
                 calls[name] = call
         shortest = dict.fromkeys(calls, float("inf"))
         start, turn = time.perf_counter(), 0
-        while turn < _ROUNDS and (turn < 2 or time.perf_counter() - start < _SECONDS):
+        while turn < _ROUNDS and (turn < 3 or time.perf_counter() - start < _SECONDS):
             for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
                 shortest[name] = min(shortest[name], _clock(device, call))
             turn += 1

@@ -25,7 +25,7 @@ LAYERS = [
     ("genai_fast.models", "genai_fast.data"),
     ("genai_fast.training",),
     ("genai_fast.profiling",),
-    ("genai_fast.doctor", "genai_fast.demo", "genai_fast.cli", "genai_fast.__main__"),
+    ("genai_fast.doctor", "genai_fast.demo", "genai_fast.tune", "genai_fast.cli", "genai_fast.__main__"),
 ]
 
 

@@ -140,11 +140,12 @@ class _View(nn.Module):
 def _critic():
     return nn.Sequential(
         nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2, True), nn.Conv2d(8, 12, 4, 2, 1, bias=False), nn.BatchNorm2d(12),
-        nn.LeakyReLU(0.2, True), nn.Dropout(0.0), _View(), nn.Linear(12 * 16, 1),
+        nn.LeakyReLU(0.2, True), nn.Dropout(0.0), nn.Conv2d(12, 10, 4), nn.BatchNorm2d(10),
+        nn.Tanh(), _View(), nn.Linear(10, 1),
     )  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "channels_last"])
+@pytest.fixture(params=["torch", "channels_last", "gemm"])
 def path(request, monkeypatch):
     """One path for everything, where it is open."""
 

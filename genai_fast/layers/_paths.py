@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genai_fast import paths
 from genai_fast.backends import forced_backend
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 
-TORCH, CHANNELS_LAST = "torch", "channels_last"
+TORCH, CHANNELS_LAST, GEMM = "torch", "channels_last", "gemm"
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 # As run: letters, modules, input, path -> output.
@@ -28,9 +29,13 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
     if x.dim() != 4 or x.numel() == 0 or type(conv.weight) not in _PLAIN:
         return TORCH
     layout = _layout(x)
-    names = [TORCH] if layout == CHANNELS_LAST else [TORCH, CHANNELS_LAST]
+    names = [TORCH]
+    if layout != CHANNELS_LAST:
+        names.append(CHANNELS_LAST)
+    if _is_gemm(conv, x):
+        names.append(GEMM)
     if len(names) == 1:
-        return names[0]
+        return TORCH
     key = _key(letters, modules, x, layout)
     return paths.choose(key, x.device, {name: _maker(letters, modules, x, name, run) for name in names}, TORCH).path
 
@@ -38,8 +43,33 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
 def convolution(module: nn.Module) -> str:
     """In words, the paths among which measurement chooses; "" for what is no convolution."""
     if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
-        return "convolution by the fastest of torch, channels_last"
+        return "convolution by the fastest of torch, channels_last, gemm (1 x 1 input or output)"
     return "convolution by torch" if type(module) in CONVS + TRANSPOSED else ""
+
+
+def _is_gemm(conv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one matrix product is the convolution: all of a 1 x 1 input or output meets all of the weight."""
+    if (
+        conv.groups != 1
+        or conv.padding_mode != "zeros"
+        or tuple(conv.padding) != (0, 0)
+        or tuple(conv.dilation) != (1, 1)
+    ):
+        return False
+    if type(conv) is nn.ConvTranspose2d:
+        return tuple(x.shape[1:]) == (conv.in_channels, 1, 1) and tuple(conv.output_padding) == (0, 0)
+    return tuple(x.shape[1:]) == (conv.in_channels, *conv.kernel_size)
+
+
+def convolved(conv: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
+    """conv(x)."""
+    if path != GEMM:
+        return conv(x)
+    weight, bias = conv.weight, conv.bias
+    if type(conv) is nn.Conv2d:
+        return F.linear(x.flatten(1), weight.flatten(1), bias).unflatten(1, (-1, 1, 1))
+    y = torch.mm(x.flatten(1), weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def _layout(x: torch.Tensor) -> str:

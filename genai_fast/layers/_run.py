@@ -14,7 +14,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.layers._fold import folded, folds
-from genai_fast.layers._paths import CHANNELS_LAST, TORCH, laid_out, path_of, restored
+from genai_fast.layers._paths import CHANNELS_LAST, GEMM, TORCH, convolved, laid_out, path_of, restored
 from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -68,7 +68,7 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
     if letters[-1] in "Dd":
         return _act_dropout(modules, x) if modules[-1].training else _one_by_one(modules, x)
     if "N" not in letters:
-        return _one_by_one(modules, x)
+        return _one_by_one(modules[1:], convolved(modules[0], x, path))
     conv = modules[0] if letters[0] in "CL" else None
     norm = modules[0 if conv is None else 1]
     group = _process_group(norm)
@@ -78,9 +78,9 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
         return _one_by_one(modules, x)  # collectives, and a momentum that is read from a tensor: left to torch
     activation, slope = _activation(modules[-1] if letters[-1] in "Aa" else None)
     if conv is not None:
-        if not torch.compiler.is_compiling() and folds(conv, norm, x):
+        if path != GEMM and not torch.compiler.is_compiling() and folds(conv, norm, x):
             return folded(conv, norm, x, activation, slope)
-        x = conv(x)
+        x = convolved(conv, x, path)
     return _norm_act(norm, group, x, activation, slope)
 
 

@@ -1,5 +1,40 @@
-"""Generative models on the fused ops."""
+"""Generative models on the fused ops and layers."""
 
+from collections.abc import Callable
+
+from torch import nn
+
+from genai_fast.models.conv_vae import ConvVAE
+from genai_fast.models.gan import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    DenseDiscriminator,
+    DenseGenerator,
+    DenseGeneratorK4,
+    dcgan_init,
+)
 from genai_fast.models.vae import MLPVAE
 
-__all__ = ["MLPVAE"]
+__all__ = [
+    "MLPVAE",
+    "MODELS",
+    "ConvVAE",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "DenseDiscriminator",
+    "DenseGenerator",
+    "DenseGeneratorK4",
+    "dcgan_init",
+]  # fmt: skip
+
+# Name on the command line -> what makes the model, and the shape of one input without the batch.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{f"dcgan-{s}-generator": (lambda s=s: DCGANGenerator(s), (100,)) for s in (32, 64, 128)},
+    **{f"dcgan-{s}-discriminator": (lambda s=s: DCGANDiscriminator(s), (3, s, s)) for s in (32, 64, 128)},
+    "dcgan-28-generator": (lambda: DCGANGenerator(28, channels=1), (100,)),
+    "dcgan-28-discriminator": (lambda: DCGANDiscriminator(28, channels=1), (1, 28, 28)),
+    "dense-generator": (DenseGenerator, (100,)),
+    "dense-generator-k4": (DenseGeneratorK4, (100,)),
+    "dense-discriminator": (DenseDiscriminator, (1, 28, 28)),
+    **{f"conv-vae-{s}": (lambda s=s: ConvVAE(s), (3, s, s)) for s in (64, 128, 256)},
+}

@@ -1,0 +1,107 @@
+"""The fastest path of every convolution of a model, measured ahead of its use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast import paths
+from genai_fast.errors import UsageError
+from genai_fast.fuse import fuse
+from genai_fast.models import MODELS
+
+
+def load(name: str, sizes: str | None) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
+
+    Raises:
+        UsageError: no such model, file or factory; no module from it; the input's shape is missing or none.
+    """
+    if name in MODELS:
+        make, shape = MODELS[name]
+        return make(), shape if sizes is None else _shape(sizes)
+    source, _, factory = name.rpartition(":")
+    if not source:
+        raise UsageError(
+            f"MODEL: expected one of {', '.join(MODELS)}, or MODULE:FACTORY or FILE.py:FACTORY, got {name!r}"
+        )
+    if sizes is None:
+        raise UsageError("--input: expected the shape of one input without the batch, such as 3x64x64")
+    found = getattr(_module(source), factory, None)
+    if not callable(found):
+        raise UsageError(f"MODEL: expected {factory!r} in {source} to be a class or function that gives a model")
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"MODEL: expected {name} to give an nn.Module, got {type(model).__name__}")
+    return model, _shape(sizes)
+
+
+def _shape(sizes: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in sizes.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input: expected sizes such as 3x64x64, got {sizes!r}")
+    return shape
+
+
+def _module(source: str) -> Any:
+    try:
+        if not source.endswith(".py"):
+            sys.path.insert(0, "")
+            return importlib.import_module(source)
+        if not Path(source).is_file():
+            raise UsageError(f"MODEL: {source}: no such file")
+        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise UsageError(f"MODEL: {source} cannot be imported: {error}") from error
+
+
+def tune(
+    model: nn.Module, shape: tuple[int, ...], *, batch: int, device: torch.device, bf16: bool = False,
+    channels_last: bool = False,
+) -> dict[str, paths.Choice]:  # fmt: skip
+    """Run a model in training, with and without a gradient for its input, and in evaluation; gives what was chosen.
+
+    Args:
+        model: is fused and moved to the device.
+        shape: of one input, without the batch.
+        batch: inputs at a time: choices hold for this batch.
+        bf16: run under autocast to bfloat16.
+        channels_last: lay model and input out so.
+
+    Raises: RuntimeError where choices are pinned (`GENAI_FAST_DETERMINISTIC=1`).
+    """
+    if paths.pinned():
+        raise RuntimeError("tune: choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
+    paths.forget()
+    model = fuse(model).to(device)
+    x = torch.randn(batch, *shape, device=device)
+    if channels_last and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for training, gradient in ((True, False), (True, True), (False, False)):
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                model(x.requires_grad_(gradient))
+    return paths.chosen(device)
+
+
+def table(chosen: dict[str, paths.Choice]) -> list[tuple[str, ...]]:
+    """Header and rows: what runs, its path, and the times that speak for it."""
+    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
+    rows = [("convolution", "path", *(f"{name} us" for name in names))]
+    for key, choice in chosen.items():
+        times = (choice.microseconds.get(name) for name in names)
+        rows.append((key, choice.path, *("-" if t is None else f"{t:.0f}" for t in times)))
+    return rows

@@ -1,0 +1,140 @@
+"""GANs' networks and the convolutional VAE: shapes, the keys people's checkpoints have, the same as stock modules."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from alike import assert_alike
+from torch import nn
+
+from genai_fast import data, unfuse
+from genai_fast.models import (
+    MODELS,
+    ConvVAE,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    DenseDiscriminator,
+    DenseGenerator,
+    DenseGeneratorK4,
+    dcgan_init,
+)
+
+SMALL = {
+    **{
+        f"generator-{s}": (lambda s=s: DCGANGenerator(s, latent=8, width=4), (8,), (3, s, s)) for s in (28, 32, 64, 128)
+    },
+    **{f"discriminator-{s}": (lambda s=s: DCGANDiscriminator(s, width=4), (3, s, s), ()) for s in (28, 32, 64, 128)},
+    "dense": (lambda: DenseGenerator(8, side=2), (8,), (1, 8, 8)),
+    "dense-k4": (lambda: DenseGeneratorK4(8, side=2, channels=3), (8,), (3, 8, 8)),
+    "dense-discriminator": (lambda: DenseDiscriminator(8, dropout=0.0), (1, 8, 8), ()),
+}
+
+
+def _plain(model):
+    """The same on stock modules."""
+    model = copy.deepcopy(model)
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.Sequential):
+            setattr(model, name, nn.Sequential(*map(_plain_block, child)))
+    return model
+
+
+def _plain_block(child):
+    return nn.Sequential(*child) if isinstance(child, nn.Sequential) else child
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shapes_and_the_same_as_stock_modules(name):
+    torch.manual_seed(0)
+    make, given, made = SMALL[name]
+    model = make()
+    plain, x = _plain(model), torch.randn(3, *given)
+    assert model(x).shape == (3, *made)
+    if made:
+        assert model(x).abs().max() <= 1
+    plain.load_state_dict(model.state_dict())  # the forward above moved running statistics
+    assert_alike(model, plain, x, steps=2)
+    assert unfuse(model) is model
+
+
+def test_the_examples_checkpoints_load():
+    """PyTorch's DCGAN example: its keys, its shapes, its numbers of parameters."""
+    generator, discriminator = DCGANGenerator(), DCGANDiscriminator()
+    widths = [100, 512, 256, 128, 64, 3]
+    expected = {f"main.{3 * k}.weight": (a, b, 4, 4) for k, (a, b) in enumerate(itertools.pairwise(widths))}
+    found = {key: tuple(p.shape) for key, p in generator.state_dict().items() if p.dim() == 4}
+    assert found == expected
+    assert {"main.1.running_var", "main.10.num_batches_tracked"} <= {*generator.state_dict()}
+    assert sum(p.numel() for p in generator.parameters()) == 3576704
+    assert sum(p.numel() for p in discriminator.parameters()) == 2765568
+    convs = [key for key, p in discriminator.state_dict().items() if p.dim() == 4]
+    assert convs == ["main.0.weight", "main.2.weight", "main.5.weight", "main.8.weight", "main.11.weight"]
+
+
+def test_dcgan_init_is_the_authors():
+    torch.manual_seed(0)
+    model = dcgan_init(DCGANGenerator(width=32))
+    for module in model.modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            assert abs(module.weight.std().item() - 0.02) < 1e-3 and abs(module.weight.mean().item()) < 1e-3
+        elif isinstance(module, nn.BatchNorm2d):
+            assert abs(module.weight.mean().item() - 1) < 0.02 and not module.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DCGANGenerator(48), r"DCGANGenerator: size: expected one of 28, 32, 64, 128, got 48"),
+        (lambda: DCGANDiscriminator(60), r"DCGANDiscriminator: size.*got 60"),
+        (lambda: DCGANGenerator(latent=0), r"latent: expected at least 1, got 0"),
+        (lambda: DenseDiscriminator(30), r"size: expected a multiple of 4, got 30"),
+        (lambda: ConvVAE(100), r"ConvVAE: size: expected a multiple of 32, got 100"),
+        (lambda: ConvVAE(64, widths=(8, 0)), r"widths: expected at least 1, got 0"),
+        (lambda: ConvVAE(8, widths=(4, 4))(torch.zeros(1, 3, 16, 16)), r"expected images \[B, 3, 8, 8\], got"),
+    ],
+)
+def test_what_does_not_fit_is_said(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def _digits(count):
+    return 2 * data.load("digits").split(0.1, seed=0)[0].batch(slice(0, count)).view(-1, 1, 8, 8) - 1
+
+
+def test_conv_vae_is_the_same_as_stock_modules():
+    torch.manual_seed(0)
+    model, x = ConvVAE(8, channels=1, latent=4, widths=(6, 8)), _digits(16)
+    plain = _plain(model)
+    for training in (True, False):
+        model.train(training)
+        plain.train(training)
+        found, expected = model(x, seed=3), plain(x, seed=3)
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() < 1e-4
+
+
+def test_conv_vae_learns_real_digits():
+    torch.manual_seed(0)
+    model, x = ConvVAE(8, channels=1, latent=8, widths=(16, 32), beta=0.1), _digits(256)
+    adam = torch.optim.Adam(model.parameters(), lr=5e-3)
+    first = model.training_step(x).loss.item()
+    for _ in range(60):
+        adam.zero_grad()
+        model.training_step(x).loss.backward()
+        adam.step()
+    assert model.training_step(x).loss.item() < 0.5 * first
+    model.eval()
+    blurred = x.mean(0, keepdim=True)
+    assert (model.reconstruct(x) - x).square().mean() < 0.8 * (blurred - x).square().mean()
+    one, same, other = (model.sample(5, seed=s) for s in (1, 1, 2))
+    assert one.shape == (5, 1, 8, 8) and torch.equal(one, same) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "128" not in name and "256" not in name])
+def test_every_named_model_takes_its_input(name):
+    make, shape = MODELS[name]
+    with torch.no_grad():
+        y = make().eval()(torch.randn(2, *shape))
+    assert all(torch.isfinite(part).all() for part in (y if isinstance(y, tuple) else (y,)))
