@@ -82,12 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         "tune", help="measure the fastest path of each convolution of a model", allow_abbrev=False,
         description="Measures the paths of every convolution, for training and evaluation, and remembers the fastest.",
     )  # fmt: skip
-    tune.add_argument("model", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY")
+    tune.add_argument(
+        "models", nargs="+", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
+    )
     tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
     tune.add_argument("--batch", type=int, default=64, help="inputs at a time; default: %(default)s")
     tune.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     tune.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     tune.add_argument("--channels-last", action="store_true", help="model and input in channels_last")
+    tune.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there too, as Markdown")
     _finish(tune, _tune)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")
@@ -177,10 +180,15 @@ def _tune(options: argparse.Namespace) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
-    model, shape = tune.load(options.model, options.input)
-    chosen = tune.tune(
-        model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
-    )
+    if options.out is not None and not options.out.parent.is_dir():
+        raise UsageError(f"--out: expected a file in an existing folder, got {options.out}")
+    chosen = {}
+    for model, shape in [tune.load(name, options.input) for name in options.models]:
+        chosen |= tune.tune(
+            model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
+        )
+    if options.out is not None:
+        options.out.write_text(tune.markdown(paths.machine(device), chosen))
     rows = tune.table(chosen)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -61,18 +61,16 @@ def choose(key: Key, device: torch.device, paths: Mapping[str, Maker], fixed: st
     """
     if pinned():
         return Choice(fixed, {})
-    machine = _machine(device.type, device.index or 0, torch.get_num_threads())
-    known = _chosen.get(machine)
-    if known is None:
-        known = _chosen[machine] = {}
+    here = machine(device)
+    known = _chosen.setdefault(here, {})
     found = known.get(key)
     if found is None:
-        found = _read(machine).get(_text(key))
+        found = remembered(here).get(here, {}).get(_text(key))
         if found is None or found.path not in paths:
             if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return Choice(fixed, {})
             found = _measure(device, paths, fixed)
-            _write(machine, _text(key), found)
+            _write(here, _text(key), found)
         known[key] = found
     return found
 
@@ -95,8 +93,7 @@ def only_remembered() -> Iterator[None]:
 
 def chosen(device: torch.device) -> dict[str, Choice]:
     """What this process has chosen or read for such a device, by the text of the key, in order."""
-    machine = _machine(device.type, device.index or 0, torch.get_num_threads())
-    return {_text(key): choice for key, choice in _chosen.get(machine, {}).items()}
+    return {_text(key): choice for key, choice in _chosen.get(machine(device), {}).items()}
 
 
 def forget() -> None:
@@ -112,9 +109,13 @@ def file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_fast" / "paths.json"
 
 
+def machine(device: torch.device) -> str:
+    """What a time depends on beside the key, in words: device, versions, threads."""
+    return _machine(device.type, device.index or 0, torch.get_num_threads())
+
+
 @functools.cache
 def _machine(device: str, index: int, threads: int) -> str:
-    """What a time depends on beside the key."""
     parts = [f"{name} {importlib.metadata.version(name)}" for name in ("genai_fast", "torch")]
     if device == "cuda":
         return ", ".join([torch.cuda.get_device_name(index), *parts, f"triton {importlib.metadata.version('triton')}"])
@@ -176,7 +177,7 @@ def _clock(device: torch.device, call: Callable[[], Any]) -> float:
         return start.elapsed_time(end) * 1e-3
 
 
-def remembered(machine: str | None = None) -> dict[str, dict[str, Choice]]:
+def remembered(only: str | None = None) -> dict[str, dict[str, Choice]]:
     """machine -> key -> choice, as the file has them."""
     try:
         content = json.loads(file().read_text())
@@ -185,7 +186,7 @@ def remembered(machine: str | None = None) -> dict[str, dict[str, Choice]]:
         return {
             name: {key: Choice(str(c["path"]), dict(c["microseconds"])) for key, c in choices.items()}
             for name, choices in content["machines"].items()
-            if machine is None or name == machine
+            if only is None or name == only
         }
     except FileNotFoundError:
         return {}
@@ -196,11 +197,7 @@ def remembered(machine: str | None = None) -> dict[str, dict[str, Choice]]:
     return {}
 
 
-def _read(machine: str) -> dict[str, Choice]:
-    return remembered(machine).get(machine, {})
-
-
-def _write(machine: str, key: str, choice: Choice) -> None:
+def _write(here: str, key: str, choice: Choice) -> None:
     """Add one choice; whole files only, so that a reader never sees half of one."""
     target = file()
     try:
@@ -209,7 +206,7 @@ def _write(machine: str, key: str, choice: Choice) -> None:
             if fcntl is not None:  # other processes add theirs
                 fcntl.flock(lock, fcntl.LOCK_EX)
             machines = remembered()
-            machines.setdefault(machine, {})[key] = choice
+            machines.setdefault(here, {})[key] = choice
             content = {name: {k: c._asdict() for k, c in choices.items()} for name, choices in machines.items()}
             written = target.with_suffix(".new")
             written.write_text(json.dumps({"version": VERSION, "machines": content}, indent=1))

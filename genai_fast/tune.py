@@ -98,10 +98,31 @@ def tune(
 
 
 def table(chosen: dict[str, paths.Choice]) -> list[tuple[str, ...]]:
-    """Header and rows: what runs, its path, and the times that speak for it."""
+    """Header and rows: what runs, its path, why that one, and the times that speak for it."""
     names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
-    rows = [("convolution", "path", *(f"{name} us" for name in names))]
-    for key, choice in chosen.items():
-        times = (choice.microseconds.get(name) for name in names)
-        rows.append((key, choice.path, *("-" if t is None else f"{t:.0f}" for t in times)))
+    rows = [("convolution", "path", "why", *(f"{name} us" for name in names))]
+    for key, (path, times) in chosen.items():
+        shown = (f"{times[name]:.0f}" if name in times else "-" for name in names)
+        rows.append((key, path, _why(path, times), *shown))
     return rows
+
+
+def _why(path: str, times: dict[str, float]) -> str:
+    fixed = next(iter(times))  # torch's own way comes first
+    if path != fixed:
+        return f"{times[fixed] / times[path]:.2f} x {fixed}"
+    return f"no other takes less than {paths.MARGIN:.0%} of its time"
+
+
+def markdown(machine: str, chosen: dict[str, paths.Choice]) -> str:
+    """The table as a document."""
+    header, *rows = table(chosen)
+    lines = [
+        "# The path of each convolution",
+        "",
+        machine,
+        "",
+        f"| {' | '.join(header)} |",
+        "| --- " * len(header) + "|",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])

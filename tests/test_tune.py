@@ -1,6 +1,7 @@
 """`genai-fast tune`: measures, prints and remembers; what cannot be is said."""
 
 import pytest
+import torch
 
 from genai_fast import paths
 from genai_fast.cli import main
@@ -30,14 +31,18 @@ def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypa
     (tmp_path / "mine.py").write_text(MODEL)
     assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[:4] == ["convolution", "path", "torch", "us"] and "gemm us" in printed[0]
+    assert printed[0].split()[:5] == ["convolution", "path", "why", "torch", "us"] and "gemm us" in printed[0]
     ((_, choices),) = paths.remembered().items()
     assert printed[-1] == f"{len(choices)} convolutions; remembered in {paths.file()}"
     assert {line.split("  ")[0] for line in printed[1:-1]} == {*choices}
     assert {choice.path for choice in choices.values()} <= {"torch", "channels_last", "gemm"}
     assert all(choice.microseconds for choice in choices.values())
     monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
-    assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
+    out = ["--out", f"{tmp_path}/table.md"]
+    assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4", *out]) == 0
+    written = (tmp_path / "table.md").read_text()
+    assert paths.machine(torch.device("cpu")) in written
+    assert all(f"| {key} | {choice.path} |" in written for key, choice in choices.items())
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,7 @@ def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypa
         (["{folder}/mine.py:nothing", "--input", "3x8x8"], "to give an nn.Module, got int"),
         (["{folder}/mine.py:generator"], "--input: expected the shape"),
         (["{folder}/mine.py:generator", "--input", "3x0"], "--input: expected sizes such as"),
+        (["dcgan-28-generator", "--out", "{folder}/none/table.md"], "--out: expected a file in an existing folder"),
         (["dcgan-28-generator", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["dcgan-28-generator", "--device", "tpu9"], "--device: tpu9"),
     ],
