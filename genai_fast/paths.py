@@ -46,29 +46,32 @@ class Choice(NamedTuple):
     microseconds: dict[str, float]  # of each path that was measured; empty if none was
 
 
-_chosen: dict[str, dict[Key, Choice]] = {}  # by machine
+_PINNED = "pinned"
+_chosen: dict[str, dict[Key, Choice]] = {}  # by machine, or pinned
 _only_remembered = False
 
 
-def choose(key: Key, device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Choice:
-    """The fastest of `paths` for what `key` describes, measured on the first call for it on this machine.
+def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mapping[str, Maker], str]]) -> Choice:
+    """The fastest path for what `key` describes, measured on the first call for it on this machine.
 
     Args:
         key: what the time depends on (op, shapes, dtype, layout, ...); its text is the key of the file.
-        paths: name -> a function that prepares inputs of its own and gives the call to clock. Called to measure only.
-        fixed: the path where nothing may be measured or remembered: deterministic runs, and, unless the choice is
-            known already, inside the capture of a CUDA graph.
+        open_paths: asked on the first call, gives the paths that there are: name -> a function that prepares inputs of
+            its own and gives the call to clock; and the name of the fixed one, which is taken where nothing may be
+            measured or remembered: deterministic runs, and the capture of a CUDA graph if it comes before all else.
     """
-    if pinned():
-        return Choice(fixed, {})
-    here = machine(device)
+    fixed_alone = pinned()
+    here = _PINNED if fixed_alone else machine(device)
     known = _chosen.setdefault(here, {})
     found = known.get(key)
     if found is None:
-        found = remembered(here).get(here, {}).get(_text(key))
+        paths, fixed = open_paths()
+        unmeasured = Choice(fixed, {})
+        alone = fixed_alone or len(paths) == 1
+        found = unmeasured if alone else remembered(here).get(here, {}).get(_text(key))
         if found is None or found.path not in paths:
             if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                return Choice(fixed, {})
+                return unmeasured
             found = _measure(device, paths, fixed)
             _write(here, _text(key), found)
         known[key] = found
@@ -137,8 +140,6 @@ def _text(key: Key) -> str:
 
 def _measure(device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Choice:
     """Shortest time of each path, interleaved: what disturbs a measurement makes it longer."""
-    if len(paths) == 1:
-        return Choice(next(iter(paths)), {})
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         calls = {}
         for name, make in paths.items():

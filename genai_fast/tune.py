@@ -108,6 +108,8 @@ def table(chosen: dict[str, paths.Choice]) -> list[tuple[str, ...]]:
 
 
 def _why(path: str, times: dict[str, float]) -> str:
+    if not times:
+        return "the only one"
     fixed = next(iter(times))  # torch's own way comes first
     if path != fixed:
         return f"{times[fixed] / times[path]:.2f} x {fixed}"

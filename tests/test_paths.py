@@ -33,7 +33,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(paths, "_clock", lambda device, call: call())
 
 
-def _makers(made, **seconds):
+def _open(made, taken_unmeasured, **seconds):
+    """Paths that are said to take so long; `made` gets the names of those that are measured."""
+
     def maker(name):
         def make():
             made.append(name)
@@ -41,42 +43,42 @@ def _makers(made, **seconds):
 
         return make
 
-    return {name: maker(name) for name in seconds}
+    return lambda: ({name: maker(name) for name in seconds}, taken_unmeasured)
 
 
 def test_the_fastest_is_taken_once_and_remembered(clock):
     made = []
-    found = paths.choose(("op", (2, 3)), CPU, _makers(made, slow=3e-3, fast=1e-3), "slow")
+    found = paths.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=3e-3, fast=1e-3))
     assert found == ("fast", {"slow": 3000.0, "fast": 1000.0}) and sorted(made) == ["fast", "slow"]
-    assert paths.choose(("op", (2, 3)), CPU, _makers(made, slow=1e-3, fast=3e-3), "slow") == found
+    assert paths.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
     paths.forget()  # as another process would
-    assert paths.choose(("op", (2, 3)), CPU, _makers(made, slow=1e-3, fast=3e-3), "slow") == found
+    assert paths.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
     assert len(made) == 2
     ((machine, choices),) = paths.remembered().items()
     assert choices == {"op 2x3": found} and f"torch {torch.__version__}" in machine
-    assert paths.choose(("op", (2, 4)), CPU, _makers(made, slow=1e-3, fast=3e-3), "slow").path == "slow"
+    assert paths.choose(("op", (2, 4)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)).path == "slow"
 
 
 def test_a_path_must_win_clearly(clock):
-    assert paths.choose(("near",), CPU, _makers([], usual=1.00e-3, other=0.99e-3), "usual").path == "usual"
+    assert paths.choose(("near",), CPU, _open([], "usual", usual=1.00e-3, other=0.99e-3)).path == "usual"
 
 
 @pytest.mark.parametrize("how", ["environment", "torch", "only_remembered"])
 def test_pinned_takes_the_fixed_path_and_measures_nothing(clock, monkeypatch, how):
     made = []
-    makers = _makers(made, fixed=3e-3, other=1e-3)
+    open_paths = _open(made, "fixed", fixed=3e-3, other=1e-3)
     if how == "environment":
         monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
-        found = paths.choose(("op",), CPU, makers, "fixed")
+        found = paths.choose(("op",), CPU, open_paths)
     elif how == "torch":
         torch.use_deterministic_algorithms(True)
         try:
-            found = paths.choose(("op",), CPU, makers, "fixed")
+            found = paths.choose(("op",), CPU, open_paths)
         finally:
             torch.use_deterministic_algorithms(False)
     else:
         with paths.only_remembered():
-            found = paths.choose(("op",), CPU, makers, "fixed")
+            found = paths.choose(("op",), CPU, open_paths)
     assert found.path == "fixed" and not made and not paths.file().exists()
 
 
@@ -85,32 +87,32 @@ def test_a_damaged_file_is_replaced_and_said(clock, content):
     paths.file().parent.mkdir()
     paths.file().write_text(content)
     with pytest.warns(paths.PathsWarning, match=r"paths\.json: is damaged"):
-        assert paths.choose(("op",), CPU, _makers([], a=1e-3, b=2e-3), "a").path == "a"
+        assert paths.choose(("op",), CPU, _open([], "a", a=1e-3, b=2e-3)).path == "a"
     assert json.loads(paths.file().read_text())["version"] == paths.VERSION
 
 
 def test_another_versions_file_is_not_read(clock):
-    paths.choose(("op",), CPU, _makers([], a=2e-3, b=1e-3), "a")
+    paths.choose(("op",), CPU, _open([], "a", a=2e-3, b=1e-3))
     content = json.loads(paths.file().read_text())
     paths.file().write_text(json.dumps({**content, "version": paths.VERSION + 1}))
     paths.forget()
     made = []
-    assert paths.choose(("op",), CPU, _makers(made, a=1e-3, b=2e-3), "a").path == "a" and len(made) == 2
+    assert paths.choose(("op",), CPU, _open(made, "a", a=1e-3, b=2e-3)).path == "a" and len(made) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "file"))
     with pytest.warns(paths.PathsWarning, match="this process alone"):
-        assert paths.choose(("op",), CPU, _makers([], a=2e-3, b=1e-3), "a").path == "b"
-    assert paths.choose(("op",), CPU, _makers([], a=1e-3, b=2e-3), "a").path == "b"
+        assert paths.choose(("op",), CPU, _open([], "a", a=2e-3, b=1e-3)).path == "b"
+    assert paths.choose(("op",), CPU, _open([], "a", a=1e-3, b=2e-3)).path == "b"
 
 
 def test_processes_that_write_at_once_lose_nothing():
     code = (
         "import sys, torch; from genai_fast import paths; paths._clock = lambda device, call: call()\n"
         "for k in range(40): paths.choose((sys.argv[1], k), torch.device('cpu'),"
-        " {'a': lambda: lambda: 1e-3, 'b': lambda: lambda: 2e-3}, 'a')"
+        " lambda: ({'a': lambda: lambda: 1e-3, 'b': lambda: lambda: 2e-3}, 'a'))"
     )
     environment = {**os.environ, "GENAI_FAST_CACHE": str(paths.file().parent)}
     running = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in ("one", "two")]
@@ -149,7 +151,8 @@ def _critic():
 def path(request, monkeypatch):
     """One path for everything, where it is open."""
 
-    def choose(key, device, makers, fixed):
+    def choose(key, device, open_paths):
+        makers, fixed = open_paths()
         taken.append(request.param if request.param in makers else fixed)
         for make in makers.values():
             make()()  # what would be measured runs

@@ -28,16 +28,17 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
         return TORCH  # the compiler lays tensors out by itself
     if x.dim() != 4 or x.numel() == 0 or type(conv.weight) not in _PLAIN:
         return TORCH
-    layout = _layout(x)
-    names = [TORCH]
-    if layout != CHANNELS_LAST:
-        names.append(CHANNELS_LAST)
-    if _is_gemm(conv, x):
-        names.append(GEMM)
-    if len(names) == 1:
-        return TORCH
-    key = _key(letters, modules, x, layout)
-    return paths.choose(key, x.device, {name: _maker(letters, modules, x, name, run) for name in names}, TORCH).path
+    key = _key(letters, modules, x)
+
+    def open_paths() -> tuple[dict[str, paths.Maker], str]:
+        names = [TORCH]
+        if _layout(x) != CHANNELS_LAST:
+            names.append(CHANNELS_LAST)
+        if _is_gemm(conv, x):
+            names.append(GEMM)
+        return {name: _maker(letters, modules, x, name, run) for name in names}, TORCH
+
+    return paths.choose(key, x.device, open_paths).path
 
 
 def convolution(module: nn.Module) -> str:
@@ -83,7 +84,7 @@ def _autocast(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, layout: str) -> paths.Key:
+def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> paths.Key:
     """All that the time of a call depends on."""
     conv = modules[0]
     narrow, forced = _autocast(x), forced_backend()
@@ -92,7 +93,7 @@ def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, layout: st
         "padding", conv.padding, conv.output_padding, "dilation", conv.dilation, "groups", conv.groups,
         *("bias" for _ in range(conv.bias is not None)), *(type(m).__name__ for m in modules[1:]),
         str(x.dtype).removeprefix("torch."), *((str(narrow).removeprefix("torch."),) if narrow else ()),
-        layout, "weight", _layout(conv.weight), "training" if modules[len(letters) > 1].training else "evaluation",
+        _layout(x), "weight", _layout(conv.weight), "training" if modules[len(letters) > 1].training else "evaluation",
         "gradients", _needs_gradient(x), _needs_gradient(*conv.parameters()), *((forced,) if forced else ()),
     )  # fmt: skip
 
