@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from genai_fast import __version__, backends
+from genai_fast import __version__, backends, paths
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.registry import OPS
@@ -124,7 +124,7 @@ def _caches() -> dict[str, str]:
     """Folders of compiled kernels, with their size."""
     home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    caches = {"triton": _size(home)}
+    caches = {"triton": _size(home), "paths": str(paths.file()) + ("" if paths.file().exists() else " (none yet)")}
     if inductor:
         caches["inductor"] = _size(Path(inductor))
     return caches

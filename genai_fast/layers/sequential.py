@@ -15,6 +15,7 @@ class FusedSequential(nn.Sequential):
 
     - [Conv or ConvTranspose or Linear,] BatchNorm or SyncBatchNorm [, activation];
     - [activation,] Dropout in training, whose mask is drawn again in backward rather than kept;
+    - Conv2d or ConvTranspose2d, with what follows it, by the path that `genai_fast.paths` measured to be the fastest;
 
     and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU. A child counts
     if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on the
