@@ -1,8 +1,8 @@
 """Fused kernels for generative models: drop-in PyTorch ops on Triton (GPU) and C++ (CPU)."""
 
-from genai_fast import layers, ops
+from genai_fast import layers, ops, optim
 from genai_fast.backends import FallbackWarning, use_backend
 from genai_fast.fuse import explain, fuse, unfuse
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "__version__", "explain", "fuse", "layers", "ops", "unfuse", "use_backend"]
+__all__ = ["FallbackWarning", "__version__", "explain", "fuse", "layers", "ops", "optim", "unfuse", "use_backend"]

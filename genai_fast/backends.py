@@ -124,13 +124,14 @@ def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float
     return "reference", reason
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
     """Of a library op's arguments: device type, dtype (float64 if any is), whether the dispatcher must see them.
 
-    It must for a tensor subclass and for a lazily negated tensor.
+    It must for a tensor subclass, a lazily negated tensor, and one of several gradients that autograd batches.
     """
     device, dtype, special = "", torch.float32, False
     for x in arguments:
@@ -145,7 +146,7 @@ def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
             device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
         elif x.dtype is torch.float64 and x.dim():
             dtype = torch.float64
-        if x.is_neg():
+        if x.is_neg() or _is_batched(x):
             special = True
     return device or "cpu", dtype, special
 

@@ -23,3 +23,19 @@ def fused_calls(monkeypatch):
 
     monkeypatch.setattr(ops, "batch_norm_act", counted)
     return made
+
+
+@pytest.fixture(autouse=True)
+def _small_is_fused(monkeypatch, request):
+    """Tests are small, and about what runs on large tensors."""
+    if "sizes_count" not in request.fixturenames:
+        from genai_fast.layers import _worth
+
+        monkeypatch.setattr(_worth, "NORM_TRAINING", {})
+        for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH"):
+            monkeypatch.setattr(_worth, name, 0)
+
+
+@pytest.fixture
+def sizes_count():
+    """For a test in which small tensors are left to PyTorch's own modules, as outside tests."""

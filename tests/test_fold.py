@@ -1,5 +1,7 @@
 """Evaluation without gradients on the CPU: batch norm folded into its convolution, against the stock modules."""
 
+import copy
+
 import pytest
 import torch
 from alike import close, plain_of, with_statistics
@@ -140,3 +142,25 @@ def test_frozen_parameters_fold_and_training_of_one_does_not(folds):
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         fused(x)
     assert len(folds) == 1
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.SiLU, nn.ReLU, nn.Identity], ids=lambda a: a.__name__)
+def test_nan_comes_out_of_a_folded_transpose(folds, activation):
+    plain = nn.Sequential(nn.ConvTranspose2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), activation()).eval()
+    fused = FusedSequential(*copy.deepcopy(plain)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    x[0, 0, 5, 5] = float("nan")
+    with torch.no_grad():
+        found, expected = fused(x), plain(x)
+    assert folds and expected.isnan().sum() == 72
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_output_padding_beyond_the_stride_is_torchs(folds):
+    plain = nn.Sequential(
+        nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1), nn.BatchNorm2d(5), nn.ReLU()
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        close(FusedSequential(*plain).eval()(x), plain(x))
+    assert not folds

@@ -1,9 +1,13 @@
 """What fuse leaves alone, what it refuses, and what explain says of both."""
 
+import copy
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fuse_models import Branches, Generator, OneNorm, ResBlock, Spectral
+from alike import close
+from fuse_models import Branches, Generator, HandWritten, OneNorm, ResBlock, Spectral
 from torch import nn
 
 from genai_fast import explain, fuse, unfuse
@@ -198,7 +202,7 @@ def test_explain_says_what_happens():
     assert len(table) == len(rows) + 1 == len(explain(model)) + 1
     assert len({line.index("batch_norm_act") for line in table if "batch_norm_act" in line}) == 1
     assert list(explain(fuse(model))) == rows
-    assert "no batch norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
+    assert "calls no batch norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
 
 
 def test_branches_are_not_joined():
@@ -241,3 +245,35 @@ def test_what_is_no_module_is_refused():
     for function in (fuse, unfuse, explain):
         with pytest.raises(TypeError, match=r"expected an nn\.Module, got list"):
             function([nn.ReLU()])
+
+
+class _Registered(nn.Module):
+    known: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, name, **more):
+        super().__init_subclass__(**more)
+        assert cls.__name__ not in cls.known, "subclassed once more"
+        cls.known[cls.__name__] = name
+
+
+class _Named(_Registered, name="a name"):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.norm(x))
+
+
+def test_a_class_is_not_told_of_its_fused_one():
+    model = fuse(_Named())
+    assert type(model) is not _Named and _Registered.known == {"_Named": "a name"}
+    assert model(torch.randn(2, 3, 4, 4)).min() >= 0
+
+
+def test_a_fused_written_forward_can_be_traced_by_fx():
+    plain = HandWritten().eval()
+    traced = torch.fx.symbolic_trace(fuse(copy.deepcopy(plain)))
+    z = torch.randn(2, 6)
+    close(traced(z), plain(z))
+    assert {node.target for node in traced.graph.nodes if node.op == "call_module"} >= {"bn1", "bn2", "conv3"}

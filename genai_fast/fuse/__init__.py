@@ -28,6 +28,9 @@ _WRAPPERS = (
 class _InPlace:
     """What a module's class becomes: its own class, with another forward. Pickled, it is its own class again."""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """The base class is not told: it may keep a register of its subclasses, or refuse to have any."""
+
     def __reduce_ex__(self, protocol: int) -> Any:
         # Later protocols name the class of the object, and pickle insists on that.
         reduced = super().__reduce_ex__(min(protocol, 1))

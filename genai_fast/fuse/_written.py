@@ -189,7 +189,7 @@ def _words(node: ast.AST) -> str:
         ast.ListComp: "a comprehension", ast.GeneratorExp: "a comprehension", ast.DictComp: "a comprehension",
         ast.SetComp: "a comprehension", ast.Yield: "a yield", ast.Await: "an await",
     }  # fmt: skip
-    return control.get(type(node), f"{type(node).__name__} (line {getattr(node, 'lineno', '?')} of it)")
+    return control.get(type(node), f"{ast.unparse(node)}, which is not supported")
 
 
 class _Proxy(fx.Proxy):
@@ -286,7 +286,12 @@ def _call(chain: Chain) -> Callable[..., Any]:
 
     def run_chain(x: Any, *children: nn.Module) -> Any:
         given = iter(children)
-        return run([next(given) if function is None else function for function in functions], x)
+        modules = [next(given) if function is None else function for function in functions]
+        if isinstance(x, fx.Proxy):  # a tracer knows the children, but not the functions that became modules
+            for module, function in zip(modules, functions, strict=True):
+                x = module(x) if function is None else function.forward(x)
+            return x
+        return run(modules, x)
 
     return run_chain
 
@@ -318,7 +323,7 @@ def written(model: nn.Module) -> Written:
     graph = _graph(model, function)
     chains = _chains(graph, model)
     if not chains:
-        raise Refused("no batch norm or dropout in a row of single uses")
+        raise Refused("it calls no batch norm or dropout itself, in a row of single uses")
     for nodes, chain in chains:
         with graph.inserting_before(nodes[0]):
             children = [graph.get_attr(step) for step in chain.steps if isinstance(step, str)]

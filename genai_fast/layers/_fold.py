@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.layers import _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 
-_NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "sigmoid": "sigmoid", "silu": "swish"}
+_NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "silu": "swish"}
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -55,11 +56,13 @@ def folds(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
+    if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
+        return False  # with dilation torch takes these, oneDNN does not
     if x.size(1) != conv.in_channels or mean.numel() != conv.out_channels:
         return False  # torch's own error comes from the modules
     if not (_available(x.dtype) and torch.backends.mkldnn.enabled):
         return False
-    return weight.numel() * 4 <= _output_elements(conv, x)
+    return _output_elements(conv, x) >= max(_worth.FOLD, weight.numel() * 4)
 
 
 @torch.no_grad()
@@ -79,8 +82,8 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
         weight = (groups * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, 1, *ones)
-    # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is.
-    after = activation == "relu" or (activation == "leaky_relu" and slope == 0.0)
+    # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is; its sigmoid sometimes into 1.
+    after = activation in ("relu", "sigmoid") or (activation == "leaky_relu" and slope == 0.0)
     name = "none" if after else _NAMES[activation]
     epilogue = (name, [slope] if name == "leaky_relu" else [], "")
     given = (x, weight.to(x.dtype), shift.to(x.dtype), conv.padding)
@@ -91,4 +94,6 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
         y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)
     if not after:
         return y
+    if activation == "sigmoid":
+        return y.sigmoid_()
     return y.relu_() if activation == "relu" else F.leaky_relu_(y, slope)

@@ -12,9 +12,11 @@ from torch import nn
 
 from genai_fast import paths
 from genai_fast.backends import forced_backend
+from genai_fast.layers import _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 
 TORCH, CHANNELS_LAST, GEMM = "torch", "channels_last", "gemm"
+SMALL = "small"  # torch's too: nothing else would pay
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 # As run: letters, modules, input, path -> output.
@@ -28,6 +30,8 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
         return TORCH  # the compiler lays tensors out by itself
     if x.dim() != 4 or x.numel() == 0 or type(conv.weight) not in _PLAIN:
         return TORCH
+    if not _worth.path(conv, x):
+        return SMALL
     key = _key(letters, modules, x)
 
     def open_paths() -> tuple[dict[str, paths.Maker], str]:

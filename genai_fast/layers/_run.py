@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
 
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
+from genai_fast.layers import _worth
 from genai_fast.layers._fold import folded, folds
-from genai_fast.layers._paths import CHANNELS_LAST, GEMM, TORCH, convolved, laid_out, path_of, restored
+from genai_fast.layers._paths import CHANNELS_LAST, GEMM, SMALL, TORCH, convolved, laid_out, path_of, restored
 from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -22,7 +24,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 def run(modules: Sequence[nn.Module], x: Any) -> Any:
     """What calling the modules one after another gives."""
-    if global_hooks():
+    if global_hooks() or _observed():
         return _one_by_one(modules, x)
     given, relaid = x, False
     for start, stop, letters, fused in runs("".join([letter(module) for module in modules])):
@@ -44,14 +46,21 @@ def _one_by_one(modules: Iterable[nn.Module], x: Any) -> Any:
     return x
 
 
+def _observed() -> bool:
+    """Whether something transforms the modules or takes derivatives forward: it gets to see torch's own operators."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return bool(
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state()
+    )
+
+
 def _fits(x: Any) -> bool:
-    """Whether the ops take x as the modules would; what traces the modules gets to see torch's own operators."""
+    """Whether the ops take x as the modules would."""
     if type(x) not in _PLAIN:
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return False
+        return True
     return x.layout is torch.strided and x.dim() > 1 and _served(forced_backend(), x.device.type, x.dtype)
 
 
@@ -66,7 +75,8 @@ def _served(forced: str, device: str, dtype: torch.dtype) -> bool:
 
 def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: str) -> Any:
     if letters[-1] in "Dd":
-        return _act_dropout(modules, x) if modules[-1].training else _one_by_one(modules, x)
+        fused = modules[-1].training and _worth.dropout(x)
+        return _act_dropout(modules, x) if fused else _one_by_one(modules, x)
     if "N" not in letters:
         return _one_by_one(modules[1:], convolved(modules[0], x, path))
     conv = modules[0] if letters[0] in "CL" else None
@@ -78,9 +88,11 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
         return _one_by_one(modules, x)  # collectives, and a momentum that is read from a tensor: left to torch
     activation, slope = _activation(modules[-1] if letters[-1] in "Aa" else None)
     if conv is not None:
-        if path != GEMM and not torch.compiler.is_compiling() and folds(conv, norm, x):
+        if path not in (SMALL, GEMM) and not torch.compiler.is_compiling() and folds(conv, norm, x):
             return folded(conv, norm, x, activation, slope)
         x = convolved(conv, x, path)
+    if not _worth.norm(norm, x):
+        return _one_by_one(modules[conv is not None :], x)
     return _norm_act(norm, group, x, activation, slope)
 
 
@@ -110,16 +122,18 @@ def _process_group(norm: nn.Module) -> Any:
 def _norm_act(norm: nn.Module, group: Any, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
     """activation(norm(x)), with all that _BatchNorm.forward does beside."""
     norm._check_input_dim(x)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = norm.running_mean, norm.running_var
-    batch_statistics = norm.training or (mean is None and var is None)
-    if norm.training and not norm.track_running_stats:
-        mean = var = None
+    parameters, buffers = norm._parameters, norm._buffers  # norm.weight looks in three places
+    training, momentum = norm.training, norm.momentum
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if training:
+        seen = buffers["num_batches_tracked"]
+        if norm.track_running_stats and seen is not None:
+            seen.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(seen)
+        if not norm.track_running_stats:
+            mean = var = None
     return ops.batch_norm_act(
-        x, norm.weight, norm.bias, mean, var, batch_statistics, momentum, norm.eps, activation, slope,
-        process_group=group,
+        x, parameters["weight"], parameters["bias"], mean, var, training or (mean is None and var is None),
+        0.0 if momentum is None else momentum, norm.eps, activation, slope, process_group=group,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from genai_fast.kernels.common.activations import ACTIVATIONS, output_gives_derivative
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -51,6 +52,16 @@ def has_channels(op: str, x: Any) -> None:
 
 def per_channel(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
     """Each parameter is None or [C] on x's device, all of one dtype: that of x, or float32 beside a narrower x."""
+    shape, dtype, place, on_cpu = (x.size(1),), x.dtype, x.get_device(), x.is_cpu
+    for p in parameters.values():
+        # The usual case by what costs least: x.device would cost more than all the rest.
+        if p is not None and not (
+            p.__class__ in _PLAIN and p.dtype is dtype and p.shape == shape and p.is_cpu == on_cpu
+            and p.get_device() == place
+        ):  # fmt: skip
+            break
+    else:
+        return
     for name, p in parameters.items():
         if p is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from genai_fast.backends import select, survey
 
@@ -26,11 +27,24 @@ def library_call(name: str, *arguments: Any) -> Any:
     return getattr(torch.ops.genai_fast, name)(*arguments)
 
 
+def needs_graph(arguments: Any) -> bool:
+    """Whether autograd records what is made of these arguments."""
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
+
+
 class KernelFunction(torch.autograd.Function):
     """A Function with a static setup_context; `call` takes forward's arguments by position, all of them."""
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
         # `apply` binds arguments to forward's signature on every call (20 us). Neither torch.func's transforms nor
-        # torch.compile can do without it; everything else can start where it ends.
-        return cls.apply(*arguments) if _transformed() else super(torch.autograd.Function, cls).apply(*arguments)
+        # torch.compile can do without it; everything else can start where it ends, or at forward if nothing is kept.
+        if _transformed():
+            return cls.apply(*arguments)
+        if forward_ad._current_level >= 0 or needs_graph(arguments):
+            return super(torch.autograd.Function, cls).apply(*arguments)
+        return cls.forward(*arguments)

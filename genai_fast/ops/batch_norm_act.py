@@ -12,7 +12,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops._function import KernelFunction, library_call, needs_graph
 
 _OP = "batch_norm_act"
 
@@ -136,8 +136,11 @@ def batch_norm_act(
         raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
     _check.activation(_OP, activation, negative_slope)
     momentum, eps = float(momentum), float(eps)
-    if not eps >= 0.0 or not math.isfinite(momentum):
-        raise ValueError(f"{_OP}: expected eps >= 0 and a finite momentum, got eps {eps} and momentum {momentum}")
+    if not (eps > 0.0 or (eps == 0.0 and not training)) or not math.isfinite(momentum):
+        raise ValueError(
+            f"{_OP}: expected eps > 0 (0 with training=False alone) and a finite momentum, got eps {eps} and momentum"
+            f" {momentum}"
+        )
     backend, total = forced_backend(), None
     weight, bias = (p if p is None else wide(p) for p in (weight, bias))
     if training:
@@ -154,10 +157,10 @@ def batch_norm_act(
             else:
                 mean, rstd, total = _statistics_over_processes(*given, process_group, backend)
     else:
-        with torch.no_grad():
-            # Copies: a later forward in training moves the originals, and backward needs these.
-            mean = running_mean.to(torch.promote_types(running_mean.dtype, torch.float32), copy=True)
-            rstd = torch.rsqrt(wide(running_var) + eps)
+        original = running_mean.detach()
+        mean, rstd = wide(original), torch.rsqrt(wide(running_var.detach()) + eps)
+        if mean is original and needs_graph((x, weight, bias)):
+            mean = mean.clone()  # a later forward in training moves the original, and backward needs this one
     return _BatchNormAct.call(
         x, weight, bias, mean, rstd, training, eps, activation, float(negative_slope), total, process_group, backend
     )

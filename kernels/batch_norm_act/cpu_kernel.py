@@ -11,23 +11,22 @@ from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
 def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    return [x.new_empty(x.size(1), dtype=torch.float32) for _ in range(count)]
+    return [torch.empty(x.size(1), dtype=torch.float32) for _ in range(count)]
 
 
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     x = dense_channels(x)
-    require_channels(x, running_mean, running_var, dtype=None)
-    running = (running_mean, running_var)
-    if running_mean is not None:  # narrower ones, of a model in bfloat16, take a detour
-        running = tuple(r.to(torch.float32).contiguous() for r in running)
+    running = require_channels(x, running_mean, running_var, dtype=None)
+    if running_mean is not None and running_mean.dtype is not torch.float32:  # a model in bfloat16: by a detour
+        running = tuple(r.to(torch.float32) for r in running)
     results = _vectors(x, 3)
     cpu_kernels()[0]["batch_norm_statistics"](
         x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),
         momentum, eps, torch.get_num_threads(),
     )  # fmt: skip
-    for given, moved in zip((running_mean, running_var), running, strict=True):
-        if moved is not given:
-            given.copy_(moved)
+    for r, moved in zip((running_mean, running_var), running, strict=True):
+        if moved is not r:
+            r.copy_(moved)
     return tuple(results)
 
 

@@ -181,7 +181,8 @@ ERROR_CASES = (
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
               r"activation.*'leaky_relu'.*got 'leaky'"),
     ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": None}, ValueError, r"negative_slope.*got None"),
-    ErrorCase("eps", lambda t: {**_GOOD(t), "eps": -1e-5}, ValueError, r"eps >= 0.*got eps -1e-05"),
+    ErrorCase("eps", lambda t: {**_GOOD(t), "eps": -1e-5}, ValueError, r"eps > 0.*got eps -1e-05"),
+    ErrorCase("eps_0", lambda t: {**_GOOD(t), "eps": 0.0}, ValueError, r"eps > 0.*got eps 0\.0"),
     ErrorCase("mixed_parameters", lambda t: dict(x=t.normal(4, 6).bfloat16(), weight=t.normal(6),
               bias=t.normal(6).bfloat16()), TypeError, r"one dtype.*weight torch\.float32"),
 )  # fmt: skip

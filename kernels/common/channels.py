@@ -39,7 +39,7 @@ def reduced_dims(x: torch.Tensor) -> list[int]:
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Statistics and parameters are computed with in float32, or in float64 if x is."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
 def require_channels(
@@ -49,16 +49,18 @@ def require_channels(
 
     Kernels read them by address; the public ops have checked already, with better words.
     """
-    channels = (x.size(1),)
+    channels, place, on_cpu, dense = (x.size(1),), x.get_device(), x.is_cpu, True
     for p in vectors:
-        if p is not None and (
-            tuple(p.shape) != channels or p.device != x.device or (dtype is not None and p.dtype is not dtype)
-        ):
+        if p is None:
+            continue
+        # Not by p.device, which costs more than all the rest.
+        if p.shape != channels or (dtype and p.dtype is not dtype) or p.is_cpu != on_cpu or p.get_device() != place:
             raise ValueError(
                 f"genai_fast: expected {dtype or 'floats'} {channels} on {x.device}, one for each channel,"
                 f" got {p.dtype} {tuple(p.shape)} on {p.device}"
             )
-    return tuple(p if p is None else p.contiguous() for p in vectors)
+        dense = dense and p.is_contiguous()
+    return vectors if dense else tuple(p if p is None else p.contiguous() for p in vectors)
 
 
 def joined_extent(x: torch.Tensor, by_channel: bool) -> tuple[tuple[int, int, int], int]:

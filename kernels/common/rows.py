@@ -13,10 +13,14 @@ def require_alike(*tensors: torch.Tensor | None, dtype: bool = True) -> None:
     The public ops have checked already, with better words; this is for calls of torch.ops.genai_fast itself.
     """
     first = tensors[0]
+    shape, place, on_cpu = first.shape, first.get_device(), first.is_cpu  # not .device, which costs more than the rest
     for x in tensors[1:]:
         if x is None:
             continue
-        if x.shape != first.shape or x.device != first.device or (dtype and x.dtype is not first.dtype):
+        if (
+            x.shape != shape or x.is_cpu != on_cpu or x.get_device() != place
+            or (dtype and x.dtype is not first.dtype)
+        ):  # fmt: skip
             raise ValueError(
                 f"genai_fast: expected {first.dtype} {tuple(first.shape)} on {first.device} as its partner is,"
                 f" got {x.dtype} {tuple(x.shape)} on {x.device}"
