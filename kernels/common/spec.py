@@ -115,7 +115,7 @@ class CompileCase:
     """
 
     name: str
-    kernel: str  # name of the function in triton_kernel.py
+    kernel: str  # name of the function
     signature: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
@@ -123,6 +123,7 @@ class CompileCase:
     max_instructions_per_element: float | None = None  # on sm_90
     tensor_cores: bool = False
     wide_loads: bool = False  # must load 16 bytes at a time
+    module: str = ""  # that holds it, below genai_fast.kernels; the folder's triton_kernel by default
 
 
 @dataclass(frozen=True)
