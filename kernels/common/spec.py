@@ -101,6 +101,10 @@ class LibraryOp:
 
     schema: str
     fake: Callable[..., Any]
+    # Backends with a kernel of it, where the folder has them; on the others the reference is what is meant to serve.
+    kernels: tuple[str, ...] = ("cpu", "triton")
+    # (backend, *arguments) -> why its kernel leaves such arguments to the reference, or "".
+    refuses: Callable[..., str] | None = None
 
     @property
     def name(self) -> str:
