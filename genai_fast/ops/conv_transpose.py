@@ -286,12 +286,6 @@ def upsample_conv2d(
     return _convolve(op, x, spread, bias, *settings, activation, negative_slope)
 
 
-@torch.compiler.assume_constant_result
-def _statistics_in_the_kernel(backend: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether a convolution kernel makes the statistics here; elsewhere they are a pass of their own."""
-    return backend != "cpu" and choose("conv_transpose_statistics", backend, device, dtype)[0] == "triton"
-
-
 def conv_transpose2d_batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -349,8 +343,8 @@ def conv_transpose2d_batch_norm_act(
             f" batch, or eval()"
         )
     backend = forced_backend()
-    refused = not_served(x.shape, (x.size(0), channels, *out), weight.shape[2:], settings[0])
-    if refused or not _statistics_in_the_kernel(backend, x.device.type, x.dtype):
+    ours = (backend or ("triton" if x.is_cuda else "reference")) == "triton" and x.dtype is not torch.float64
+    if not ours or not_served(x.shape, (x.size(0), channels, *out), weight.shape[2:], settings[0]):
         y = _convolve(op, x, weight, bias, *settings, "none", 0.0)
         return batch_norm_act(
             y, bn_weight, bn_bias, running_mean, running_var, True, momentum, eps, activation, negative_slope

@@ -282,17 +282,17 @@ def _phase_strides(plane, kernel, stride):
     return tuple(k if h == 1 else s for h, k, s in zip(plane, kernel, stride, strict=True))
 
 
-def _require(first, second, channels):
-    """Raise unless both are 4-d, of one dtype and device, and `first` has that many channels: kernels read by address.
+def _require(first, second, channels, batch=None):
+    """Raise unless both are 4-d, of one dtype and device, `first` has the channels and `second` the batch.
 
-    The public ops have checked already, with better words.
+    Kernels read by address; the public ops have checked already, with better words.
     """
     if (
-        first.dim() != 4 or second.dim() != 4 or first.size(1) != channels
+        first.dim() != 4 or second.dim() != 4 or first.size(1) != channels or batch not in (None, second.size(0))
         or first.dtype is not second.dtype or first.device != second.device
     ):  # fmt: skip
         raise ValueError(
-            f"genai_fast: expected two 4-d tensors of one dtype and device, the first with {channels} channels,"
+            f"genai_fast: expected two 4-d tensors of one dtype, device and batch, the first with {channels} channels,"
             f" got {first.dtype} {tuple(first.shape)} on {first.device}, {second.dtype} {tuple(second.shape)}"
             f" on {second.device}"
         )
@@ -361,7 +361,7 @@ def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
 
 
 def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last):
-    _require(grad_y, x, grad_y.size(1))
+    _require(grad_y, x, grad_y.size(1), grad_y.size(0))
     grad_y, x = channels_last(grad_y), channels_last(x)
     batch, channels, out_channels = x.size(0), x.size(1), grad_y.size(1)
     grad = empty_channels_last(x, channels, out_channels, *kernel_size)
