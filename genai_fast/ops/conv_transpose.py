@@ -360,9 +360,7 @@ def conv_transpose2d_batch_norm_act(
     )
 
 
-def serves(
-    x: torch.Tensor, weight: torch.Tensor, stride: Ints = 1, padding: Ints = 0, output_padding: Ints = 0
-) -> str:
+def serves(x: torch.Tensor, weight: torch.Tensor, stride: Ints = 1, padding: Ints = 0, output_padding: Ints = 0) -> str:
     """Why conv_transpose2d leaves these arguments to PyTorch's own convolution; "" if a kernel of ours serves them.
 
     Args:

@@ -96,9 +96,7 @@ def _few_grad_weight(
         pixel = first + tl.arange(0, BLOCK_K)[:, None]
         a_mask = (pixel < pixels) & (row < channels)[None, :]
         a = tl.load(x_ptr + (pixel.to(tl.int64) * channels + row[None, :]), mask=a_mask, other=0.0)
-        b = _gather(
-            grad_y_ptr, pixel, pixels, column, height, width, out_height, out_width, KH, KW, CO, SH, SW, PH, PW
-        )
+        b = _gather(grad_y_ptr, pixel, pixels, column, height, width, out_height, out_width, KH, KW, CO, SH, SW, PH, PW)
         acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
         first += BLOCK_K
     at = partial_ptr + ((split.to(tl.int64) * channels + row[:, None]) * (KH * KW * CO) + column)

@@ -31,9 +31,7 @@ def conv_transpose_statistics(
 
 def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
     """dx = conv(dy, weight); `size` is that of x's plane, which the other sizes give too."""
-    grad_x = torch.ops.aten.convolution(
-        channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1
-    )
+    grad_x = torch.ops.aten.convolution(channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1)
     return channels_last(grad_x)
 
 

@@ -193,7 +193,7 @@ CASES = (
     Case("second_order", _inputs(2, 3, 2, 2, to=2, kernel=3, stride=2, padding=1, activation="tanh")),
     Case("dcgan_first", _inputs(5, 20, 1, 1, to=24, kernel=4, bias=False, activation="relu")),
     Case("channels_last", _inputs(2, 16, 4, 3, to=32, kernel=4, stride=2, padding=1, layout="channels_last")),
-    Case("many_rows", _inputs(9, 70, 5, 5, to=66, kernel=4, stride=2, padding=1, bias=False, layout="channels_last")),
+    Case("many_rows", _inputs(9, 20, 5, 5, to=18, kernel=4, stride=2, padding=1, bias=False, layout="channels_last")),
     Case("image", _inputs(2, 16, 6, 5, to=3, kernel=4, stride=2, padding=1, activation="tanh")),
     Case("dense_to_image_1", _inputs(2, 8, 7, 7, to=12, kernel=5, padding=2, bias=False)),
     Case("dense_to_image_2", _inputs(2, 8, 7, 7, to=1, kernel=5, stride=2, padding=2, output_padding=1)),
@@ -243,7 +243,7 @@ _PLANE = _inputs(2, 6, 10, to=9, kernel=4, stride=2, padding=1)
 CASES_1D = (
     Case("odd", _PLANE),
     Case("second_order", _inputs(2, 3, 3, to=2, kernel=3, stride=2, padding=1, activation="sigmoid")),
-    Case("sound", _inputs(2, 12, 9, to=1, kernel=6, stride=2, padding=2, output_padding=1, activation="tanh")),
+    Case("sound", _inputs(2, 12, 9, to=5, kernel=6, stride=2, padding=2, output_padding=1, activation="tanh")),
     Case("channels_last", _inputs(2, 16, 5, to=16, kernel=3, layout="channels_last", activation="relu")),
 )
 ERROR_CASES_1D = (
@@ -265,7 +265,7 @@ def _upsample(*shape, to, **more):
 
 
 CASES_UPSAMPLE = (
-    Case("odd", _upsample(2, 5, 3, 4, to=9, activation="relu")),
+    Case("odd", _upsample(2, 5, 3, 4, to=9, activation="sigmoid")),  # a kink would turn on sums of weights, rounded
     Case("second_order", _upsample(1, 2, 2, 3, to=3, bias=False)),
     Case("image", _upsample(2, 16, 4, 5, to=3, layout="channels_last", activation="tanh")),
     Case("one_pixel", _upsample(2, 3, 1, 1, to=17)),
@@ -297,7 +297,7 @@ def _block(*shape, to, running=True, affine=True, activation="leaky_relu", **mor
 
 _GOOD_BLOCK = _block(2, 6, 4, 4, to=9, kernel=4, stride=2, padding=1)
 CASES_BLOCK = (
-    Case("odd", _block(3, 5, 3, 5, to=9, kernel=4, stride=2, padding=1)),
+    Case("odd", _block(3, 5, 3, 5, to=9, kernel=4, stride=2, padding=1, activation="silu")),
     Case("second_order", _block(2, 2, 2, 2, to=2, kernel=3, stride=2, padding=1, activation="tanh", bias=False)),
     Case("channels_last", _block(3, 16, 4, 4, to=70, kernel=4, stride=2, padding=1, layout="channels_last")),
     Case("odd_output", _block(2, 6, 3, 4, to=18, kernel=3, stride=2, padding=1, momentum=0.3, eps=0.8, bias=False)),
