@@ -20,9 +20,8 @@ def _tile(dtype, rows=128, columns=64, exact=False):
 def _case(name, kernel, dtype, pointers, constants, **options):
     narrow = {p: dtype for p in pointers}
     exact = constants["PRECISION"] == "ieee" and dtype == "*fp32"
-    return CompileCase(
-        f"{name}-{dtype[1:]}", kernel, {**narrow, **constants, **_GEOMETRY}, tensor_cores=not exact, **options
-    )  # fmt: skip
+    signature = {**_GEOMETRY, **narrow, **constants}
+    return CompileCase(f"{name}-{dtype[1:]}", kernel, signature, tensor_cores=not exact, **options)
 
 
 def _forward(name, dtype, tile, statistics=False, even=True, **more):
@@ -60,6 +59,9 @@ def _few_grad_weight(name, dtype, tile):
 
 _SPECIAL = dict(TOGETHER=True, ACTIVATION="tanh", out_channels="i32:1")
 
+_EXACT = _tile("*fp32", 64, 32, exact=True)
+_FIRST = dict(height=1, width=1, SH=4, SW=4, PH=0, PW=0)
+
 COMPILE_CASES = (
     *(
         case
@@ -70,23 +72,22 @@ COMPILE_CASES = (
             _forward("statistics", dtype, _tile(dtype), statistics=True),
             _forward("few_forward", dtype, _tile(dtype, 128, 16), **_SPECIAL),
             _grad_input("grad_input", dtype, _tile(dtype)),
-            _grad_weight("grad_weight", dtype, _tile(dtype)),
-            _grad_weight("grad_weight_small", dtype, _tile(dtype, 64)),
+            _grad_weight("grad_weight", dtype, _tile(dtype, 64 if dtype == "*fp32" else 128)),
             _few_grad_input("few_grad_input", dtype, _tile(dtype)),
             _few_grad_weight("few_grad_weight", dtype, _tile(dtype, 64)),
         )
     ),
+    _grad_weight("grad_weight_small", "*fp16", _tile("*fp16", 64)),
     _forward("forward_100_channels", "*fp16", _tile("*fp16", 64), even=False, channels="i32:4"),
     # An integer of 1 becomes a constant: the first layer, from one pixel.
-    _forward(
-        "forward_first", "*fp16", _tile("*fp16", 64), even=False, height=1, width=1, channels="i32:4", SH=4, SW=4,
-        PH=0, PW=0,
-    ),  # fmt: skip
-    _forward("forward_exact", "*fp32", _tile("*fp32", 64, exact=True)),
-    _grad_input("grad_input_exact", "*fp32", _tile("*fp32", 64, exact=True)),
-    _grad_weight("grad_weight_exact", "*fp32", _tile("*fp32", 64, exact=True)),
+    _forward("forward_first", "*fp16", _tile("*fp16", 64), even=False, channels="i32:4", **_FIRST),
+    _forward("forward_exact", "*fp32", _EXACT),
+    _grad_input("grad_input_exact", "*fp32", _EXACT),
+    _grad_weight("grad_weight_exact", "*fp32", _EXACT),
     CompileCase(
-        "sum_splits", "_sum_splits",
-        dict(partial_ptr="*fp32", grad_ptr="*bf16", count="i32", splits="i32", BLOCK=1024), wide_loads=True,
+        "sum_splits",
+        "_sum_splits",
+        dict(partial_ptr="*fp32", grad_ptr="*bf16", count="i32", splits="i32", BLOCK=1024),
+        wide_loads=True,
     ),
-)  # fmt: skip
+)

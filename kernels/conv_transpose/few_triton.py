@@ -95,7 +95,8 @@ def _few_grad_weight(
     for _ in range(steps):
         pixel = first + tl.arange(0, BLOCK_K)[:, None]
         a_mask = (pixel < pixels) & (row < channels)[None, :]
-        a = tl.load(x_ptr + (pixel.to(tl.int64) * channels + row[None, :]), mask=a_mask, other=0.0)
+        a_ptr = x_ptr + first.to(tl.int64) * channels
+        a = tl.load(a_ptr + (tl.arange(0, BLOCK_K)[:, None] * channels + row[None, :]), mask=a_mask, other=0.0)
         b = _gather(grad_y_ptr, pixel, pixels, column, height, width, out_height, out_width, KH, KW, CO, SH, SW, PH, PW)
         acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
         first += BLOCK_K

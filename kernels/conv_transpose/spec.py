@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import activate
-from genai_fast.kernels.common.channels import per_channel, wide
+from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
 from genai_fast.kernels.conv_transpose.compile_cases import COMPILE_CASES
 from genai_fast.kernels.conv_transpose.shapes import empty_channels_last, not_served, output_size

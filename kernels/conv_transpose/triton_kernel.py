@@ -130,6 +130,7 @@ def _conv_transpose_forward(
     rows = row < batch * rows_y * rows_x
     sample, y, x = position(row, rows_y, rows_x)
     start = tile * BLOCK_M // tl.maximum(rows_y * rows_x, 1)
+    out_pixel = ((sample - start) * out_height + y * SH) * out_width + x * SW  # under phase 0
     acc = _accumulate(
         x_ptr, weight_ptr, rows, start, sample, y + reach_y, x + reach_x, columns, channel,
         phase_y + PH - SH * reach_y, phase_x + PW - SW * reach_x,
@@ -139,11 +140,12 @@ def _conv_transpose_forward(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=columns, other=0.0)
     z = activate(acc, slope, ACTIVATION).to(y_ptr.dtype.element_ty)
-    oy = y[:, None] * SH + phase_y
-    ox = x[:, None] * SW + phase_x
-    mask = rows[:, None] & columns & (oy < out_height) & (ox < out_width)
-    pixel = (sample[:, None] * out_height + oy) * out_width + ox
-    tl.store(y_ptr + (pixel.to(tl.int64) * out_channels + channel), z, mask=mask)
+    mask = rows[:, None] & columns
+    if TOGETHER:
+        mask &= (y[:, None] * SH + phase_y < out_height) & (x[:, None] * SW + phase_x < out_width)
+    y_ptr += start.to(tl.int64) * out_height * out_width * out_channels
+    offs = (out_pixel[:, None] + (phase_y * out_width + phase_x)) * out_channels + channel
+    tl.store(y_ptr + offs, z, mask=mask)
     if partial_ptr is not None:
         # Of y as it is stored: that is what is normalized.
         z = z.to(tl.float32)
@@ -179,8 +181,8 @@ def _conv_transpose_grad_input(
     start = tile * BLOCK_M // tl.maximum(height * width, 1)
     tap = tl.full((), 0, tl.int32)
     acc = _accumulate(
-        grad_y_ptr, weight_ptr, rows, start, sample, y * SH - PH, x * SW - PW, columns, column * (KH * KW * out_channels),
-        tap, tap, out_height, out_width, out_channels, 1, out_channels, KH, KW,
+        grad_y_ptr, weight_ptr, rows, start, sample, y * SH - PH, x * SW - PW, columns,
+        column * (KH * KW * out_channels), tap, tap, out_height, out_width, out_channels, 1, out_channels, KH, KW,
         1, 1, 1, KH, KW, False, EVEN, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = grad_x_ptr + (row[:, None].to(tl.int64) * channels + column)
@@ -212,10 +214,9 @@ def _conv_transpose_grad_weight(
     block_sample, block_y, block_x = position(block, height, width)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(steps):
-        pixel = first + offs_k
-        a_offs = pixel[:, None].to(tl.int64) * channels + row[None, :]
-        a_mask = (pixel < pixels)[:, None] & (row < channels)[None, :]
-        a = tl.load(x_ptr + a_offs, mask=a_mask, other=0.0)
+        a_ptr = x_ptr + first.to(tl.int64) * channels
+        a_mask = (first + offs_k < pixels)[:, None] & (row < channels)[None, :]
+        a = tl.load(a_ptr + (offs_k[:, None] * channels + row[None, :]), mask=a_mask, other=0.0)
         source_y = y * SH - PH + tap // KW
         source_x = x * SW - PW + tap % KW
         seen = (source_y >= 0) & (source_y < out_height) & (source_x >= 0) & (source_x < out_width) & (sample < batch)
@@ -269,7 +270,7 @@ def _tile(x, rows, columns, reduced, copies=1):
     programs = copies * ceil_div(rows, 128) * ceil_div(columns, block_n)
     block_m = 128 if programs >= PROGRAMS // 2 else 64
     if x.dtype is torch.float32 and multiplier["PRECISION"] == "ieee":  # no matrix instructions: smaller tiles
-        block_m, block_k = 64, 16
+        block_m, block_n, block_k = 64, min(block_n, 32), 16
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **multiplier)
 
 
@@ -379,7 +380,7 @@ def _grad_weight(grad, grad_y, x, sizes, stride, padding):
     few = out_channels <= FEW_CHANNELS
     columns = taps * out_channels if few else out_channels
     tile = _tile(x, channels, columns, pixels, PROGRAMS)
-    if channels <= 64:
+    if channels <= 64 or x.dtype is torch.float32:
         tile["BLOCK_M"] = 64
     programs = ceil_div(channels, tile["BLOCK_M"]) * ceil_div(columns, tile["BLOCK_N"]) * (1 if few else taps)
     # The number of splits follows from the sizes alone, so that every run adds in the same order.
