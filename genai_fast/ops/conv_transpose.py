@@ -274,9 +274,8 @@ def upsample_conv2d(
     _check.is_floating(op, "weight", weight)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"{op}: weight: expected [C_out, C, 3, 3], got shape {tuple(weight.shape)}")
-    settings = _geometry(op, x, weight.transpose(0, 1), 1, 1, 0)
+    _geometry(op, x, weight.transpose(0, 1), 1, 1, 0)
     _check.activation(op, activation, negative_slope)
-    x, weight = _cast(op, x, weight)
     spread = wide(weight).permute(1, 2, 3, 0)  # [C, 3, 3, C_out]: the result then lies as the kernels read it
     for dim in (1, 2):
         first, middle, last = spread.unbind(dim)

@@ -38,8 +38,9 @@ def not_served(x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride
         return f"stride {tuple(stride)} is larger than {LARGEST_STRIDE}"
     if max(kernel) > LARGEST_KERNEL:
         return f"kernel {tuple(kernel)} is larger than {LARGEST_KERNEL}"
-    if any(n * h * w >= 2**31 or 4 * c * h * w >= 2**31 for n, c, h, w in (x, y)):
-        return "the tensors have 2**31 pixels, or 2**29 numbers a sample, or more"
+    # Kernels count pixels, and numbers within a tile (some samples of a small plane), in 32 bits.
+    if any(n * h * w >= 2**31 or c * max(h * w, 2048) >= 2**29 for n, c, h, w in (x, y)):
+        return "the tensors have 2**31 pixels, 2**29 numbers a sample or 2**18 channels, or more"
     if x[1] * y[1] * kernel[0] * kernel[1] >= 2**31:
         return "the weight has 2**31 numbers or more"
     return ""
