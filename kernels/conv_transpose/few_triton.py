@@ -30,21 +30,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _gather(
-    grad_y_ptr, pixel, pixels, k,            # [N, OH, OW, CO], [R, 1], scalar, [1, K]: column (ky, kx, co)
+    grad_y_ptr, first, pixel, pixels, k,     # [N, OH, OW, CO], the least of [R, 1], all, [1, K]: column (ky, kx, co)
     height, width, out_height, out_width,
     KH: tl.constexpr, KW: tl.constexpr, CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr,
 ):  # fmt: skip
     """dy under each tap of each pixel of x, [R, K]; 0 outside."""
+    start = first // tl.maximum(height * width, 1)
     sample, y, x = position(pixel, height, width)
-    y = y * SH - PH
+    y = tl.where(pixel < pixels, y * SH - PH, -(2**30))
     x = x * SW - PW
     ky = k // (KW * CO)
     kx = k // CO % KW
-    seen = (y + ky >= 0) & (y + ky < out_height) & (x + kx >= 0) & (x + kx < out_width)
-    base = ((sample * out_height + y) * out_width + x).to(tl.int64) * CO
-    offs = base + ((ky * out_width + kx) * CO + k % CO)
-    return tl.load(grad_y_ptr + offs, mask=seen & (pixel < pixels) & (k < KH * KW * CO), other=0.0)
+    # As unsigned numbers what lies before the plane lies far behind it.
+    seen_y = (y + ky).to(tl.uint32, bitcast=True) < out_height
+    seen_x = (x + kx).to(tl.uint32, bitcast=True) < out_width
+    grad_y_ptr += start.to(tl.int64) * out_height * out_width * CO
+    offs = (((sample - start) * out_height + y) * out_width + x) * CO + ((ky * out_width + kx) * CO + k % CO)
+    return tl.load(grad_y_ptr + offs, mask=seen_y & seen_x & (k < KH * KW * CO), other=0.0)
 
 
 @triton.jit
@@ -57,15 +60,16 @@ def _few_grad_input(
 ):  # fmt: skip
     """dx[pixel, ci] = sum over (ky, kx, co) of dy[pixel under the tap, co] weight[ci, ky, kx, co]."""
     blocks = tl.cdiv(channels, BLOCK_N)
-    pixel = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(0) // blocks * BLOCK_M
+    pixel = start + tl.arange(0, BLOCK_M)
     pixels = batch * height * width
     column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.static_range(0, KH * KW * CO, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a = _gather(
-            grad_y_ptr, pixel[:, None], pixels, k[None, :], height, width, out_height, out_width, KH, KW, CO, SH, SW,
-            PH, PW,
+            grad_y_ptr, start, pixel[:, None], pixels, k[None, :], height, width, out_height, out_width, KH, KW, CO,
+            SH, SW, PH, PW,
         )  # fmt: skip
         b_mask = (k < KH * KW * CO)[:, None] & (column < channels)
         b = tl.load(weight_ptr + (column * (KH * KW * CO) + k[:, None]), mask=b_mask, other=0.0)
@@ -97,7 +101,9 @@ def _few_grad_weight(
         a_mask = (pixel < pixels) & (row < channels)[None, :]
         a_ptr = x_ptr + first.to(tl.int64) * channels
         a = tl.load(a_ptr + (tl.arange(0, BLOCK_K)[:, None] * channels + row[None, :]), mask=a_mask, other=0.0)
-        b = _gather(grad_y_ptr, pixel, pixels, column, height, width, out_height, out_width, KH, KW, CO, SH, SW, PH, PW)
+        b = _gather(
+            grad_y_ptr, first, pixel, pixels, column, height, width, out_height, out_width, KH, KW, CO, SH, SW, PH, PW
+        )
         acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
         first += BLOCK_K
     at = partial_ptr + ((split.to(tl.int64) * channels + row[:, None]) * (KH * KW * CO) + column)
