@@ -85,7 +85,8 @@ class Job:
         """
         from triton.compiler import ASTSource
 
-        kernel = getattr(importlib.import_module(f"genai_fast.kernels.{self.folder}.triton_kernel"), self.case.kernel)
+        module = self.case.module or f"{self.folder}.triton_kernel"
+        kernel = getattr(importlib.import_module(f"genai_fast.kernels.{module}"), self.case.kernel)
         given = self.case.signature
         if set(given) != set(kernel.arg_names):
             difference = ", ".join(sorted(set(given) ^ set(kernel.arg_names)))

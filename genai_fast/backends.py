@@ -23,6 +23,7 @@ __all__ = [
 BACKENDS = ("reference", "cpu", "triton")
 
 FOLDERS = {library.name: op.folder for op in OPS.values() for library in op.library}
+LIBRARIES = {library.name: library for op in OPS.values() for library in op.library}
 
 _forced = ""
 
@@ -111,7 +112,9 @@ def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float
     if backend == "reference":
         return backend, "" if forced else f"there is no kernel for {device} tensors"
     op = next(op for op in OPS.values() if op.folder == FOLDERS[name])
-    if backend not in op.backends:
+    if backend not in LIBRARIES[name].kernels and not forced:
+        return "reference", ""  # as planned: PyTorch's own is fast there
+    if backend not in op.backends or backend not in LIBRARIES[name].kernels:
         reason = f"it has no {backend} kernel"
     elif dtype not in op.dtypes:
         reason = f"its kernels do not take {dtype}"
@@ -120,8 +123,12 @@ def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float
     if not reason:
         return backend, ""
     if forced:
-        raise RuntimeError(f"{name}: backend {forced!r} was asked for, but {reason}; remedy: use_backend(None)")
+        raise _cannot_serve(name, forced, reason)
     return "reference", reason
+
+
+def _cannot_serve(name: str, forced: str, reason: str) -> RuntimeError:
+    return RuntimeError(f"{name}: backend {forced!r} was asked for, but {reason}; remedy: use_backend(None)")
 
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -157,7 +164,17 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     backend, reason = choose(name, forced, device, dtype)
     if reason:
         warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=6)  # once: cached
-    return _implementation(name, backend)
+    function, refuses = _implementation(name, backend), LIBRARIES[name].refuses
+    if refuses is None or backend == "reference":
+        return function
+
+    def within_limits(*arguments: Any) -> Any:
+        refusal = refuses(backend, *arguments)
+        if refusal and forced:
+            raise _cannot_serve(name, forced, refusal)
+        return (_implementation(name, "reference") if refusal else function)(*arguments)
+
+    return within_limits
 
 
 def mapped_openmp() -> list[str]:

@@ -5,6 +5,12 @@ from genai_fast.kernels.adam.spec import ADAM_STEP
 from genai_fast.kernels.batch_norm_act.spec import BATCH_NORM_ACT
 from genai_fast.kernels.bias_act.spec import BIAS_ACT
 from genai_fast.kernels.common.spec import OpSpec
+from genai_fast.kernels.conv_transpose.spec import (
+    CONV_TRANSPOSE1D,
+    CONV_TRANSPOSE2D,
+    CONV_TRANSPOSE2D_BATCH_NORM_ACT,
+    UPSAMPLE_CONV2D,
+)
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
@@ -18,5 +24,9 @@ OPS: dict[str, OpSpec] = {
         BATCH_NORM_ACT,
         BIAS_ACT,
         ACT_DROPOUT,
+        CONV_TRANSPOSE2D,
+        CONV_TRANSPOSE1D,
+        UPSAMPLE_CONV2D,
+        CONV_TRANSPOSE2D_BATCH_NORM_ACT,
     )
 }

@@ -31,6 +31,12 @@ def _backends(op):
     return [backend for backend in op.backends if not unavailable(backend, DEVICE)]
 
 
+def _missing(op, called):
+    """Library operators of an op that have a kernel on this device and were not called."""
+    native = {"cpu": "cpu", "cuda": "triton"}[DEVICE]
+    return {o.name for o in op.library if native in o.kernels and native in op.backends} - set(called)
+
+
 def _each(operators, *cases):
     """(op, first case of that op with one of the names, or its first case)."""
     for op in operators:
@@ -131,7 +137,10 @@ def test_two_runs_are_bitwise_equal(op, case):
             assert torch.equal(a, b)
 
 
-@_parametrize(DIFFERENTIABLE, "latent_20", "long_row", "mnist", "gaussian", "many_rows", "large_plane", "small_planes")
+OURS_ON_CPU = [op for op in DIFFERENTIABLE if "cpu" in op.backends]
+
+
+@_parametrize(OURS_ON_CPU, "latent_20", "long_row", "mnist", "gaussian", "many_rows", "large_plane", "small_planes")
 def test_thread_count_changes_nothing(op, case):
     if unavailable("cpu", "cpu"):
         pytest.skip(unavailable("cpu", "cpu"))
@@ -196,8 +205,8 @@ def test_torch_compile_keeps_the_kernels(op, case):
     )
     outputs = compiled(**inputs)
     _gradients(op, inputs, [outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
-    for library in op.library:
-        assert f"genai_fast.{library.name}.default" in called
+    assert called
+    assert not _missing(op, [name.removeprefix("genai_fast.").removesuffix(".default") for name in called])
 
 
 @_parametrize(DIFFERENTIABLE, "latent_20", "mnist")
@@ -241,7 +250,8 @@ def test_opcheck(op, case, dtype):
         outputs = _call(op, inputs)
         targets = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, targets, [torch.ones_like(o) for o in outputs])
-    assert {name for name, _ in calls} == {library.name for library in op.library}
+    assert calls
+    assert not _missing(op, [name for name, _ in calls])
     for name, arguments in calls:
         plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
         torch.library.opcheck(getattr(torch.ops.genai_fast, name).default, plain)

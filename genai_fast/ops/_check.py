@@ -50,9 +50,16 @@ def has_channels(op: str, x: Any) -> None:
         raise ValueError(f"{op}: x: expected [N, C] or [N, C, ...], got shape {tuple(x.shape)}; add dimensions")
 
 
-def per_channel(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
-    """Each parameter is None or [C] on x's device, all of one dtype: that of x, or float32 beside a narrower x."""
-    shape, dtype, place, on_cpu = (x.size(1),), x.dtype, x.get_device(), x.is_cpu
+def per_channel(
+    op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor, channels: int | None = None
+) -> None:
+    """Each parameter is None or [C] on x's device, all of one dtype: that of x, or float32 beside a narrower x.
+
+    C are x's channels, or those that the weight makes of them.
+    """
+    source = "x has" if channels is None else "weight gives"
+    channels = x.size(1) if channels is None else channels
+    shape, dtype, place, on_cpu = (channels,), x.dtype, x.get_device(), x.is_cpu
     for p in parameters.values():
         # The usual case by what costs least: x.device would cost more than all the rest.
         if p is not None and not (
@@ -67,10 +74,10 @@ def per_channel(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Te
             continue
         is_floating(op, name, p)
         same_device(op, name, p, "x", x)
-        if p.dim() != 1 or p.size(0) != x.size(1):
+        if p.dim() != 1 or p.size(0) != channels:
             raise ValueError(
-                f"{op}: {name}: expected shape ({x.size(1)},) as x has {x.size(1)} channels, got {tuple(p.shape)};"
-                f" x is [N, C, ...], channels second"
+                f"{op}: {name}: expected shape ({channels},) as {source} {channels} channels, got {tuple(p.shape)};"
+                f" channels come second"
             )
         if p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
             allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
@@ -97,6 +104,17 @@ def saves_output(op: str, activation: str, slope: float, asked: bool, always: tu
             f" leave it out"
         )
     return bool(asked) or activation in always
+
+
+def sizes(op: str, name: str, value: Any, dimensions: int, least: int) -> tuple[int, ...]:
+    """One int for each dimension, from that many or from one for all."""
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dimensions
+    if len(given) != dimensions or not all(isinstance(v, (int, torch.SymInt)) for v in given):
+        many = "an int" if dimensions == 1 else f"an int or {dimensions} ints"
+        raise TypeError(f"{op}: {name}: expected {many}, got {value!r}")
+    if min(given) < least:
+        raise ValueError(f"{op}: {name}: expected at least {least}, got {value!r}")
+    return given
 
 
 def share(op: str, name: str, value: Any) -> None:

@@ -9,15 +9,7 @@ import torch
 
 from genai_fast.kernels.common.activations import activate, derivative
 from genai_fast.kernels.common.channels import dense_channels, like_layout, per_channel, reduced_dims, wide
-
-
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sum of squared deviations of each channel."""
-    dims = reduced_dims(x)
-    mean = x.mean(dims)
-    lost = (x - per_channel(mean, x)).mean(dims)  # to rounding, where the mean is far from 0
-    mean = mean + torch.where(mean.isfinite(), lost, 0.0)
-    return mean, (x - per_channel(mean, x)).square().sum(dims)
+from genai_fast.kernels.common.moments import moments, statistics
 
 
 def _scale(weight: torch.Tensor | None, rstd: torch.Tensor) -> torch.Tensor:
@@ -31,12 +23,7 @@ def _preactivation(x, weight, bias, mean, rstd):
 
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     """(mean, sum of squared deviations, 1 / sqrt(biased variance + eps)); running statistics move by momentum."""
-    count = x.numel() // x.size(1)
-    mean, squares = _moments(wide(x))
-    if running_mean is not None:
-        running_mean.copy_((1.0 - momentum) * wide(running_mean) + momentum * mean)
-        running_var.copy_((1.0 - momentum) * wide(running_var) + momentum * squares / (count - 1))
-    return mean, squares, torch.rsqrt(squares / count + eps)
+    return statistics(x, running_mean, running_var, momentum, eps)
 
 
 def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
@@ -74,7 +61,7 @@ def gradients(grad_y, x, weight, bias, mean, rstd, batch_statistics, eps, activa
     """Gradients of x, weight and bias that can be differentiated again: batch statistics are computed from x anew."""
     if batch_statistics:
         count = x.numel() // x.size(1)
-        mean, squares = _moments(wide(x))
+        mean, squares = moments(wide(x))
         rstd = torch.rsqrt(squares / count + eps)
     sums = batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope)
     used = (*sums, x.numel() // x.size(1)) if batch_statistics else (None, None, 1)

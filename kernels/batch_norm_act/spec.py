@@ -242,9 +242,14 @@ _COMPILE_CASES = (
     *(case for layout in _LAYOUTS for dtype in ("*fp32", "*bf16") for case in _compile_cases(layout, dtype)),
     *_compile_cases("last", "*bf16", "silu"),
     CompileCase(
-        "combine_moments", "_batch_norm_combine_moments",
+        "combine_moments", "_combine_moments",
         dict(partial_ptr="*fp32", mean_ptr="*fp32", squares_ptr="*fp32", rstd_ptr="*fp32", running_mean_ptr="*fp32",
              running_var_ptr="*fp32", total="fp32", momentum="fp32", eps="fp32", **_COMBINE),
+        module="common.moments_triton",
+    ),
+    CompileCase(
+        "merge_moments", "_merge_moments",
+        dict(partial_ptr="*fp32", merged_ptr="*fp32", merged_plane="i32", **_COMBINE), module="common.moments_triton",
     ),
     CompileCase(
         "combine_sums", "_batch_norm_combine_sums",

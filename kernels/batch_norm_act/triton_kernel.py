@@ -9,6 +9,7 @@ import triton.language as tl
 from genai_fast.kernels.common.activations_triton import activate, times_derivative
 from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
 from genai_fast.kernels.common.launch import ceil_div, row_tile
+from genai_fast.kernels.common.moments_triton import combine_grid, combine_moments
 from genai_fast.kernels.common.rows import require_alike
 
 ELEMENTS = 1024  # a tile of the elementwise kernels: 8 elements a thread
@@ -16,7 +17,6 @@ NUM_WARPS = 4
 SUM_ELEMENTS, SUM_WARPS = 2048, 8  # a tile of the sums
 CHANNELS_A_PROGRAM = 64  # of the sums, where channels lie last
 MOST_GROUPS = 256  # partial sums a channel
-COMBINE_GROUPS, COMBINE_CHANNELS = 64, 16  # a tile of the last step
 
 
 @triton.jit
@@ -91,47 +91,6 @@ def _batch_norm_moments(
     tl.store(at, n, mask=inside)
     tl.store(at + plane, shift + total_d / n, mask=inside)
     tl.store(at + 2 * plane, deviations, mask=inside)
-
-
-@triton.jit
-def _batch_norm_combine_moments(
-    partial_ptr,                             # [3, groups, channels]
-    mean_ptr, squares_ptr, rstd_ptr,         # [channels]
-    running_mean_ptr, running_var_ptr,       # [channels] or None
-    groups, channels, plane, total, momentum, eps,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Mean, squared deviations and 1 / sqrt(variance + eps) of each channel; running statistics move by momentum."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mean = tl.zeros([GROUPS, CHANNELS], tl.float32)
-    for first in range(0, groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        mask = (group < groups)[:, None] & (channel < channels)[None, :]
-        at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
-        count = tl.load(at, mask=mask, other=0.0)
-        mean += count / total * tl.load(at + plane, mask=mask, other=0.0)
-    mean_c = tl.sum(mean, axis=0)
-    squares = tl.zeros([GROUPS, CHANNELS], tl.float32)
-    for first in range(0, groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        mask = (group < groups)[:, None] & (channel < channels)[None, :]
-        at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
-        count = tl.load(at, mask=mask, other=0.0)
-        d = tl.where(mask, tl.load(at + plane, mask=mask, other=0.0) - mean_c[None, :], 0.0)
-        squares += tl.load(at + 2 * plane, mask=mask, other=0.0) + count * d * d
-    squares_c = tl.sum(squares, axis=0)
-    inside = channel < channels
-    tl.store(mean_ptr + channel, mean_c, mask=inside)
-    tl.store(squares_ptr + channel, squares_c, mask=inside)
-    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares_c / total + eps), mask=inside)
-    if running_mean_ptr is not None:
-        dtype = running_mean_ptr.dtype.element_ty
-        before = tl.load(running_mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        after = before * (1.0 - momentum) + mean_c * momentum
-        tl.store(running_mean_ptr + channel, after.to(dtype), mask=inside)
-        before = tl.load(running_var_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        after = before * (1.0 - momentum) + squares_c / (total - 1.0) * momentum
-        tl.store(running_var_ptr + channel, after.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -271,39 +230,14 @@ def _sums(x):
     return (blocks * groups,), groups, (outer, channels, inner, channels * inner, groups * channels, tiles), constants
 
 
-def _combine(channels):
-    grid = (ceil_div(channels, COMBINE_CHANNELS),)
-    return grid, dict(GROUPS=COMBINE_GROUPS, CHANNELS=COMBINE_CHANNELS, num_warps=NUM_WARPS)
-
-
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     x = dense_channels(x)
     require_channels(x, running_mean, running_var, dtype=None)
-    running = (running_mean, running_var)
-    if running_mean is not None:
-        running = tuple(r.contiguous() for r in running)
     grid, groups, sizes, constants = _sums(x)
     outer, channels, inner = sizes[:3]
     partial = x.new_empty((3, groups, channels), dtype=torch.float32)
-    results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(3))
     _batch_norm_moments[grid](x, partial, *sizes, **constants)
-    grid, constants = _combine(channels)
-    _batch_norm_combine_moments[grid](
-        partial,
-        *results,
-        *running,
-        groups,
-        channels,
-        groups * channels,
-        float(outer * inner),
-        momentum,
-        eps,
-        **constants,
-    )
-    for given, moved in zip((running_mean, running_var), running, strict=True):
-        if moved is not given:
-            given.copy_(moved)
-    return results
+    return combine_moments(partial, running_mean, running_var, outer * inner, momentum, eps)
 
 
 def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
@@ -330,7 +264,7 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     _batch_norm_act_sums[grid](
         grad_y, x, *parameters, partial, *sizes, slope, ACTIVATION=activation, **constants
     )  # fmt: skip
-    grid, constants = _combine(channels)
+    grid, constants = combine_grid(channels)
     _batch_norm_combine_sums[grid](partial, parameters[3], *results, groups, channels, groups * channels, **constants)
     return results
 

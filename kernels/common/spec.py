@@ -101,6 +101,10 @@ class LibraryOp:
 
     schema: str
     fake: Callable[..., Any]
+    # Backends with a kernel of it, where the folder has them; on the others the reference is what is meant to serve.
+    kernels: tuple[str, ...] = ("cpu", "triton")
+    # (backend, *arguments) -> why its kernel leaves such arguments to the reference, or "".
+    refuses: Callable[..., str] | None = None
 
     @property
     def name(self) -> str:
@@ -115,7 +119,7 @@ class CompileCase:
     """
 
     name: str
-    kernel: str  # name of the function in triton_kernel.py
+    kernel: str  # name of the function
     signature: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
@@ -123,6 +127,7 @@ class CompileCase:
     max_instructions_per_element: float | None = None  # on sm_90
     tensor_cores: bool = False
     wide_loads: bool = False  # must load 16 bytes at a time
+    module: str = ""  # that holds it, below genai_fast.kernels; the folder's triton_kernel by default
 
 
 @dataclass(frozen=True)

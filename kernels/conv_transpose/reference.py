@@ -1,0 +1,49 @@
+"""conv_transpose in plain PyTorch: the definition, the fallback, and what serves the CPU (oneDNN's convolutions).
+
+Everything is channels last, which oneDNN is fastest in; the backward formulas are differentiable. The convolutions
+are those that autocast does not know: the dtype was chosen before.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.activations import activate
+from genai_fast.kernels.common.moments import statistics
+from genai_fast.kernels.conv_transpose.shapes import channels_last
+
+
+def conv_transpose(x, weight, bias, stride, padding, output_padding, activation, slope):
+    """y = activate(conv_transpose(x, weight) + bias)."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    y = torch.ops.aten.convolution(channels_last(x), weight, bias, stride, padding, (1, 1), True, output_padding, 1)
+    return channels_last(activate(y, activation, slope))
+
+
+def conv_transpose_statistics(
+    x, weight, bias, running_mean, running_var, momentum, eps, stride, padding, output_padding
+):  # fmt: skip
+    """(y, mean, sum of squared deviations, 1 / sqrt(variance + eps)) of y's channels; running statistics move."""
+    y = conv_transpose(x, weight, bias, stride, padding, output_padding, "none", 0.0)
+    return y, *statistics(y, running_mean, running_var, momentum, eps)
+
+
+def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
+    """dx = conv(dy, weight); `size` is that of x's plane, which the other sizes give too."""
+    grad_x = torch.ops.aten.convolution(channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1)
+    return channels_last(grad_x)
+
+
+def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last):
+    """dweight[ci, co, ky, kx] = sum over the pixels of x[pixel, ci] dy[pixel under the tap, co].
+
+    It is the weight's gradient of the ordinary convolution that leads from dy's plane to x's.
+    """
+    shape = (x.size(1), grad_y.size(1), *kernel_size)
+    weight = grad_y.new_empty(1).expand(shape)  # of which only the shape is used
+    gradient = torch.ops.aten.convolution_backward(
+        channels_last(x), channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1,
+        (False, True, False),
+    )[1]  # fmt: skip
+    return channels_last(gradient) if as_channels_last else gradient.contiguous()

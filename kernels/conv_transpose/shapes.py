@@ -1,0 +1,46 @@
+"""Sizes and memory of conv_transpose's tensors, all channels last, and which calls its kernels serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FEW_CHANNELS = 8  # output channels up to which kernels of their own pay: an image's, not a layer's
+LARGEST_KERNEL, LARGEST_STRIDE = 6, 2
+
+
+def output_size(
+    plane: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+) -> tuple[int, ...]:
+    """(H - 1) stride - 2 padding + kernel + output_padding, for each dimension."""
+    sizes = zip(plane, kernel, stride, padding, output_padding, strict=True)
+    return tuple((h - 1) * s - 2 * p + k + more for h, k, s, p, more in sizes)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W] in memory [N, H, W, C]; itself if it lies so."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Uninitialised [N, C, H, W] in memory [N, H, W, C]."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def not_served(x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> str:
+    """Why the Triton kernels leave tensors of these shapes [N, C, H, W] to PyTorch; "" if they serve them."""
+    if max(stride) > LARGEST_STRIDE:
+        return f"stride {tuple(stride)} is larger than {LARGEST_STRIDE}"
+    if max(kernel) > LARGEST_KERNEL:
+        return f"kernel {tuple(kernel)} is larger than {LARGEST_KERNEL}"
+    # Kernels count pixels, and numbers within a tile (some samples of a small plane), in 32 bits.
+    if any(n * h * w >= 2**31 or c * max(h * w, 2048) >= 2**29 for n, c, h, w in (x, y)):
+        return "the tensors have 2**31 pixels, 2**29 numbers a sample or 2**18 channels, or more"
+    if x[1] * y[1] * kernel[0] * kernel[1] >= 2**31:
+        return "the weight has 2**31 numbers or more"
+    return ""
