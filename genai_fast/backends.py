@@ -114,7 +114,7 @@ def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float
     op = next(op for op in OPS.values() if op.folder == FOLDERS[name])
     if backend not in LIBRARIES[name].kernels and not forced:
         return "reference", ""  # as planned: PyTorch's own is fast there
-    if backend not in op.backends or backend not in LIBRARIES[name].kernels:
+    if backend not in LIBRARIES[name].kernels:
         reason = f"it has no {backend} kernel"
     elif dtype not in op.dtypes:
         reason = f"its kernels do not take {dtype}"

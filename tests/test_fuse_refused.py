@@ -189,8 +189,8 @@ def test_explain_says_what_happens():
     rows = list(explain(model))
     assert [type(m) for m in model.modules()] == classes
     found = {row.path: row for row in rows}
-    paths = "convolution by the fastest of torch, channels_last, gemm (1 x 1 input or output)"
-    assert found["0.main.0+1+2"].becomes == f"batch_norm_act (ReLU); {paths}"
+    paths = "convolution by the fastest of torch, channels_last, gemm (of 1 x 1), kernel"
+    assert found["0.main.0+1+2"].becomes == f"batch_norm_act (ReLU); {paths} (CUDA)"
     assert found["0.main.0+1+2"].found == "ConvTranspose2d + BatchNorm2d + ReLU"
     assert found["0.main.6+7"].becomes == paths and found["0.main.6+7"].found == "ConvTranspose2d + Tanh"
     assert "hooks" in found["1.old.0"].reason and found["1.old.1+2"].becomes == "batch_norm_act (LeakyReLU)"

@@ -66,9 +66,8 @@ def folds(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
-    """activation(norm(conv(x))) where `folds` says so."""
-    norm._check_input_dim(x)
+def scaled(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution that is norm(conv(x)) in evaluation."""
     scale = torch.rsqrt(norm.running_var.float() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -76,17 +75,25 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
     shift = shift * scale
     if norm.bias is not None:
         shift = shift + norm.bias
-    weight, ones = conv.weight, (1,) * (x.dim() - 2)
+    weight, ones = conv.weight, (1,) * (conv.weight.dim() - 2)
     if type(conv) in TRANSPOSED:  # [in, out / groups, ...]: input channels are cut into groups, each with its outputs
         groups = weight.unflatten(0, (conv.groups, -1))
         weight = (groups * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, 1, *ones)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+@torch.no_grad()
+def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
+    """activation(norm(conv(x))) where `folds` says so."""
+    norm._check_input_dim(x)
+    weight, bias = scaled(conv, norm)
     # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is; its sigmoid sometimes into 1.
     after = activation in ("relu", "sigmoid") or (activation == "leaky_relu" and slope == 0.0)
     name = "none" if after else _NAMES[activation]
     epilogue = (name, [slope] if name == "leaky_relu" else [], "")
-    given = (x, weight.to(x.dtype), shift.to(x.dtype), conv.padding)
+    given = (x, weight, bias, conv.padding)
     settings = (conv.stride, conv.dilation, conv.groups, *epilogue)
     if type(conv) in TRANSPOSED:
         y = torch.ops.mkldnn._convolution_transpose_pointwise(*given, conv.output_padding, *settings)

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast import paths
+from genai_fast import ops, paths
 from genai_fast.backends import forced_backend
+from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE
 from genai_fast.layers import _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
+from genai_fast.ops.conv2d import serves as conv2d_serves
+from genai_fast.ops.conv_transpose import serves as conv_transpose_serves
 
-TORCH, CHANNELS_LAST, GEMM = "torch", "channels_last", "gemm"
+TORCH, CHANNELS_LAST, GEMM, KERNEL = "torch", "channels_last", "gemm", "kernel"
 SMALL = "small"  # torch's too: nothing else would pay
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -40,7 +43,11 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
             names.append(CHANNELS_LAST)
         if _is_gemm(conv, x):
             names.append(GEMM)
-        return {name: _maker(letters, modules, x, name, run) for name in names}, TORCH
+        if _has_kernel(conv, x):
+            names.append(KERNEL)
+        # Unmeasured, ours is taken where it has always won: to few channels on a CPU.
+        fixed = KERNEL if KERNEL in names and x.is_cpu else TORCH
+        return {name: _maker(letters, modules, x, name, run) for name in names}, fixed
 
     return paths.choose(key, x.device, open_paths).path
 
@@ -48,8 +55,42 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
 def convolution(module: nn.Module) -> str:
     """In words, the paths among which measurement chooses; "" for what is no convolution."""
     if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
-        return "convolution by the fastest of torch, channels_last, gemm (1 x 1 input or output)"
+        return (
+            f"convolution by the fastest of torch, channels_last, gemm (1 x 1 input or output){_kernel_words(module)}"
+        )
     return "convolution by torch" if type(module) in CONVS + TRANSPOSED else ""
+
+
+def _kernel_words(conv: nn.Module) -> str:
+    if reason := _unlike(conv):
+        return f"; no kernel of ours: {reason}"
+    if type(conv) is nn.Conv2d:
+        return ", kernel (the input's gradient)" if conv.in_channels <= FEW_CHANNELS else ""
+    return ", kernel" if conv.out_channels <= FEW_CHANNELS else ", kernel (CUDA)"
+
+
+def _unlike(conv: nn.Module) -> str:
+    """What keeps a convolution from the kernels, whatever its input; "" if nothing does."""
+    if conv.groups != 1:
+        return f"groups={conv.groups}"
+    if tuple(conv.dilation) != (1, 1):
+        return f"dilation={conv.dilation}"
+    if max(conv.stride) > LARGEST_STRIDE:
+        return f"stride={conv.stride}"
+    if max(conv.kernel_size) > LARGEST_KERNEL:
+        return f"kernel_size={conv.kernel_size}"
+    return f"padding={conv.padding!r}" if conv.padding_mode != "zeros" or isinstance(conv.padding, str) else ""
+
+
+def _has_kernel(conv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a kernel of ours computes the transposed convolution, or that of a convolution's backward to an image."""
+    if _unlike(conv) or x.size(1) != conv.in_channels:
+        return False
+    if type(conv) is nn.ConvTranspose2d:
+        return not conv_transpose_serves(x, conv.weight, conv.stride, conv.padding, conv.output_padding)
+    if conv.in_channels > FEW_CHANNELS or not _needs_gradient(x):
+        return False
+    return not conv2d_serves(x, conv.weight, conv.stride, conv.padding)
 
 
 def _is_gemm(conv: nn.Module, x: torch.Tensor) -> bool:
@@ -66,11 +107,17 @@ def _is_gemm(conv: nn.Module, x: torch.Tensor) -> bool:
     return tuple(x.shape[1:]) == (conv.in_channels, *conv.kernel_size)
 
 
-def convolved(conv: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
-    """conv(x)."""
-    if path != GEMM:
+def convolved(
+    conv: nn.Module, x: torch.Tensor, path: str, activation: str = "none", slope: float = 0.0
+) -> torch.Tensor:
+    """conv(x), and on a transposed convolution's own path its activation too."""
+    if path not in (GEMM, KERNEL):
         return conv(x)
     weight, bias = conv.weight, conv.bias
+    if path == KERNEL:
+        if type(conv) is nn.Conv2d:
+            return ops.conv2d(x, weight, bias, conv.stride, conv.padding)
+        return ops.conv_transpose2d(x, weight, bias, conv.stride, conv.padding, conv.output_padding, activation, slope)
     if type(conv) is nn.Conv2d:
         return F.linear(x.flatten(1), weight.flatten(1), bias).unflatten(1, (-1, 1, 1))
     y = torch.mm(x.flatten(1), weight.flatten(1)).unflatten(1, weight.shape[1:])

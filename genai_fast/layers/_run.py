@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.layers import _worth
-from genai_fast.layers._fold import folded, folds
-from genai_fast.layers._paths import CHANNELS_LAST, GEMM, SMALL, TORCH, convolved, laid_out, path_of, restored
+from genai_fast.layers._fold import folded, folds, scaled
+from genai_fast.layers._paths import CHANNELS_LAST, GEMM, KERNEL, SMALL, TORCH, convolved, laid_out, path_of, restored
 from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
+from genai_fast.ops._function import needs_graph
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -35,7 +36,7 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
             x = _one_by_one(here, x)
             continue
         path = path_of(letters, here, x, _as_one) if letters[0] == "C" else TORCH
-        relaid = relaid or path == CHANNELS_LAST
+        relaid = relaid or path in (CHANNELS_LAST, KERNEL)
         x = _as_one(letters, here, laid_out(x, path), path)
     return restored(x, given) if relaid else x
 
@@ -78,7 +79,7 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
         fused = modules[-1].training and _worth.dropout(x)
         return _act_dropout(modules, x) if fused else _one_by_one(modules, x)
     if "N" not in letters:
-        return _one_by_one(modules[1:], convolved(modules[0], x, path))
+        return _convolved_act(modules, x, path)
     conv = modules[0] if letters[0] in "CL" else None
     norm = modules[0 if conv is None else 1]
     group = _process_group(norm)
@@ -87,8 +88,16 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
     if torch.compiler.is_compiling() and (group is not None or norm.momentum is None):
         return _one_by_one(modules, x)  # collectives, and a momentum that is read from a tensor: left to torch
     activation, slope = _activation(modules[-1] if letters[-1] in "Aa" else None)
+    if path == KERNEL and type(conv) is nn.ConvTranspose2d:
+        if group is None and _batch_statistics(norm):
+            return _norm_act(norm, None, x, activation, slope, conv)
+        if not needs_graph((x, *conv.parameters(), *norm.parameters())):
+            norm._check_input_dim(x)
+            settings = (conv.stride, conv.padding, conv.output_padding, activation, slope)
+            return ops.conv_transpose2d(x, *scaled(conv, norm), *settings)
+        return _norm_act(norm, group, convolved(conv, x, KERNEL), activation, slope)
     if conv is not None:
-        if path not in (SMALL, GEMM) and not torch.compiler.is_compiling() and folds(conv, norm, x):
+        if path not in (SMALL, GEMM, KERNEL) and not torch.compiler.is_compiling() and folds(conv, norm, x):
             return folded(conv, norm, x, activation, slope)
         x = convolved(conv, x, path)
     if not _worth.norm(norm, x):
@@ -101,6 +110,14 @@ def _activation(module: nn.Module | None) -> tuple[str, float]:
     if module is None:
         return "none", 0.0
     return ACTIVATIONS[type(module)], float(getattr(module, "negative_slope", 0.0))
+
+
+def _convolved_act(modules: Sequence[nn.Module], x: torch.Tensor, path: str) -> torch.Tensor:
+    """A convolution, and the activation behind it if there is one."""
+    conv, *after = modules
+    if path != KERNEL or type(conv) is not nn.ConvTranspose2d:
+        return _one_by_one(after, convolved(conv, x, path))
+    return convolved(conv, x, path, *_activation(after[0] if after else None))
 
 
 def _act_dropout(modules: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -119,8 +136,15 @@ def _process_group(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _norm_act(norm: nn.Module, group: Any, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
-    """activation(norm(x)), with all that _BatchNorm.forward does beside."""
+def _batch_statistics(norm: nn.Module) -> bool:
+    """Whether the norm uses the batch's statistics."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _norm_act(
+    norm: nn.Module, group: Any, x: torch.Tensor, activation: str, slope: float, conv: nn.Module | None = None
+) -> torch.Tensor:
+    """activation(norm(x)), with all that _BatchNorm.forward does beside; of conv(x) if there is one."""
     norm._check_input_dim(x)
     parameters, buffers = norm._parameters, norm._buffers  # norm.weight looks in three places
     training, momentum = norm.training, norm.momentum
@@ -133,7 +157,14 @@ def _norm_act(norm: nn.Module, group: Any, x: torch.Tensor, activation: str, slo
                 momentum = 1.0 / float(seen)
         if not norm.track_running_stats:
             mean = var = None
+    momentum = 0.0 if momentum is None else momentum
+    affine = (parameters["weight"], parameters["bias"], mean, var)
+    if conv is not None:
+        return ops.conv_transpose2d_batch_norm_act(
+            x, conv.weight, conv.bias, *affine, momentum, norm.eps, conv.stride, conv.padding, conv.output_padding,
+            activation, slope,
+        )  # fmt: skip
     return ops.batch_norm_act(
-        x, parameters["weight"], parameters["bias"], mean, var, training or (mean is None and var is None),
-        0.0 if momentum is None else momentum, norm.eps, activation, slope, process_group=group,
+        x, *affine, training or (mean is None and var is None), momentum, norm.eps, activation, slope,
+        process_group=group,
     )  # fmt: skip

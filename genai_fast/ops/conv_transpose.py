@@ -153,7 +153,7 @@ def _geometry(op: str, x: Any, weight: Any, stride: Ints, padding: Ints, output_
     return strides, paddings, more
 
 
-def _cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x and weight in one dtype: autocast's, as for PyTorch's own convolutions, or the one that both have."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -169,7 +169,7 @@ def _cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor,
 
 def _convolve(op, x, weight, bias, stride, padding, output_padding, activation, slope):
     """The checked op on four-dimensional tensors."""
-    x, weight = _cast(op, x, weight)
+    x, weight = cast(op, x, weight)
     _check.per_channel(op, {"bias": bias}, x, weight.size(1))
     bias, slope = bias if bias is None else wide(bias), float(slope)
     settings = (stride, padding, output_padding)
@@ -325,7 +325,7 @@ def conv_transpose2d_batch_norm_act(
     op = "conv_transpose2d_batch_norm_act"
     settings = _geometry(op, x, weight, stride, padding, output_padding)
     _check.activation(op, activation, negative_slope)
-    x, weight = _cast(op, x, weight)
+    x, weight = cast(op, x, weight)
     channels = weight.size(1)
     _check.per_channel(op, {"bias": bias}, x, channels)
     normalization = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean}

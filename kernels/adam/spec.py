@@ -19,6 +19,7 @@ LIBRARY = (
         " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
         " str backend) -> ()",
         _fake,
+        kernels=("cpu",),
     ),
 )
 

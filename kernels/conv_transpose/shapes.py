@@ -32,8 +32,16 @@ def empty_channels_last(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def not_served(x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> str:
-    """Why the Triton kernels leave tensors of these shapes [N, C, H, W] to PyTorch; "" if they serve them."""
+def not_served(
+    x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int], few: bool = False
+) -> str:
+    """Why the kernels leave tensors of these shapes [N, C, H, W] to PyTorch; "" if they serve them.
+
+    Args:
+        few: of the C++ kernels, which are for few output channels alone.
+    """
+    if few and y[1] > FEW_CHANNELS:
+        return f"{y[1]} output channels are more than {FEW_CHANNELS}"
     if max(stride) > LARGEST_STRIDE:
         return f"stride {tuple(stride)} is larger than {LARGEST_STRIDE}"
     if max(kernel) > LARGEST_KERNEL:

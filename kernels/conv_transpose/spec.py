@@ -11,7 +11,7 @@ from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpS
 from genai_fast.kernels.conv_transpose.compile_cases import COMPILE_CASES
 from genai_fast.kernels.conv_transpose.shapes import empty_channels_last, not_served, output_size
 
-_KERNELS = ("triton",)  # on the CPU PyTorch's own convolutions (oneDNN) are the fast ones
+_KERNELS = ("triton",)  # on the CPU PyTorch's own convolutions (oneDNN) are the fast ones, but for few channels
 
 
 def _fake_forward(x, weight, bias, stride, padding, output_padding, *activation):
@@ -32,7 +32,8 @@ def _fake_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last)
 
 def _refuses_forward(backend, x, weight, bias, stride, padding, output_padding, *activation):
     out = output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    return not_served(x.shape, (x.size(0), weight.size(1), *out), weight.shape[2:], stride)
+    y = (x.size(0), weight.size(1), *out)
+    return not_served(x.shape, y, weight.shape[2:], stride, few=backend == "cpu")
 
 
 def _refuses_statistics(backend, x, weight, bias, running_mean, running_var, momentum, eps, *geometry):
@@ -51,7 +52,7 @@ _CONVOLUTION = (
     LibraryOp(
         "conv_transpose(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding,"
         " str activation, float slope, str backend) -> Tensor",
-        _fake_forward, _KERNELS, _refuses_forward,
+        _fake_forward, ("cpu", *_KERNELS), _refuses_forward,
     ),
     LibraryOp(
         "conv_transpose_grad_input(Tensor grad_y, Tensor weight, SymInt[] size, int[] stride, int[] padding,"
