@@ -255,7 +255,7 @@ def test_without_a_gpu_the_gate_says_so(capsys):
 def test_record_of_the_whole_gate(monkeypatch, tmp_path, quick):
     if extension()[0] is None:
         pytest.skip(extension()[1])
-    few = [Run(op, op.cases[0], torch.float32, "cpu", "cpu") for op in OPS.values()]
+    few = [Run(op, op.cases[0], torch.float32, gpu_gate.fused_backend(op, "cpu"), "cpu") for op in OPS.values()]
     monkeypatch.setattr(gpu_gate, "every_run", lambda devices: iter(few))
     monkeypatch.setattr(gpu_gate, "points", lambda device: [point_of(VAE_LOSS)])
     monkeypatch.setattr(points, "SECONDS", 0.0)

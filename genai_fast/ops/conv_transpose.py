@@ -66,7 +66,7 @@ class _ConvTranspose(KernelFunction):
             else:
                 grad_y, grad_bias = library_call("bias_act_backward", *arguments, ctx.backend)
         elif ctx.needs_input_grad[2]:
-            grad_bias = wide(grad_y).sum(reduced_dims(grad_y))
+            grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
         gradients = _convolution_gradients(
             ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
         )  # fmt: skip

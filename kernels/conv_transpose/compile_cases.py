@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from genai_fast.kernels.common.spec import CompileCase
 
 _GEOMETRY = dict(KH=4, KW=4, SH=2, SW=2, PH=1, PW=1)
@@ -18,6 +20,7 @@ def _tile(dtype, rows=128, columns=64, exact=False):
 
 
 def _case(name, kernel, dtype, pointers, constants, **options):
+    """Of pointers to `dtype`, and constants and types of all other arguments."""
     narrow = {p: dtype for p in pointers}
     exact = constants["PRECISION"] == "ieee" and dtype == "*fp32"
     signature = {**_GEOMETRY, **narrow, **constants}
@@ -60,7 +63,17 @@ def _few_grad_weight(name, dtype, tile):
 _SPECIAL = dict(TOGETHER=True, ACTIVATION="tanh", out_channels="i32:1")
 
 _EXACT = _tile("*fp32", 64, 32, exact=True)
+_LEAST = {**_tile("*fp16", 64, 16), "BLOCK_K": 16}
 _FIRST = dict(height=1, width=1, SH=4, SW=4, PH=0, PW=0)
+
+
+def _ones(case):
+    """The launch of one pixel and one channel, with memory at any address: Triton makes constants of integers of 1."""
+    integers = {k: 1 for k, v in case.signature.items() if v in ("i32", "i32:1")}
+    pointers = {k: f"{v}:2" for k, v in case.signature.items() if isinstance(v, str) and v.startswith("*fp16")}
+    signature = {**case.signature, **integers, **pointers, "SH": 1, "SW": 1}
+    return replace(case, name=f"{case.name}-ones", signature=signature, wide_loads=False)
+
 
 COMPILE_CASES = (
     *(
@@ -84,6 +97,18 @@ COMPILE_CASES = (
     _forward("forward_exact", "*fp32", _EXACT),
     _grad_input("grad_input_exact", "*fp32", _EXACT),
     _grad_weight("grad_weight_exact", "*fp32", _EXACT),
+    *map(
+        _ones,
+        (
+            _forward("forward", "*fp16", _LEAST, even=False),
+            _forward("statistics", "*fp16", _LEAST, even=False, statistics=True),
+            _forward("few_forward", "*fp16", _LEAST, even=False, **_SPECIAL),
+            _grad_input("grad_input", "*fp16", _LEAST, even=False),
+            _grad_weight("grad_weight", "*fp16", _LEAST),
+            _few_grad_input("few_grad_input", "*fp16", _LEAST),
+            _few_grad_weight("few_grad_weight", "*fp16", _LEAST),
+        ),
+    ),
     CompileCase(
         "sum_splits",
         "_sum_splits",
