@@ -14,6 +14,11 @@ def close(found, expected, tolerance=2e-5, scale=None, what=""):
     assert error <= tolerance * max(scale, 1e-6), f"{what}: error {error:.3e} beside {scale:.3e}"
 
 
+def strides(x):
+    """Those that mean something: of a single channel PyTorch's own differ with the layout."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 def gradients_close(found, expected, tolerance=1e-3):
     """In 2-norm, since they flip at the kink of ReLU; beside the largest, since some are 0 but for rounding."""
     floor = 1e-2 * max(g.double().norm().item() for g in expected.values())
@@ -46,7 +51,7 @@ def assert_alike(fused, plain, *inputs, steps=3):
         (found, found_gradients), (expected, expected_gradients) = step(fused, *inputs), step(plain, *inputs)
         for a, b in zip(found, expected, strict=True):
             close(a, b, 1e-4, what="output")
-            assert a.stride() == b.stride()
+            assert strides(a) == strides(b)
         assert [*found_gradients] == [*expected_gradients]
         gradients_close(found_gradients, expected_gradients)
         for optimizer in optimizers:
@@ -57,7 +62,7 @@ def assert_alike(fused, plain, *inputs, steps=3):
         found, expected = fused(*inputs), plain(*inputs)
     for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (found, expected)), strict=True):
         close(a, b, what="output in evaluation")
-        assert a.stride() == b.stride()
+        assert strides(a) == strides(b)
 
 
 def assert_buffers_alike(fused, plain):
