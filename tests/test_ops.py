@@ -137,7 +137,7 @@ def test_two_runs_are_bitwise_equal(op, case):
             assert torch.equal(a, b)
 
 
-OURS_ON_CPU = [op for op in DIFFERENTIABLE if "cpu" in op.backends]
+OURS_ON_CPU = [op for op in DIFFERENTIABLE if "cpu" in op.backends and op.name != "conv2d"]  # its result is PyTorch's
 
 
 @_parametrize(OURS_ON_CPU, "latent_20", "long_row", "mnist", "gaussian", "many_rows", "large_plane", "small_planes")
