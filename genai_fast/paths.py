@@ -30,7 +30,7 @@ except ImportError:  # not on Windows
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 
 VERSION = 1  # of the file's form and of what the names of paths mean
-MARGIN = 0.97  # a path must take less than this share of the fixed one's time to be chosen over it
+MARGIN = 0.95  # a path must take less than this share of the fixed one's time to be chosen over it
 _ROUNDS, _SECONDS = 7, 0.5  # of interleaved measurement of one choice: this many, or three if that takes so long
 
 Key = tuple[Any, ...]

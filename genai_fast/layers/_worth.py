@@ -10,10 +10,10 @@ from torch import nn
 
 NORM_TRAINING = {2: 1 << 18}  # by number of dimensions
 NORM_TRAINING_PLANES = 1 << 17
-NORM_EVALUATION = 1 << 20  # an activation that works in place on what the cache holds is hard to beat
+NORM_EVALUATION = 1 << 21  # an activation that works in place on what the cache holds is hard to beat
 DROPOUT = 1 << 13
-FOLD = 1 << 20
-PATH = 1 << 24  # multiplications: a choice of path costs 20 us
+FOLD = 1 << 21
+PATH = 1 << 22  # multiplications: a choice of path costs 20 us
 
 
 def norm(module: nn.Module, x: torch.Tensor) -> bool:
