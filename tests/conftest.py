@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from alike import fuse_small
 
 os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # paths are measured in the tests that are about them alone
 if not torch.cuda.is_available():
@@ -29,11 +30,7 @@ def fused_calls(monkeypatch):
 def _small_is_fused(monkeypatch, request):
     """Tests are small, and about what runs on large tensors."""
     if "sizes_count" not in request.fixturenames:
-        from genai_fast.layers import _worth
-
-        monkeypatch.setattr(_worth, "NORM_TRAINING", {})
-        for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH"):
-            monkeypatch.setattr(_worth, name, 0)
+        fuse_small(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from alike import close, gradients_close, with_statistics
+from alike import close, fuse_small, gradients_close, with_statistics
 from fuse_models import HandWritten, UNet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 def _start(rank, check, folder):
     torch.set_num_threads(1)
+    fuse_small()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
