@@ -1,6 +1,8 @@
-"""conv_transpose on the CPU: allocates the results and calls cpu_kernel.cpp."""
+"""conv_transpose to few channels on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -8,39 +10,77 @@ from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.extension import cpu_kernels
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 
-FEW = 8  # result channels; with more, torch's own kernels are as good
-MOST_KERNEL = 6
-MOST_STRIDE = 2
+FEW = 8  # channels of the result: an image's, not a layer's
+LARGEST_KERNEL, LARGEST_STRIDE = 6, 2
 
 
-def _beside(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its channels or the pixels of its rows lie one beside the other, else a contiguous copy."""
-    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+def _require(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Sequence[int]) -> None:
+    """Raise unless the kernels serve these: they read by address. The public op has checked the rest already."""
+    if x.dtype not in DTYPE_CODE or x.device.type != "cpu" or weight.device != x.device:
+        raise ValueError(
+            f"conv_transpose: x and weight: expected float32, bfloat16 or float16 on the CPU, got {x.dtype} on"
+            f" {x.device} and a weight on {weight.device}"
+        )
+    if x.dim() != 4 or weight.dim() != 4 or x.size(1) != weight.size(0):
+        raise ValueError(
+            "conv_transpose: x and weight: expected [N, C, H, W] and [C, C_out, KH, KW], got"
+            f" {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    few, *kernel = weight.shape[1:]
+    if not 1 <= few <= FEW:
+        raise ValueError(f"conv_transpose: weight: expected 1 to {FEW} output channels, got {few}")
+    if not 1 <= min(kernel) <= max(kernel) <= LARGEST_KERNEL:
+        raise ValueError(f"conv_transpose: weight: expected kernel sizes of 1 to {LARGEST_KERNEL}, got {kernel}")
+    if len(stride) != 2 or not 1 <= min(stride) <= max(stride) <= LARGEST_STRIDE:
+        raise ValueError(f"conv_transpose: stride: expected two of 1 to {LARGEST_STRIDE}, got {list(stride)}")
+    if bias is not None and (bias.shape != (few,) or bias.device != x.device):
+        raise ValueError(
+            f"conv_transpose: bias: expected ({few},) on {x.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
 
 
-def _channels_last(x: torch.Tensor) -> bool:
-    """Whether x is channels_last and not also contiguous."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _output_size(x, weight, stride, padding, output_padding) -> list[int]:
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, output_padding, strict=True)
+    out = [(size - 1) * s - 2 * p + k + more for size, k, s, p, more in sizes]
+    if min(padding) < 0 or min(output_padding) < 0 or min(out) < 1 or min(x.shape[1:]) < 1:
+        raise ValueError(
+            f"conv_transpose: padding: expected a result of at least 1 pixel, got {out} from x {tuple(x.shape)},"
+            f" weight {tuple(weight.shape)}, padding {list(padding)} and output_padding {list(output_padding)}"
+        )
+    return out
 
 
-def _out_size(size, kernel, stride, padding, output_padding):
-    return [(s - 1) * d - 2 * p + k + o for s, k, d, p, o in zip(size, kernel, stride, padding, output_padding, strict=True)]
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last if x is, and not contiguous too."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _image(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """x with channels, or pixels of a row, one beside the other, and its strides; copies only other layouts.
+
+    A single channel lies beside itself, whatever its stride; so does a single pixel.
+    """
+    strides = list(x.stride())
+    for dim in (1, 3):
+        if strides[dim] == 1 or x.size(dim) == 1:
+            strides[dim] = 1
+            return x, strides
+    x = x.contiguous()
+    return x, list(x.stride())
 
 
 def conv_transpose(x, weight, bias, stride, padding, output_padding, activation, slope):
-    few, *kernel = weight.shape[1:]
-    out = _out_size(x.shape[2:], kernel, stride, padding, output_padding)
-    last = _channels_last(x)
-    x = _beside(x)
+    _require(x, weight, bias, stride)
+    out = _output_size(x, weight, stride, padding, output_padding)
+    memory_format = _memory_format(x)
+    x, strides = _image(x)
     weight = weight.float()
     bias = bias if bias is None else bias.float().contiguous()
-    y = torch.empty(
-        (x.size(0), few, *out), dtype=x.dtype, device="cpu",
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )  # fmt: skip
+    y = torch.empty((x.size(0), weight.size(1), *out), dtype=x.dtype, memory_format=memory_format)
     cpu_kernels()[0]["conv_transpose"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], *x.stride(), weight.data_ptr(), *weight.stride(), address(bias),
-        y.data_ptr(), last, *x.shape[:2], few, *x.shape[2:], *out, *kernel, *stride, *padding,
-        ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        x.data_ptr(), DTYPE_CODE[x.dtype], *strides, weight.data_ptr(), *weight.stride(), address(bias),
+        y.data_ptr(), memory_format is torch.channels_last, *x.shape[:2], weight.size(1), *x.shape[2:], *out,
+        *weight.shape[2:], *stride, *padding, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return y
