@@ -102,32 +102,6 @@ void add_parts(const Parts& parts, int64_t group, const float* bias, int64_t cou
   }
 }
 
-// A dense result [N, Co, H, W], as planes or channels last.
-struct Result {
-  void* data;
-  int dtype;
-  bool last;
-  int64_t few, height, width;
-
-  // y[n, c, row, first + i] = values[i few + c], i < count.
-  void write(int64_t n, int64_t row, int64_t first, int64_t count, const float* values, float* buffer) const {
-    if (last || few == 1) return run<1>(((n * height + row) * width + first) * few, count * few, values, buffer);
-    for (int64_t c = 0; c < few; ++c) {
-      const int64_t at = ((n * few + c) * height + row) * width + first;
-      few == 3 ? run<3>(at, count, values + c, buffer) : run<0>(at, count, values + c, buffer);
-    }
-  }
-
-  // Values `step` apart, 0: `few`. With a constant the compiler shuffles instead of gathering.
-  template <int step>
-  void run(int64_t at, int64_t count, const float* values, float* buffer) const {
-    float* const to = dtype == kFloat32 ? static_cast<float*>(data) + at : buffer;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = values[i * (step ? step : few)];
-    store_span(data, dtype, at, count, to);
-  }
-};
-
 inline float* floats(int64_t count) {
   return static_cast<float*>(std::aligned_alloc(64, size_t(up(count + kMostLanes, 16) * 64)));
 }
@@ -155,14 +129,14 @@ constexpr int64_t kParallelProducts = 1 << 18;  // multiplications worth a secon
 
 void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channel, int64_t x_row, int64_t x_pixel,
                     const float* weight, int64_t w_channel, int64_t w_few, int64_t w_row, int64_t w_column,
-                    const float* bias, void* y, bool last, int64_t batch, int64_t channels, int64_t few, int64_t height,
+                    const float* bias, void* y, int64_t batch, int64_t channels, int64_t few, int64_t height,
                     int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
                     int64_t stride_height, int64_t stride_width, int64_t pad_height, int64_t pad_width, int activation,
                     double negative_slope, int threads) {
   const Axis v{height, out_height, kernel_height, stride_height, pad_height};
   const Axis h{width, out_width, kernel_width, stride_width, pad_width};
   const Image image{x, dtype, channels, x_sample, x_channel, x_row, x_pixel, channels * x_channel <= kNear};
-  const Result result{y, dtype, last, few, v.out, h.out};
+  const DenseOut out{y, h.out * few, dtype};  // channels last, a row of pixels in one
   const float slope = float(negative_slope);
   const int64_t row_columns = h.kernel * few, columns = whole_vectors(v.kernel * row_columns);
   const int64_t group = h.stride * few, partial = row_columns - (h.taps() - 1) * group;
@@ -211,12 +185,14 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
           }
         }
         (group <= 8 ? add_parts<8> : add_parts<16>)(parts, group, lane_bias, groups, sums);
-        float* const values = sums + (first + h.pad - first_group * h.stride) * few;
+        const float* const values = sums + (first + h.pad - first_group * h.stride) * few;
+        const Piece piece{n * v.out + row, 1, first * few, count * few};
+        float* const results = out.begin(piece, buffer);
         with_activation(activation, [&](auto a) {
 #pragma omp simd
-          for (int64_t i = 0; i < count * few; ++i) values[i] = activate<decltype(a)::value>(values[i], slope);
+          for (int64_t i = 0; i < count * few; ++i) results[i] = activate<decltype(a)::value>(values[i], slope);
         });
-        result.write(n, row, first, count, values, buffer);
+        out.end(piece, results);
       }
     }
     std::free(input), std::free(shares), std::free(sums), std::free(buffer);

@@ -1,35 +1,82 @@
-"""conv_transpose to few channels on the CPU: allocates the result and calls cpu_kernel.cpp."""
+"""conv_transpose to few channels on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
-from genai_fast.kernels.conv_transpose.shapes import empty_channels_last, not_served, output_size
+from genai_fast.kernels.common.rows import DTYPE_CODE, address
+from genai_fast.kernels.conv_transpose.shapes import (
+    FEW_CHANNELS,
+    LARGEST_KERNEL,
+    LARGEST_STRIDE,
+    empty_channels_last,
+    output_size,
+)
+
+
+def _require(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Sequence[int]) -> None:
+    """Raise unless the kernels serve these: they read by address. The public op has checked the rest already."""
+    if x.dtype not in DTYPE_CODE or x.device.type != "cpu" or weight.device != x.device:
+        raise ValueError(
+            f"conv_transpose: x and weight: expected float32, bfloat16 or float16 on the CPU, got {x.dtype} on"
+            f" {x.device} and a weight on {weight.device}"
+        )
+    if x.dim() != 4 or weight.dim() != 4 or x.size(1) != weight.size(0):
+        raise ValueError(
+            "conv_transpose: x and weight: expected [N, C, H, W] and [C, C_out, KH, KW], got"
+            f" {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    few, *kernel = weight.shape[1:]
+    if not 1 <= few <= FEW_CHANNELS:
+        raise ValueError(f"conv_transpose: weight: expected 1 to {FEW_CHANNELS} output channels, got {few}")
+    if not 1 <= min(kernel) <= max(kernel) <= LARGEST_KERNEL:
+        raise ValueError(f"conv_transpose: weight: expected kernel sizes of 1 to {LARGEST_KERNEL}, got {kernel}")
+    if len(stride) != 2 or not 1 <= min(stride) <= max(stride) <= LARGEST_STRIDE:
+        raise ValueError(f"conv_transpose: stride: expected two of 1 to {LARGEST_STRIDE}, got {list(stride)}")
+    if bias is not None and (bias.shape != (few,) or bias.device != x.device):
+        raise ValueError(
+            f"conv_transpose: bias: expected ({few},) on {x.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
+def _output_size(x, weight, stride, padding, output_padding) -> list[int]:
+    out = list(output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding))
+    if min(padding) < 0 or min(output_padding) < 0 or min(out) < 1 or min(x.shape[1:]) < 1:
+        raise ValueError(
+            f"conv_transpose: padding: expected a result of at least 1 pixel, got {out} from x {tuple(x.shape)},"
+            f" weight {tuple(weight.shape)}, padding {list(padding)} and output_padding {list(output_padding)}"
+        )
+    return out
+
+
+def _image(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """x with channels, or pixels of a row, one beside the other, and its strides; copies only other layouts.
+
+    A single channel lies beside itself, whatever its stride; so does a single pixel.
+    """
+    strides = list(x.stride())
+    for dim in (1, 3):
+        if strides[dim] == 1 or x.size(dim) == 1:
+            strides[dim] = 1
+            return x, strides
+    x = x.contiguous()
+    return x, list(x.stride())
 
 
 def conv_transpose(x, weight, bias, stride, padding, output_padding, activation, slope):
-    if x.size(1) != weight.size(0) or x.dtype is not weight.dtype or not (x.is_cpu and weight.is_cpu):
-        raise ValueError(
-            f"genai_fast: conv_transpose: expected a weight for {x.size(1)} channels, of {x.dtype} on the CPU, got"
-            f" {tuple(weight.shape)} {weight.dtype} on {weight.device}"
-        )
-    few, *kernel = weight.shape[1:]
-    if bias is not None:
-        require_alike(weight[0, :, 0, 0], bias, dtype=False)
-        bias = bias.float().contiguous()
-    out = output_size(x.shape[2:], kernel, stride, padding, output_padding)
-    y = empty_channels_last(x, x.size(0), few, *out)
-    if refusal := not_served(x.shape, y.shape, kernel, stride, few=True):
-        raise ValueError(f"genai_fast: conv_transpose: {refusal}")
-    if 1 not in (x.stride(1), x.stride(3)):  # channels or a row's pixels must lie one beside the other
-        x = x.contiguous()
+    _require(x, weight, bias, stride)
+    out = _output_size(x, weight, stride, padding, output_padding)
+    x, strides = _image(x)
     weight = weight.float()
+    bias = bias if bias is None else bias.float().contiguous()
+    y = empty_channels_last(x, x.size(0), weight.size(1), *out)
     cpu_kernels()[0]["conv_transpose"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], *x.stride(), weight.data_ptr(), *weight.stride(), address(bias),
-        y.data_ptr(), True, *x.shape[:2], few, *x.shape[2:], *out, *kernel, *stride, *padding,
+        x.data_ptr(), DTYPE_CODE[x.dtype], *strides, weight.data_ptr(), *weight.stride(), address(bias),
+        y.data_ptr(), *x.shape[:2], weight.size(1), *x.shape[2:], *out, *weight.shape[2:], *stride, *padding,
         ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return y
