@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.extension import extension
 from genai_fast.kernels.conv_transpose import cpu_kernel
-from genai_fast.kernels.conv_transpose.cpu_kernel import FEW, conv_transpose
+from genai_fast.kernels.conv_transpose.cpu_kernel import (
+    FEW,
+    conv_transpose,
+    conv_transpose_grad_input,
+    conv_transpose_grad_weight,
+)
 
 pytestmark = pytest.mark.skipif(extension()[0] is None, reason=extension()[1])
 ISAS = [isa for isa, here in extension()[0].instruction_sets().items() if here] if extension()[0] else []
@@ -177,3 +182,88 @@ def test_refuses(change, message):
     good = dict(x=_normal(1, 4, 5, 5), weight=_normal(4, 3, 4, 4), bias=None, stride=[2, 2], padding=[1, 1])
     with pytest.raises(ValueError, match=message):
         conv_transpose(**{**good, **change}, output_padding=[0, 0], activation="none", slope=0.0)
+
+
+def _gradients(grad_y, x, weight, stride, padding, more):
+    settings = (stride, padding, (1, 1), True, more, 1, (True, True, False))
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings)[:2]
+
+
+def _check_gradients(grad_y, x, weight, stride=(2, 2), padding=(1, 1), more=(0, 0)):
+    """As _check, 3 times PyTorch's error at most."""
+    kernel = list(weight.shape[2:])
+    grad_x = conv_transpose_grad_input(grad_y, weight, list(x.shape[2:]), stride, padding)
+    grad_weight = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding)
+    truths = _gradients(grad_y.double(), x.double(), weight.double(), stride, padding, more)
+    for ours, eager, truth in zip(
+        (grad_x, grad_weight), _gradients(grad_y, x, weight, stride, padding, more), truths, strict=True
+    ):
+        assert ours.dtype is x.dtype and ours.shape == truth.shape
+        assert _error(ours, truth) <= 3 * _error(eager, truth) + 1e-6, (x.shape, weight.shape, stride, padding, more)
+    assert grad_x.is_contiguous(memory_format=torch.channels_last) and grad_weight.is_contiguous()
+    last = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding, True)
+    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, grad_weight)
+    return grad_x, grad_weight
+
+
+def _like_result(x, weight, stride, padding, more, **of):
+    shape = F.conv_transpose2d(x.float(), weight.float(), None, stride, padding, more).shape
+    return _normal(*shape, dtype=x.dtype, seed=3, **of)
+
+
+@pytest.mark.parametrize("few", (1, 3, 8))
+def test_gradients_of_every_geometry(isa, few):
+    x = _normal(2, 17, 5, 3)
+    for kernel in range(1, 7):
+        weight = _normal(17, few, kernel, kernel, seed=2)
+        for settings in _settings((5, 3), kernel):
+            _check_gradients(_like_result(x, weight, *settings), x, weight, *settings)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
+def test_gradients_of_any_layout_and_dtype(isa, layout, dtype):
+    for size, kernel, stride, padding, more in (
+        ((9, 20), (4, 4), (2, 2), (1, 1), (0, 0)),
+        ((3, 150), (5, 4), (2, 1), (2, 0), (1, 0)),  # more than one tile a row
+        ((1, 37), (1, 6), (1, 2), (0, 5), (0, 1)),  # one-dimensional
+        ((37, 1), (3, 1), (2, 1), (1, 0), (0, 0)),
+    ):
+        x = _normal(3, 32, *size, dtype=dtype, layout=layout)
+        weight = _normal(32, 3, *kernel, dtype=dtype, layout=layout, seed=2)
+        grad_y = _like_result(x, weight, stride, padding, more, layout=layout)
+        _check_gradients(grad_y, x, weight, stride, padding, more)
+        _check_gradients(grad_y[:, :, :, :1].expand(grad_y.shape), x, weight, stride, padding, more)
+        wide = torch.cat((x, x), 1)
+        _check_gradients(grad_y, wide[:, 16:48], weight, stride, padding, more)
+
+
+@pytest.mark.parametrize("batch", (1, 33))
+def test_threads_do_not_change_a_bit_of_gradients(isa, batch):
+    x, weight = _normal(batch, 24, 17, 13, layout=torch.channels_last), _normal(24, 3, 5, 5, seed=2)
+    grad_y = _like_result(x, weight, (2, 2), (2, 2), (1, 1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(_check_gradients(grad_y, x, weight, (2, 2), (2, 2), (1, 1)))
+    finally:
+        torch.set_num_threads(before)
+    for grad_x, grad_weight in results[1:]:
+        assert torch.equal(grad_x, results[0][0]) and torch.equal(grad_weight, results[0][1])
+
+
+def test_gradients_of_an_empty_batch(isa):
+    x, weight, grad_y = _normal(0, 4, 5, 5), _normal(4, 3, 4, 4), _normal(0, 3, 10, 10)
+    assert conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1]).shape == x.shape
+    assert torch.equal(conv_transpose_grad_weight(grad_y, x, [4, 4], [2, 2], [1, 1]), torch.zeros_like(weight))
+
+
+def test_refuses_gradients_that_do_not_fit():
+    x, weight, grad_y = _normal(2, 4, 5, 5), _normal(4, 3, 4, 4), _normal(2, 3, 12, 10)
+    with pytest.raises(ValueError, match=r"grad_y: expected the gradient of a result .* got .*\(2, 3, 12, 10\)"):
+        conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1])
+    with pytest.raises(ValueError, match="got torch.float64"):
+        conv_transpose_grad_weight(grad_y[:, :, :10].double(), x, [4, 4], [2, 2], [1, 1])
+    with pytest.raises(ValueError, match=f"expected 1 to {FEW} output channels, got 9"):
+        conv_transpose_grad_weight(_normal(2, 9, 10, 10), x, [4, 4], [2, 2], [1, 1])
