@@ -1,5 +1,6 @@
 """The C++ kernels of transposed convolution to few channels, on each instruction set."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,12 +10,25 @@ import torch.nn.functional as F
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.extension import extension
 from genai_fast.kernels.conv_transpose import cpu_kernel
-from genai_fast.kernels.conv_transpose.cpu_kernel import conv_transpose
+from genai_fast.kernels.conv_transpose.cpu_kernel import (
+    conv_transpose,
+    conv_transpose_grad_input,
+    conv_transpose_grad_weight,
+)
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS as FEW
 
 pytestmark = pytest.mark.skipif(extension()[0] is None, reason=extension()[1])
 ISAS = [isa for isa, here in extension()[0].instruction_sets().items() if here] if extension()[0] else []
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ISAS)
@@ -29,23 +43,29 @@ def _normal(*shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0)
     return x.to(memory_format=layout) if x.dim() == 4 else x
 
 
-def _eager(x, weight, bias, stride, padding, output_padding, activation="none", slope=0.2):
+def _eager(x, weight, bias, stride, padding, more, activation="none", slope=0.2):
     bias = bias if bias is None else bias.to(x.dtype)
-    return activate(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding), activation, slope)
+    return (activate(F.conv_transpose2d(x, weight, bias, stride, padding, more), activation, slope),)
 
 
 def _error(y, truth):
     return ((y.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
 
 
-def _check(x, weight, bias, stride=(2, 2), padding=(1, 1), output_padding=(0, 0), activation="none", slope=0.2):
+def _expected(eager, tensors, settings, times):
+    """float64 results of eager(*tensors, *settings), and the errors allowed: so many times those in the own dtype."""
+    truths = eager(*(t if t is None else t.double() for t in tensors), *settings)
+    allowed = [times * _error(y, truth) + 1e-6 for y, truth in zip(eager(*tensors, *settings), truths, strict=True)]
+    return truths, allowed
+
+
+def _check(x, weight, bias, stride=(2, 2), padding=(1, 1), more=(0, 0), activation="none", slope=0.2, expected=None):
     """Twice PyTorch's own error at most, channels last."""
-    settings = (list(stride), list(padding), list(output_padding), activation, slope)
+    settings = (stride, padding, more, activation, slope)
+    (truth,), (allowed,) = expected or _expected(_eager, (x, weight, bias), settings, 2)
     y = conv_transpose(x, weight, bias, *settings)
-    truth = _eager(x.double(), weight.double(), bias if bias is None else bias.double(), *settings)
     assert y.dtype is x.dtype and y.shape == truth.shape
     assert y.is_contiguous(memory_format=torch.channels_last)
-    allowed = 2 * _error(_eager(x, weight, bias, *settings), truth) + 1e-6
     assert _error(y, truth) <= allowed, (x.shape, weight.shape, settings)
     return y
 
@@ -58,14 +78,22 @@ def _settings(size, kernel):
                 yield (stride,) * 2, (padding,) * 2, (more,) * 2
 
 
-@pytest.mark.parametrize("few", (1, 2, 3, 5, 8))
-@pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
-def test_every_geometry(isa, few, layout):
-    x, bias = _normal(2, 7, 5, 3, layout=layout), _normal(few, seed=1)
+@functools.cache
+def _geometries(few):
+    """(settings, x, weight, bias, what is expected of the result): for each instruction set and layout the same."""
+    x, bias, cases = _normal(2, 7, 5, 3), _normal(few, seed=1), []
     for kernel in range(1, 7):
         weight = _normal(7, few, kernel, kernel, seed=2)
         for settings in _settings((5, 3), kernel):
-            _check(x, weight, bias, *settings)
+            cases.append((settings, x, weight, bias, _expected(_eager, (x, weight, bias), settings, 2)))
+    return cases
+
+
+@pytest.mark.parametrize("few", (1, 2, 3, 5, 8))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
+def test_every_geometry(isa, few, layout):
+    for settings, x, weight, bias, expected in _geometries(few):
+        _check(x.to(memory_format=layout), weight, bias, *settings, expected=expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
@@ -131,13 +159,10 @@ def test_large_planes_are_read_by_rows(isa):
 @pytest.mark.parametrize("batch, layout", list(itertools.product((1, 3, 33), LAYOUTS)))
 def test_threads_do_not_change_a_bit(isa, batch, layout):
     x, weight, bias = _normal(batch, 24, 17, 13, layout=layout), _normal(24, 3, 5, 5, seed=2), _normal(3, seed=1)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(conv_transpose(x, weight, bias, [2, 2], [2, 2], [1, 1], "tanh", 0.0))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(conv_transpose(x, weight, bias, [2, 2], [2, 2], [1, 1], "tanh", 0.0))
     assert all(torch.equal(results[0], other) for other in results[1:])
     alone = conv_transpose(x[-1:], weight, bias, [2, 2], [2, 2], [1, 1], "tanh", 0.0)
     assert torch.equal(alone, results[0][-1:])
@@ -149,7 +174,7 @@ def test_special_values_stay_where_they_belong(isa, layout):
         x, weight = _normal(2, 5, 6, 7, layout=layout), _normal(5, 3, kernel, kernel, seed=2)
         x[0, 2, 3, 4] = x[1, 0, 0, 6] = value
         y = conv_transpose(x, weight, None, [2, 2], [1, 1], [0, 0], "none", 0.0)
-        truth = _eager(x.double(), weight.double(), None, 2, 1, 0).float()
+        truth = _eager(x.double(), weight.double(), None, 2, 1, 0)[0].float()
         finite = truth.isfinite()
         assert torch.equal(y.isfinite(), finite)
         assert torch.equal(y[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0))
@@ -177,3 +202,91 @@ def test_refuses(change, message):
     good = dict(x=_normal(1, 4, 5, 5), weight=_normal(4, 3, 4, 4), bias=None, stride=[2, 2], padding=[1, 1])
     with pytest.raises(ValueError, match=message):
         conv_transpose(**{**good, **change}, output_padding=[0, 0], activation="none", slope=0.0)
+
+
+def _gradients(grad_y, x, weight, stride, padding, more):
+    settings = (stride, padding, (1, 1), True, more, 1, (True, True, False))
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings)[:2]
+
+
+def _check_gradients(grad_y, x, weight, stride=(2, 2), padding=(1, 1), more=(0, 0), expected=None):
+    """3 times PyTorch's own error at most."""
+    kernel = list(weight.shape[2:])
+    grad_x = conv_transpose_grad_input(grad_y, weight, list(x.shape[2:]), stride, padding)
+    grad_weight = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding)
+    expected = expected or _expected(_gradients, (grad_y, x, weight), (stride, padding, more), 3)
+    for ours, truth, allowed in zip((grad_x, grad_weight), *expected, strict=True):
+        assert ours.dtype is x.dtype and ours.shape == truth.shape
+        assert _error(ours, truth) <= allowed, (x.shape, weight.shape, stride, padding, more)
+    assert grad_x.is_contiguous(memory_format=torch.channels_last) and grad_weight.is_contiguous()
+    last = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding, True)
+    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, grad_weight)
+    return grad_x, grad_weight
+
+
+def _like_result(x, weight, stride, padding, more, **of):
+    shape = F.conv_transpose2d(x.float(), weight.float(), None, stride, padding, more).shape
+    return _normal(*shape, dtype=x.dtype, seed=3, **of)
+
+
+@functools.cache
+def _gradient_geometries(few):
+    x, cases = _normal(2, 17, 5, 3), []
+    for kernel in range(1, 7):
+        weight = _normal(17, few, kernel, kernel, seed=2)
+        for settings in _settings((5, 3), kernel):
+            tensors = (_like_result(x, weight, *settings), x, weight)
+            cases.append((tensors, settings, _expected(_gradients, tensors, settings, 3)))
+    return cases
+
+
+@pytest.mark.parametrize("few", (1, 3, 8))
+def test_gradients_of_every_geometry(isa, few):
+    for tensors, settings, expected in _gradient_geometries(few):
+        _check_gradients(*tensors, *settings, expected=expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
+def test_gradients_of_any_layout_and_dtype(isa, layout, dtype):
+    for size, kernel, stride, padding, more in (
+        ((9, 20), (4, 4), (2, 2), (1, 1), (0, 0)),
+        ((3, 150), (5, 4), (2, 1), (2, 0), (1, 0)),  # more than one tile a row
+        ((1, 37), (1, 6), (1, 2), (0, 5), (0, 1)),  # one-dimensional
+        ((37, 1), (3, 1), (2, 1), (1, 0), (0, 0)),
+    ):
+        x = _normal(3, 32, *size, dtype=dtype, layout=layout)
+        weight = _normal(32, 3, *kernel, dtype=dtype, layout=layout, seed=2)
+        grad_y = _like_result(x, weight, stride, padding, more, layout=layout)
+        _check_gradients(grad_y, x, weight, stride, padding, more)
+        _check_gradients(grad_y[:, :, :, :1].expand(grad_y.shape), x, weight, stride, padding, more)
+        wide = torch.cat((x, x), 1)
+        _check_gradients(grad_y, wide[:, 16:48], weight, stride, padding, more)
+
+
+@pytest.mark.parametrize("batch", (1, 33))
+def test_threads_do_not_change_a_bit_of_gradients(isa, batch):
+    x, weight = _normal(batch, 24, 17, 13, layout=torch.channels_last), _normal(24, 3, 5, 5, seed=2)
+    grad_y = _like_result(x, weight, (2, 2), (2, 2), (1, 1))
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append(_check_gradients(grad_y, x, weight, (2, 2), (2, 2), (1, 1)))
+    for grad_x, grad_weight in results[1:]:
+        assert torch.equal(grad_x, results[0][0]) and torch.equal(grad_weight, results[0][1])
+
+
+def test_gradients_of_an_empty_batch(isa):
+    x, weight, grad_y = _normal(0, 4, 5, 5), _normal(4, 3, 4, 4), _normal(0, 3, 10, 10)
+    assert conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1]).shape == x.shape
+    assert torch.equal(conv_transpose_grad_weight(grad_y, x, [4, 4], [2, 2], [1, 1]), torch.zeros_like(weight))
+
+
+def test_refuses_gradients_that_do_not_fit():
+    x, weight, grad_y = _normal(2, 4, 5, 5), _normal(4, 3, 4, 4), _normal(2, 3, 12, 10)
+    with pytest.raises(ValueError, match=r"grad_y: expected the gradient of a result .* got .*\(2, 3, 12, 10\)"):
+        conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1])
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        conv_transpose_grad_weight(grad_y[:, :, :10].double(), x, [4, 4], [2, 2], [1, 1])
+    with pytest.raises(ValueError, match=f"expected 1 to {FEW} output channels, got 9"):
+        conv_transpose_grad_weight(_normal(2, 9, 10, 10), x, [4, 4], [2, 2], [1, 1])

@@ -5,48 +5,11 @@
 #include <omp.h>
 
 #include "activations.h"
+#include "cpu_gradients.h"
+#include "cpu_images.h"
 #include "kernel.h"
-#include "matmul.h"
-#include "rows.h"
 
 namespace {
-
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// One axis of the convolution: input i adds to results i stride - pad + k, k < kernel.
-struct Axis {
-  int64_t in, out, kernel, stride, pad;
-  int64_t taps() const { return up(kernel, stride); }  // inputs that add to one result, at most
-};
-
-constexpr int64_t kNear = 1 << 17;  // floats of an image that the second-level cache holds
-
-// An input [N, C, H, W] whose channels or pixels lie one beside the other.
-struct Image {
-  const void* data;
-  int dtype;
-  int64_t channels, sample, channel, row, pixel;  // extent, then strides
-  bool near;                                      // an image lies within kNear
-
-  // Pixels first <= i < first + count of a row as float32: in place, or in `buffer`.
-  Strided pixels(int64_t n, int64_t y, int64_t first, int64_t count, float* buffer) const {
-    const int64_t at = n * sample + y * row + first * pixel;
-    if (dtype == kFloat32) {
-      const float* const values = static_cast<const float*>(data) + at;
-      if (channel == 1) return Strided::rows(values, pixel);
-      if (near) return {values, 1, channel, values + row, 1, channel};
-    }
-    if (channel == 1) {
-      for (int64_t i = 0; i < count; ++i) load_span(data, dtype, at + i * pixel, channels, buffer + i * channels);
-      return Strided::rows(buffer, channels);
-    }
-    // Planes: lines so far apart that they evict each other are read once, and whole.
-    for (int64_t c = 0; c < channels; ++c) load_span(data, dtype, at + c * channel, count, buffer + c * count);
-    return {buffer, 1, count, buffer, 0, 0};
-  }
-};
 
 // The stride_w Co results one beside the other that take shares of the same pixels: a group. It fills some of L lanes.
 template <int L>
@@ -102,9 +65,6 @@ void add_parts(const Parts& parts, int64_t group, const float* bias, int64_t cou
   }
 }
 
-inline float* floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, size_t(up(count + kMostLanes, 16) * 64)));
-}
 
 // [Ci, KH, KW, Co], each channel's in whole vectors, of weights [Ci, Co, KH, KW] of any strides.
 float* packed_weights(const float* weight, int64_t channels, int64_t few, int64_t height, int64_t width,
@@ -123,9 +83,6 @@ float* packed_weights(const float* weight, int64_t channels, int64_t few, int64_
   }
   return packed;
 }
-
-constexpr int64_t kSpan = 64;                   // groups in a tile: bounds what a thread holds
-constexpr int64_t kParallelProducts = 1 << 18;  // multiplications worth a second thread
 
 void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channel, int64_t x_row, int64_t x_pixel,
                     const float* weight, int64_t w_channel, int64_t w_few, int64_t w_row, int64_t w_column,
@@ -174,8 +131,8 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
           float* const share = shares + next % v.taps() * slot;
           for (int64_t i = 0; i < lower * columns; ++i) share[i] = 0.0f;
           for (int64_t i = upper * columns; i < all * columns; ++i) share[i] = 0.0f;
-          multiply(image.pixels(n, next, begin + lower, upper - lower, input), upper - lower, channels, packed,
-                   columns, columns, share + lower * columns, columns);
+          const Strided a = image.pixels(n, next, begin + lower, upper - lower, input);
+          multiply({a, channels, packed, columns, share + lower * columns, columns, false}, upper - lower, columns);
         }
         Parts parts{{}, 0, partial < group ? to - from + 1 : 0, partial, columns};
         for (int64_t tap = h.taps() - 1; tap >= 0; --tap) {
@@ -204,5 +161,7 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
 
 GENAI_FAST_TABLE = {
     Entry<&conv_transpose>::named("conv_transpose"),
+    Entry<&conv_transpose_grad_input>::named("conv_transpose_grad_input"),
+    Entry<&conv_transpose_grad_weight>::named("conv_transpose_grad_weight"),
     {},
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.extension import cpu_kernels
@@ -13,6 +14,7 @@ from genai_fast.kernels.conv_transpose.shapes import (
     FEW_CHANNELS,
     LARGEST_KERNEL,
     LARGEST_STRIDE,
+    channels_last,
     empty_channels_last,
     output_size,
 )
@@ -41,6 +43,25 @@ def _require(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
         raise ValueError(
             f"conv_transpose: bias: expected ({few},) on {x.device}, got {tuple(bias.shape)} on {bias.device}"
         )
+
+
+def _require_gradient(grad_y, x, weight_shape, stride, padding) -> None:
+    """Raise unless grad_y is the gradient of a result that x gives, with some output_padding."""
+    planes = zip(grad_y.shape[2:], x.shape[2:], weight_shape[2:], stride, padding, strict=True)
+    over = [out - ((size - 1) * s - 2 * p + k) for out, size, k, s, p in planes]
+    fits = all(0 <= more < s for more, s in zip(over, stride, strict=True))
+    alike = grad_y.dtype is x.dtype and grad_y.device == x.device
+    if not fits or not alike or grad_y.shape[:2] != (x.size(0), weight_shape[1]) or min(padding) < 0:
+        raise ValueError(
+            f"conv_transpose: grad_y: expected the gradient of a result of x {x.dtype} {tuple(x.shape)}, weight"
+            f" {tuple(weight_shape)}, stride {list(stride)} and padding {list(padding)}, got {grad_y.dtype}"
+            f" {tuple(grad_y.shape)}"
+        )
+
+
+def _extents(y, x, kernel_size) -> tuple[int, ...]:
+    """N, C, C_out, H, W, OH, OW, KH, KW."""
+    return (*x.shape[:2], y.size(1), *x.shape[2:], *y.shape[2:], *kernel_size)
 
 
 def _output_size(x, weight, stride, padding, output_padding) -> list[int]:
@@ -76,7 +97,39 @@ def conv_transpose(x, weight, bias, stride, padding, output_padding, activation,
     y = empty_channels_last(x, x.size(0), weight.size(1), *out)
     cpu_kernels()[0]["conv_transpose"](
         x.data_ptr(), DTYPE_CODE[x.dtype], *strides, weight.data_ptr(), *weight.stride(), address(bias),
-        y.data_ptr(), *x.shape[:2], weight.size(1), *x.shape[2:], *out, *weight.shape[2:], *stride, *padding,
-        ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        y.data_ptr(), *_extents(y, x, weight.shape[2:]), *stride, *padding, ACTIVATION_CODE[activation], slope,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
+    """grad_x [N, C, *size], channels_last."""
+    x = grad_y.new_empty(1).expand(grad_y.size(0), weight.size(0), *size)  # of which only the shape is used
+    _require(x, weight, None, stride)
+    _require_gradient(grad_y, x, weight.shape, stride, padding)
+    grad_y = channels_last(grad_y)
+    rows = weight.float().permute(2, 3, 1, 0).reshape(-1, x.size(1))
+    rows = F.pad(rows, (0, -x.size(1) % 16)).contiguous()  # whole vectors of any instruction set
+    grad_x = empty_channels_last(grad_y, *x.shape)
+    cpu_kernels()[0]["conv_transpose_grad_input"](
+        grad_y.data_ptr(), DTYPE_CODE[grad_y.dtype], rows.data_ptr(), rows.size(1), grad_x.data_ptr(),
+        *_extents(grad_y, x, weight.shape[2:]), *stride, *padding, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last=False):
+    """grad_weight [C, C_out, *kernel_size], contiguous or channels_last."""
+    shape = (x.size(1), grad_y.size(1), *kernel_size)
+    _require(x, x.new_empty(1).expand(shape), None, stride)
+    _require_gradient(grad_y, x, shape, stride, padding)
+    grad_y = channels_last(grad_y)
+    x, strides = _image(x)
+    gradient = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    cpu_kernels()[0]["conv_transpose_grad_weight"](
+        grad_y.data_ptr(), DTYPE_CODE[x.dtype], x.data_ptr(), *strides, gradient.data_ptr(),
+        *_extents(grad_y, x, kernel_size), *stride, *padding, torch.get_num_threads(),
+    )  # fmt: skip
+    gradient = gradient.to(x.dtype)
+    return gradient if as_channels_last else gradient.contiguous()

@@ -41,29 +41,30 @@ def _refuses_statistics(backend, x, weight, bias, running_mean, running_var, mom
 
 
 def _refuses_grad_input(backend, grad_y, weight, size, stride, padding):
-    return not_served((grad_y.size(0), weight.size(0), *size), grad_y.shape, weight.shape[2:], stride)
+    x = (grad_y.size(0), weight.size(0), *size)
+    return not_served(x, grad_y.shape, weight.shape[2:], stride, few=backend == "cpu")
 
 
 def _refuses_grad_weight(backend, grad_y, x, kernel_size, stride, padding, as_channels_last):
-    return not_served(x.shape, grad_y.shape, kernel_size, stride)
+    return not_served(x.shape, grad_y.shape, kernel_size, stride, few=backend == "cpu")
 
 
 _CONVOLUTION = (
     LibraryOp(
         "conv_transpose(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding,"
         " str activation, float slope, str backend) -> Tensor",
-        _fake_forward, ("cpu", *_KERNELS), _refuses_forward,
+        _fake_forward, ("cpu", "triton"), _refuses_forward,
     ),
     LibraryOp(
         "conv_transpose_grad_input(Tensor grad_y, Tensor weight, SymInt[] size, int[] stride, int[] padding,"
         " str backend) -> Tensor",
         lambda grad_y, weight, size, *rest: empty_channels_last(grad_y, grad_y.size(0), weight.size(0), *size),
-        _KERNELS, _refuses_grad_input,
+        ("cpu", "triton"), _refuses_grad_input,
     ),
     LibraryOp(
         "conv_transpose_grad_weight(Tensor grad_y, Tensor x, SymInt[] kernel_size, int[] stride, int[] padding,"
         " bool as_channels_last, str backend) -> Tensor",
-        _fake_grad_weight, _KERNELS, _refuses_grad_weight,
+        _fake_grad_weight, ("cpu", "triton"), _refuses_grad_weight,
     ),
 )  # fmt: skip
 _STATISTICS = LibraryOp(
