@@ -45,7 +45,7 @@ def step_of(run: Run, inputs: dict[str, Any]) -> Step:
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def step() -> list[torch.Tensor]:
-        with use_backend(run.backend):
+        with use_backend(run.forced):
             outputs = function(**inputs)
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
             grads = []

@@ -28,6 +28,8 @@ from genai_fast.kernels.common.spec import (
 )
 from genai_fast.registry import OPS
 
+AUTOMATIC = "automatic"  # as a run's backend: whatever serves each part of the op
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,6 +40,11 @@ class Run:
     dtype: torch.dtype
     backend: str
     device: str
+
+    @property
+    def forced(self) -> str | None:
+        """For `use_backend`."""
+        return None if self.backend == AUTOMATIC else self.backend
 
     def __str__(self) -> str:
         return f"{self.op}-{self.case}-{str(self.dtype).removeprefix('torch.')}-{self.backend}-{self.device}"
@@ -152,7 +159,7 @@ def assert_matches_reference(run: Run) -> None:
     upstream = [torch.randn(o.shape, generator=generator).to(run.dtype).to(o) for o in outputs]
     truth, truth_grads = _evaluate(op, op.reference, _widen(inputs()), upstream)
     eager, eager_grads = _evaluate(op, op.reference, inputs(), upstream)
-    with use_backend(run.backend), poisoned_memory():
+    with use_backend(run.forced), poisoned_memory():
         got, got_grads = _evaluate(op, getattr(ops, op.name), inputs(), upstream)
 
     with torch.no_grad():
