@@ -11,7 +11,7 @@ from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
 def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    return [torch.empty(x.size(1), dtype=torch.float32) for _ in range(count)]
+    return [torch.empty(x.size(1), dtype=torch.float32, device="cpu") for _ in range(count)]
 
 
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):

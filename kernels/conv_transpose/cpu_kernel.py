@@ -126,7 +126,7 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
     _require_gradient(grad_y, x, shape, stride, padding)
     grad_y = channels_last(grad_y)
     x, strides = _image(x)
-    gradient = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    gradient = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     cpu_kernels()[0]["conv_transpose_grad_weight"](
         grad_y.data_ptr(), DTYPE_CODE[x.dtype], x.data_ptr(), *strides, gradient.data_ptr(),
         *_extents(grad_y, x, kernel_size), *stride, *padding, torch.get_num_threads(),
