@@ -131,7 +131,7 @@ def _cannot_serve(name: str, forced: str, reason: str) -> RuntimeError:
     return RuntimeError(f"{name}: backend {forced!r} was asked for, but {reason}; remedy: use_backend(None)")
 
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -153,7 +153,7 @@ def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
             device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
         elif x.dtype is torch.float64 and x.dim():
             dtype = torch.float64
-        if x.is_neg() or _is_batched(x):
+        if x.is_neg() or is_batched(x):
             special = True
     return device or "cpu", dtype, special
 

@@ -147,7 +147,7 @@ def _critic():
     )  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "channels_last", "gemm", "kernel"])
+@pytest.fixture(params=["torch", "channels_last", "gemm", "patches", "kernel"])
 def path(request, monkeypatch):
     """One path for everything, where it is open."""
 

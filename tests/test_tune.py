@@ -35,7 +35,7 @@ def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypa
     ((_, choices),) = paths.remembered().items()
     assert printed[-1] == f"{len(choices)} convolutions; remembered in {paths.file()}"
     assert {line.split("  ")[0] for line in printed[1:-1]} == {*choices}
-    assert {choice.path for choice in choices.values()} <= {"torch", "channels_last", "gemm", "kernel"}
+    assert {choice.path for choice in choices.values()} <= {"torch", "channels_last", "gemm", "patches", "kernel"}
     assert all(choice.microseconds for choice in choices.values())
     monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
     out = ["--out", f"{tmp_path}/table.md"]

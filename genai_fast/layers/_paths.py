@@ -13,12 +13,12 @@ from torch import nn
 from genai_fast import ops, paths
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE
-from genai_fast.layers import _worth
+from genai_fast.layers import _patches, _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 from genai_fast.ops.conv2d import serves as conv2d_serves
 from genai_fast.ops.conv_transpose import serves as conv_transpose_serves
 
-TORCH, CHANNELS_LAST, GEMM, KERNEL = "torch", "channels_last", "gemm", "kernel"
+TORCH, CHANNELS_LAST, GEMM, PATCHES, KERNEL = "torch", "channels_last", "gemm", "patches", "kernel"
 SMALL = "small"  # torch's too: nothing else would pay
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -43,6 +43,8 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
             names.append(CHANNELS_LAST)
         if _is_gemm(conv, x):
             names.append(GEMM)
+        elif _patches.serves(conv, x):
+            names.append(PATCHES)
         if _has_kernel(conv, x):
             names.append(KERNEL)
         # Unmeasured, ours is taken where it has always won: for an image on a CPU.
@@ -55,7 +57,8 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
 def convolution(module: nn.Module) -> str:
     """In words, the paths among which measurement chooses; "" for what is no convolution."""
     if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
-        return f"convolution by the fastest of torch, channels_last, gemm (of 1 x 1){_kernel_words(module)}"
+        ways = "torch, channels_last, gemm (of 1 x 1), patches (of few pixels, CPU)"
+        return f"convolution by the fastest of {ways}{_kernel_words(module)}"
     return "convolution by torch" if type(module) in CONVS + TRANSPOSED else ""
 
 
@@ -109,8 +112,10 @@ def convolved(
     conv: nn.Module, x: torch.Tensor, path: str, activation: str = "none", slope: float = 0.0
 ) -> torch.Tensor:
     """conv(x), and on a transposed convolution's own path its activation too."""
-    if path not in (GEMM, KERNEL):
+    if path not in (GEMM, PATCHES, KERNEL):
         return conv(x)
+    if path == PATCHES:
+        return _patches.convolved(conv, x)
     weight, bias = conv.weight, conv.bias
     if path == KERNEL:
         if type(conv) is nn.Conv2d:

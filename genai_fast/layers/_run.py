@@ -16,7 +16,18 @@ from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.layers import _worth
 from genai_fast.layers._fold import folded, folds, scaled
-from genai_fast.layers._paths import CHANNELS_LAST, GEMM, KERNEL, SMALL, TORCH, convolved, laid_out, path_of, restored
+from genai_fast.layers._paths import (
+    CHANNELS_LAST,
+    GEMM,
+    KERNEL,
+    PATCHES,
+    SMALL,
+    TORCH,
+    convolved,
+    laid_out,
+    path_of,
+    restored,
+)
 from genai_fast.layers._stock import ACTIVATIONS, global_hooks, letter, runs
 from genai_fast.ops._function import needs_graph
 
@@ -36,7 +47,7 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
             x = _one_by_one(here, x)
             continue
         path = path_of(letters, here, x, _as_one) if letters[0] == "C" else TORCH
-        relaid = relaid or path in (CHANNELS_LAST, KERNEL)
+        relaid = relaid or path in (CHANNELS_LAST, KERNEL, PATCHES)
         x = _as_one(letters, here, laid_out(x, path), path)
     return restored(x, given) if relaid else x
 
@@ -97,7 +108,7 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
             return ops.conv_transpose2d(x, *scaled(conv, norm), *settings)
         return _norm_act(norm, group, convolved(conv, x, KERNEL), activation, slope)
     if conv is not None:
-        if path not in (SMALL, GEMM, KERNEL) and not torch.compiler.is_compiling() and folds(conv, norm, x):
+        if path not in (SMALL, GEMM, KERNEL, PATCHES) and not torch.compiler.is_compiling() and folds(conv, norm, x):
             return folded(conv, norm, x, activation, slope)
         x = convolved(conv, x, path)
     if not _worth.norm(norm, x):
