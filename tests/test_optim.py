@@ -166,3 +166,24 @@ def test_numpy_rates():
     p.grad = torch.ones(4)
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.99))
+
+
+def test_a_loaded_state_takes_the_layout_of_its_parameter(recwarn):
+    """Checkpoints hold contiguous tensors."""
+    torch.manual_seed(0)
+    results = []
+    for reload in (False, True):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = Adam(conv.parameters())
+        for _ in range(2):
+            conv(torch.ones(1, 3, 5, 5)).square().sum().backward()
+            optimizer.step()
+            if reload:
+                state = optimizer.state_dict()
+                for values in state["state"].values():
+                    values.update({k: v.contiguous() for k, v in values.items()})
+                optimizer = Adam(conv.parameters())
+                optimizer.load_state_dict(state)
+        results.append(conv.weight.detach())
+    assert torch.equal(*results) and not [w for w in recwarn if issubclass(w.category, FallbackWarning)]

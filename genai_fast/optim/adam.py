@@ -67,9 +67,12 @@ class _OneCall:
             gradient, strides = p.grad, p.stride()
             if gradient.stride() != strides:
                 gradient = torch.empty_like(p).copy_(gradient)
+            for name in ("exp_avg", "exp_avg_sq"):  # loaded ones may be laid out otherwise
+                if state[name].shape == p.shape and state[name].stride() != strides:
+                    state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
             for x in (gradient, state["exp_avg"], state["exp_avg_sq"]):
                 if x.dtype is not torch.float32 or x.shape != p.shape or x.stride() != strides or not x.is_cpu:
-                    return "a loaded state or a gradient has another dtype or layout than its parameter"
+                    return "a loaded state or a gradient has another dtype or shape than its parameter"
             members = (p, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
             for list_, x in zip(lists, members, strict=True):
                 list_.append(x)
