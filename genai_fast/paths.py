@@ -104,12 +104,17 @@ def forget() -> None:
     _chosen.clear()
 
 
-def file() -> Path:
-    """Where choices are remembered."""
+def folder() -> Path:
+    """Where this library remembers things: $GENAI_FAST_CACHE, else in the user's cache folder."""
     given = os.environ.get("GENAI_FAST_CACHE")
     if given:
-        return Path(given) / "paths.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_fast" / "paths.json"
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_fast"
+
+
+def file() -> Path:
+    """Where choices are remembered."""
+    return folder() / "paths.json"
 
 
 def machine(device: torch.device) -> str:

@@ -27,6 +27,12 @@ def fused_calls(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _a_cache_of_its_own(monkeypatch, tmp_path_factory):
+    """The user's stays as it is."""
+    monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def _small_is_fused(monkeypatch, request):
     """Tests are small, and about what runs on large tensors."""
     if "sizes_count" not in request.fixturenames:

@@ -61,10 +61,10 @@ def test_epochs_are_permutations_of_seed_and_epoch():
 
 def test_an_epoch_goes_on_in_its_middle():
     images = data.load("digits")
-    whole = list(data.batches(images, 500, seed=5, epoch=2))
-    assert [len(x) for x in whole] == [500, 500, 500, 297]
+    straight = list(data.batches(images, 500, seed=5, epoch=2))
+    assert [len(x) for (x,) in straight] == [500, 500, 500, 297]
     rest = list(data.batches(images, 500, seed=5, epoch=2, start=2))
-    assert len(rest) == 2 and all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert len(rest) == 2 and all(torch.equal(a, b) for (a,), (b,) in zip(straight[2:], rest, strict=True))
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 6, 5), dtype=np.uint8)

@@ -1,5 +1,8 @@
 """Real files in, batches out."""
 
-from genai_fast.data.images import DataError, Images, batches, epoch_order, load
+from genai_fast.data.augment import Augment
+from genai_fast.data.background import ahead
+from genai_fast.data.images import DataError, DataWarning, Images, batches, epoch_order
+from genai_fast.data.sources import load
 
-__all__ = ["DataError", "Images", "batches", "epoch_order", "load"]
+__all__ = ["Augment", "DataError", "DataWarning", "Images", "ahead", "batches", "epoch_order", "load"]

@@ -1,0 +1,93 @@
+"""Random changes to a batch of images that leave what they show: mirrored, shifted, turned, in another light."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from genai_fast.errors import UsageError
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to each image of a batch, independently; all zero: nothing, bit for bit.
+
+    Calling it with [B, C, H, W] floats in [0, 1] gives the same shape in [0, 1]. Randomness is a function of (seed,
+    epoch, batch's number) alone, so a resumed run draws what a straight one does.
+
+    Args:
+        flip: probability of a left-right mirror image.
+        crop: pixels of reflected border, out of which a window of the image's own size is cut anywhere.
+        rotate: largest angle in degrees, both ways; bilinear, borders reflected.
+        jitter: strength s of brightness, contrast and saturation (colour only), each a factor from 1 - s to 1 + s.
+    """
+
+    flip: float = 0.0
+    crop: int = 0
+    rotate: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, high in (("flip", 1), ("crop", math.inf), ("rotate", 180), ("jitter", 1)):
+            value = getattr(self, name)
+            if not 0 <= value <= high or (name == "crop" and value != int(value)):
+                kind = "a whole number" if name == "crop" else "a number"
+                raise UsageError(f"{name}: expected {kind} from 0 to {high:g}, got {value!r}")
+
+    def __bool__(self) -> bool:
+        """Whether it does anything."""
+        return any((self.flip, self.crop, self.rotate, self.jitter))
+
+    def __call__(self, x: torch.Tensor, seed: int, epoch: int, batch: int) -> torch.Tensor:
+        if self.crop >= min(x.shape[2:]):
+            size = "{} x {}".format(*x.shape[:1:-1])
+            raise UsageError(f"crop: expected less than the images' side ({size}), got {self.crop}")
+        # One number more than an epoch's order has, and none of them 0: NumPy takes (a, b) and (a, b, 0) for the same.
+        draw = np.random.default_rng((seed, epoch + 1, batch + 1))
+        if self.flip or self.crop:
+            x = self._shifted(x, draw)
+        if self.rotate:
+            x = self._rotated(x, draw)
+        return self._jittered(x, draw) if self.jitter else x
+
+    def _shifted(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+        """Mirrored and cropped: one gather, values as they were."""
+        count, channels, height, width = x.shape
+        flips = draw.random((count, 1)) < self.flip
+        down, right = draw.integers(-self.crop, self.crop + 1, (2, count, 1))
+        columns = np.where(flips, np.arange(width)[::-1], np.arange(width))
+        rows, columns = _reflect(np.arange(height) + down, height), _reflect(columns + right, width)
+        source = torch.from_numpy(rows[:, :, None] * width + columns[:, None, :]).to(x.device)
+        source = source.view(count, 1, -1).expand(-1, channels, -1)
+        return x.flatten(2).gather(2, source).view_as(x)
+
+    def _rotated(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+        angle = np.radians(draw.uniform(-self.rotate, self.rotate, len(x)))
+        cos, sin, zero, aspect = np.cos(angle), np.sin(angle), np.zeros(len(x)), x.shape[3] / x.shape[2]
+        # Coordinates go from -1 to 1 along both sides: a turn must undo the sides' ratio.
+        rows = [[cos, -sin / aspect, zero], [sin * aspect, cos, zero]]
+        theta = torch.from_numpy(np.array(rows).transpose(2, 0, 1)).to(x)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        turned = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return turned.clamp_(0.0, 1.0)  # weights of four neighbours may sum to a rounding more than 1
+
+    def _jittered(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+        factors = torch.from_numpy(draw.uniform(1 - self.jitter, 1 + self.jitter, (3, len(x), 1, 1, 1)))
+        brightness, contrast, saturation = factors.to(x)
+        if x.shape[1] == 3:
+            grey = (x * x.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+            x = torch.lerp(grey, x, saturation)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return torch.lerp(mean, x, contrast).mul_(brightness).clamp_(0.0, 1.0)
+
+
+def _reflect(position: np.ndarray, size: int) -> np.ndarray:
+    """-1 is 1, size is size - 2: the border pixel is not repeated. Within one size of the image."""
+    position = np.abs(position)
+    return np.where(position >= size, 2 * (size - 1) - position, position)
