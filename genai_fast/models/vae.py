@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.models import latents
 
 
 class VAEOutput(NamedTuple):
@@ -32,6 +33,8 @@ class MLPVAE(nn.Module):
 
     Source: Kingma & Welling 2013, arXiv:1312.6114.
     """
+
+    signed: ClassVar[bool] = False  # images are in [0, 1]
 
     def __init__(
         self,
@@ -78,14 +81,28 @@ class MLPVAE(nn.Module):
     @torch.no_grad()
     def sample(self, count: int, *, seed: int | None = None) -> torch.Tensor:
         """Means of p(x | z) for z ~ N(0, I), [count, input_size]; a seed gives the same z on every device."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        z = torch.randn(count, self.latent, generator=generator)
-        return self._mean(self.decode(z.to(self.fc3.weight)))
+        return self._mean(self.decode(latents.normal(count, self.latent, seed).to(self.fc3.weight)))
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """Means of p(x | z = mu(x)), in the shape of x."""
         return self._mean(self.decode(self.encode(x)[0])).view(x.shape)
+
+    @torch.no_grad()
+    def interpolate(self, a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:
+        """Images [...] a and b -> [steps, ...]: decoded from the line mu(a) to mu(b), both included."""
+        z = latents.line(*self.encode(torch.stack([a, b]))[0], steps)
+        return self._mean(self.decode(z)).view(-1, *a.shape)
+
+    def inpaint(
+        self, x: torch.Tensor, mask: torch.Tensor, *, steps: int = 200, lr: float = 0.05, seed: int | None = None
+    ) -> torch.Tensor:
+        """Repair x [B, C, H, W] where mask [B, 1, H, W] is True; see `latents.inpaint`.
+
+        The weights and their gradients stay as they are.
+        """
+        settings = {"likelihood": self.likelihood, "steps": steps, "lr": lr, "seed": seed}
+        return latents.inpaint(self.encode, self.decode, x, mask, **settings)
 
     def extra_repr(self) -> str:
         return f"latent={self.latent}, beta={self.beta:g}, likelihood={self.likelihood}"

@@ -1,0 +1,108 @@
+"""The peers of speed figures: checkpoints load both ways, and both compute the same."""
+
+import pytest
+import torch
+from alike import close
+
+from genai_fast.models import (
+    ConvVAE,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    DenseDiscriminator,
+    DenseGenerator,
+    MLPDiscriminator,
+    MLPGenerator,
+)
+from genai_fast.models.peers import (
+    EagerConvVAE,
+    EagerDCGANDiscriminator,
+    EagerDCGANGenerator,
+    EagerDenseDiscriminator,
+    EagerDenseGenerator,
+    EagerMLPDiscriminator,
+    EagerMLPGenerator,
+)
+
+SHAPE, WIDE = (1, 6, 5), (16, 8)
+# Ours, the peer, and the shape of one input: a latent or an image.
+PAIRS = {
+    "mlp-generator": (lambda: MLPGenerator(SHAPE, latent=4, widths=WIDE), EagerMLPGenerator, (SHAPE, 4, WIDE), (4,)),
+    "mlp-discriminator": (lambda: MLPDiscriminator(SHAPE, widths=WIDE), EagerMLPDiscriminator, (SHAPE, WIDE), SHAPE),
+    "dcgan-generator": (lambda: DCGANGenerator(latent=8, width=4), EagerDCGANGenerator, (8, 4), (8, 1, 1)),
+    "dcgan-discriminator": (lambda: DCGANDiscriminator(width=4), EagerDCGANDiscriminator, (4,), (3, 64, 64)),
+    "dense-generator": (lambda: DenseGenerator(8, side=2), EagerDenseGenerator, (8, 1, 2), (8,)),
+    "dense-discriminator": (lambda: DenseDiscriminator(8, dropout=0), EagerDenseDiscriminator, (8, 1, 0), (1, 8, 8)),
+}
+FULL = {
+    MLPGenerator: EagerMLPGenerator,
+    MLPDiscriminator: EagerMLPDiscriminator,
+    DCGANGenerator: EagerDCGANGenerator,
+    DCGANDiscriminator: EagerDCGANDiscriminator,
+    DenseGenerator: EagerDenseGenerator,
+    DenseDiscriminator: EagerDenseDiscriminator,
+    ConvVAE: EagerConvVAE,
+}
+
+
+def _load_both_ways(ours, peer):
+    assert [*ours.state_dict()] == [*peer.state_dict()]
+    ours.load_state_dict(peer.state_dict())
+    peer.load_state_dict(ours.state_dict())
+
+
+def _shapes(model):
+    return {key: (p.shape, p.dtype) for key, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_checkpoints_load_both_ways_and_compute_the_same(name):
+    torch.manual_seed(0)
+    make, peer, arguments, shape = PAIRS[name]
+    ours, peer, x = make(), peer(*arguments), torch.randn(6, *shape)
+    _load_both_ways(ours, peer)
+    for training in (True, True, False):
+        found, expected = ours.train(training)(x), peer.train(training)(x)
+        close(found.sigmoid() if "discriminator" in name else found, expected)
+    for key, value in peer.state_dict().items():  # running statistics too
+        close(ours.state_dict()[key].float(), value.float(), what=key)
+
+
+def test_the_loss_of_discriminators_is_bce():
+    torch.manual_seed(0)
+    ours, peer = MLPDiscriminator(SHAPE, widths=WIDE), EagerMLPDiscriminator(SHAPE, WIDE)
+    _load_both_ways(ours, peer)
+    x, real = torch.randn(9, *SHAPE), torch.randint(2, (9,)).float()
+    found = torch.nn.functional.binary_cross_entropy_with_logits(ours(x), real)
+    expected = torch.nn.functional.binary_cross_entropy(peer(x), real)
+    found.backward()
+    expected.backward()
+    close(found, expected)
+    for (name, p), q in zip(ours.named_parameters(), peer.parameters(), strict=True):
+        close(p.grad, q.grad, what=name)
+
+
+@pytest.mark.parametrize(("size", "channels", "widths"), [(8, 1, (6, 8)), (28, 3, (4, 6))])
+def test_conv_vaes(size, channels, widths, monkeypatch):
+    torch.manual_seed(0)
+    ours = ConvVAE(size, channels=channels, latent=4, widths=widths)
+    peer, x = EagerConvVAE(size, channels, 4, widths), torch.rand(6, channels, size, size) * 2 - 1
+    _load_both_ways(ours, peer)
+    eps = torch.randn(6, 4)
+    monkeypatch.setattr(peer, "reparameterize", lambda mu, logvar: mu + eps * torch.exp(0.5 * logvar))
+    monkeypatch.setattr("genai_fast.ops.reparameterize", lambda mu, logvar, seed=None: peer.reparameterize(mu, logvar))
+    for training in (True, False):
+        for a, b in zip(ours.train(training)(x), peer.train(training)(x), strict=True):
+            close(a, b)
+        found, expected = ours.training_step(x).loss, peer.loss(x)
+        close(found, expected)
+    found.backward()
+    expected.backward()
+    for (name, p), q in zip(ours.named_parameters(), peer.named_parameters(), strict=True):
+        assert name == q[0]
+        close(p.grad, q[1].grad, 1e-4, what=name)
+
+
+@pytest.mark.parametrize("ours", FULL, ids=lambda cls: cls.__name__)
+def test_in_full_size_keys_and_shapes_are_the_same(ours):
+    with torch.device("meta"):
+        assert _shapes(ours()) == _shapes(FULL[ours]())
