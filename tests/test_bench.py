@@ -135,10 +135,10 @@ def test_gate_is_red_on_what_is_wrong(monkeypatch):
 def test_training_gate(monkeypatch):
     from bench import bench_training
 
-    assert bench_training.red("cpu") == ""
+    assert bench_training.red("mlp_vae", "cpu") == "" == bench_training.red("mlp_gan", "cpu")
     right = ops.vae_loss
     monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
-    assert bench_training.red("cpu").startswith("loss: expected about")
+    assert bench_training.red("mlp_vae", "cpu").startswith("losses: expected about")
 
 
 # GPU gate

@@ -20,7 +20,7 @@ import genai_fast
 from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.training import CheckpointError, checkpoint, fit, loop, make_optimizer
-from genai_fast.training.config import VAEConfig
+from genai_fast.training.settings import VAEConfig
 
 CONFIG = VAEConfig(data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=2, checkpoint_every=3)
 
@@ -50,7 +50,7 @@ def same(a, b):
 
 def without_clock(path):
     lines = [json.loads(line) for line in (path / loop.METRICS).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")} for line in lines]
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +204,8 @@ def test_whatever_write_fails_an_older_checkpoint_stands(tmp_path, monkeypatch, 
 CHILD = """
 import sys
 from pathlib import Path
-from genai_fast.training.config import VAEConfig
-from genai_fast.training.recipes import train
+from genai_fast.training.settings import VAEConfig
+from genai_fast.training.runs import train
 settings = VAEConfig(data="digits", epochs=10**6, batch_size=512, hidden=4000,
                      latent=4, checkpoint_every=1, threads=1)
 train("vae", settings, Path(sys.argv[1]), resume=sys.argv[2] == "resume")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genai_fast.training import ConfigError, config
-from genai_fast.training.config import Config, VAEConfig
+from genai_fast.training.config import Config
+from genai_fast.training.settings import VAEConfig
 
 
 def test_later_sources_win(tmp_path):

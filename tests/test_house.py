@@ -22,10 +22,17 @@ LAYERS = [
     ("genai_fast.ops",),
     ("genai_fast.optim", "genai_fast.layers", "genai_fast.testing", "genai_fast.table"),
     ("genai_fast.fuse",),
-    ("genai_fast.models", "genai_fast.data"),
+    ("genai_fast.models", "genai_fast.data", "genai_fast.evaluation"),
     ("genai_fast.training",),
     ("genai_fast.profiling",),
-    ("genai_fast.doctor", "genai_fast.demo", "genai_fast.tune", "genai_fast.cli", "genai_fast.__main__"),
+    (
+        "genai_fast.doctor",
+        "genai_fast.demo",
+        "genai_fast.tune",
+        "genai_fast.commands",
+        "genai_fast.cli",
+        "genai_fast.__main__",
+    ),
 ]
 
 

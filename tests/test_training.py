@@ -3,17 +3,24 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
+import os
+import signal
+import threading
+import time
 
 import pytest
+import safetensors.torch
 import torch
 
 from genai_fast import data
 from genai_fast.models import MLPVAE
-from genai_fast.training import Step, TrainingStopped, fit, loop, make_optimizer
+from genai_fast.models.autoencoder import AutoencoderLoss
+from genai_fast.training import Step, TrainingInterrupted, TrainingStopped, checkpoint, fit, loop, make_optimizer
 from genai_fast.training import step as step_module
-from genai_fast.training.config import VAEConfig
+from genai_fast.training.settings import VAEConfig
 
 CONFIG = VAEConfig(data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=3)
 
@@ -79,11 +86,13 @@ def recorder(monkeypatch):
 def test_the_graph_serves_one_shape_after_a_warm_up_that_counts(recorder):
     train, _ = digits()
     (model, optimizer), (other, adam) = new(lr=1e-3, capturable=False), new(lr=1e-3, capturable=False)
+    asked = {"capturable": True, "fused": True}  # by Step; the CPU's Adam itself refuses the first
+    before = [{key: group[key] for key in asked} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["capturable"] = True  # as Step asks; the CPU's Adam itself refuses it
+        group.update(asked)
     graphed = Step(model, optimizer, graph=True)
-    for group in optimizer.param_groups:
-        group["capturable"] = False
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(settings)
     plain = Step(other, adam)
     # Epochs of two whole batches and a smaller one: the smaller is neither captured nor restarts the warm-up.
     order = [slice(0, 64), slice(64, 128), slice(128, 140)] * 3
@@ -133,14 +142,50 @@ def test_metrics_and_lines(tmp_path):
     # 1617 images: 7 steps an epoch; a record every third step and at an epoch's end.
     assert [r["step"] for r in steps] == [3, 6, 7, 9, 12, 14]
     assert [(r["epoch"], r["step"]) for r in epochs] == [(1, 7), (2, 14)] and epochs[-1] == last
-    assert all(set(r) == {"kind", "epoch", "step", "samples_per_second", "loss", "reconstruction", "kl"} for r in steps)
+    common = {"kind", "epoch", "step", "samples_per_second", "data_wait"}
+    assert all(set(r) == common | {"loss", "reconstruction", "kl"} for r in steps)
     for r in epochs:
         assert set(r["train"]) == set(r["validation"]) == {"loss", "reconstruction", "kl"}
         assert r["validation"]["loss"] == pytest.approx(r["validation"]["reconstruction"] + r["validation"]["kl"])
-        assert r["samples_per_second"] > 0
+        assert r["samples_per_second"] > 0 and 0 < r["data_wait"] < 1 and r["skipped"] == 0 and r["warnings"] == []
     assert epochs[1]["train"]["loss"] < epochs[0]["train"]["loss"]
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and lines[1].startswith(f"epoch 2/2  loss {last['train']['loss']:.2f}  validation")
+
+
+def test_the_wait_for_data_goes_on_across_a_resume():
+    at = loop.Progress(batch=3, step=3, seconds=100.0, waited=40.0, sums=[1.0, 1.0])
+    meter = loop._Meter(at, 0)
+    assert meter.wait() == pytest.approx(0.4, abs=1e-3)
+
+    def slow():
+        yield (torch.zeros(1),)
+        time.sleep(0.2)
+        yield (torch.ones(1),)
+
+    for (x,) in meter.waiting(slow()):
+        meter.add(AutoencoderLoss(x[0]), 1)
+    meter.store(at, 0)
+    assert at.sums == [2.0, 3.0]
+    assert 40.2 <= at.waited < 41 and 100.2 <= at.seconds < 101
+
+
+def test_a_run_that_stops_leaves_no_thread(tmp_path, monkeypatch):
+    """On CUDA batches come from a thread; here it is put in without."""
+    made = []
+
+    def threaded(*arguments):
+        made.append(data.ahead(epoch(*arguments)))
+        return made[-1]
+
+    straight, _ = run(tmp_path)
+    epoch = loop._epoch
+    monkeypatch.setattr(loop, "_epoch", threaded)
+    assert equal(run(tmp_path)[0], straight)
+    monkeypatch.setattr(Step, "__call__", lambda step, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path)
+    assert len(made) == 3 and not [t for t in threading.enumerate() if t.name == "genai_fast.data.ahead"]
 
 
 def test_an_epochs_mean_weighs_samples_not_batches(tmp_path):
@@ -179,20 +224,97 @@ def test_a_terminal_gets_a_bar(tmp_path):
     assert "epoch 2/2" in text and "samples/s" in text and "loss" in text and "0:00:00" in text
 
 
-@pytest.mark.parametrize("when", ["step", "end of epoch"])
-def test_nan_stops_with_plain_words_and_leaves_the_last_good_checkpoint(tmp_path, when):
-    class Breaks(MLPVAE):
-        steps = 0
+class Breaks(MLPVAE):
+    """Its loss is NaN in the steps of `bad`, counted from 1."""
 
-        def training_step(self, x):
-            losses = super().training_step(x)
-            Breaks.steps += self.training
-            return losses._replace(loss=losses.loss * math.nan) if Breaks.steps == 10 else losses
+    bad = range(0)
+    steps = 0
+
+    def training_step(self, x):
+        losses = super().training_step(x)
+        self.steps += self.training
+        return losses._replace(loss=losses.loss * math.nan) if self.training and self.steps in self.bad else losses
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    x = digits()[0].batch(slice(0, 32))
+    torch.manual_seed(0)
+    model = Breaks(64, 8, 2)
+    model.bad = range(2, 4)
+    optimizer = make_optimizer(model, CONFIG)
+    step, states = Step(model, optimizer), []
+    for _ in range(4):
+        step(x)
+        states.append(
+            [p.detach().clone() for p in model.parameters()] + [optimizer.state[model.fc1.weight]["step"].clone()]
+        )
+    unchanged = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(states)]
+    assert unchanged == [True, True, False] and step.skipped() == (2, 0)
 
     torch.manual_seed(0)
     model = Breaks(64, 8, 2)
-    config = dataclasses.replace(CONFIG, log_every=1 if when == "step" else 1000)
-    at = "step 10" if when == "step" else "step 14"
-    with pytest.raises(TrainingStopped, match=rf"stopped at {at} \(epoch 2\).* became nan.*smaller --lr"):
+    model.bad = range(9, 12)
+    last = fit(model, make_optimizer(model, CONFIG), *digits(), CONFIG, tmp_path, stream=io.StringIO())
+    first, second = [r for r in records(tmp_path) if r["kind"] == "epoch"]
+    assert (first["skipped"], second["skipped"]) == (0, 3) and second == last
+    assert second["train"]["loss"] < first["train"]["loss"]  # a mean of the steps that count
+    assert [r["loss"] for r in records(tmp_path) if r["kind"] == "step" and r["step"] == 9] == [None]
+
+
+def test_steps_that_stay_nan_stop_with_plain_words_the_batch_and_the_last_good_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = Breaks(64, 8, 2)
+    model.bad = range(10, 1000)
+    config = dataclasses.replace(CONFIG, epochs=9, log_every=1)
+    with pytest.raises(TrainingStopped, match=r"stopped at step 19 \(epoch 3\): 10 updates in a row .*smaller --lr"):
         fit(model, make_optimizer(model, config), *digits(), config, tmp_path, stream=io.StringIO())
-    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000000007"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{k:09d}" for k in (7, 14)]
+    images = safetensors.torch.load_file(tmp_path / "batch-000000019.safetensors")["images"]
+    assert images.shape == (256, 1, 8, 8) and images.isfinite().all()
+
+
+def test_a_checkpoint_never_holds_nan(tmp_path):
+    class Poisoned(MLPVAE):
+        def training_step(self, x):
+            losses = super().training_step(x)
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 3:
+                self.fc1.bias.register_hook(lambda g: g * math.nan)  # the loss is finite, the update is not
+            return losses
+
+    torch.manual_seed(0)
+    model = Poisoned(64, 8, 2)
+    with pytest.raises(TrainingStopped, match=r"stopped at step 7 \(epoch 1\): fc1.*not finite"):
+        fit(model, make_optimizer(model, CONFIG), *digits(), CONFIG, tmp_path, stream=io.StringIO())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("when", ["step", "last step"])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, when):
+    class Interrupted(MLPVAE):
+        at = 7 if when == "last step" else 5
+        steps = 0
+
+        def training_step(self, x):
+            self.steps += self.training
+            if self.training and self.steps == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().training_step(x)
+
+    torch.manual_seed(0)
+    model = Interrupted(64, CONFIG.hidden, CONFIG.latent)
+    optimizer = make_optimizer(model, CONFIG)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=rf"SIGINT after step {model.at} .*checkpoint.*--resume"):
+        fit(model, optimizer, *digits(), CONFIG, tmp_path, stream=io.StringIO())
+    assert signal.getsignal(signal.SIGINT) is before
+    (saved,) = tmp_path.glob("checkpoint-*")
+    assert saved.name == f"checkpoint-{model.at:09d}"
+
+    resumed, its_optimizer = new(seed=9)
+    state = checkpoint.restore(saved, resumed, its_optimizer)
+    fit(resumed, its_optimizer, *digits(), CONFIG, tmp_path, resume=state, stream=io.StringIO())
+    straight, adam = new()
+    (tmp_path / "straight").mkdir()
+    fit(straight, adam, *digits(), CONFIG, tmp_path / "straight", stream=io.StringIO())
+    assert equal(resumed, straight)

@@ -60,14 +60,14 @@ def save(
         shutil.rmtree(left)
     temporary.mkdir(parents=True)
     tag = {"format": "pt", "genai_fast_step": str(step)}
-    save_file(_plain(model.state_dict()), temporary / "model.safetensors", tag)
+    save_file(plain(model.state_dict()), temporary / "model.safetensors", tag)
     settings = optimizer.state_dict()
     tensors = {
         f"optimizer.{index}.{name}": value
         for index, values in settings["state"].items()
         for name, value in values.items()
     }
-    save_file(_plain({**tensors, **_generators()}), temporary / "training.safetensors", tag)
+    save_file(plain({**tensors, **_generators()}), temporary / "training.safetensors", tag)
     state = {
         "format": _FORMAT,
         "version": VERSION,
@@ -172,7 +172,8 @@ def _all(run: Path) -> list[Path]:
     return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
 
 
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU, as safetensors takes them."""
     # Copies: safetensors takes neither strided tensors nor two that share memory (tied weights).
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
 

@@ -31,34 +31,46 @@ def setting(
 class Config:
     """What every recipe shares."""
 
-    data: str = setting("mnist", "mnist, digits, or the path of an IDX, .npy or .npz file or a folder of pictures")
-    size: int = setting(0, "side in pixels to which a folder's pictures are scaled; 0: they have one size", low=0)
+    data: str = setting(
+        "mnist", "mnist, digits, or a path: a folder or zip of pictures, an IDX, .npy or .npz file, CIFAR-10 batches"
+    )
+    size: int = setting(0, "side in pixels to which pictures are scaled; 0: they have one size", low=0)
+    strict: bool = setting(False, "stop at a broken picture instead of leaving it out")
+    flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
+    crop: int = setting(0, "pixels by which an image may be shifted", low=0)
+    rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
+    jitter: float = setting(0.0, "strength of changes of brightness, contrast and saturation", low=0, high=1)
     validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
     epochs: int = setting(50, "passes over the data", low=1)
     batch_size: int = setting(128, "samples a step", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
+    beta1: float = setting(0.9, "decay of Adam's first moment", low=0, high=0.9999)
+    beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)
     clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
+    precision: str = setting("float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16"))
     seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
     checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
+    grid_every: int = setting(1, "epochs from one grid of samples in grids/ to the next; 0: none", low=0)
+    quality_every: int = setting(
+        1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none",
+        low=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(type(self), f.name, getattr(self, f.name)))
 
 
-@dataclass(frozen=True)
-class VAEConfig(Config):
-    hidden: int = setting(400, "width of the hidden layers", low=1)
-    latent: int = setting(20, "dimensions of the latent space", low=1)
-    beta: float = setting(1.0, "weight of the KL term", low=0)
-    likelihood: str = setting("bernoulli", "model of a pixel", choices=("bernoulli", "gaussian"))
+def changed(kind: type[Config], key: str, default: Any) -> Any:
+    """A setting of `kind` with another default."""
+    return field(default=default, metadata=kind.__dataclass_fields__[key].metadata)
 
 
 def types(kind: type[Config]) -> dict[str, type]:
-    """The type of each setting: int, float or str."""
+    """The type of each setting: bool, int, float or str."""
     return typing.get_type_hints(kind)
 
 
@@ -71,7 +83,7 @@ def _checked(kind: type[Config], key: str, value: Any) -> Any:
     allowed = kind.__dataclass_fields__[key].metadata
     if allowed["choices"] and value not in allowed["choices"]:
         raise ConfigError(f"{key}: expected {' or '.join(allowed['choices'])}, got {value!r}")
-    if wanted is str:
+    if wanted in (str, bool):
         return value
     if not (math.isfinite(value) and allowed["low"] <= value <= allowed["high"] and value > allowed["above"]):
         signs = {"low": ">=", "above": ">", "high": "<="}

@@ -1,41 +1,54 @@
-"""The loop: epochs, validation, metrics.jsonl, checkpoints, a progress bar."""
+"""The loop: epochs, validation, metrics.jsonl, checkpoints, interrupts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.data.images import Images, batches
+from genai_fast import data
+from genai_fast.data import Augment, Images
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint
 from genai_fast.training.config import Config
+from genai_fast.training.display import display
 from genai_fast.training.step import Step
 
 METRICS = "metrics.jsonl"
-_REDRAW = 0.1  # seconds from one redrawing of the progress bar to the next
+MOST_SKIPPED = 10  # updates in a row that were skipped for NaN: then training stops
 
 
 class TrainingStopped(UsageError):
     """Training cannot go on: the loss is no longer a number."""
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or a termination signal, after the step at hand was finished and a checkpoint written."""
+
+
 @dataclass
 class Progress:
-    """Where a run stands: the next batch, and the epoch's losses times batch sizes so far (`sums`)."""
+    """Where a run stands: the next batch; `sums`: of the epoch's losses times batch sizes, and of those sizes."""
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     seconds: float = 0.0  # spent on this epoch's steps
+    waited: float = 0.0  # of those, for data
+    skipped: int = 0  # updates in this epoch left out because a loss was not finite
     sums: list[float] = field(default_factory=list)
 
 
@@ -49,68 +62,152 @@ def fit(
     *,
     about: dict[str, Any] | None = None,
     resume: dict[str, Any] | None = None,
+    after_epoch: Callable[[int, dict[str, float]], tuple[dict[str, float], list[str]]] | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Train until `config.epochs`; leave metrics.jsonl and checkpoints in folder `run`.
 
     metrics.jsonl holds one JSON object a line, losses in nats a sample: {"kind": "step", "epoch", "step",
-    "samples_per_second", <the model's losses>} every `config.log_every` steps and at the end of an epoch, and
-    {"kind": "epoch", "epoch", "step", "samples_per_second", "train": {<losses>}, "validation": {<losses>}}
-    after it. Epochs and steps count from 1.
+    "samples_per_second", "data_wait", <the model's losses>} every `config.log_every` steps and at the end of an
+    epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "skipped", "train": {<losses>},
+    "validation": {<losses>}, "warnings": [...]} after it. Epochs and steps count from 1. data_wait is the share of the
+    time that was spent waiting for data; skipped counts updates left out because a loss was not finite.
+
+    A model says what it wants of a batch: `signed` (images in [-1, 1] rather than [0, 1]), `classes` (labels too),
+    `n_critic` (so many batches a step), and with `turns` it gets whole batches only.
+
+    Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
 
     Args:
         about: JSON data stored with each checkpoint.
         resume: what `checkpoint.restore` returned, to go on from there.
+        after_epoch: number of the epoch and its mean losses -> figures for "validation", and warnings; None: those of
+            `evaluate`.
         stream: where the progress bar goes, or a line an epoch if it is no terminal; None: stderr.
 
     Returns:
         The last epoch's record.
 
     Raises:
-        TrainingStopped: the loss became infinite or NaN. CheckpointError: `resume` is of another kind.
+        TrainingStopped: losses stayed infinite or NaN; the batch is in folder `run`.
+        TrainingInterrupted: by a signal; a checkpoint of the last step is in folder `run`.
+        CheckpointError: `resume` is of another kind.
     """
     at = _progress(resume)
-    step = Step(model, optimizer, clip=config.clip)
-    steps_an_epoch = math.ceil(len(train) / config.batch_size)
-    total = config.epochs * len(train)
+    step = Step(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
+    size = config.batch_size * getattr(model, "n_critic", 1)
+    whole = hasattr(model, "turns")
+    steps_an_epoch = len(train) // size if whole else math.ceil(len(train) / size)
+    samples = steps_an_epoch * size if whole else len(train)
     record: dict[str, Any] = {}
+    warned: set[str] = set()
 
     def save() -> None:
         checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {})
 
-    with _Metrics(run / METRICS, at.step) as metrics, _display(stream or sys.stderr, total) as display:
+    with (
+        _Metrics(run / METRICS, at.step) as metrics,
+        display(stream or sys.stderr, config.epochs * samples) as screen,
+        _signals() as stop,
+    ):
         while at.epoch < config.epochs:
             model.train()
-            meter = _Meter(at)
-            for x in batches(train, config.batch_size, config.seed, at.epoch, at.batch):
-                meter.add(step(x), len(x))
-                at.batch, at.step = at.batch + 1, at.step + 1
-                last = at.batch == steps_an_epoch
-                if last or at.step % config.log_every == 0:
-                    terms, rate = meter.latest(), meter.rate()
-                    _check(terms, at, run)
-                    metrics.write(kind="step", epoch=at.epoch + 1, step=at.step, samples_per_second=rate, **terms)
-                    done = at.epoch * len(train) + min(at.batch * config.batch_size, len(train))
-                    display.steps(done, terms["loss"], rate)
-                if config.checkpoint_every and at.step % config.checkpoint_every == 0 and not last:
-                    meter.store(at)
-                    _check({"loss": math.fsum(at.sums)}, at, run)
-                    save()
-            meter.store(at)
+            meter = _Meter(at, step.skipped()[0])
+            with contextlib.closing(_epoch(model, train, config, size, at)) as fed:
+                for batch in meter.waiting(fed):
+                    meter.add(step(*batch), len(batch[0]))
+                    at.batch, at.step = at.batch + 1, at.step + 1
+                    last = at.batch == steps_an_epoch
+                    if last or at.step % config.log_every == 0:
+                        terms, rate, wait = meter.latest(), meter.rate(), meter.wait()
+                        _check(step, batch, at, run)
+                        place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
+                        metrics.write(**place, samples_per_second=rate, data_wait=wait, **terms)
+                        screen.steps(at.epoch * samples + min(at.batch * size, samples), terms, rate)
+                    due = config.checkpoint_every and at.step % config.checkpoint_every == 0
+                    if (due or stop) and not last:
+                        meter.store(at, step.skipped()[0])
+                        _check(step, batch, at, run, saving=True)
+                        save()
+                        _leave(stop, run, at)
+            meter.store(at, step.skipped()[0])
+            _check(step, batch, at, run, saving=True)
+            means = meter.means()
+            if after_epoch is None:
+                figures, warnings = evaluate(model, validation, config), []
+            else:
+                figures, warnings = after_epoch(at.epoch + 1, means)
+            if at.skipped:
+                warnings.append(f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss was not finite")
             record = {
                 "kind": "epoch",
                 "epoch": at.epoch + 1,
                 "step": at.step,
-                "samples_per_second": len(train) / at.seconds,
-                "train": meter.means(len(train)),
-                "validation": evaluate(model, validation, config),
+                "samples_per_second": samples / at.seconds,
+                "data_wait": at.waited / at.seconds,
+                "skipped": at.skipped,
+                "train": means,
+                "validation": figures,
+                "warnings": warnings,
             }
-            _check(record["train"], at, run)
             metrics.write(**record)
-            display.epoch(record, config.epochs)
+            screen.epoch(record, config.epochs)
+            kinds = {message.partition(":")[0]: message for message in warnings}
+            for kind in kinds.keys() - warned:  # again only when it has been well meanwhile
+                screen.warn(kinds[kind])
+            warned = set(kinds)
             at = Progress(epoch=at.epoch + 1, step=at.step)
             save()
+            if at.epoch < config.epochs:
+                _leave(stop, run, at)
     return record
+
+
+def _epoch(
+    model: nn.Module, train: Images, config: Config, size: int, at: Progress
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What is left of the epoch, as the model wants it."""
+    augment = Augment(config.flip, config.crop, config.rotate, config.jitter)
+    on_cuda = next(model.parameters()).is_cuda
+    batches = data.batches(
+        train, size, config.seed, at.epoch, at.batch, signed=getattr(model, "signed", False),
+        labels=bool(getattr(model, "classes", 0)), augment=augment, whole=hasattr(model, "turns"),
+    )  # fmt: skip
+    # A thread pays where the device computes by itself; on the CPU it would only compete with the step.
+    return data.ahead(batches, pin=True) if on_cuda else batches
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collects the names of signals that ask to stop; the second one acts as if nobody listened."""
+    stop: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield stop
+        return
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    def listen(number: int, frame: Any) -> None:
+        stop.append(signal.Signals(number).name)
+        restore()
+
+    for name in before:
+        signal.signal(name, listen)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _leave(stop: list[str], run: Path, at: Progress) -> None:
+    if stop:
+        raise TrainingInterrupted(
+            f"{run}: stopped by {stop[0]} after step {at.step} (epoch {at.epoch + 1}) with a checkpoint;"
+            f" go on with --run {run.name} --resume"
+        )
 
 
 @torch.no_grad()
@@ -122,39 +219,66 @@ def evaluate(model: nn.Module, images: Images, config: Config) -> dict[str, floa
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for first in range(0, len(images), config.batch_size):
-            x = images.batch(slice(first, first + config.batch_size))
-            losses = model.training_step(x.to(device))
-            weighted = torch.stack(tuple(losses)).double() * len(x)
+            batch = batch_for(model, images, slice(first, first + config.batch_size))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                losses = model.training_step(*batch)
+            weighted = torch.stack(tuple(losses)).double() * len(batch[0])
             sums = weighted if sums is None else sums + weighted
     model.train(training)
     return dict(zip(losses._fields, (sums / len(images)).tolist(), strict=True))
 
 
-class _Meter:
-    """The losses of an epoch, summed on the device, and its clock."""
+def batch_for(model: nn.Module, images: Images, index: slice | torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Chosen images, and labels if the model has classes, as it wants them and where it is."""
+    device = next(model.parameters()).device
+    x = images.batch(index, signed=getattr(model, "signed", False)).to(device)
+    return (x, images.labels[index].to(device)) if getattr(model, "classes", 0) else (x,)
 
-    def __init__(self, at: Progress) -> None:
+
+class _Meter:
+    """An epoch's clock, and its losses, summed on the device over the samples of steps that were finite."""
+
+    def __init__(self, at: Progress, skipped: int) -> None:
         self._sums = torch.tensor(at.sums, dtype=torch.float64) if at.sums else None
-        self._before, self._since, self._samples = at.seconds, time.perf_counter(), 0
+        self._before, self._since = (at.seconds, at.waited), time.perf_counter()
+        self._samples, self._waited, self._skipped = 0, 0.0, at.skipped - skipped
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with the clock on whoever makes them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
 
     def add(self, losses: Any, samples: int) -> None:
         self._names, self._latest = losses._fields, torch.stack(tuple(losses)).double()
-        weighted = self._latest * samples
-        self._sums = weighted if self._sums is None else self._sums.to(weighted.device) + weighted
+        counted = F.pad(self._latest, (0, 1), value=1.0) * samples
+        counted = torch.where(self._latest.isfinite().all(), counted, 0.0)
+        self._sums = counted if self._sums is None else self._sums.to(counted.device) + counted
         self._samples += samples
 
     def latest(self) -> dict[str, float]:
         return dict(zip(self._names, self._latest.tolist(), strict=True))
 
-    def means(self, samples: int) -> dict[str, float]:
-        return dict(zip(self._names, (self._sums / samples).tolist(), strict=True))
+    def means(self) -> dict[str, float]:
+        return dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
 
     def rate(self) -> float:
         """Samples a second."""
         return self._samples / (time.perf_counter() - self._since)
 
-    def store(self, at: Progress) -> None:
-        at.sums, at.seconds = self._sums.tolist(), self._before + time.perf_counter() - self._since
+    def wait(self) -> float:
+        """Share of the epoch's time so far spent waiting for data."""
+        return (self._before[1] + self._waited) / (self._before[0] + time.perf_counter() - self._since)
+
+    def store(self, at: Progress, skipped: int) -> None:
+        at.sums, at.skipped = self._sums.tolist(), self._skipped + skipped
+        at.seconds = self._before[0] + time.perf_counter() - self._since
+        at.waited = self._before[1] + self._waited
 
 
 def _progress(resume: dict[str, Any] | None) -> Progress:
@@ -166,13 +290,21 @@ def _progress(resume: dict[str, Any] | None) -> Progress:
         raise checkpoint.CheckpointError(f"checkpoint: progress: expected {Progress()}, got {error}") from error
 
 
-def _check(terms: dict[str, float], at: Progress, run: Path) -> None:
-    bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingStopped(
-            f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {', '.join(bad)} became"
-            f" {terms[bad[0]]}. The last checkpoint is from before. Remedy: a smaller --lr, or --clip 1"
-        )
+def _check(step: Step, batch: tuple[torch.Tensor, ...], at: Progress, run: Path, *, saving: bool = False) -> None:
+    """Stop if updates are skipped again and again; before saving, also if anything in the model is not finite."""
+    _, row = step.skipped()
+    broken = [name for name, x in step.model.state_dict().items() if saving and not x.isfinite().all()]
+    if row < MOST_SKIPPED and not broken:
+        return
+    path = run / f"batch-{at.step:09d}.safetensors"
+    names = ("images", "labels")[: len(batch)]
+    tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=True)}
+    require("safetensors.torch", "train").save_file(tensors, path)
+    reason = f"{broken[0]} is not finite" if broken else f"{row} updates in a row had a loss that is not finite"
+    raise TrainingStopped(
+        f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {reason}. The batch is in {path.name}, the"
+        f" last checkpoint is from before. Remedy: a smaller --lr, or --clip 1"
+    )
 
 
 class _Metrics:
@@ -193,7 +325,7 @@ class _Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> _Metrics:
@@ -203,68 +335,8 @@ class _Metrics:
         self._file.close()
 
 
-def _display(stream: TextIO, total: int) -> _Lines | _Bar:
-    return _Bar(stream, total) if stream.isatty() else _Lines(stream)
-
-
-class _Lines:
-    """A line an epoch."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def steps(self, done: int, loss: float, rate: float) -> None:
-        pass
-
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        train, validation = record["train"]["loss"], record["validation"]["loss"]
-        print(
-            f"epoch {record['epoch']}/{epochs}  loss {train:.2f}  validation {validation:.2f}"
-            f"  {record['samples_per_second']:,.0f} samples/s",
-            file=self._stream,
-            flush=True,
-        )
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-
-class _Bar:
-    """A bar with loss, validation loss, samples/s and the time left."""
-
-    def __init__(self, stream: TextIO, total: int) -> None:
-        rich = require("rich.progress", "train")
-        console = require("rich.console", "train").Console(file=stream)
-        self._bar = rich.Progress(
-            rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(),
-            rich.TextColumn("loss {task.fields[loss]:.2f}  validation {task.fields[validation]:.2f}"),
-            rich.TextColumn("{task.fields[rate]:,.0f} samples/s"),
-            rich.TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,  # its thread would compete with the kernels' threads
-        )
-        self._task = self._bar.add_task("", total=total, epoch=1, loss=math.nan, validation=math.nan, rate=math.nan)
-        self._drawn = 0.0
-
-    def steps(self, done: int, loss: float, rate: float) -> None:
-        now = time.monotonic()
-        if now - self._drawn > _REDRAW:
-            self._drawn = now
-            self._bar.update(self._task, completed=done, loss=loss, rate=rate, refresh=True)
-
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        validation, number = record["validation"]["loss"], min(record["epoch"] + 1, epochs)
-        self._bar.update(self._task, epoch=f"{number}/{epochs}", validation=validation)
-        if record["epoch"] == epochs:
-            self._bar.update(self._task, completed=self._bar.tasks[0].total, loss=record["train"]["loss"], refresh=True)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+def _finite(x: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -16,19 +16,30 @@ _GAP = 2  # pixels between images
 
 def grid(images: torch.Tensor, path: Path, columns: int | None = None) -> None:
     """Write images [N, C, H, W], C 1 or 3, floats clipped to [0, 1], as a grid; square by default."""
-    image = require("PIL.Image", "train")
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows, scale = math.ceil(count / columns), math.ceil(_SCALE_TO / min(height, width))
-    pixels = images.detach().float().cpu().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    pixels = _bytes(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     height, width = height * scale + _GAP, width * scale + _GAP
     sheet = torch.full((channels, rows * height + _GAP, columns * width + _GAP), 64, dtype=torch.uint8)
     for i, x in enumerate(pixels):
         top, left = (i // columns) * height + _GAP, (i % columns) * width + _GAP
         sheet[:, top : top + x.shape[1], left : left + x.shape[2]] = x
-    array = sheet.permute(1, 2, 0).numpy()
-    image.fromarray(array if channels == 3 else array[:, :, 0]).save(path)
+    _save(sheet, path)
+
+
+def single(image: torch.Tensor, path: Path) -> None:
+    """Write one image [C, H, W], C 1 or 3, floats clipped to [0, 1], pixel for pixel."""
+    _save(_bytes(image), path)
+
+
+def _bytes(images: torch.Tensor) -> torch.Tensor:
+    return images.detach().float().cpu().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
+
+
+def _save(image: torch.Tensor, path: Path) -> None:
+    array = image.permute(1, 2, 0).numpy()
+    require("PIL.Image", "train").fromarray(array if len(image) == 3 else array[:, :, 0]).save(path)
 
 
 def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path) -> None:

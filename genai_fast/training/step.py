@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -18,17 +18,30 @@ _WARM_UP = 3  # plain steps before the capture: libraries and the optimizer set 
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of every recipe: Adam in one call; on CUDA torch's, with its step count there for graph capture."""
+    """The optimizer of every recipe: Adam in one call; on CUDA torch's, with its step count there for graph capture.
+
+    A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>`
+    if there is such a setting and it is not 0.
+    """
+    networks = model.networks() if hasattr(model, "networks") else {"": model}
+    rates = {name: getattr(config, f"lr_{name}", 0.0) or config.lr for name in networks}
+    groups = [{"params": list(network.parameters()), "lr": rates[name]} for name, network in networks.items()]
+    options = {"lr": config.lr, "betas": (config.beta1, 0.999)}
     if next(model.parameters()).is_cuda:
-        return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True, capturable=True)
-    return Adam(model.parameters(), lr=config.lr)
+        return torch.optim.Adam(groups, fused=True, capturable=True, **options)
+    return Adam(groups, **options)
 
 
 class Step:
-    """zero_grad, forward, backward, clipping and the optimizer's step as one call.
+    """One step of training as one call: zero_grad, forward, backward, clipping and the optimizer's step, for each turn.
 
     `step(*batch)` calls `model.training_step(*batch)`, which returns a NamedTuple of 0-d tensors with a field
-    `loss`, and returns that tuple detached, on the device, without synchronizing.
+    `loss`, and returns that tuple detached, on the device, without synchronizing. A model with networks that
+    play against each other has `turns(*batch)` instead: a generator that yields (parameters, loss) for each
+    update, in order, and returns the NamedTuple; it goes on when those parameters have been updated. All
+    parameters belong to one optimizer, which updates those that have a gradient.
+
+    A loss that is infinite or NaN updates nothing: the turn is skipped and counted (`skipped()`).
 
     On CUDA the whole step becomes one graph. The first three steps of a shape run plainly on a side stream:
     they warm up, and they count. Then the step is captured, and each further call copies its batch into the
@@ -38,9 +51,10 @@ class Step:
     before the first step.
 
     Args:
-        model: has `training_step`.
-        optimizer: for a graph it must be capturable: `torch.optim.Adam(..., fused=True, capturable=True)`.
-        clip: largest 2-norm of the gradient over all parameters; 0 for none.
+        model: has `training_step` or `turns`; `after_step()`, if it has that, is called at the end.
+        optimizer: for a graph it must be capturable and fused: `torch.optim.Adam(..., fused=True, capturable=True)`.
+        clip: largest 2-norm of the gradient over the parameters of a turn; 0 for none.
+        bfloat16: compute the losses under autocast to bfloat16.
         graph: capture a CUDA graph; None: where the parameters are on CUDA.
 
     Raises:
@@ -53,17 +67,27 @@ class Step:
         optimizer: torch.optim.Optimizer,
         *,
         clip: float = 0.0,
+        bfloat16: bool = False,
         graph: bool | None = None,
     ) -> None:
-        self.model, self.optimizer, self.clip = model, optimizer, clip
+        self.model, self.optimizer, self.clip, self.bfloat16 = model, optimizer, clip, bfloat16
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._graphed = all(p.is_cuda for p in self._parameters) if graph is None else graph
-        if self._graphed and not all(group.get("capturable") for group in optimizer.param_groups):
-            raise ValueError(
-                "Step: optimizer: a CUDA graph needs a capturable one, got capturable=False;"
-                " remedy: torch.optim.Adam(..., fused=True, capturable=True) or graph=False"
-            )
+        for need in ("capturable", "fused") if self._graphed else ():
+            if not all(group.get(need) for group in optimizer.param_groups):
+                raise ValueError(
+                    f"Step: optimizer: a CUDA graph needs a capturable and fused one, got {need}=False;"
+                    f" remedy: torch.optim.Adam(..., fused=True, capturable=True) or graph=False"
+                )
         self._device = self._parameters[0].device
+        images = [p for p in self._parameters if p.dim() == 4 and not p.is_contiguous()]
+        last = any(p.is_contiguous(memory_format=torch.channels_last) for p in images)
+        self._layout = torch.channels_last if last else torch.preserve_format
+        self._turns = model.turns if hasattr(model, "turns") else self._only_turn
+        self._after = getattr(model, "after_step", None)
+        self._skipped = torch.zeros(2, device=self._device)  # turns in all, turns in a row
+        # torch's fused Adam decides on the device whether to update, as in mixed precision: asking would wait.
+        self._deferred = self._device.type == "cuda" and all(g.get("fused") for g in optimizer.param_groups)
         self._plain_steps: Counter[tuple] = Counter()  # by the batch's shapes
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._replay: Callable[[], Any] | None = None
@@ -73,28 +97,64 @@ class Step:
             for static, x in zip(self._inputs, batch, strict=True):
                 static.copy_(x, non_blocking=True)
             return self._replay()
-        batch = tuple(x.to(self._device, non_blocking=True) for x in batch)
+        batch = tuple(self._placed(x) for x in batch)
         if not self._graphed or self._replay is not None:
             return self._plain(*batch)
         self._plain_steps[_shapes(batch)] += 1
         if self._plain_steps[_shapes(batch)] <= _WARM_UP:
             with _side_stream(self._device):
                 return self._plain(*batch)
-        self._inputs = tuple(x.clone() for x in batch)
+        self._inputs = tuple(x.clone() for x in batch)  # in the layout that they have
         # Gradients must be born inside the graph, in memory that only it uses.
         self.optimizer.zero_grad(set_to_none=True)
         self._replay = _capture(lambda: self._plain(*self._inputs))
         return self._replay()
 
+    def _placed(self, x: torch.Tensor) -> torch.Tensor:
+        """On the model's device, images in the memory layout of its convolutions."""
+        if x.dim() == 4:
+            return x.to(self._device, non_blocking=True, memory_format=self._layout)
+        return x.to(self._device, non_blocking=True)
+
+    def skipped(self) -> tuple[int, int]:
+        """Turns skipped so far, and how many of those in a row up to now; waits for the device."""
+        total, row = self._skipped.tolist()
+        return int(total), int(row)
+
     def _plain(self, *batch: torch.Tensor) -> Any:
+        turns = self._turns(*batch)
+        while True:
+            try:
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bfloat16):
+                    parameters, loss = next(turns)
+            except StopIteration as end:
+                losses = end.value
+                break
+            self._update(parameters, loss)
+        if self._after is not None:
+            self._after()
+        return type(losses)(*(x.detach() for x in losses))
+
+    def _only_turn(self, *batch: torch.Tensor) -> Generator[tuple[list[nn.Parameter], torch.Tensor], None, Any]:
+        losses = self.model.training_step(*batch)
+        yield self._parameters, losses.loss
+        return losses
+
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
         for p in self._parameters:
             p.grad = None
-        losses = self.model.training_step(*batch)
-        losses.loss.backward()
+        bad = (~loss.detach().isfinite()).float()
+        total, row = self._skipped
+        total += bad
+        row.add_(bad).mul_(bad)
+        if not self._deferred and bad:
+            return
+        loss.backward()
         if self.clip:
-            nn.utils.clip_grad_norm_(self._parameters, self.clip)
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        if self._deferred:
+            self.optimizer.found_inf = bad
         self.optimizer.step()
-        return type(losses)(*(x.detach() for x in losses))
 
 
 def _shapes(batch: tuple[torch.Tensor, ...]) -> tuple:
