@@ -90,7 +90,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
     run = _open(options.folder, "inpaint")
-    images = data.load(options.data, run.shape[1] if Path(options.data).is_dir() else None)
+    images = data.load(options.data, run.shape[1])
     if images.shape != run.shape:
         raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
     count = min(options.count, len(images))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from genai_fast.kernels.common.spec import OpSpec
 from genai_fast.registry import OPS
 
+_NAMES = ("reference", "cpu", "triton")
 BEGIN, END = "<!-- ops: begin -->", "<!-- ops: end -->"
 
 
@@ -24,10 +26,17 @@ def op_table() -> str:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
         formula = op.formula.replace("|", "\\|")
         lines.append(
-            f"| `{op.name}` | {formula} | {', '.join(op.backends)} | {dtypes} |"
+            f"| `{op.name}` | {formula} | {_backends(op)} | {dtypes} |"
             f" {'yes' if op.double_backward else 'no gradient'} | {op.source} |"
         )
     return "\n".join(lines)
+
+
+def _backends(op: OpSpec) -> str:
+    """Those that serve the op, and those that serve a part of it."""
+    partly = {backend for library in op.library for backend in library.kernels} - set(op.backends)
+    found = (f"{name} (some shapes)" if name in partly else name for name in _NAMES if name in {*op.backends, *partly})
+    return ", ".join(found)
 
 
 def main() -> None:

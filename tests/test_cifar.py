@@ -167,8 +167,6 @@ def test_broken_files(tmp_path):
         file.write_bytes(content)
         with pytest.raises(DataError, match=message):
             data.load(file)
-    with pytest.raises(DataError, match="size applies to folders of pictures"):
-        data.load(file, size=16)
 
 
 def test_numpys_own_unpickling_is_not_used(tmp_path):

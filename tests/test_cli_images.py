@@ -242,10 +242,12 @@ def test_a_broken_picture_is_named_and_left_out(here, digits, capsys):
     assert checkpoint.read_state(checkpoint.latest(here / "runs" / "a"))["about"]["images"] == 29
 
 
-def test_with_a_handful_of_pictures_there_is_nothing_to_compare(here, digits):
+def test_with_a_handful_of_pictures_there_is_nothing_to_compare(here, digits, capsys):
     flat(digits, here / "flat")
     assert call("train", "dcgan", "--data", "flat", *NETWORKS["dcgan"], *QUICK, "--run", "a") == 0
     assert [r["validation"] for r in records(here / "runs" / "a", "epoch")] == [{}, {}]
+    said = capsys.readouterr().err
+    assert said.count("warning: no comparison of samples with held-out images: ") == 1 and "at least 6" in said
 
 
 def test_commands_refuse_what_a_model_cannot(here, digits, capsys):

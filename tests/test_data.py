@@ -193,7 +193,21 @@ def test_other_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"expected mnist, digits or the path .* got no such file"):
         data.load("mnits")
     np.save(tmp_path / "a.npy", PIXELS)
-    with pytest.raises(DataError, match="size applies to folders"):
-        data.load(str(tmp_path / "a.npy"), size=4)
+    with pytest.raises(DataError, match="size: expected at least 1 pixel, got 0"):
+        data.load(str(tmp_path / "a.npy"), size=0)
     with pytest.raises(DataError, match=r"hold out 0\.01 of them, got 12"):
         data.load(str(tmp_path / "a.npy")).split(0.01, seed=0)
+
+
+def test_every_source_can_be_resized():
+    images = data.load("mnist")
+    large = data.load("mnist", size=56)
+    assert large.shape == (1, 56, 56) and large.stored.dtype == torch.uint8 and torch.equal(large.labels, images.labels)
+    halves = torch.nn.functional.avg_pool2d(large.batch(slice(0, 50)), 2)
+    assert (halves - images.batch(slice(0, 50))).abs().mean() < 0.02
+    assert data.load("digits", size=8).shape == (1, 8, 8) and data.load("digits", size=16).stored.max() <= 1
+
+    wide = torch.zeros(3, 1, 6, 10, dtype=torch.uint8)
+    wide[:, :, :, 2:8] = 200  # the centre square
+    small = data.Images("wide", wide, torch.arange(3)).subset(torch.tensor([2, 0])).resized(3)
+    assert (small.stored == 200).all() and small.stored.shape == (2, 1, 3, 3) and small.labels.tolist() == [2, 0]

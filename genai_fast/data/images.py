@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from genai_fast.data.augment import Augment
 from genai_fast.errors import UsageError
+
+_AT_ONCE = 1000  # images resized at a time
 
 
 class DataError(UsageError):
@@ -65,6 +68,24 @@ class Images:
         """The images of these numbers, in this order; shares `stored`, so a mapped file stays one."""
         labels = None if self.labels is None else self.labels[index]
         return replace(self, labels=labels, index=index if self.index is None else self.index[index])
+
+    def resized(self, size: int) -> Images:
+        """The centre square of each image scaled to `size` x `size`, in memory; bilinear, antialiased."""
+        if size < 1:
+            raise DataError(f"size: expected at least 1 pixel, got {size}")
+        height, width = self.shape[1:]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        if height == width == size:
+            return self
+        square = self.pixels[:, :, top : top + side, left : left + side]
+        parts = [
+            F.interpolate(part.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
+            for part in square.split(_AT_ONCE)
+        ]
+        if square.dtype == torch.uint8:
+            parts = [part.round_().byte() for part in parts]
+        return replace(self, stored=torch.cat(parts), index=None)
 
     def split(self, fraction: float, seed: int) -> tuple[Images, Images]:
         """(training, validation): a random `fraction` of the images, fixed by the seed, is held out."""

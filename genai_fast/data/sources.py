@@ -46,7 +46,7 @@ def load(
             .npy or .npz: [N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]; labels in the .npz;
             CIFAR-10, its binary or Python version: a folder with its files, of which the training batches are taken
             if there are any, or one of the files. Pickles are read without executing them.
-        size: side in pixels; the centre square of each picture is scaled to it. None: they have one size.
+        size: side in pixels; the centre square of each image is scaled to it. None: they have one size.
         strict: a broken picture is an error. Otherwise it is left out, with one warning for all.
         cache: a folder for decoded pictures, which are then mapped and not read; None or True: `images` in
             $GENAI_FAST_CACHE, else in the user's cache folder; False: decode into memory.
@@ -61,15 +61,13 @@ def load(
         raise DataError(f"{source}: expected mnist, digits or the path of a file or folder, got no such file")
     if not packaged and pictures and not cifar.is_folder(path):
         return load_pictures(path, size, strict=strict, cache=cache)
-    if size is not None:
-        raise DataError(f"{source}: size applies to folders of pictures only, got size={size}; remedy: leave it out")
     if packaged:
-        return _table(str(source), *packaged)
-    if path.is_dir() or cifar.is_file(path):
-        return cifar.load(path)
-    if path.suffix in (".npy", ".npz"):
-        return _numpy(path)
-    return _idx_images(path)
+        images = _table(str(source), *packaged)
+    elif path.is_dir() or cifar.is_file(path):
+        images = cifar.load(path)
+    else:
+        images = _numpy(path) if path.suffix in (".npy", ".npz") else _idx_images(path)
+    return images if size is None else images.resized(size)
 
 
 def _table(name: str, package: str, file: str, side: int, white: int) -> Images:

@@ -17,7 +17,7 @@ from genai_fast.training.config import Config
 from genai_fast.training.loop import batch_for, evaluate
 
 _SAMPLES = 64  # in a grid
-_LEAST, _MOST = 6, 1000  # images that figures compare
+_MOST = 1000  # images that figures compare
 _AT_ONCE = 100  # images generated at a time
 
 
@@ -91,19 +91,19 @@ class Watch:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
         figures = {} if hasattr(model, "turns") else self._likelihood()
         said: dict[str, Any] = {"latent": getattr(model, "latent", None), "kl": figures.get("kl")}
-        due = config.quality_every and epoch % config.quality_every == 0
-        if due and hasattr(model, "sample") and len(self._validation) >= _LEAST:
-            quality, samples, real = self._compare()
-            figures |= quality
-            said |= {
-                "samples": samples,
-                "real": real,
-                "diversity": quality["diversity"],
-                "coverage": quality["coverage"],
-            }
+        warnings: list[str] = []
+        if config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
+            try:
+                quality, samples, real = self._compare()
+            except ValueError as error:  # too few images, too small or too large ones, or all alike
+                warnings.append(f"no comparison of samples with held-out images: {error}")
+            else:
+                figures |= quality
+                said |= {"samples": samples, "real": real}
+                said |= {name: quality[name] for name in ("diversity", "coverage")}
         if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
             said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
-        return figures, self._lasting(warnings_of(figures, **said))
+        return figures, warnings + self._lasting(warnings_of(figures, **said))
 
     def _lasting(self, warnings: list[str]) -> list[str]:
         """Those whose kind was there the last time too: the first epochs of every GAN look ill."""
