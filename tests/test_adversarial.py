@@ -279,6 +279,20 @@ def test_mistakes(mistake):
         call()
 
 
+def test_a_turn_that_is_not_finite_is_skipped_alone():
+    gan, x = small(), torch.rand(6, 1, 8, 8) * 2 - 1
+    step = Step(gan, make_optimizer(gan, GANConfig()))
+    step(x)
+    before = weights(gan.discriminator), weights(gan.generator)
+    for row in (1, 2):
+        step(torch.full_like(x, math.nan))
+        assert step.skipped() == (row, row)
+    assert all(map(torch.equal, before[0], weights(gan.discriminator)))
+    assert not all(map(torch.equal, before[1], weights(gan.generator)))  # its turn sees no data
+    step(x)
+    assert step.skipped() == (2, 0) and all(p.isfinite().all() for p in gan.parameters())
+
+
 def test_bfloat16_trains():
     gan = make("dcgan", DCGANConfig(width=8, latent=8), (1, 28, 28), 0)
     step = Step(gan, make_optimizer(gan, DCGANConfig()), bfloat16=True)
@@ -287,3 +301,25 @@ def test_bfloat16_trains():
     assert all(math.isfinite(float(v)) for v in losses[-1]) and step.skipped() == (0, 0)
     assert all(p.dtype is torch.float32 for p in gan.parameters())
     assert float(losses[-1].discriminator) < float(losses[0].discriminator)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_pair_takes_the_steps_of_a_plain_one_and_skips_what_is_not_finite():
+    x = (torch.rand(16, 1, 8, 8) * 2 - 1).cuda()
+    results = []
+    for graph in (False, True):
+        gan = small(ema=0.9).cuda()
+        step = Step(gan, make_optimizer(gan, GANConfig(lr=1e-3)), graph=graph)
+        torch.manual_seed(1)
+        results.append(torch.stack([torch.stack(tuple(step(x))) for _ in range(30)]))
+        assert (step._replay is not None) == graph
+    # The generator's state differs after a capture, so noise differs: the course is compared, not each number.
+    plain, captured = (losses[-10:, :2].mean(0) for losses in results)
+    torch.testing.assert_close(captured, plain, rtol=0.2, atol=0.05)
+    before = weights(gan.discriminator)
+    step(torch.full_like(x, math.nan))
+    assert step.skipped() == (1, 1)  # the discriminator's turn; the generator's sees no data
+    assert all(map(torch.equal, before, weights(gan.discriminator)))
+    step(x)
+    assert step.skipped() == (1, 0) and all(p.isfinite().all() for p in gan.parameters())

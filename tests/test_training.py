@@ -266,7 +266,7 @@ def test_steps_that_stay_nan_stop_with_plain_words_the_batch_and_the_last_good_c
     model = Breaks(64, 8, 2)
     model.bad = range(10, 1000)
     config = dataclasses.replace(CONFIG, epochs=9, log_every=1)
-    with pytest.raises(TrainingStopped, match=r"stopped at step 19 \(epoch 3\): 10 updates in a row .*smaller --lr"):
+    with pytest.raises(TrainingStopped, match=r"stopped at step 19 \(epoch 3\): 10 steps in a row .*smaller --lr"):
         fit(model, make_optimizer(model, config), *digits(), config, tmp_path, stream=io.StringIO())
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{k:09d}" for k in (7, 14)]
     images = safetensors.torch.load_file(tmp_path / "batch-000000019.safetensors")["images"]

@@ -28,7 +28,7 @@ from genai_fast.training.display import display
 from genai_fast.training.step import Step
 
 METRICS = "metrics.jsonl"
-MOST_SKIPPED = 10  # updates in a row that were skipped for NaN: then training stops
+MOST_SKIPPED = 10  # steps in a row that skipped an update for NaN: then training stops
 
 
 class TrainingStopped(UsageError):
@@ -300,7 +300,7 @@ def _check(step: Step, batch: tuple[torch.Tensor, ...], at: Progress, run: Path,
     names = ("images", "labels")[: len(batch)]
     tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=True)}
     require("safetensors.torch", "train").save_file(tensors, path)
-    reason = f"{broken[0]} is not finite" if broken else f"{row} updates in a row had a loss that is not finite"
+    reason = f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss that is not finite"
     raise TrainingStopped(
         f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {reason}. The batch is in {path.name}, the"
         f" last checkpoint is from before. Remedy: a smaller --lr, or --clip 1"

@@ -85,7 +85,7 @@ class Step:
         self._layout = torch.channels_last if last else torch.preserve_format
         self._turns = model.turns if hasattr(model, "turns") else self._only_turn
         self._after = getattr(model, "after_step", None)
-        self._skipped = torch.zeros(2, device=self._device)  # turns in all, turns in a row
+        self._skipped = torch.zeros(2, device=self._device)  # turns in all, steps in a row
         # torch's fused Adam decides on the device whether to update, as in mixed precision: asking would wait.
         self._deferred = self._device.type == "cuda" and all(g.get("fused") for g in optimizer.param_groups)
         self._plain_steps: Counter[tuple] = Counter()  # by the batch's shapes
@@ -117,12 +117,14 @@ class Step:
         return x.to(self._device, non_blocking=True)
 
     def skipped(self) -> tuple[int, int]:
-        """Turns skipped so far, and how many of those in a row up to now; waits for the device."""
+        """Turns skipped so far, and steps in a row up to now that skipped one; waits for the device."""
         total, row = self._skipped.tolist()
         return int(total), int(row)
 
     def _plain(self, *batch: torch.Tensor) -> Any:
         turns = self._turns(*batch)
+        total, row = self._skipped
+        before = total.clone()
         while True:
             try:
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -131,6 +133,7 @@ class Step:
                 losses = end.value
                 break
             self._update(parameters, loss)
+        row.add_(1).mul_(total > before)
         if self._after is not None:
             self._after()
         return type(losses)(*(x.detach() for x in losses))
@@ -144,9 +147,7 @@ class Step:
         for p in self._parameters:
             p.grad = None
         bad = (~loss.detach().isfinite()).float()
-        total, row = self._skipped
-        total += bad
-        row.add_(bad).mul_(bad)
+        self._skipped[0] += bad
         if not self._deferred and bad:
             return
         loss.backward()
