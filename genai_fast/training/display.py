@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from genai_fast.errors import require
 
+_SHORT = {"discriminator": "D", "generator": "G"}
 _REDRAW = 0.1  # seconds from one redrawing of the progress bar to the next
 
 
@@ -17,12 +18,10 @@ def display(stream: TextIO, total: int) -> Lines | Bar:
 
 
 def _text(terms: dict[str, float], validation: dict[str, float]) -> str:
-    """The loss beside its value in validation; without one loss, every term and the first figure of validation."""
+    """The loss beside its value in validation; without one loss, every term: short enough for 80 columns with a bar."""
     if "loss" in terms:
-        shown = {"loss": terms["loss"], "validation": validation.get("loss", math.nan)}
-    else:
-        shown = {**terms, **dict(list(validation.items())[:1])}
-    return "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in shown.items())
+        terms = {"loss": terms["loss"], "validation": validation.get("loss", math.nan)}
+    return "  ".join(f"{_SHORT.get(name, name)} {value:.2f}" for name, value in terms.items())
 
 
 class Lines:
@@ -31,12 +30,20 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def steps(self, done: int, terms: dict[str, float], rate: float) -> None:
+    def begin(self, epoch: int, epochs: int) -> None:
+        pass
+
+    def step(self, done: int) -> None:
+        pass
+
+    def terms(self, terms: dict[str, float], rate: float) -> None:
         pass
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        rate = f"{record['samples_per_second']:,.0f} samples/s"
-        self._print(f"epoch {record['epoch']}/{epochs}  {_text(record['train'], record['validation'])}  {rate}")
+        text, validation = _text(record["train"], record["validation"]), record["validation"]
+        if "frechet_distance" in validation:
+            text += f"  Fréchet distance {validation['frechet_distance']:.2f}"
+        self._print(f"epoch {record['epoch']}/{epochs}  {text}  {record['samples_per_second']:,.0f} samples/s")
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -59,27 +66,35 @@ class Bar:
         console = require("rich.console", "train").Console(file=stream)
         self._bar = rich.Progress(
             rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(bar_width=24),
+            rich.BarColumn(bar_width=12),
             rich.TextColumn("{task.fields[text]}"),
             rich.TextColumn("{task.fields[rate]:,.0f} samples/s"),
             rich.TimeRemainingColumn(),
             console=console,
             auto_refresh=False,  # its thread would compete with the kernels' threads
         )
-        self._task = self._bar.add_task("", total=total, epoch=1, text="", rate=math.nan)
+        # The first step of a convolutional model takes some seconds: its convolutions' paths are measured.
+        self._task = self._bar.add_task("", total=total, epoch=1, text="first step ...", rate=math.nan)
         self._validation: dict[str, float] = {}
         self._drawn = 0.0
 
-    def steps(self, done: int, terms: dict[str, float], rate: float) -> None:
+    def begin(self, epoch: int, epochs: int) -> None:
+        self._bar.update(self._task, epoch=f"{epoch}/{epochs}")
+
+    def step(self, done: int) -> None:
+        """So many samples are done; the losses may still be in the making on a device."""
         now = time.monotonic()
         if now - self._drawn > _REDRAW:
             self._drawn = now
-            text = _text(terms, self._validation)
-            self._bar.update(self._task, completed=done, text=text, rate=rate, refresh=True)
+            self._bar.update(self._task, completed=done, refresh=True)
+
+    def terms(self, terms: dict[str, float], rate: float) -> None:
+        """The latest losses and samples/s, drawn with the next step."""
+        self._bar.update(self._task, text=_text(terms, self._validation), rate=rate)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        self._validation, number = record["validation"], min(record["epoch"] + 1, epochs)
-        self._bar.update(self._task, epoch=f"{number}/{epochs}", text=_text(record["train"], self._validation))
+        self._validation = record["validation"]
+        self._bar.update(self._task, text=_text(record["train"], self._validation))
         if record["epoch"] == epochs:
             self._bar.update(self._task, completed=self._bar.tasks[0].total)
         self._bar.refresh()

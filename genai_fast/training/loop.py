@@ -112,6 +112,7 @@ def fit(
     ):
         while at.epoch < config.epochs:
             model.train()
+            screen.begin(at.epoch + 1, config.epochs)
             meter = _Meter(at, step.skipped()[0])
             with contextlib.closing(_epoch(model, train, config, size, at)) as fed:
                 for batch in meter.waiting(fed):
@@ -123,7 +124,8 @@ def fit(
                         _check(step, batch, at, run)
                         place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
                         metrics.write(**place, samples_per_second=rate, data_wait=wait, **terms)
-                        screen.steps(at.epoch * samples + min(at.batch * size, samples), terms, rate)
+                        screen.terms(terms, rate)
+                    screen.step(at.epoch * samples + min(at.batch * size, samples))
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
                     if (due or stop) and not last:
                         meter.store(at, step.skipped()[0])
