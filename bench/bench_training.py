@@ -59,7 +59,7 @@ def red(system: str, device: str) -> str:
         found = make(device)(x)
         losses.append(torch.stack([loss.float() for loss in (found if isinstance(found, tuple) else (found,))]))
     plain, fused = losses[0] / chosen.plain_scale, losses[1][: len(losses[0])]
-    wrong = (plain - fused).abs() > 0.05 * plain.abs()
+    wrong = (plain - fused).abs() > chosen.tolerance * plain.abs()
     return f"losses: expected about {plain.tolist()}, got {fused.tolist()}" if wrong.any() else ""
 
 

@@ -31,6 +31,7 @@ class System:
     plain: Callable[[str], RunStep]
     signed: bool = True
     plain_scale: int = 1  # the plain script's loss over ours: those that sum over the batch say the batch
+    tolerance: float = 5e-3  # of the losses, relative: noise, dropout and a narrow type differ
 
     def images(self, device: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -63,11 +64,11 @@ SYSTEMS = {
     ),
     "dense_dcgan": System(
         "dcgan", settings.DCGANConfig(network="dense"), 128, (1, 28, 28),
-        lambda d: peers.gan_step(peers.EagerDenseGenerator(), peers.EagerDenseDiscriminator(), 100, d),
+        lambda d: peers.gan_step(peers.EagerDenseGenerator(), peers.EagerDenseDiscriminator(), 100, d), tolerance=0.05,
     ),
     "dcgan_64": System("dcgan", settings.DCGANConfig(), 64, (3, 64, 64), _dcgan(False)),
     "dcgan_64_bfloat16": System(
-        "dcgan", settings.DCGANConfig(precision="bfloat16"), 64, (3, 64, 64), _dcgan(False)
+        "dcgan", settings.DCGANConfig(precision="bfloat16"), 64, (3, 64, 64), _dcgan(False), tolerance=0.05
     ),
     "conv_vae_64": System(
         "conv-vae", settings.ConvVAEConfig(), 64, (3, 64, 64), lambda d: peers.vae_step(peers.EagerConvVAE(), d)

@@ -263,21 +263,20 @@ def test_neither_exit_nor_interrupt_waits_for_it():
         "import time, genai_fast.data as d\ndef items():\n    while True:\n        yield 1\n        time.sleep(DELAY)\n"
     )
     kept = slow.replace("DELAY", "0.01") + "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\n"
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", kept], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also where it is ignored
     waiting = (
-        slow.replace("DELAY", "100") + "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\nnext(feed)\n"
+        slow.replace("DELAY", "1000") + "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\nnext(feed)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", waiting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", heard + waiting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert "KeyboardInterrupt" in said and time.monotonic() - start < 30
+    assert "KeyboardInterrupt" in said
 
 
 @pytest.mark.gpu
