@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from genai_fast.models import peers
+from genai_fast.models import dcgan_init, peers
 from genai_fast.training import settings
 from genai_fast.training.config import Config
 from genai_fast.training.recipes import make
@@ -45,12 +45,9 @@ class System:
         return Step(model, make_optimizer(model, self.config), bfloat16=bfloat16)
 
 
-def _dcgan(bfloat16: bool) -> Callable[[str], RunStep]:
-    def plain(device: str) -> RunStep:
-        generator, discriminator = peers.EagerDCGANGenerator(), peers.EagerDCGANDiscriminator()
-        return peers.gan_step(generator, discriminator, 100, device, bfloat16=bfloat16)
-
-    return plain
+def _dcgan(device: str) -> RunStep:
+    pair = peers.EagerDCGANGenerator(), peers.EagerDCGANDiscriminator()
+    return peers.gan_step(*map(dcgan_init, pair), 100, device)
 
 
 SYSTEMS = {
@@ -66,9 +63,9 @@ SYSTEMS = {
         "dcgan", settings.DCGANConfig(network="dense"), 128, (1, 28, 28),
         lambda d: peers.gan_step(peers.EagerDenseGenerator(), peers.EagerDenseDiscriminator(), 100, d), tolerance=0.05,
     ),
-    "dcgan_64": System("dcgan", settings.DCGANConfig(), 64, (3, 64, 64), _dcgan(False)),
+    "dcgan_64": System("dcgan", settings.DCGANConfig(), 64, (3, 64, 64), _dcgan),
     "dcgan_64_bfloat16": System(
-        "dcgan", settings.DCGANConfig(precision="bfloat16"), 64, (3, 64, 64), _dcgan(False), tolerance=0.05
+        "dcgan", settings.DCGANConfig(precision="bfloat16"), 64, (3, 64, 64), _dcgan, tolerance=0.05
     ),
     "conv_vae_64": System(
         "conv-vae", settings.ConvVAEConfig(), 64, (3, 64, 64), lambda d: peers.vae_step(peers.EagerConvVAE(), d)

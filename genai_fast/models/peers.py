@@ -246,9 +246,7 @@ class EagerConvVAE(nn.Module):
 RunStep = Callable[[torch.Tensor], Any]
 
 
-def gan_step(
-    generator: nn.Module, discriminator: nn.Module, latent: int, device: str = "cpu", *, bfloat16: bool = False
-) -> RunStep:
+def gan_step(generator: nn.Module, discriminator: nn.Module, latent: int, device: str = "cpu") -> RunStep:
     """The loop of PyTorch's DCGAN example for z [B, latent]: D on real and on generated images, then G; BCE, Adam.
 
     Returns a function of images that takes one step and returns the losses of D and G.
@@ -257,17 +255,14 @@ def gan_step(
     adams = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in (discriminator, generator)]
 
     def judge(x: torch.Tensor, target: float) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            p = discriminator(x)
-        return bce(p.float(), torch.full((len(x),), target, device=device))
+        return bce(discriminator(x), torch.full((len(x),), target, device=device))
 
     def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         discriminator.zero_grad()
         real = judge(x, 1.0)
         real.backward()
         z = torch.randn(len(x), latent, device=device)
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            fake = generator(z)
+        fake = generator(z)
         generated = judge(fake.detach(), 0.0)
         generated.backward()
         adams[0].step()
