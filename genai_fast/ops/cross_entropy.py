@@ -71,7 +71,7 @@ def cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
 ) -> torch.Tensor:
-    """loss = (1 - label_smoothing) (lse - x[target]) + label_smoothing (lse - mean x) + z_loss lse^2, lse = logsumexp x.
+    """loss = (1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2, lse = logsumexp(x), e and z smoothing and z-loss.
 
     Forward reads the logits once and keeps two numbers a row beside them; no softmax is stored.
 
@@ -159,8 +159,9 @@ def _made_by_an_operation(logits: torch.Tensor) -> None:
     base = logits._base if logits._is_view() else None
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            f"{_OP}: inplace: expected logits that an operation made, got a {'leaf' if logits.is_leaf else 'view of one'}"
-            f" that requires gradients and would lose its value; leave inplace out"
+            f"{_OP}: inplace: expected logits that an operation made, got a"
+            f" {'leaf' if logits.is_leaf else 'view of one'} that requires gradients and would lose its value;"
+            f" leave inplace out"
         )
 
 
@@ -251,7 +252,8 @@ def linear_cross_entropy(
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch with whole logits;
         torch.compile refuses those). Those of weight and bias are summed over chunks in float32.
     Backends: matrix products by PyTorch; the rest C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
-    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated; targets as `cross_entropy`.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated; of targets as
+        `cross_entropy`.
     Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
     """
     _check.is_floating(_LINEAR, "x", x)
@@ -286,7 +288,16 @@ def linear_cross_entropy(
     wanted = (rows, weight, bias) if reduction != "none" and torch.is_grad_enabled() else (None,) * 3
     needed = [p is not None and p.requires_grad for p in wanted]
     loss = _LinearCrossEntropy.call(
-        rows, weight, bias, t, ignore_index, float(label_smoothing), float(z_loss), reduction, chunk, *needed,
+        rows,
+        weight,
+        bias,
+        t,
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        reduction,
+        chunk,
+        *needed,
         forced_backend(),
     )[0]
     return loss.view(target.shape) if reduction == "none" else loss
@@ -297,6 +308,4 @@ def _partner(name: str, p: Any, x: torch.Tensor) -> None:
     _check.is_floating(_LINEAR, name, p)
     _check.same_device(_LINEAR, name, p, "x", x)
     if p.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)"
-        )
+        raise TypeError(f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)")

@@ -1,5 +1,4 @@
 // cross_entropy on the CPU. Rows of logits lie dense; where each begins, a layout of two strides says (layout.py).
-#include <math.h>
 #include <omp.h>
 
 #include "kernel.h"
@@ -90,7 +89,7 @@ inline Row reduce(const Matrix& x, int64_t begin, int64_t classes, bool with_sum
     total += double(sum_of_exp(v, count, most == kLowest ? 0.0f : most));
     if (with_sum) sum += double(sum_of(v, count));
   }
-  return {most, float(log(total)), sum};
+  return {most, float(__builtin_log(total)), sum};
 }
 
 void cross_entropy(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride,

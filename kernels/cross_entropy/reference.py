@@ -41,8 +41,10 @@ def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reducti
     count = count_of(counted, x.dtype, reduction)
     if reduction == "none":
         loss = loss.view(target.shape)
+    elif reduction == "sum":
+        loss = loss.sum()
     else:
-        loss = loss.sum() if reduction == "sum" else loss.sum() / count
+        loss = loss.sum() / count
     return loss, torch.stack((m, log_sum)), count
 
 

@@ -42,7 +42,9 @@ def definition(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss
     if z_loss:
         counted = t != ignore_index
         penalty = z_loss * torch.where(counted, torch.logsumexp(x, -1) ** 2, 0.0)
-        loss = loss + (penalty if reduction == "none" else penalty.sum() / (counted.sum() if reduction == "mean" else 1))
+        loss = loss + (
+            penalty if reduction == "none" else penalty.sum() / (counted.sum() if reduction == "mean" else 1)
+        )
     return loss.view(target.shape) if reduction == "none" else loss
 
 
