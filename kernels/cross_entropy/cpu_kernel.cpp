@@ -7,45 +7,111 @@
 
 namespace {
 
-enum Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
+enum Reduction : int { kNone = 0, kTotal = 1, kMean = 2 };
 
+// Vectors as wide as the machine's: wider ones are taken apart badly.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 using Lanes __attribute__((vector_size(4 * kLanes))) = float;
 using LanesAt __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)) = float;  // anywhere in memory
+using Integers __attribute__((vector_size(4 * kLanes))) = int32_t;
+using Words __attribute__((vector_size(4 * kLanes))) = uint32_t;
 
 constexpr float kLowest = -__builtin_inff();
 
-// The largest; NaN does not count.
-inline float largest(const float* x, int64_t count) {
-  Lanes a, b;
-  for (int k = 0; k < kLanes; ++k) a[k] = b[k] = kLowest;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Lanes u = *reinterpret_cast<const LanesAt*>(x + i), v = *reinterpret_cast<const LanesAt*>(x + i + kLanes);
-    a = u > a ? u : a;
-    b = v > b ? v : b;
+inline Lanes load(const float* x) { return *reinterpret_cast<const LanesAt*>(x); }
+inline void store(float* x, const Lanes& v) { *reinterpret_cast<LanesAt*>(x) = v; }
+inline Lanes all(float value) { return Lanes{} + value; }
+
+// exp_fast of math.h for x <= 0 (or a little above) in vectors. NaN stays.
+inline Lanes exp_below(const Lanes& x) {
+  const Lanes shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+  const Lanes r = n * 2.12194440e-4f + (n * -0.693359375f + x);
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Words bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + (127u << 23);  // 2^n
+  Lanes power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? Lanes{} : p * power;
+}
+
+// Lanes joined to one by `f`, halves first.
+template <class F>
+inline float joined(const Lanes& v, F f) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof(lane));
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int k = 0; k < half; ++k) lane[k] = f(lane[k], lane[k + half]);
   }
-  a = b > a ? b : a;
-  float most = kLowest;
-  for (int k = 0; k < kLanes; ++k) most = a[k] > most ? a[k] : most;
-  for (; i < count; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  return lane[0];
 }
 
-inline float sum_of(const float* x, int64_t count) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
+constexpr auto kGreater = [](const auto& a, const auto& b) { return a > b ? a : b; };
+constexpr auto kSum = [](const auto& a, const auto& b) { return a + b; };
+
+// Numbers in a row, as float32: at least kLanes, so that the last vector may overlap the one before it.
+struct Span {
+  const float* data;
+  int64_t count;
+
+  int64_t whole() const { return count / kLanes * kLanes; }
+  bool has_rest() const { return count % kLanes != 0; }
+  const float* last() const { return data + count - kLanes; }
+  // The last vector, with `fill` in the lanes that belong to the one before it.
+  Lanes rest(float fill) const {
+    Integers lane;
+    for (int k = 0; k < kLanes; ++k) lane[k] = k;
+    return lane < int32_t(kLanes - count % kLanes) ? all(fill) : load(last());
+  }
+};
+
+// The largest; NaN does not count.
+inline float largest(const Span& x) {
+  Lanes a = all(kLowest), b = x.has_rest() ? kGreater(load(x.last()), a) : a;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= x.count; i += 2 * kLanes) {
+    a = kGreater(load(x.data + i), a);
+    b = kGreater(load(x.data + i + kLanes), b);
+  }
+  if (i < x.whole()) a = kGreater(load(x.data + i), a);
+  return joined(kGreater(b, a), kGreater);
 }
 
-// sum of e^(x - shift)
-inline float sum_of_exp(const float* x, int64_t count, float shift) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += exp_fast(x[i] - shift);
-  return sum;
+inline float sum_of(const Span& x) {
+  Lanes sum = x.has_rest() ? x.rest(0.0f) : Lanes{};
+  for (int64_t i = 0; i < x.whole(); i += kLanes) sum += load(x.data + i);
+  return joined(sum, kSum);
 }
+
+// sum of e^(x - shift). The block after this one is fetched meanwhile: `largest` would have to wait for it.
+inline float sum_of_exp(const Span& x, float shift) {
+  const float* const next = x.data + x.count;
+  Lanes a = {}, b = x.has_rest() ? exp_below(x.rest(kLowest) - shift) : a;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= x.count; i += 2 * kLanes) {
+    for (int k = 0; k < 2 * kLanes; k += 16) __builtin_prefetch(next + i + k);
+    a += exp_below(load(x.data + i) - shift);
+    b += exp_below(load(x.data + i + kLanes) - shift);
+  }
+  if (i < x.whole()) a += exp_below(load(x.data + i) - shift);
+  return joined(a + b, kSum);
+}
+
+constexpr int64_t kBuffer = kPiece + kLanes;
+
+// How many numbers of a row the block that begins at `first` takes: never a few at the end.
+inline int64_t block(int64_t first, int64_t classes) { return classes - first < kBuffer ? classes - first : kPiece; }
 
 // Rows of `classes` numbers.
 struct Matrix {
@@ -53,13 +119,16 @@ struct Matrix {
   int dtype;
   int64_t inner, outer_stride, inner_stride;
 
-  int64_t begin(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
-
-  // `count` numbers from element `first` on as float32: in place, or copied to `buffer`.
-  const float* read(int64_t first, int64_t count, float* buffer) const {
-    if (dtype == kFloat32) return static_cast<const float*>(data) + first;
+  int64_t begin(int64_t row) const {
+    return row < inner ? row * inner_stride : row / inner * outer_stride + row % inner * inner_stride;
+  }
+  // `count` numbers from element `first` on: in place, or in `buffer` with `fill` behind them up to whole vectors.
+  Span read(int64_t first, int64_t count, float fill, float* buffer) const {
+    if (dtype == kFloat32 && count >= kLanes) return {static_cast<const float*>(data) + first, count};
+    const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
+    store(buffer + whole - kLanes, all(fill));
     load_span(data, dtype, first, count, buffer);
-    return buffer;
+    return {buffer, whole};
   }
   float at(int64_t element) const {
     float value;
@@ -76,20 +145,20 @@ struct Row {
 
 // One pass over a row: each block is read from memory once, and again from the first-level cache.
 inline Row reduce(const Matrix& x, int64_t begin, int64_t classes, bool with_sum) {
-  alignas(64) float buffer[kPiece];
+  alignas(64) float buffer[kBuffer];
   float most = kLowest;
   double total = 0.0, sum = 0.0;
-  for (int64_t first = 0; first < classes; first += kPiece) {
-    const int64_t count = classes - first < kPiece ? classes - first : kPiece;
-    const float* const v = x.read(begin + first, count, buffer);
-    const float here = largest(v, count), now = here > most ? here : most;
-    if (now > most) total *= double(exp_fast(most - now));
+  for (int64_t first = 0, count; first < classes; first += count) {
+    count = block(first, classes);
+    const Span v = x.read(begin + first, count, kLowest, buffer);
+    const float here = largest(v), now = here > most ? here : most;
+    if (now > most && first) total *= double(exp_fast(most - now));
     most = now;
     // Nothing but -inf and NaN so far: any finite number serves, and NaN stays.
-    total += double(sum_of_exp(v, count, most == kLowest ? 0.0f : most));
-    if (with_sum) sum += double(sum_of(v, count));
+    total += double(sum_of_exp(v, most == kLowest ? 0.0f : most));
+    if (with_sum) sum += double(sum_of(x.read(begin + first, count, 0.0f, buffer)));
   }
-  return {most, float(__builtin_log(total)), sum};
+  return {most, __builtin_logf(float(total)), sum};
 }
 
 void cross_entropy(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride,
@@ -148,15 +217,23 @@ void cross_entropy_backward(const float* grad_loss, int64_t grad_loss_stride, co
     if (t < 0 || t >= classes) g = __builtin_nan("");
     const float factor = float(g * (1.0 + 2.0 * z_loss * (double(most) + double(log_sum))));
     const float share = float(g * label_smoothing / double(classes)), hit = float(g * (1.0 - label_smoothing));
-    alignas(64) float from_buffer[kPiece], to_buffer[kPiece];
-    for (int64_t first = 0; first < classes; first += kPiece) {
-      const int64_t columns = classes - first < kPiece ? classes - first : kPiece;
-      const float* const v = x.read(from + first, columns, from_buffer);
-      float* const w = dtype == kFloat32 ? static_cast<float*>(grad) + to + first : to_buffer;
-#pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) w[i] = factor * exp_fast((v[i] - most) - log_sum) - share;
-      if (t >= first && t < first + columns) w[t - first] -= hit;
-      store_span(grad, dtype, to + first, columns, w);
+    alignas(64) float from_buffer[kBuffer], to_buffer[kBuffer];
+    for (int64_t first = 0, count; first < classes; first += count) {
+      count = block(first, classes);
+      const Span v = x.read(from + first, count, 0.0f, from_buffer);
+      const bool direct = v.data != from_buffer;
+      float* const w = direct ? static_cast<float*>(grad) + to + first : to_buffer;
+      const auto slope = [&](const Lanes& z) { return exp_below((z - most) - log_sum) * factor - share; };
+      const Lanes rest = v.has_rest() ? slope(load(v.last())) : Lanes{};  // before it is overwritten
+      for (int64_t i = 0; i < v.whole(); i += kLanes) store(w + i, slope(load(v.data + i)));
+      if (v.has_rest()) store(w + v.count - kLanes, rest);
+      if (t >= first && t < first + count) w[t - first] -= hit;
+      if (direct) continue;
+      if (dtype == kFloat32) {
+        std::memcpy(static_cast<float*>(grad) + to + first, w, size_t(count) * 4);
+      } else {
+        store_span(grad, dtype, to + first, count, w);
+      }
     }
   }
 }
