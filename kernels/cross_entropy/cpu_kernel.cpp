@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 #include "math.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace {
@@ -205,6 +206,7 @@ void cross_entropy_backward(const float* grad_loss, int64_t grad_loss_stride, co
   const Matrix x{logits, dtype, inner, outer_stride, inner_stride};
   const Matrix out{grad, dtype, grad_inner, grad_outer_stride, grad_inner_stride};
   const int64_t size = dtype == kFloat32 ? 4 : 2;
+  if (grad != logits) expect_writes(grad, rows * classes * size);
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * classes >= kParallel)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = target[row], from = x.begin(row), to = out.begin(row);
