@@ -34,7 +34,7 @@ class _CrossEntropy(KernelFunction):
     def backward(ctx, grad_loss, _lse, _count):
         if grad_loss is None:
             return (None,) * 8
-        if ctx.written:  # autograd would say so too, but less clearly, and not where saved-tensor hooks are in use
+        if ctx.written:  # autograd would say so too, but less clearly
             raise RuntimeError(
                 f"{_OP}: inplace: expected one backward, got another after the logits hold their gradient; leave"
                 f" inplace out where a graph is retained"
@@ -86,8 +86,12 @@ def cross_entropy(
             one value a position.
         inplace: write the gradient over the logits, in backward: one tensor of their size less. Afterwards they hold
             their gradient, and whoever needs them for a backward still to come raises, as does a second backward. A
-            hint: where the memory cannot be written (rows that overlap, torch.compile, torch.func, batched or
-            differentiable gradients) the gradient has its own.
+            hint: where that cannot be told or the memory not be written (rows that overlap, checkpoints and other
+            saved-tensor hooks, torch.compile, torch.func, batched or differentiable gradients) the gradient has its
+            own.
+
+    Class weights are left to the caller, from the single losses: with w = weight[target], 0 where it is ignored,
+    (cross_entropy(logits, target, reduction="none") * w).sum() / w.sum() is F.cross_entropy's mean without smoothing.
 
     Returns:
         The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
@@ -106,10 +110,12 @@ def cross_entropy(
     _at_least_one_class(_OP, "logits", logits, logits.size(-1))
     _settings(_OP, ignore_index, label_smoothing, z_loss, reduction)
     _targets(_OP, target, logits.shape[:-1], "logits", logits, logits.size(-1), ignore_index)
-    if inplace and logits.requires_grad and torch.is_grad_enabled() and not observed():
+    # Saved-tensor hooks, of a checkpoint or one's own, keep tensors whose versions autograd then does not look at.
+    inplace = bool(inplace) and not observed() and not torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if inplace and logits.requires_grad and torch.is_grad_enabled():
         _made_by_an_operation(logits)
     return _CrossEntropy.call(
-        logits, target, ignore_index, float(label_smoothing), float(z_loss), reduction, bool(inplace), forced_backend()
+        logits, target, ignore_index, float(label_smoothing), float(z_loss), reduction, inplace, forced_backend()
     )[0]
 
 

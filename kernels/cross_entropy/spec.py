@@ -125,6 +125,7 @@ CASES = (
     Case("long_row", _inputs(3, 9001)),
     Case("many_rows", _inputs(700, 50, ignored=0.1)),
     Case("gpt2", _inputs(2, 50257)),
+    Case("bytes", _inputs(9, 256, ignored=0.2)),
     Case("sum", _inputs(6, 130, reduction="sum", ignored=0.3)),
     Case("one_element", _inputs(1, 1)),
     Case("one_row", _inputs(33)),
@@ -149,6 +150,7 @@ CASES = (
     Case("empty_mean", _inputs(3, 0, 9)),
     Case("empty_none", _inputs(0, 9, reduction="none")),
     Case("special_values", _special),
+    Case("special_values_smoothing", lambda t: dict(_special(t), label_smoothing=0.1, z_loss=0.01)),
     Case("masked_blocks", _masked_blocks),
 )  # fmt: skip
 
