@@ -211,11 +211,18 @@ class _LinearCrossEntropy(KernelFunction):
         else:
             if reduction == "mean":  # where no target counts, all gradients are 0
                 grad_loss = grad_loss / (target != ctx.settings[0]).sum(dtype=grad_loss.dtype).clamp(min=1)
-            grads = [g * grad_loss for g in made]  # never in place: a second backward must find them as they are
+            grads = _scaled(made, grad_loss)
         grads = [
             g.to(p.dtype) if wanted else None for g, p, wanted in zip(grads, (x, weight, bias), needed, strict=True)
         ]
         return (*grads, *(None,) * 10)
+
+
+def _scaled(made, grad_loss):
+    """What forward made times the upstream gradient: over it if the graph goes, since that is as large as weight."""
+    kept = observed() or survey((grad_loss,))[2] or torch._C._autograd._get_current_graph_task_keep_graph()
+    # A second backward of a graph that is kept must find them as they are. An alias, so that it can become .grad.
+    return [g * grad_loss if kept else g.mul_(grad_loss).detach() for g in made]
 
 
 def _differentiable(grad_loss, x, weight, bias, target, settings, needed):
@@ -289,7 +296,7 @@ def linear_cross_entropy(
         x, weight, bias = (p if p is None else p.to(dtype) for p in (x, weight, bias))
     rows, t = x.reshape(target.numel(), x.size(-1)), target.reshape(-1)
     if chunk is None:
-        chunk = default_chunk(rows.size(0), classes, x.element_size(), x.device.type)
+        chunk = default_chunk(classes, x.element_size(), x.device.type)
     # Whose gradients to make in forward.
     wanted = (rows, weight, bias) if reduction != "none" and torch.is_grad_enabled() else (None,) * 3
     needed = [p is not None and p.requires_grad for p in wanted]

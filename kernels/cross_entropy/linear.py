@@ -11,7 +11,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of logits: what keeps the 
 LEAST_ROWS = 128
 
 
-def default_chunk(rows: int, classes: int, itemsize: int, device: str) -> int:
+def default_chunk(classes: int, itemsize: int, device: str) -> int:
     """Rows a chunk."""
     return max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (classes * itemsize), LEAST_ROWS)
 
@@ -59,9 +59,10 @@ def over_chunks(forward: Callable[..., Any], backward: Callable[..., Any]) -> Ca
             part, t = x[first : first + chunk], target[first : first + chunk]
             # Memory of the first chunk serves all: a fresh piece each time would cost more page faults than the sums.
             logits = x.new_empty(part.size(0), classes) if not first else logits[: part.size(0)]
-            torch.mm(part, across, out=logits)
-            if bias is not None:
-                logits += bias
+            if bias is None:
+                torch.mm(part, across, out=logits)
+            else:
+                torch.addmm(bias, part, across, out=logits)
             loss, lse, count = forward(logits, t, *settings)
             losses[first : first + chunk] = loss
             if not (of_x or of_weight or of_bias):
