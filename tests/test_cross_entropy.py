@@ -137,6 +137,18 @@ def test_under_autocast_the_loss_is_float32():
     _close(loss, expected)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_more_rows_than_a_step_of_the_last_kernel(monkeypatch, reduction):
+    from genai_fast.kernels.cross_entropy import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "FINALISE", 8)
+    logits, _, target = _logits(21, 5)
+    with use_backend("triton"):
+        got = ops.cross_entropy(logits, target, reduction=reduction)
+    _close(got, F.cross_entropy(logits, target, reduction=reduction))
+
+
 # -- layouts
 
 
