@@ -12,6 +12,8 @@ from genai_fast.kernels.conv_transpose.spec import (
     CONV_TRANSPOSE2D_BATCH_NORM_ACT,
     UPSAMPLE_CONV2D,
 )
+from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
+from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
@@ -30,5 +32,7 @@ OPS: dict[str, OpSpec] = {
         UPSAMPLE_CONV2D,
         CONV_TRANSPOSE2D_BATCH_NORM_ACT,
         CONV2D,
+        CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
     )
 }

@@ -124,6 +124,13 @@ def share(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name}: expected a share in [0, 1], got {value}")
 
 
+def factor(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name}: expected a float, got {type(value).__name__}")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{op}: {name}: expected a finite factor >= 0, got {value}")
+
+
 def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if x.device != other.device:
         raise ValueError(

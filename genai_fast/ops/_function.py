@@ -15,12 +15,17 @@ def _transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def observed() -> bool:
+    """Whether a compiler, a transform or a dispatch mode must see what is called."""
+    return _transformed() or bool(torch._C._len_torch_dispatch_stack())
+
+
 def library_call(name: str, *arguments: Any) -> Any:
     """torch.ops.genai_fast.<name>; straight to the implementation where the dispatcher would do nothing (10 us).
 
     It has work to do for a compiler, a transform, a dispatch mode (fake tensors, tracing) and special tensors.
     """
-    if not (_transformed() or torch._C._len_torch_dispatch_stack()):
+    if not observed():
         device, dtype, special = survey(arguments)
         if not special:
             return select(name, arguments[-1], device, dtype)(*arguments[:-1])

@@ -1,0 +1,51 @@
+"""cross_entropy on the CPU: allocates the results and calls cpu_kernel.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.rows import DTYPE_CODE, dense_like
+from genai_fast.kernels.cross_entropy.layout import as_rows, dense_layout, require_saved, require_targets, upstream
+from genai_fast.kernels.cross_entropy.linear import over_chunks
+
+_REDUCTION_CODE = {"none": 0, "sum": 1, "mean": 2}
+
+
+def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reduction):
+    require_targets(logits, target)
+    x, layout = as_rows(logits)
+    t = target.contiguous()
+    rows = t.numel()
+    loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    lse = logits.new_empty((2, rows), dtype=torch.float32)
+    count = logits.new_empty(() if reduction == "mean" else 0, dtype=torch.float32)
+    cpu_kernels()[0]["cross_entropy"](
+        x.data_ptr(), DTYPE_CODE[x.dtype], *layout, t.data_ptr(), loss.data_ptr(), lse.data_ptr(),
+        count.data_ptr() if reduction == "mean" else 0, rows, logits.size(-1), ignore_index, label_smoothing, z_loss,
+        _REDUCTION_CODE[reduction], torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, lse, count
+
+
+def cross_entropy_backward(
+    grad_loss, logits, target, lse, count, ignore_index, label_smoothing, z_loss, reduction, inplace=False
+):
+    """In place: written over the logits, which must be `writable`."""
+    require_targets(logits, target)
+    require_saved(logits, lse, count, reduction)
+    g, g_stride = upstream(grad_loss, target, reduction)
+    x, layout = as_rows(logits)
+    t = target.contiguous()
+    rows, classes = t.numel(), logits.size(-1)
+    grad = logits if inplace else dense_like(logits)
+    cpu_kernels()[0]["cross_entropy_backward"](
+        g.data_ptr(), g_stride, x.data_ptr(), DTYPE_CODE[x.dtype], *layout, t.data_ptr(), lse.data_ptr(),
+        count.data_ptr() if reduction == "mean" else 0, grad.data_ptr(),
+        *(layout if inplace else dense_layout(rows, classes)), rows, classes, ignore_index, label_smoothing, z_loss,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
+
+
+linear_cross_entropy = over_chunks(cross_entropy, cross_entropy_backward)

@@ -1,0 +1,85 @@
+"""A linear layer and its cross-entropy by chunks of rows: the logits of all rows never exist at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of logits: what keeps the matrix products busy
+LEAST_ROWS = 128
+
+
+def default_chunk(classes: int, itemsize: int, device: str) -> int:
+    """Rows a chunk."""
+    return max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (classes * itemsize), LEAST_ROWS)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, total in float32 where a and b are narrower."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total += torch.mm(a, b)  # summed in float32 within the product, then rounded once a chunk
+
+
+def over_chunks(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """linear_cross_entropy of a backend, from its cross_entropy and the gradient of that."""
+
+    def linear_cross_entropy(
+        x, weight, bias, target, grad_rows, ignore_index, label_smoothing, z_loss, reduction, chunk, of_x, of_weight,
+        of_bias,
+    ):  # fmt: skip
+        """(loss, gradients of x, weight and bias): of the sum over rows, or of sum(grad_rows loss).
+
+        Those that are not asked for are empty. The gradients of weight and bias are float32 or wider.
+        """
+        rows, columns, classes = x.size(0), x.size(1), weight.size(0)
+        if not (
+            x.dim() == weight.dim() == 2 and weight.size(1) == columns and target.shape == (rows,) and chunk > 0
+            and (grad_rows is None or grad_rows.shape == (rows,)) and (bias is None or bias.shape == (classes,))
+        ):  # fmt: skip
+            raise ValueError(
+                f"genai_fast: expected x [N, D], weight [V, D], bias [V] and target [N], got {tuple(x.shape)},"
+                f" {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)} and {tuple(target.shape)}"
+            )
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else x.new_empty(0)
+        grad_weight = weight.new_zeros(weight.shape if of_weight else 0, dtype=dtype)
+        grad_bias = weight.new_zeros(classes if of_bias else 0, dtype=dtype)
+        losses = x.new_empty(rows, dtype=dtype)
+        settings = (ignore_index, label_smoothing, z_loss, "none")
+        one = x.new_ones((), dtype=dtype) if grad_rows is None else None
+        across = weight.t()
+        logits = x.new_empty(0)
+        for first in range(0, rows, chunk):
+            part, t = x[first : first + chunk], target[first : first + chunk]
+            # Memory of the first chunk serves all: a fresh piece each time would cost more page faults than the sums.
+            logits = x.new_empty(part.size(0), classes) if not first else logits[: part.size(0)]
+            if bias is None:
+                torch.mm(part, across, out=logits)
+            else:
+                torch.addmm(bias, part, across, out=logits)
+            loss, lse, count = forward(logits, t, *settings)
+            losses[first : first + chunk] = loss
+            if not (of_x or of_weight or of_bias):
+                continue
+            g = one.expand(part.size(0)) if grad_rows is None else grad_rows[first : first + chunk]
+            grad = backward(g, logits, t, lse, count, *settings, inplace=True)
+            if of_x:
+                torch.mm(grad, weight, out=grad_x[first : first + chunk])
+            if of_weight:
+                _add_product(grad_weight, grad.t(), part)
+            if of_bias:
+                grad_bias += grad.sum(0, dtype=dtype)
+        if reduction == "none":
+            return losses, grad_x, grad_weight, grad_bias
+        loss = losses.sum(dtype=torch.float64).to(dtype)
+        if reduction == "mean":
+            loss = loss / (target != ignore_index).sum(dtype=dtype)
+        return loss, grad_x, grad_weight, grad_bias
+
+    return linear_cross_entropy

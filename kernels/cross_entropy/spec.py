@@ -1,0 +1,268 @@
+"""cross_entropy: what the op is, its cases and its cost."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+
+
+def wide_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake(logits, target, ignore_index, label_smoothing, z_loss, reduction):
+    dtype = wide_dtype(logits)
+    return (
+        logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype),
+        logits.new_empty((2, target.numel()), dtype=dtype),
+        logits.new_empty(() if reduction == "mean" else 0, dtype=dtype),
+    )
+
+
+LIBRARY = (
+    LibraryOp(
+        "cross_entropy(Tensor logits, Tensor target, int ignore_index, float label_smoothing, float z_loss,"
+        " str reduction, str backend) -> (Tensor loss, Tensor lse, Tensor count)",
+        _fake,
+    ),
+    LibraryOp(
+        "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, Tensor count,"
+        " int ignore_index, float label_smoothing, float z_loss, str reduction, str backend) -> Tensor",
+        lambda grad_loss, logits, *rest: logits.new_empty(logits.shape),
+    ),
+)
+
+
+def definition(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False):
+    """F.cross_entropy in float32 or wider, and the penalty by its formula."""
+    x, t = logits.to(wide_dtype(logits)).reshape(-1, logits.size(-1)), target.reshape(-1)
+    loss = F.cross_entropy(x, t, None, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    if z_loss:
+        counted = t != ignore_index
+        penalty = z_loss * torch.where(counted, torch.logsumexp(x, -1) ** 2, 0.0)
+        loss = loss + (
+            penalty if reduction == "none" else penalty.sum() / (counted.sum() if reduction == "mean" else 1)
+        )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _eager(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False):
+    """What people write."""
+    return F.cross_entropy(
+        logits.flatten(0, -2), target.flatten(), None, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        reduction=reduction,
+    )  # fmt: skip
+
+
+def _cost(logits, target, **settings):
+    # Forward reads the logits; backward reads them again and writes their gradient.
+    return Cost(flops=40 * logits.numel(), bytes=3 * logits.numel() * logits.element_size())
+
+
+def targets(t, *shape, classes, ignored=0.0, ignore_index=-100):
+    """Classes drawn at random, and a share of positions that do not count."""
+    drawn = torch.randint(classes, shape, generator=t.generator)
+    drawn[torch.rand(shape, generator=t.generator) < ignored] = ignore_index
+    return drawn.to(t.device)
+
+
+def _inputs(*shape, scale=3.0, ignored=0.0, ignore_index=-100, **more):
+    settings = more if ignore_index == -100 else dict(more, ignore_index=ignore_index)
+
+    def make(t):
+        logits = t.normal(*shape, scale=scale)
+        target = targets(t, *shape[:-1], classes=shape[-1], ignored=ignored, ignore_index=ignore_index)
+        return dict(logits=logits, target=target, **settings)
+
+    return make
+
+
+def _strided(t):
+    """Rows with a gap between them."""
+    x = t.normal(7, 50, grad=False)
+    return dict(logits=x[:, 3:40].requires_grad_(), target=targets(t, 7, classes=37))
+
+
+def _next_token(t):
+    """Logits of all but the last position, as the loss of a language model takes them."""
+    x = t.normal(3, 6, 37, grad=False)
+    return dict(logits=x[:, :-1].requires_grad_(), target=targets(t, 3, 5, classes=37, ignored=0.2))
+
+
+def _classes_second(t):
+    """[B, V, T] transposed: the classes do not lie dense."""
+    x = t.normal(3, 37, 6, grad=False)
+    return dict(logits=x.transpose(1, 2).requires_grad_(), target=targets(t, 3, 6, classes=37))
+
+
+def _special(t):
+    inf, nan = float("inf"), float("nan")
+    x = [
+        [-inf, 0.5, 1.0, -inf, 2.0], [1e4, 1e4 - 2, 0.0, 1.0, -1e4], [-1e4, -1e4 + 1, -1e4, -3e4, -2e4],
+        [nan, 0.0, 1.0, 2.0, 3.0], [inf, 0.0, 1.0, 2.0, 3.0], [-inf] * 5, [100.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, -0.0, 1e-30, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0, -inf],
+    ]  # fmt: skip
+    return dict(logits=t.values(x), target=torch.tensor([2, 0, 1, 1, 1, 0, 3, 4, 4], device=t.device),
+                reduction="none")  # fmt: skip
+
+
+def _masked_blocks(t):
+    """Whole blocks of a long row are masked, at its start, in its middle or at its end, or hold a NaN alone."""
+    x = torch.randn(5, 9000, generator=t.generator)
+    x[0, :5000], x[1, 2500:8000], x[2, 4000:], x[3, :6000] = (-float("inf"),) * 4
+    x[3, 17] = float("nan")
+    x[4, 8999] = 60.0  # the largest comes last
+    return dict(logits=t.values(x.tolist()), target=torch.tensor([8000, 3, 100, 7000, 5], device=t.device),
+                reduction="none")  # fmt: skip
+
+
+CASES = (
+    Case("gpt", _inputs(40, 65)),
+    Case("none", _inputs(4, 9, 65, reduction="none", ignored=0.2)),
+    Case("odd", _inputs(5, 7, ignored=0.3)),
+    Case("long_row", _inputs(3, 9001)),
+    Case("many_rows", _inputs(64, 300, ignored=0.1)),
+    Case("gpt2", _inputs(2, 50257)),
+    Case("bytes", _inputs(9, 256, ignored=0.2)),
+    Case("sum", _inputs(6, 130, reduction="sum", ignored=0.3)),
+    Case("one_element", _inputs(1, 1)),
+    Case("one_row", _inputs(33)),
+    Case("two_classes", _inputs(9, 2, scale=30.0)),
+    Case("smoothing", _inputs(6, 130, label_smoothing=0.1, ignored=0.2)),
+    Case("smoothing_none", _inputs(3, 4, 4100, label_smoothing=0.3, reduction="none", ignored=0.2)),
+    Case("smoothing_1", _inputs(6, 33, label_smoothing=1.0)),
+    Case("z_loss", _inputs(6, 130, z_loss=1e-2, ignored=0.2)),
+    Case("z_loss_none", _inputs(2, 5, 2049, z_loss=0.1, reduction="none", ignored=0.2)),
+    Case("second_order", _inputs(4, 5, label_smoothing=0.2, z_loss=0.05, ignored=0.2, scale=1.0)),
+    Case("gaussian_none", _inputs(3, 2, 4, reduction="none", scale=1.0)),
+    Case("ignore_a_class", _inputs(50, 11, ignored=0.3, ignore_index=7, label_smoothing=0.1)),
+    Case("large", _inputs(6, 300, scale=1000.0)),
+    Case("four_dimensions", _inputs(2, 3, 2, 17)),
+    Case("strided", _strided),
+    Case("next_token", _next_token),
+    Case("classes_second", _classes_second),
+    Case("all_ignored", lambda t: {**_inputs(6, 9)(t), "target": torch.full((6,), -100, device=t.device)}),
+    Case("all_ignored_sum", lambda t: {**_inputs(6, 9, reduction="sum")(t),
+                                       "target": torch.full((6,), -100, device=t.device)}),
+    Case("empty", _inputs(0, 9, reduction="sum")),
+    Case("empty_mean", _inputs(3, 0, 9)),
+    Case("empty_none", _inputs(0, 9, reduction="none")),
+    Case("special_values", _special),
+    Case("special_values_smoothing", lambda t: dict(_special(t), label_smoothing=0.1, z_loss=0.01)),
+    Case("masked_blocks", _masked_blocks),
+)  # fmt: skip
+
+_GOOD = _inputs(4, 9)
+
+
+def _leaf(t):
+    return {**_GOOD(t), "inplace": True}
+
+
+def _view_of_a_leaf(t):
+    return dict(logits=t.normal(2, 2, 9).view(4, 9), target=targets(t, 4, classes=9), inplace=True)
+
+
+def _out_of_range(value):
+    return lambda t: {**_GOOD(t), "target": torch.tensor([0, value, 8, -100])}
+
+
+ERROR_CASES = (
+    ErrorCase("target_shape", lambda t: {**_GOOD(t), "target": targets(t, 5, classes=9)}, ValueError,
+              r"target.*expected shape \(4,\).*got \(5,\)"),
+    ErrorCase("target_dtype", lambda t: {**_GOOD(t), "target": torch.zeros(4, dtype=torch.int32)}, TypeError,
+              r"target.*expected torch\.int64.*got torch\.int32"),
+    ErrorCase("target_probabilities", lambda t: {**_GOOD(t), "target": t.uniform(4, 9)}, TypeError,
+              r"target.*expected torch\.int64.*got torch\.float32"),
+    ErrorCase("target_list", lambda t: {**_GOOD(t), "target": [0, 1, 2, 3]}, TypeError,
+              r"target.*expected a tensor.*got list"),
+    ErrorCase("target_too_large", _out_of_range(9), ValueError,
+              r"target.*expected classes from 0 to 8 or -100.*got 9"),
+    ErrorCase("target_negative", _out_of_range(-1), ValueError,
+              r"target.*expected classes from 0 to 8 or -100.*got -1"),
+    ErrorCase("device", lambda t: {**_GOOD(t), "target": targets(t, 4, classes=9).to("meta")}, ValueError,
+              r"target.*expected device.*got meta"),
+    ErrorCase("integers", lambda t: {**_GOOD(t), "logits": torch.ones(4, 9, dtype=torch.int32)}, TypeError,
+              r"logits.*floating.*got torch\.int32"),
+    ErrorCase("no_dimension", lambda t: dict(logits=t.normal(), target=torch.tensor(0)), ValueError,
+              r"logits.*\[\.\.\., V\].*got shape \(\)"),
+    ErrorCase("no_classes", lambda t: dict(logits=t.normal(4, 0), target=torch.zeros(4, dtype=torch.int64)), ValueError,
+              r"logits.*at least one class.*got shape \(4, 0\)"),
+    ErrorCase("smoothing", lambda t: {**_GOOD(t), "label_smoothing": 1.5}, ValueError,
+              r"label_smoothing.*\[0, 1\].*got 1\.5"),
+    ErrorCase("z_loss", lambda t: {**_GOOD(t), "z_loss": -1.0}, ValueError, r"z_loss.*>= 0.*got -1\.0"),
+    ErrorCase("z_loss_type", lambda t: {**_GOOD(t), "z_loss": "0"}, TypeError, r"z_loss.*expected a float.*got str"),
+    ErrorCase("ignore_index", lambda t: {**_GOOD(t), "ignore_index": None}, TypeError,
+              r"ignore_index.*expected an int.*got NoneType"),
+    ErrorCase("reduction", lambda t: {**_GOOD(t), "reduction": "avg"}, ValueError,
+              r"reduction.*'mean', 'sum', 'none', got 'avg'"),
+    ErrorCase("inplace_leaf", _leaf, ValueError, r"inplace.*expected logits that an operation made.*got a leaf"),
+    ErrorCase("inplace_view", _view_of_a_leaf, ValueError, r"inplace.*expected logits that an operation made.*view"),
+)  # fmt: skip
+
+BENCH_CASES = (
+    Case("gpt2-512x50257", _inputs(512, 50257)),
+    Case("gpt_char-4096x65", _inputs(4096, 65)),
+    Case("gpt_bytes-4096x256", _inputs(4096, 256)),
+    Case("llama-256x128256", _inputs(256, 128256)),
+)
+
+# Launches of BENCH_CASES: rows of 50257 begin anywhere, those of 128256 at multiples of 16 bytes.
+_VOCABULARIES = dict(gpt2=dict(classes="i32:1", inner_stride="i32:1"), llama=dict(classes="i32", inner_stride="i32"))
+_OTHERS = dict(
+    target_ptr="*i64", lse_ptr="*fp32", rows="i32", inner="i32", outer_stride="i32", ignore_index="i32",
+    label_smoothing="fp32", z_loss="fp32",
+)  # fmt: skip
+
+
+def _compile_case(vocabulary, dtype, backward, smooth=False):
+    sizes = _VOCABULARIES[vocabulary]
+    name = f"{vocabulary}{'-smooth' if smooth else ''}{'-backward' if backward else ''}-{dtype[1:]}"
+    wide = vocabulary == "llama"
+    if not backward:
+        return CompileCase(
+            name, "_cross_entropy_forward",
+            dict(logits_ptr=dtype, loss_ptr="*fp32", **_OTHERS, **sizes, SMOOTH=smooth, BLOCK=4096), num_warps=8,
+            elements=4096, wide_loads=wide,
+        )  # fmt: skip
+    grad = dict(
+        grad_loss_ptr="*fp32", count_ptr="*fp32", grad_ptr=dtype, grad_loss_stride="i32", splits="i32",
+        grad_inner="i32", grad_outer_stride="i32", grad_inner_stride=sizes["inner_stride"],
+    )  # fmt: skip
+    return CompileCase(
+        name, "_cross_entropy_backward", dict(logits_ptr=dtype, **_OTHERS, **sizes, **grad, BLOCK=2048), num_warps=4,
+        elements=2048, wide_loads=wide,
+    )  # fmt: skip
+
+
+COMPILE_CASES = (
+    *(
+        _compile_case(vocabulary, dtype, backward)
+        for vocabulary in _VOCABULARIES
+        for dtype in ("*fp32", "*bf16")
+        for backward in (False, True)
+    ),
+    _compile_case("gpt2", "*bf16", False, smooth=True),
+    CompileCase(
+        "finalise", "_cross_entropy_finalise",
+        dict(rows_loss_ptr="*fp32", target_ptr="*i64", loss_ptr="*fp32", count_ptr="*fp32", rows="i32",
+             ignore_index="i32", BLOCK=2048),
+    ),
+)  # fmt: skip
+
+CROSS_ENTROPY = OpSpec(
+    name="cross_entropy",
+    folder="cross_entropy",
+    formula="(1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2 over the last dimension, lse = logsumexp(x)",
+    source="online sums: Milakov & Gimelshein 2018, arXiv:1805.02867; smoothing: Szegedy et al. 2015; z: PaLM 2022",
+    library=LIBRARY,
+    reference=definition,
+    cases=CASES,
+    error_cases=ERROR_CASES,
+    bench_cases=BENCH_CASES,
+    peers={"eager": _eager},
+    cost=_cost,
+    compile_cases=COMPILE_CASES,
+)

@@ -1,0 +1,170 @@
+"""cross_entropy on the GPU: a program reads a row once, forward; backward's programs share the row's columns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
+from genai_fast.kernels.common.rows import dense_like
+from genai_fast.kernels.cross_entropy.layout import as_rows, dense_layout, require_saved, require_targets, upstream
+from genai_fast.kernels.cross_entropy.linear import over_chunks
+
+BLOCK_FORWARD = 4096  # columns a step of a row's program: 16 a thread
+BLOCK_BACKWARD = 2048
+A_THREAD = 16  # columns
+FINALISE = 2048
+
+
+@triton.jit
+def _row(row, inner, outer_stride, inner_stride):
+    """Where a row begins; rows * classes passes 2**31."""
+    return row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_forward(
+    logits_ptr, target_ptr, loss_ptr, lse_ptr,   # [rows, classes], [rows], [rows], [2, rows]
+    rows, classes, inner, outer_stride, inner_stride, ignore_index, label_smoothing, z_loss,
+    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(1 - e) (lse - x[target]) + e (lse - mean of x) + z lse^2; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        tl.store(lse_ptr + rows + row, 0.0)
+    else:
+        begin = logits_ptr + _row(row, inner, outer_stride, inner_stride)
+        most = tl.full((), float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        plain = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, classes, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            x = tl.load(begin + offs, mask=offs < classes, other=float("-inf")).to(tl.float32)
+            now = tl.maximum(most, tl.max(x, axis=0))
+            # Nothing but -inf and NaN so far: any finite number serves, and NaN stays.
+            shift = tl.where(now == float("-inf"), 0.0, now)
+            total = total * tl.where(most == now, 1.0, tl.exp(most - now)) + tl.exp(x - shift)
+            if SMOOTH:
+                plain += tl.where(offs < classes, x, 0.0)
+            most = now
+        log_sum = tl.log(tl.sum(total, axis=0))
+        inside = (target >= 0) & (target < classes)
+        # A target that is no class reads as NaN.
+        hit = tl.load(begin + target, mask=inside, other=float("nan")).to(tl.float32)
+        lse = most + log_sum
+        loss = (1.0 - label_smoothing) * (most - hit) + log_sum
+        if SMOOTH:
+            loss += label_smoothing * (most - tl.sum(plain, axis=0) / classes)
+        loss += z_loss * lse * lse
+        tl.store(loss_ptr + row, loss)
+        tl.store(lse_ptr + row, most)
+        tl.store(lse_ptr + rows + row, log_sum)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_finalise(
+    rows_loss_ptr, target_ptr, loss_ptr, count_ptr,   # [rows], [rows], 0-d, 0-d or None
+    rows, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum over rows, or their mean if count_ptr is given; one program, in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, rows, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < rows
+        total += tl.load(rows_loss_ptr + offs, mask=mask, other=0.0)
+        count += tl.where(mask & (tl.load(target_ptr + offs, mask=mask, other=0) != ignore_index), 1.0, 0.0)
+    loss = tl.sum(total, axis=0)
+    if count_ptr is not None:
+        counted = tl.sum(count, axis=0)
+        loss = tl.where(counted > 0.0, loss / tl.maximum(counted, 1.0), float("nan"))
+        tl.store(count_ptr, counted)
+    tl.store(loss_ptr, loss)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_backward(
+    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, count_ptr,  # [rows] or 0-d, ..., [2, rows], 0-d or None
+    grad_ptr,                                                   # [rows, classes]; may be logits_ptr
+    grad_loss_stride, rows, classes, splits, inner, outer_stride, inner_stride,
+    grad_inner, grad_outer_stride, grad_inner_stride, ignore_index, label_smoothing, z_loss, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = g ((1 + 2 z lse) exp(x - lse) - e / V - (1 - e) onehot(target)); one program a block of a row."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    offs = split * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < classes
+    out = grad_ptr + _row(row, grad_inner, grad_outer_stride, grad_inner_stride) + offs
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        tl.store(out, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=mask)
+    else:
+        most = tl.load(lse_ptr + row)
+        log_sum = tl.load(lse_ptr + rows + row)
+        g = tl.load(grad_loss_ptr + row * grad_loss_stride)
+        if count_ptr is not None:
+            g = g / tl.load(count_ptr)
+        g = tl.where((target >= 0) & (target < classes), g, float("nan"))
+        begin = logits_ptr + _row(row, inner, outer_stride, inner_stride)
+        x = tl.load(begin + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = g * (1.0 + 2.0 * z_loss * (most + log_sum)) * tl.exp((x - most) - log_sum)
+        grad -= g * tl.where(offs == target, 1.0 - label_smoothing, 0.0) + g * (label_smoothing / classes)
+        tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def _block(columns, most):
+    """(BLOCK, num_warps)"""
+    block = min(next_power_of_2(columns), most)
+    return block, min(max(block // (32 * A_THREAD), 1), 8)
+
+
+def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reduction):
+    require_targets(logits, target)
+    x, layout = as_rows(logits)
+    t = target.contiguous()
+    rows, classes = t.numel(), logits.size(-1)
+    of_row = logits.new_empty(target.shape, dtype=torch.float32)
+    lse = logits.new_empty((2, rows), dtype=torch.float32)
+    count = logits.new_empty(() if reduction == "mean" else 0, dtype=torch.float32)
+    if rows:
+        block, warps = _block(classes, BLOCK_FORWARD)
+        _cross_entropy_forward[(rows,)](
+            x, t, of_row, lse, rows, classes, *layout, ignore_index, label_smoothing, z_loss,
+            SMOOTH=label_smoothing != 0.0, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    if reduction == "none":
+        return of_row, lse, count
+    loss = logits.new_empty((), dtype=torch.float32)
+    block, warps = _block(rows, FINALISE)
+    _cross_entropy_finalise[(1,)](
+        of_row, t, loss, count if reduction == "mean" else None, rows, ignore_index, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return loss, lse, count
+
+
+def cross_entropy_backward(
+    grad_loss, logits, target, lse, count, ignore_index, label_smoothing, z_loss, reduction, inplace=False
+):
+    """In place: written over the logits, which must be `writable`."""
+    require_targets(logits, target)
+    require_saved(logits, lse, count, reduction)
+    g, g_stride = upstream(grad_loss, target, reduction)
+    x, layout = as_rows(logits)
+    t = target.contiguous()
+    rows, classes = t.numel(), logits.size(-1)
+    grad = logits if inplace else dense_like(logits)
+    if rows:
+        block, warps = _block(classes, BLOCK_BACKWARD)
+        splits = ceil_div(classes, block)
+        _cross_entropy_backward[(rows * splits,)](
+            g, x, t, lse, count if reduction == "mean" else None, grad, g_stride, rows, classes, splits, *layout,
+            *(layout if inplace else dense_layout(rows, classes)), ignore_index, label_smoothing, z_loss, BLOCK=block,
+            num_warps=warps,
+        )  # fmt: skip
+    return grad
+
+
+linear_cross_entropy = over_chunks(cross_entropy, cross_entropy_backward)
