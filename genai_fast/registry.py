@@ -12,6 +12,7 @@ from genai_fast.kernels.conv_transpose.spec import (
     CONV_TRANSPOSE2D_BATCH_NORM_ACT,
     UPSAMPLE_CONV2D,
 )
+from genai_fast.kernels.gated_act.spec import GATED_ACT
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
@@ -30,5 +31,6 @@ OPS: dict[str, OpSpec] = {
         UPSAMPLE_CONV2D,
         CONV_TRANSPOSE2D_BATCH_NORM_ACT,
         CONV2D,
+        GATED_ACT,
     )
 }
