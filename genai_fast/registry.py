@@ -14,6 +14,7 @@ from genai_fast.kernels.conv_transpose.spec import (
 )
 from genai_fast.kernels.gated_act.spec import GATED_ACT
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
+from genai_fast.kernels.rotary.spec import ROTARY
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
 OPS: dict[str, OpSpec] = {
@@ -32,5 +33,6 @@ OPS: dict[str, OpSpec] = {
         CONV_TRANSPOSE2D_BATCH_NORM_ACT,
         CONV2D,
         GATED_ACT,
+        ROTARY,
     )
 }
