@@ -74,6 +74,15 @@ def test_bias_gelu(backend, shape, approximate):
         assert y.is_contiguous() and torch.equal(y, got[0])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="about CPU tensors")
+def test_gelu_alone_is_left_to_torch_where_that_is_faster():
+    x = _normal(3, 5, 7).transpose(0, 1)
+    y = ops.bias_gelu(x)
+    assert y.is_contiguous() and torch.equal(y, F.gelu(x.contiguous()))
+    (g,) = torch.autograd.grad(ops.bias_gelu(x.requires_grad_()).square().sum(), x, create_graph=True)
+    assert g.requires_grad
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.bias_act import reference
@@ -88,6 +89,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
         x: [..., D], float32, bfloat16, float16 or float64, any strides.
         bias: [D] or None for 0; the dtype of x, or float32.
         approximate: "none" or "tanh", as of F.gelu. "none" is relatively accurate far into the negative tail too.
+            Without a bias it is F.gelu on the CPU, which is faster there, unless use_backend asks for a kernel.
 
     Returns:
         y, shape and dtype of x, contiguous.
@@ -104,6 +106,8 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
         raise ValueError(
             f"{op}: bias: expected shape {tuple(x.shape[-1:])} as x has in its last dimension, got {tuple(bias.shape)}"
         )
+    if bias is None and approximate == "none" and x.is_cpu and not forced_backend():
+        return F.gelu(x.contiguous())
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     y = _call(op, rows, bias, "gelu" if approximate == "none" else "gelu_tanh", 0.0, False)
     return y.view(x.shape)
