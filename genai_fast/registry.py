@@ -14,7 +14,9 @@ from genai_fast.kernels.conv_transpose.spec import (
 )
 from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
 from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
+from genai_fast.kernels.gated_act.spec import GATED_ACT
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
+from genai_fast.kernels.rotary.spec import ROTARY
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
 OPS: dict[str, OpSpec] = {
@@ -34,5 +36,7 @@ OPS: dict[str, OpSpec] = {
         CONV2D,
         CROSS_ENTROPY,
         LINEAR_CROSS_ENTROPY,
+        GATED_ACT,
+        ROTARY,
     )
 }

@@ -53,7 +53,8 @@ def _images(conv, dtype=torch.float32, channels_last=False):
 @pytest.mark.parametrize("options", [{}, dict(groups=2, bias=False)], ids=["bias", "groups"])
 @pytest.mark.parametrize("name", FOLDS)
 def test_a_folded_norm_is_the_norm(name, options, dtype, folds):
-    for k, act in enumerate((nn.LeakyReLU(0.2), nn.ReLU(), nn.Tanh(), nn.SiLU(), nn.Sigmoid(), nn.Identity(), None)):
+    for k, act in enumerate((nn.LeakyReLU(0.2), nn.ReLU(), nn.Tanh(), nn.SiLU(), nn.Sigmoid(), nn.Identity(), None,
+                               nn.GELU(), nn.GELU("tanh"))):  # fmt: skip
         conv = FOLDS[name](**options)
         norm = [{}, dict(eps=0.8), dict(affine=False)][k % 3]
         fused = FusedSequential(conv, _norm_for(conv, **norm), *([] if act is None else [act])).eval()
@@ -64,7 +65,7 @@ def test_a_folded_norm_is_the_norm(name, options, dtype, folds):
             y, stock, truth = fused(x), plain_of(fused)(x), plain(x.float())
         assert y.stride() == stock.stride()
         close(y.float(), truth, {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype], what=str(act))
-    assert folds == [type(conv).__name__] * 7
+    assert folds == [type(conv).__name__] * 9
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e-3, 1e6])

@@ -31,6 +31,8 @@ ACTS = [
     nn.Tanh(),
     nn.Sigmoid(),
     nn.SiLU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
     nn.Identity(),
 ]
 RUNS = {
@@ -62,9 +64,8 @@ def test_a_run_is_its_modules(name, fused_calls):
 def test_each_activation(act, fused_calls):
     fused, plain = _pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), copy.deepcopy(act))
     assert_alike(fused, plain, torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last))
-    assert fused_calls[0] == {"Identity": "none", "LeakyReLU": "leaky_relu"}.get(
-        type(act).__name__, type(act).__name__.lower()
-    )
+    names = {"Identity()": "none", "LeakyReLU": "leaky_relu", "GELU(approximate='tanh')": "gelu_tanh"}
+    assert fused_calls[0] == names.get(repr(act), names.get(type(act).__name__, type(act).__name__.lower()))
 
 
 def test_statistics_switched_off_later():
@@ -253,7 +254,10 @@ def test_block_options():
     assert len(ConvTransposeBNAct(3, 6, 3, dims=3, activation=None)) == 2
     assert ConvBNAct(3, 6, 3, device="meta")[1].weight.is_meta
     assert ConvBNAct(3, 6, 3, activation="leaky_relu", negative_slope=0.01)[2].negative_slope == 0.01
-    for bad, message in ((dict(dims=4), "dims.*got 4"), (dict(activation="gelu"), "activation.*got 'gelu'")):
+    for name, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):
+        act = ConvBNAct(3, 6, 3, activation=name)[2]
+        assert type(act) is nn.GELU and act.approximate == approximate
+    for bad, message in ((dict(dims=4), "dims.*got 4"), (dict(activation="mish"), "activation.*got 'mish'")):
         with pytest.raises(ValueError, match=f"ConvBNAct: {message}"):
             ConvBNAct(3, 6, 3, **bad)
 

@@ -240,9 +240,13 @@ def _silu(x: Any, inplace: bool = False) -> nn.Module:
     return nn.SiLU(inplace)
 
 
+def _gelu(x: Any, approximate: str = "none") -> nn.Module:
+    return nn.GELU(approximate)
+
+
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.relu: _relu, torch.relu: _relu, "relu": _relu, "relu_": lambda x: nn.ReLU(True), F.leaky_relu: _leaky_relu,
-    F.silu: _silu, **dict.fromkeys((F.tanh, torch.tanh, "tanh"), lambda x: nn.Tanh()),
+    F.silu: _silu, F.gelu: _gelu, **dict.fromkeys((F.tanh, torch.tanh, "tanh"), lambda x: nn.Tanh()),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), lambda x: nn.Sigmoid()),
 }  # fmt: skip
 

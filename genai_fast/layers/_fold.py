@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.kernels.common.activations import activate
 from genai_fast.layers import _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 
@@ -90,7 +91,7 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
     norm._check_input_dim(x)
     weight, bias = scaled(conv, norm)
     # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is; its sigmoid sometimes into 1.
-    after = activation in ("relu", "sigmoid") or (activation == "leaky_relu" and slope == 0.0)
+    after = activation not in _NAMES or (activation == "leaky_relu" and slope == 0.0)
     name = "none" if after else _NAMES[activation]
     epilogue = (name, [slope] if name == "leaky_relu" else [], "")
     given = (x, weight, bias, conv.padding)
@@ -103,4 +104,6 @@ def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, s
         return y
     if activation == "sigmoid":
         return y.sigmoid_()
+    if activation in ("gelu", "gelu_tanh"):
+        return activate(y, activation, slope)
     return y.relu_() if activation == "relu" else F.leaky_relu_(y, slope)

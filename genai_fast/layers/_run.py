@@ -120,7 +120,10 @@ def _activation(module: nn.Module | None) -> tuple[str, float]:
     """Name and slope, as ops call them."""
     if module is None:
         return "none", 0.0
-    return ACTIVATIONS[type(module)], float(getattr(module, "negative_slope", 0.0))
+    name = ACTIVATIONS[type(module)]
+    if name == "gelu" and module.approximate == "tanh":
+        name = "gelu_tanh"
+    return name, float(getattr(module, "negative_slope", 0.0))
 
 
 def _convolved_act(modules: Sequence[nn.Module], x: torch.Tensor, path: str) -> torch.Tensor:

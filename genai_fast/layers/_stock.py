@@ -14,7 +14,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu",
+    nn.SiLU: "silu", nn.GELU: "gelu",
 }  # fmt: skip
 
 # One letter a child, so that a container is a word and a run a pattern. Lower case works in place.

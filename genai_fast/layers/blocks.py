@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -12,6 +13,7 @@ from genai_fast.layers.sequential import FusedSequential
 from genai_fast.ops import _check
 
 _MODULES = {name: module for module, name in ACTIVATIONS.items()}
+_MODULES["gelu_tanh"] = functools.partial(nn.GELU, approximate="tanh")
 _Size = int | tuple[int, ...]
 
 
@@ -54,7 +56,7 @@ class ConvBNAct(_Block):
             2d or 3d; without bias by default, since the norm has one.
         dims: number of spatial dimensions, 1 to 3.
         eps, momentum, affine, track_running_stats: of the norm.
-        activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", a module, or None for none.
+        activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None for none.
         negative_slope: of leaky_relu.
 
     Raises: ValueError on an unknown activation or number of dimensions.

@@ -17,9 +17,9 @@ class FusedSequential(nn.Sequential):
     - [activation,] Dropout in training, whose mask is drawn again in backward rather than kept;
     - Conv2d or ConvTranspose2d, with what follows it, by the path that `genai_fast.paths` measured to be the fastest;
 
-    and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU. A child counts
-    if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on the
-    CPU, where no gradient is needed, convolution, norm and activation are one oneDNN call.
+    and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU. A child
+    counts if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on
+    the CPU, where no gradient is needed, convolution, norm and activation are one oneDNN call.
 
     Where torch.export, torch.jit, torch.fx or torch.func trace it, and for what the ops do not serve, the children are
     called one by one. The numbers that Dropout draws differ from torch's; torch.manual_seed still repeats them.

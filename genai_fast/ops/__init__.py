@@ -4,7 +4,7 @@ from genai_fast.ops import _register  # noqa: F401  (defines torch.ops.genai_fas
 from genai_fast.ops.act_dropout import act_dropout
 from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act
-from genai_fast.ops.bias_act import bias_act
+from genai_fast.ops.bias_act import bias_act, bias_gelu
 from genai_fast.ops.conv2d import conv2d
 from genai_fast.ops.conv_transpose import (
     conv_transpose1d,
@@ -13,11 +13,14 @@ from genai_fast.ops.conv_transpose import (
     upsample_conv2d,
 )
 from genai_fast.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from genai_fast.ops.gated_act import gated_act, geglu, swiglu
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
+from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "conv2d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "linear_cross_entropy", "reparameterize",
-    "reparameterize_kl", "upsample_conv2d", "vae_loss",
+    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "conv2d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "gated_act", "geglu",
+    "linear_cross_entropy", "reparameterize", "reparameterize_kl", "rotary", "rotary_tables", "swiglu",
+    "upsample_conv2d", "vae_loss",
 ]  # fmt: skip

@@ -112,7 +112,7 @@ def batch_norm_act(
         training: whether the batch's statistics are used.
         momentum: share of the new value in the running statistics; cumulative averages pass 1 / batches seen.
         eps: added to the variance.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid" or "silu".
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
         process_group: in training, take the statistics over the batches of all its processes, which must all call
             (torch.distributed.group.WORLD or a group; None: this process alone).

@@ -1,8 +1,9 @@
-"""A bias by channel and an activation in one pass, and their gradients in one more."""
+"""A bias by channel and an activation in one pass, and their gradients in one more; GELU with a bias by the same."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.bias_act import reference
@@ -53,11 +54,11 @@ def bias_act(
         x: [N, C] or [N, C, ...], float32, bfloat16, float16 or float64, any strides; results keep the layout of a
             contiguous or channels-last x.
         bias: [C] or None for 0; the dtype of x, or float32.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid" or "silu".
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
         save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh and sigmoid
-            always keep y; leaky_relu can where its slope is above 0; silu cannot.
+            always keep y; leaky_relu can where its slope is above 0; silu and the GELUs cannot.
 
     Returns:
         y, shape and dtype of x.
@@ -67,9 +68,46 @@ def bias_act(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Maas, Hannun & Ng 2013 (leaky ReLU).
     """
-    _check.has_channels(_OP, x)
-    _check.per_channel(_OP, {"bias": bias}, x)
-    _check.activation(_OP, activation, negative_slope)
-    from_output = _check.saves_output(_OP, activation, negative_slope, save_output, ("relu", "tanh", "sigmoid"))
+    return _call(_OP, x, bias, activation, negative_slope, save_output)
+
+
+def _call(op, x, bias, activation, slope, save_output):
+    _check.has_channels(op, x)
+    _check.per_channel(op, {"bias": bias}, x)
+    _check.activation(op, activation, slope)
+    from_output = _check.saves_output(op, activation, slope, save_output, ("relu", "tanh", "sigmoid"))
     bias = bias if bias is None else wide(bias)
-    return _BiasAct.call(x, bias, activation, float(negative_slope), from_output, forced_backend())
+    return _BiasAct.call(x, bias, activation, float(slope), from_output, forced_backend())
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
+    """y = gelu(x + bias), the bias along the last dimension: `bias_act` of x's rows with "gelu" or "gelu_tanh".
+
+    The product before it is the model's own: `bias_gelu(F.linear(h, weight), bias)`.
+
+    Args:
+        x: [..., D], float32, bfloat16, float16 or float64, any strides.
+        bias: [D] or None for 0; the dtype of x, or float32.
+        approximate: "none" or "tanh", as of F.gelu. "none" is relatively accurate far into the negative tail too.
+            Without a bias it is F.gelu on the CPU, which is faster there, unless use_backend asks for a kernel.
+
+    Returns:
+        y, shape and dtype of x, contiguous.
+
+    Gradients, Backends, Raises: as `bias_act`. Backward keeps x alone.
+    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+    """
+    op = "bias_gelu"
+    _check.is_floating(op, "x", x)
+    _check.one_of(op, "approximate", approximate, ("none", "tanh"))
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x: expected [..., D], got shape (); add a dimension with .unsqueeze(0)")
+    if isinstance(bias, torch.Tensor) and bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{op}: bias: expected shape {tuple(x.shape[-1:])} as x has in its last dimension, got {tuple(bias.shape)}"
+        )
+    if bias is None and approximate == "none" and x.is_cpu and not forced_backend():
+        return F.gelu(x.contiguous())
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    y = _call(op, rows, bias, "gelu" if approximate == "none" else "gelu_tanh", 0.0, False)
+    return y.view(x.shape)

@@ -199,7 +199,7 @@ def conv_transpose2d(
         weight: [C, C_out, KH, KW], dtype of x; a model in channels_last (.to(memory_format=...)) needs no copy.
         bias: [C_out] or None for 0; the dtype of x, or float32.
         stride, padding, output_padding: ints or pairs, for H and W.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid" or "silu".
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
 
     Returns:
@@ -207,8 +207,8 @@ def conv_transpose2d(
         with PyTorch's convolutions.
 
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
-        those). y is kept for the activation's derivative, so it must stay as it is until backward; silu, and leaky_relu
-        with a slope of 0 or less, run as an op of their own where gradients are recorded.
+        those). y is kept for the activation's derivative, so it must stay as it is until backward; silu, the
+        GELUs, and leaky_relu with a slope of 0 or less run as an op of their own where gradients are recorded.
     Backends: Triton (CUDA; strides 1 and 2, kernels 1 to 6: `serves` says why a call is not served), PyTorch (CPU and
         all else). float32 is multiplied in TF32 where torch.backends.cudnn.conv allows it. Bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.

@@ -4,7 +4,16 @@
 
 namespace {
 
-enum Activation : int { kNone = 0, kRelu = 1, kLeakyRelu = 2, kTanh = 3, kSigmoid = 4, kSilu = 5 };
+enum Activation : int {
+  kNone = 0,
+  kRelu = 1,
+  kLeakyRelu = 2,
+  kTanh = 3,
+  kSigmoid = 4,
+  kSilu = 5,
+  kGelu = 6,
+  kGeluTanh = 7,
+};
 
 inline float sigmoid(float z) {
   const float e = exp_minus(__builtin_fabsf(z)), s = 1.0f / (1.0f + e);
@@ -24,6 +33,46 @@ inline float tanh_fast(float z) {
   return a < 0.625f ? near : z < 0.0f ? -far : far;  // NaN takes `far`
 }
 
+// The standard normal beyond a >= 0: its density, and the probability of what lies further out as a share of it
+// (Mills' ratio). Both relatively accurate as far as the density is a normal float; 0 beyond.
+struct NormalTail {
+  float density, ratio;
+};
+
+inline NormalTail normal_tail(float a) {
+  const float t = a > 16.0f ? 16.0f : a;  // NaN stays
+  const float square = t * t;
+#if defined(__FMA__) || defined(__aarch64__)
+  const float rest = __builtin_fmaf(t, t, -square);  // what rounding took, which the exponential would magnify
+#else
+  const float rest = 0.0f;
+#endif
+  const float e = 0.398942280f * exp_fast(-0.5f * square);
+  const float u = 1.0f / multiply_add(t, 0.3515625f, 1.0f);  // 1 .. 0 for 0 .. infinity; minimax fit of ratio / u
+  float p = -7.36785382e-2f;
+  p = multiply_add(p, u, 3.59971434e-1f);
+  p = multiply_add(p, u, -6.29488826e-1f);
+  p = multiply_add(p, u, 3.78674388e-1f);
+  p = multiply_add(p, u, -4.82832119e-2f);
+  p = multiply_add(p, u, 2.60355175e-1f);
+  p = multiply_add(p, u, 3.02159786e-1f);
+  p = multiply_add(p, u, 3.52058738e-1f);
+  p = multiply_add(p, u, 3.51545185e-1f);
+  return {multiply_add(e, -0.5f * rest, e), p * u};
+}
+
+// tanh's GELU is z sigmoid(w), w = sqrt(8 / pi) (z + 0.044715 z^3): sigmoid(w), and its derivative by z.
+struct TanhGate {
+  float gate, slope;
+};
+
+inline TanhGate tanh_gate(float z) {
+  const float square = z * z > 1e4f ? 1e4f : z * z;  // the gate is 0 or 1 long before
+  const float w = z * multiply_add(square, 7.13548162726e-2f, 1.59576912161f);
+  const float e = exp_minus(__builtin_fabsf(w)), s = 1.0f / (1.0f + e);
+  return {w < 0.0f ? e * s : s, e * s * s * multiply_add(square, 0.214064448818f, 1.59576912161f)};
+}
+
 template <int A>
 inline float activate(float z, float slope) {
   if constexpr (A == kRelu) return z > 0.0f ? z : z != z ? z : 0.0f;
@@ -31,6 +80,12 @@ inline float activate(float z, float slope) {
   if constexpr (A == kTanh) return tanh_fast(z);
   if constexpr (A == kSigmoid) return sigmoid(z);
   if constexpr (A == kSilu) return z * sigmoid(z);
+  if constexpr (A == kGelu) {
+    const NormalTail tail = normal_tail(__builtin_fabsf(z));
+    const float beyond = tail.density * tail.ratio;
+    return z * (z > 0.0f ? 1.0f - beyond : beyond);
+  }
+  if constexpr (A == kGeluTanh) return z * tanh_gate(z).gate;
   return z;
 }
 
@@ -51,10 +106,20 @@ inline float derivative(float z, float slope) {
     const float y = sigmoid(z);
     return y * multiply_add(z, 1.0f - y, 1.0f);
   }
+  if constexpr (A == kGelu) {  // Phi(z) + z density(z)
+    const float a = __builtin_fabsf(z);
+    const NormalTail tail = normal_tail(a);
+    const float beyond = tail.density * (tail.ratio - a);
+    return z > 0.0f ? 1.0f - beyond : beyond;
+  }
+  if constexpr (A == kGeluTanh) {
+    const TanhGate g = tanh_gate(z);
+    return multiply_add(z, g.slope, g.gate);
+  }
   return 1.0f;
 }
 
-// The same from y = activate(z); not for silu.
+// The same from y = activate(z); not for silu and the GELUs.
 template <int A>
 inline float derivative_from_output(float y, float slope) {
   if constexpr (A == kTanh) return 1.0f - y * y;
@@ -83,6 +148,8 @@ inline void with_activation(int activation, F f) {
     case kTanh: return f(Constant<kTanh>{});
     case kSigmoid: return f(Constant<kSigmoid>{});
     case kSilu: return f(Constant<kSilu>{});
+    case kGelu: return f(Constant<kGelu>{});
+    case kGeluTanh: return f(Constant<kGeluTanh>{});
     default: return f(Constant<kNone>{});
   }
 }

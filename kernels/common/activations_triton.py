@@ -27,6 +27,36 @@ def tanh(z):
 
 
 @triton.jit
+def normal_tail(a):
+    """Of the standard normal beyond a >= 0: its density, and Mills' ratio, both relatively accurate."""
+    t = tl.where(a > 16.0, 16.0, a)
+    square = t * t
+    rest = tl.fma(t, t, -square)  # what rounding took, which the exponential would magnify
+    e = 0.398942280 * exp(-0.5 * square)
+    u = 1.0 / (t * 0.3515625 + 1.0)
+    p = -7.36785382e-2
+    p = p * u + 3.59971434e-1
+    p = p * u - 6.29488826e-1
+    p = p * u + 3.78674388e-1
+    p = p * u - 4.82832119e-2
+    p = p * u + 2.60355175e-1
+    p = p * u + 3.02159786e-1
+    p = p * u + 3.52058738e-1
+    p = p * u + 3.51545185e-1
+    return e - e * (0.5 * rest), p * u
+
+
+@triton.jit
+def tanh_gate(z):
+    """tanh's GELU is z sigmoid(w), w = sqrt(8 / pi) (z + 0.044715 z^3): sigmoid(w), and its derivative by z."""
+    square = tl.where(z * z > 1e4, 1e4, z * z)  # the gate is 0 or 1 long before
+    w = z * (square * 7.13548162726e-2 + 1.59576912161)
+    e = exp(-tl.abs(w))
+    s = 1.0 / (1.0 + e)
+    return tl.where(w < 0.0, e * s, s), e * s * s * (square * 0.214064448818 + 1.59576912161)
+
+
+@triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         z = tl.where(z > 0.0, z, tl.where(z != z, z, 0.0))
@@ -38,6 +68,13 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
         z = sigmoid(z)
     elif ACTIVATION == "silu":
         z = z * sigmoid(z)
+    elif ACTIVATION == "gelu":
+        density, ratio = normal_tail(tl.abs(z))
+        beyond = density * ratio
+        z = z * tl.where(z > 0.0, 1.0 - beyond, beyond)
+    elif ACTIVATION == "gelu_tanh":
+        gate, _ = tanh_gate(z)
+        z = z * gate
     return z
 
 
@@ -57,12 +94,20 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         y = sigmoid(z)
         grad = grad * (y * (1.0 + z * (1.0 - y)))
+    elif ACTIVATION == "gelu":  # Phi(z) + z density(z)
+        a = tl.abs(z)
+        density, ratio = normal_tail(a)
+        beyond = density * (ratio - a)
+        grad = grad * tl.where(z > 0.0, 1.0 - beyond, beyond)
+    elif ACTIVATION == "gelu_tanh":
+        gate, slope_of_gate = tanh_gate(z)
+        grad = grad * (z * slope_of_gate + gate)
     return grad
 
 
 @triton.jit
 def times_derivative_from_output(grad, y, slope, ACTIVATION: tl.constexpr):
-    """The same from y = activate(z); not for silu."""
+    """The same from y = activate(z); not for silu and the GELUs."""
     if ACTIVATION == "tanh":
         grad = grad * (1.0 - y * y)
     elif ACTIVATION == "sigmoid":

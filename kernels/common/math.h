@@ -55,9 +55,10 @@ inline float minus_two_log(float u) {
   return multiply_add(static_cast<float>(exponent), -1.38629436f, p * f);
 }
 
-// e^-a for a >= 0, to two units in the last place where the result is above 1e-7 (absolutely 1e-7 below); NaN stays.
+// e^-a for a >= 0, to two units in the last place where the result is above 1e-7 (absolutely 1e-7 below); 0 below the
+// normal floats; NaN stays.
 inline float exp_minus(float a) {
-  const float t = (a > 87.0f ? 87.0f : a) * -1.44269504088896341f;
+  const float t = a * -1.44269504088896341f;
   const float shifted = t + 12582912.0f;  // as in exp_fast
   const float f = t - (shifted - 12582912.0f);
   float p = 1.32764666e-3f;
@@ -66,8 +67,8 @@ inline float exp_minus(float a) {
   p = multiply_add(p, f, 2.40221202e-1f);
   p = multiply_add(p, f, 6.93146944e-1f);
   p = multiply_add(p, f, 1.00000012f);
-  const float value = as_float(as_int(p) + int32_t(uint32_t(as_int(shifted)) << 23));
-  return a == a ? value : a;
+  const float value = as_float(int32_t(uint32_t(as_int(p)) + (uint32_t(as_int(shifted)) << 23)));
+  return a > 87.0f ? 0.0f : a == a ? value : a;
 }
 
 // ln(1 + e) for e in [0, 1]: |relative error| <= 4e-7. Coefficients: minimax fit of ln(1 + e) / e.

@@ -1,0 +1,161 @@
+"""Rotary position embedding in one pass, and the tables that it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.rotary import reference
+from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction, library_call
+
+_OP = "rotary"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _Rotary(KernelFunction):
+    @staticmethod
+    def forward(x, cos, sin, positions, offset, interleaved, inverse, backend):
+        return library_call("rotary", x, cos, sin, positions, offset, interleaved, inverse, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse, ctx.backend = inputs
+        ctx.save_for_backward(cos, sin, positions)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        """The rotation by the opposite angle, which has derivatives of its own."""
+        arguments = (grad_y, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Rotary.call(*arguments), *(None,) * 7
+        return library_call("rotary", *arguments), *(None,) * 7
+
+
+def rotary_tables(
+    positions_max: int,
+    dim: int,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * base ** (-2 i / dim), for `rotary`.
+
+    Args:
+        positions_max: positions 0 .. positions_max - 1 are in the tables.
+        dim: channels of a head that are rotated, even: D, or less to leave the last ones as they are.
+        base: of the frequencies: 10000, Llama 3's 500000, ...
+        device, dtype: of the tables; both are computed in float64 on the CPU and rounded once.
+
+    Returns:
+        (cos, sin), each [positions_max, dim / 2].
+
+    Raises: TypeError, ValueError on arguments that do not fit.
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    op = "rotary_tables"
+    for name, value, least in (("positions_max", positions_max, 0), ("dim", dim, 2)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{op}: {name}: expected an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{op}: {name}: expected at least {least}, got {value}")
+    if dim % 2:
+        raise ValueError(f"{op}: dim: expected an even number of channels, got {dim}; a pair turns together")
+    if not base > 0.0:
+        raise ValueError(f"{op}: base: expected a number above 0, got {base}")
+    return reference.tables(positions_max, dim, base, torch.get_default_device() if device is None else device, dtype)
+
+
+def _check_tables(x: torch.Tensor, cos: Any, sin: Any) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check.is_floating(_OP, name, table)
+        _check.same_device(_OP, name, table, "x", x)
+        if table.requires_grad:
+            raise ValueError(
+                f"{_OP}: {name}: expected a table without a gradient, got requires_grad=True; pass {name}.detach()"
+            )
+        if table.dtype is not x.dtype and table.dtype is not torch.float32:
+            raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x has, or torch.float32, got {table.dtype}")
+    if cos.dim() != 2 or not 0 < 2 * cos.size(1) <= x.size(3):
+        raise ValueError(
+            f"{_OP}: cos: expected [T_max, D_rot / 2] with D_rot <= D = {x.size(3)}, got shape {tuple(cos.shape)};"
+            f" rotary_tables makes it"
+        )
+    if sin.shape != cos.shape or sin.dtype is not cos.dtype:
+        raise ValueError(
+            f"{_OP}: sin: expected {cos.dtype} {tuple(cos.shape)} as cos is, got {sin.dtype} {tuple(sin.shape)}"
+        )
+
+
+def _check_positions(x: torch.Tensor, positions: Any, known: int) -> None:
+    batch, tokens = x.size(0), x.size(2)
+    if not isinstance(positions, torch.Tensor) or positions.dtype is not torch.int64:
+        got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
+        raise TypeError(f"{_OP}: positions: expected None or a tensor of torch.int64, got {got}")
+    _check.same_device(_OP, "positions", positions, "x", x)
+    if positions.shape not in ((tokens,), (batch, tokens)):
+        raise ValueError(
+            f"{_OP}: positions: expected shape ({tokens},) or ({batch}, {tokens}), one for each token of x, got"
+            f" {tuple(positions.shape)}"
+        )
+    # Where asking for their values would neither wait for a device nor break a graph.
+    if positions.is_cpu and type(positions) in _PLAIN and positions.numel() and not torch.compiler.is_compiling():
+        least, most = (int(p) for p in torch.aminmax(positions))
+        if least < 0 or most >= known:
+            raise ValueError(
+                f"{_OP}: positions: expected 0 .. {known - 1}, the rows of cos and sin, got {least} .. {most}; make"
+                f" longer tables"
+            )
+
+
+def rotary(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    positions: torch.Tensor | None = None,
+    offset: int = 0,
+) -> torch.Tensor:
+    """y = (a cos[p] - b sin[p], b cos[p] + a sin[p]) for each pair (a, b) of a token's channels, p its position.
+
+    Args:
+        x: [B, H, T, D], float32, bfloat16, float16 or float64. Strides are any: queries or keys are read where they lie
+            in a packed projection, qkv.view(B, T, 3, H, D)[:, :, 0].transpose(1, 2); only channels with gaps between
+            them are copied first.
+        cos, sin: [T_max, D_rot / 2], D_rot <= D, of `rotary_tables`; float32 or x's dtype. Channels from D_rot on stay
+            as they are.
+        interleaved: pair i is channels (2 i, 2 i + 1), as in RoFormer and GPT-J; else (i, D_rot / 2 + i), as in
+            GPT-NeoX and Hugging Face's Llama.
+        positions: int64 [T] or [B, T], or None for offset .. offset + T - 1.
+        offset: the first token's position (those in a cache before it); 0 beside positions.
+
+    Returns:
+        y, shape and dtype of x, without holes: [B, T, H, D] in memory where x's heads lie inside its tokens, else
+        contiguous. Computed in float32 and rounded once.
+
+    Gradients: x, to any order: the rotation by the opposite angle, by the same kernel. None for cos and sin.
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Positions in a CPU tensor
+        that the tables lack are refused. On CUDA, where looking at them would wait for the device, and in a compiled
+        region, their tokens come out as NaN.
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    _check.is_floating(_OP, "x", x)
+    if x.dim() != 4:
+        raise ValueError(f"{_OP}: x: expected [B, H, T, D], got shape {tuple(x.shape)}; heads come second")
+    _check_tables(x, cos, sin)
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"{_OP}: offset: expected an int, the first token's position, got {type(offset).__name__}")
+    if positions is not None:
+        if offset != 0:
+            raise ValueError(f"{_OP}: offset: expected 0 beside positions, got {offset}; add it to them")
+        _check_positions(x, positions, cos.size(0))
+    elif offset < 0 or offset + x.size(2) > cos.size(0):
+        raise ValueError(
+            f"{_OP}: offset: expected positions in 0 .. {cos.size(0) - 1}, the rows of cos and sin, got {offset} and"
+            f" {x.size(2)} tokens; make longer tables"
+        )
+    return _Rotary.call(x, cos, sin, positions, offset, bool(interleaved), False, forced_backend())

@@ -1,0 +1,33 @@
+"""gated_act on the CPU: allocates the results and calls cpu_kernel.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.activations import ACTIVATION_CODE
+from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.rows import DTYPE_CODE, address
+from genai_fast.kernels.gated_act.layout import operands, results
+
+
+def gated_act(x, up, bias, activation):
+    (gate, linear), bias, _ = operands(x, up, bias)
+    y = x.new_empty(gate.shape)
+    cpu_kernels()[0]["gated_act"](
+        gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0), DTYPE_CODE[x.dtype], y.data_ptr(),
+        *y.shape, address(bias), ACTIVATION_CODE[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
+    (gate, linear), bias, grad_y = operands(x, up, bias, grad_y)
+    (grad_x, grad_up), (grad_gate, grad_linear) = results(x, up)
+    grad_bias = x.new_empty(2 * gate.size(1) if with_bias else 0, dtype=torch.float32)
+    cpu_kernels()[0]["gated_act_backward"](
+        grad_y.data_ptr(), grad_y.stride(0), gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0),
+        DTYPE_CODE[x.dtype], grad_gate.data_ptr(), grad_linear.data_ptr(), grad_gate.stride(0),
+        grad_bias.data_ptr() if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_up, grad_bias

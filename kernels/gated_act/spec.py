@@ -1,0 +1,198 @@
+"""gated_act: what the op is, its cases and its cost."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.activations import activate
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.gated_act.reference import halves, shifted
+
+
+def _fake(x, up, bias, activation):
+    return x.new_empty((x.size(0), x.size(1) // (2 if up is None else 1)))
+
+
+def _fake_backward(grad_y, x, up, bias, with_bias, activation):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    columns = x.size(1) * (1 if up is None else 2)
+    grad_bias = x.new_empty(columns if with_bias else 0, dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty(0 if up is None else up.shape), grad_bias
+
+
+LIBRARY = (
+    LibraryOp("gated_act(Tensor x, Tensor? up, Tensor? bias, str activation, str backend) -> Tensor", _fake),
+    LibraryOp(
+        "gated_act_backward(Tensor grad_y, Tensor x, Tensor? up, Tensor? bias, bool with_bias, str activation,"
+        " str backend) -> (Tensor grad_x, Tensor grad_up, Tensor grad_bias)",
+        _fake_backward,
+    ),
+)
+
+
+def _reference(x, up=None, bias=None, activation="silu"):
+    """Each step rounded as PyTorch's own are."""
+    gate, linear = halves(x, up)
+    if bias is not None:
+        gate, linear = (z.to(x.dtype) for z in shifted(x, up, bias))
+    return activate(gate, activation, 0.0) * linear
+
+
+def _eager(x, up=None, bias=None, activation="silu"):
+    """What people write: a layer's bias, its halves, the activation, the product."""
+    if bias is not None:
+        x = x + bias
+    gate, linear = halves(x, up)
+    return activate(gate, activation, 0.0) * linear
+
+
+def _cost(x, up=None, bias=None, activation="silu"):
+    # Forward reads gate and up and writes y; backward reads these and dy and writes two gradients.
+    elements = x.numel() // (2 if up is None else 1)
+    return Cost(flops=40 * elements, bytes=8 * elements * x.element_size())
+
+
+def _inputs(*shape, layout="contiguous", packed=False, bias=False, **more):
+    """gate and up of that shape, or x with both."""
+
+    def make(t):
+        columns = shape[-1]
+        whole = (*shape[:-1], 2 * columns) if packed else shape
+        tensors = dict(x=t.laid_out(layout, *whole, scale=2.0))
+        if not packed:
+            tensors.update(up=t.laid_out(layout, *shape))
+        if bias:
+            tensors.update(bias=t.normal(2 * columns, scale=0.5))
+        return dict(**tensors, **more)
+
+    return make
+
+
+def _mixed(t):
+    """Activations of a narrow dtype beside a float32 bias, as under autocast."""
+    wide_t = type(t)(torch.promote_types(t.dtype, torch.float32), t.device, t.generator)
+    return dict(x=t.normal(6, 5, 24), bias=wide_t.normal(24))
+
+
+def _rows_with_gaps(t):
+    """Halves of one tensor, and not its whole rows: as of a projection that makes other things too."""
+    packed = t.normal(5, 9, 3, 40, grad=False)
+    return dict(x=packed[:, :, 0].requires_grad_(), up=packed[:, :, 2].requires_grad_())
+
+
+_SPECIAL = [0.0, -0.0, 80.0, -80.0, float("inf"), -float("inf"), float("nan"), 1e-30, 1e4, -1e4, -5.0]
+
+
+def _special(activation, packed=True):
+    """Every pair."""
+
+    def make(t):
+        # PyTorch's own gelu of +inf is NaN or inf, by where it stands in the tensor.
+        gates = [v for v in _SPECIAL if activation != "gelu" or v != float("inf")]
+        gate, up = [[v] * len(_SPECIAL) for v in gates], [_SPECIAL] * len(gates)
+        if packed:
+            return dict(x=t.values([a + b for a, b in zip(gate, up, strict=True)]), activation=activation)
+        return dict(x=t.values(gate), up=t.values(up), activation=activation)
+
+    return make
+
+
+_NAMES = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
+
+CASES = (
+    Case("pair", _inputs(6, 7, 40)),
+    Case("packed", _inputs(6, 7, 40, packed=True)),
+    Case("second_order", _inputs(3, 4, bias=True, packed=True, activation="gelu")),
+    Case("biased", _inputs(33, 130, packed=True, bias=True)),
+    Case("biased_pair", _inputs(33, 130, bias=True, activation="gelu_tanh")),
+    Case("odd", _inputs(7, 5, 13, packed=True, bias=True, activation="gelu")),
+    Case("one_element", _inputs(1, 1, packed=True, bias=True)),
+    Case("vector", _inputs(9, packed=True, bias=True)),
+    Case("four_dimensions", _inputs(2, 3, 2, 8)),
+    Case("many_rows", _inputs(2100, 24, packed=True, bias=True)),
+    Case("wide_rows", _inputs(3, 4500, packed=True, bias=True)),
+    Case("wide_rows_pair", _inputs(2, 9000, activation="gelu_tanh")),
+    Case("parallel", _inputs(40, 1050, packed=True, bias=True, activation="gelu")),
+    Case("strided", _inputs(8, 6, 30, layout="strided")),
+    Case("transposed", _inputs(8, 30, layout="transposed")),
+    Case("rows_with_gaps", _rows_with_gaps),
+    Case("mixed_dtypes", _mixed),
+    Case("empty_batch", _inputs(0, 8, packed=True, bias=True)),
+    Case("empty_batch_of_sequences", _inputs(3, 0, 8)),
+    Case("empty_columns", _inputs(4, 0, packed=True, bias=True)),
+    *(Case(f"special_values_{name}", _special(name)) for name in ("silu", "gelu", "gelu_tanh", "sigmoid", "none")),
+    Case("special_values_pair", _special("silu", False)),
+    *(Case(f"all_{name}", _inputs(5, 4, 24, packed=True, activation=name)) for name in _NAMES),
+)
+
+_GOOD = _inputs(4, 6, packed=True)
+_PAIR = _inputs(4, 6)
+ERROR_CASES = (
+    ErrorCase("odd_columns", lambda t: dict(x=t.normal(4, 7)), ValueError, r"x: expected \[\.\.\., 2 D\].*\(4, 7\)"),
+    ErrorCase("scalar", lambda t: dict(x=t.normal()), ValueError, r"x: expected \[\.\.\., 2 D\].*got shape \(\)"),
+    ErrorCase("up_shape", lambda t: {**_PAIR(t), "up": t.normal(4, 5)}, ValueError,
+              r"up: expected shape \(4, 6\) as x has, got \(4, 5\)"),
+    ErrorCase("up_dtype", lambda t: {**_PAIR(t), "up": t.normal(4, 6).double()}, TypeError,
+              r"up: expected torch\.float32 as x has, got torch\.float64"),
+    ErrorCase("up_device", lambda t: {**_PAIR(t), "up": t.normal(4, 6).to("meta")}, ValueError,
+              r"up: expected device cpu as x has, got meta"),
+    ErrorCase("bias_shape", lambda t: {**_GOOD(t), "bias": t.normal(6)}, ValueError,
+              r"bias: expected shape \(12,\), the gate's half first, got \(6,\)"),
+    ErrorCase("bias_dtype", lambda t: {**_GOOD(t), "bias": t.normal(12).double()}, TypeError,
+              r"bias: expected torch\.float32.*got torch\.float64"),
+    ErrorCase("bias_device", lambda t: {**_GOOD(t), "bias": t.normal(12).to("meta")}, ValueError,
+              r"bias: expected device cpu as x has, got meta"),
+    ErrorCase("integers", lambda t: dict(x=torch.ones(4, 6, dtype=torch.int32)), TypeError,
+              r"x.*floating.*got torch\.int32"),
+    ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "swish"}, ValueError,
+              r"activation: expected one of 'silu', .*got 'swish'"),
+)  # fmt: skip
+
+BENCH_CASES = (
+    Case("llama_like-4096x1024-packed", _inputs(4096, 1024, packed=True)),
+    Case("llama_like-4096x1024-pair", _inputs(4096, 1024)),
+    Case("geglu-4096x1024-packed", _inputs(4096, 1024, packed=True, activation="gelu")),
+    Case("swiglu_bias-4096x1024-packed", _inputs(4096, 1024, packed=True, bias=True)),
+)
+
+_SIZES = dict(rows="i32", columns="i32", gate_stride="i32", up_stride="i32", splits=1, ROWS=1, BLOCK=1024)
+
+_MOST = {"gelu": 95, "gelu_tanh": 70}  # instructions an element; of a loop, counted once
+
+
+def _compile_case(dtype, backward=False, bias=False, activation="silu"):
+    pointers = dict(gate_ptr=dtype, up_ptr=dtype, bias_ptr="*fp32" if bias else None)
+    if backward:
+        kernel, pointers = "_gated_act_backward", dict(
+            grad_y_ptr=dtype, **pointers, grad_gate_ptr=dtype, grad_up_ptr=dtype,
+            partial_ptr="*fp32" if bias else None, y_stride="i32", grad_stride="i32", STEPS=4 if bias else 1,
+        )  # fmt: skip
+    else:
+        kernel, pointers = "_gated_act_forward", dict(**pointers, y_ptr=dtype)
+    return CompileCase(
+        f"{activation}{'_bias' if bias else ''}{'_backward' if backward else ''}-{dtype[1:]}", kernel,
+        {**pointers, **_SIZES, "ACTIVATION": activation}, wide_loads=True,
+        elements=1024, max_instructions_per_element=_MOST.get(activation, 45),
+    )  # fmt: skip
+
+
+_COMPILE_CASES = (
+    *(_compile_case(dtype, backward) for dtype in ("*fp32", "*bf16") for backward in (False, True)),
+    *(_compile_case("*bf16", backward, True, "gelu") for backward in (False, True)),
+    _compile_case("*bf16", True, False, "gelu_tanh"),
+)
+
+GATED_ACT = OpSpec(
+    name="gated_act",
+    folder="gated_act",
+    formula="activation(gate + bias) (up + bias): SwiGLU, GEGLU, GLU, ReGLU; also as swiglu, geglu",
+    source="Shazeer 2020, arXiv:2002.05202",
+    library=LIBRARY,
+    reference=_reference,
+    cases=CASES,
+    error_cases=ERROR_CASES,
+    bench_cases=BENCH_CASES,
+    peers={"eager": _eager},
+    cost=_cost,
+    compile_cases=_COMPILE_CASES,
+)

@@ -1,0 +1,110 @@
+"""gated_act on the GPU: tiles of [rows, columns]; backward sums each tile's columns for the bias on the way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.activations_triton import activate, times_derivative
+from genai_fast.kernels.common.launch import ceil_div, row_tile
+from genai_fast.kernels.gated_act.layout import operands, results
+
+ELEMENTS = 1024  # a step of a program: 8 elements a thread
+NUM_WARPS = 4
+PROGRAMS = 1024  # that share the rows of the bias's sums: enough for every GPU, few enough to add up
+
+
+@triton.jit
+def _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns):
+    """gate + bias and up + bias [ROWS, BLOCK]."""
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        inside = column < columns
+        gate += tl.load(bias_ptr + column, mask=inside, other=0.0)
+        up += tl.load(bias_ptr + columns + column, mask=inside, other=0.0)
+    return gate, up
+
+
+@triton.jit
+def _gated_act_forward(
+    gate_ptr, up_ptr, bias_ptr, y_ptr,       # [rows, columns] twice, [2 columns] or None, [rows, columns]
+    rows, columns, gate_stride, up_stride, splits,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = activate(gate + bias) (up + bias)."""
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    row = (group.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows * columns passes 2**31
+    column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < rows) & (column < columns)
+    gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
+    y = activate(gate, 0.0, ACTIVATION) * up
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_act_backward(
+    grad_y_ptr, gate_ptr, up_ptr, bias_ptr,  # [rows, columns] three times, [2 columns] or None
+    grad_gate_ptr, grad_up_ptr,              # [rows, columns] twice
+    partial_ptr,                             # [programs / splits, 2 columns] or None
+    rows, columns, y_stride, gate_stride, up_stride, grad_stride, splits,
+    ACTIVATION: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dgate = dy (up + bias) act'(gate + bias), dup = dy act(gate + bias), and their sums over this program's rows."""
+    first, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
+    gate_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    up_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(STEPS):
+        group = first * STEPS + step
+        row = (group.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        mask = (row < rows) & (column < columns)
+        grad = tl.load(grad_y_ptr + row * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+        gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
+        of_gate = times_derivative(grad * up, gate, 0.0, ACTIVATION)
+        of_up = grad * activate(gate, 0.0, ACTIVATION)
+        offs = row * grad_stride + column
+        tl.store(grad_gate_ptr + offs, of_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_up_ptr + offs, of_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            gate_sum += tl.where(mask, of_gate, 0.0)
+            up_sum += tl.where(mask, of_up, 0.0)
+    if partial_ptr is not None:
+        column = split * BLOCK + tl.arange(0, BLOCK)
+        partial_ptr += first.to(tl.int64) * 2 * columns + column
+        tl.store(partial_ptr, tl.sum(gate_sum, axis=0), mask=column < columns)
+        tl.store(partial_ptr + columns, tl.sum(up_sum, axis=0), mask=column < columns)
+
+
+def gated_act(x, up, bias, activation):
+    (gate, linear), bias, _ = operands(x, up, bias)
+    y = x.new_empty(gate.shape)
+    if y.numel():
+        rows, columns = y.shape
+        tile, block, splits = row_tile(columns, ELEMENTS)
+        _gated_act_forward[(ceil_div(rows, tile) * splits,)](
+            gate, linear, bias, y, rows, columns, gate.stride(0), linear.stride(0), splits,
+            ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return y
+
+
+def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
+    (gate, linear), bias, grad_y = operands(x, up, bias, grad_y)
+    (grad_x, grad_up), (grad_gate, grad_linear) = results(x, up)
+    rows, columns = gate.shape
+    if not gate.numel():
+        return grad_x, grad_up, x.new_zeros(2 * columns if with_bias else 0, dtype=torch.float32)
+    tile, block, splits = row_tile(columns, ELEMENTS)
+    groups = ceil_div(rows, tile)
+    steps = ceil_div(groups * splits, PROGRAMS) if with_bias else 1
+    steps = 1 << (steps - 1).bit_length()  # powers of two: each compiles
+    groups = ceil_div(groups, steps)
+    partial = x.new_empty((groups, 2 * columns), dtype=torch.float32) if with_bias else None
+    _gated_act_backward[(groups * splits,)](
+        grad_y, gate, linear, bias, grad_gate, grad_linear, partial, rows, columns, grad_y.stride(0), gate.stride(0),
+        linear.stride(0), grad_gate.stride(0), splits, ACTIVATION=activation, STEPS=steps, ROWS=tile, BLOCK=block,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return grad_x, grad_up, partial.sum(0) if with_bias else x.new_empty(0, dtype=torch.float32)

@@ -1,0 +1,79 @@
+// rotary on the CPU: rows of channels, [batch, second, third] of them, that are read with strides and written densely.
+#include <omp.h>
+
+#include "kernel.h"
+#include "rows.h"
+
+namespace {
+
+// Pair i of a row is (2 i, 2 i + 1) if Interleaved, else (i, pairs + i).
+template <bool Interleaved>
+void rotate(const float* x, const float* cosine, const float* sine, float sign, int64_t pairs, float* y) {
+  constexpr int64_t kStep = Interleaved ? 2 : 1;
+  const int64_t apart = Interleaved ? 1 : pairs;
+#pragma omp simd
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[kStep * i], b = x[kStep * i + apart], c = cosine[i], s = sign * sine[i];
+    y[kStep * i] = a * c - b * s;
+    y[kStep * i + apart] = b * c + a * s;
+  }
+}
+
+// The tables are [known, rotated / 2]; a token's position is offset + its index, or what `positions` says. One that the
+// tables lack gives NaN. Tokens are second if by_token, else third.
+void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, int dtype, const void* cosine,
+            int64_t cosine_stride, const void* sine, int64_t sine_stride, int table_dtype, int64_t known,
+            const int64_t* positions, int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second,
+            int64_t third, int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse,
+            int threads) {
+  const Rows in{x, 0, dtype}, cosines{cosine, cosine_stride, table_dtype}, sines{sine, sine_stride, table_dtype};
+  const DenseOut out{y, columns, dtype};
+  const int64_t rows = batch * second * third, pairs = rotated / 2;
+  const int64_t each = columns > 0 && columns < kPiece ? kPiece / columns : 1;
+  const float sign = inverse ? -1.0f : 1.0f;
+#pragma omp parallel num_threads(threads) if (rows * columns >= kParallel)
+  {
+    float* const room = static_cast<float*>(std::malloc(size_t(3 * columns + 1) * sizeof(float)));
+    float* const buffer = room + columns;
+    float* const angles = buffer + columns;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < rows; first += each) {
+      int64_t sample = first / (second * third), i = first / third % second, j = first % third, held = -1;
+      const float *c = nullptr, *s = nullptr;
+      for (int64_t row = first; row < rows && row < first + each; ++row) {
+        const int64_t token = by_token ? i : j;
+        const int64_t position = positions ? positions[sample * positions_stride + token] : offset + token;
+        const float* const v = in.read({0, 1, sample * x_batch + i * x_second + j * x_third, columns}, room);
+        float* const w = out.begin({row, 1, 0, columns}, buffer);
+        if (position < 0 || position >= known) {
+          for (int64_t k = 0; k < rotated; ++k) w[k] = __builtin_nanf("");
+        } else {
+          if (position != held) {
+            const Piece angle{position, 1, 0, pairs};
+            c = cosines.read(angle, angles), s = sines.read(angle, angles + pairs);
+            held = position;
+          }
+          if (interleaved) {
+            rotate<true>(v, c, s, sign, pairs, w);
+          } else {
+            rotate<false>(v, c, s, sign, pairs, w);
+          }
+        }
+        for (int64_t k = rotated; k < columns; ++k) w[k] = v[k];
+        out.end({row, 1, 0, columns}, w);
+        if (++j == third) {
+          j = 0;
+          if (++i == second) i = 0, ++sample;
+        }
+      }
+    }
+    std::free(room);
+  }
+}
+
+}  // namespace
+
+GENAI_FAST_TABLE = {
+    Entry<&rotary>::named("rotary"),
+    {},
+};

@@ -1,0 +1,59 @@
+"""rotary in plain PyTorch: the definition and the fallback; and the tables of cosines and sines."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.channels import wide
+
+
+def tables(positions_max, dim, base, device, dtype):
+    """cos and sin [positions_max, dim / 2] of position * base ** (-2 i / dim), computed in float64 and rounded once."""
+    frequencies = float(base) ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / -dim)
+    angles = torch.outer(torch.arange(positions_max, dtype=torch.float64, device="cpu"), frequencies)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def heads_inside(x: torch.Tensor) -> bool:
+    """Whether the heads of a token of x [B, H, T, D] lie together, as a projection leaves them."""
+    return x.size(1) > 1 and x.size(2) > 1 and x.stride(1) < x.stride(2)
+
+
+def in_order_of(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for a result, without holes: [B, T, H, D] where x's heads lie inside its tokens."""
+    batch, heads, tokens, columns = x.shape
+    if heads_inside(x):
+        return x.new_empty((batch, tokens, heads, columns)).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its channels lie side by side, else a contiguous copy."""
+    return x if x.size(3) < 2 or x.stride(3) == 1 else x.contiguous()
+
+
+def _looked_up(table: torch.Tensor, positions: torch.Tensor | None, offset: int, tokens: int) -> torch.Tensor:
+    """[T, D_rot / 2] or [B, 1, T, D_rot / 2]; NaN at positions that the table lacks."""
+    table = wide(table)
+    if positions is None:
+        return table[offset : offset + tokens]
+    known = (positions >= 0) & (positions < table.size(0))
+    rows = torch.where(known.unsqueeze(-1), table[torch.where(known, positions, 0)], torch.nan)
+    return rows.unsqueeze(1) if positions.dim() == 2 else rows
+
+
+def rotated(x, cos, sin, positions, offset, interleaved, inverse):
+    """y = (a cos - b sin, b cos + a sin) for each pair (a, b) of channels; the others as they are."""
+    rotary = 2 * cos.size(1)
+    first = wide(x[..., :rotary])
+    a, b = (first[..., ::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
+    c, s = (_looked_up(table, positions, offset, x.size(2)).to(first.dtype) for table in (cos, sin))
+    s = -s if inverse else s
+    pairs = a * c - b * s, b * c + a * s
+    y = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat((y.to(x.dtype), x[..., rotary:]), -1)
+
+
+def rotary(x, cos, sin, positions, offset, interleaved, inverse):
+    x = with_unit_stride(x)
+    return in_order_of(x).copy_(rotated(x, cos, sin, positions, offset, interleaved, inverse))

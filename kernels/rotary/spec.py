@@ -1,0 +1,225 @@
+"""rotary: what the op is, its cases and its cost."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.launch import next_power_of_2
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.rotary import reference
+
+LIBRARY = (
+    LibraryOp(
+        "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse,"
+        " str backend) -> Tensor",
+        lambda x, *rest: reference.in_order_of(reference.with_unit_stride(x)),
+    ),
+)
+
+
+def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0):
+    return reference.rotated(x, cos, sin, positions, offset, interleaved, False)
+
+
+def _eager(x, cos, sin, *, interleaved=False, positions=None, offset=0):
+    """What people write: Hugging Face's rotate_half over tables for all channels, or complex products of the pairs."""
+    if positions is None:
+        cos, sin = (table[offset : offset + x.size(2)] for table in (cos, sin))
+    else:
+        cos, sin = (table[positions].unsqueeze(1) if positions.dim() == 2 else table[positions] for table in (cos, sin))
+    if interleaved:
+        rotary, kept = x.split((2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)), -1)
+        pairs = torch.view_as_complex(rotary.float().reshape(*rotary.shape[:-1], -1, 2))
+        turned = torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2).type_as(x)
+    else:
+        rotary, kept = x.split((cos.size(-1), x.size(-1) - cos.size(-1)), -1)
+        a, b = rotary.chunk(2, -1)
+        turned = rotary * cos + torch.cat((-b, a), -1) * sin
+    return torch.cat((turned, kept), -1) if kept.size(-1) else turned
+
+
+def _prepared(inputs):
+    """Tables for all channels, in x's dtype, are made once for a model."""
+    if inputs.get("interleaved"):
+        return dict(inputs)
+    whole = {name: torch.cat((inputs[name],) * 2, -1).to(inputs["x"].dtype) for name in ("cos", "sin")}
+    return {**inputs, **whole}
+
+
+_eager.prepare = _prepared
+
+
+def _cost(x, cos, sin, **more):
+    # Forward reads x and writes y; backward reads dy and writes dx.
+    return Cost(flops=6 * x[..., : 2 * cos.size(1)].numel(), bytes=4 * x.numel() * x.element_size())
+
+
+def _x(t, layout, batch, heads, tokens, columns):
+    if layout == "packed":  # queries of a joint projection
+        x = t.normal(batch, tokens, 3, heads, columns, grad=False)[:, :, 0].transpose(1, 2)
+    elif layout == "by_token":
+        x = t.normal(batch, tokens, heads, columns, grad=False).transpose(1, 2)
+    elif layout == "gaps":  # between heads and between tokens
+        x = t.normal(batch, 2 * heads, 2 * tokens, columns + 3, grad=False)[:, ::2, 1::2, :columns]
+    else:
+        return t.laid_out(layout, batch, heads, tokens, columns)
+    return x.requires_grad_()
+
+
+def _tables(t, known, rotary, narrow=False):
+    dtype = t.dtype if narrow or t.dtype is torch.float64 else torch.float32
+    cos, sin = reference.tables(known, rotary, 10000.0, t.device, dtype)
+    return dict(cos=cos, sin=sin)
+
+
+def _inputs(*shape, layout="contiguous", rotary=None, more=0, narrow=False, at=None, **options):
+    """`more` rows in the tables than tokens; positions of shape "T" or "BT" drawn from them."""
+
+    def make(t):
+        batch, _, tokens, columns = shape
+        known = tokens + more + options.get("offset", 0)
+        given = dict(x=_x(t, layout, *shape), **_tables(t, known, rotary or columns, narrow), **options)
+        if at is not None:
+            size = (tokens,) if at == "T" else (batch, tokens)
+            given["positions"] = torch.randint(known, size, generator=t.generator).to(t.device)
+        return given
+
+    return make
+
+
+def _shared_positions(t):
+    """Of a batch, by expansion; tables with rows apart, as every second one of longer tables."""
+    tables = {name: table[::2] for name, table in _tables(t, 40, 16).items()}
+    positions = torch.arange(5, 12, device=t.device).expand(3, 7)
+    return dict(x=_x(t, "packed", 3, 2, 7, 16), **tables, positions=positions)
+
+
+def _special(interleaved):
+    def make(t):
+        values = [0.0, -0.0, 1e4, -1e4, float("inf"), -float("inf"), float("nan"), 1e-30]
+        return dict(x=t.values([[[[v] * 8 for v in values]]]), **_tables(t, 8, 6), interleaved=interleaved)
+
+    return make
+
+
+CASES = (
+    Case("gpt_nano", _inputs(2, 6, 9, 64, layout="packed")),
+    Case("contiguous", _inputs(2, 3, 7, 32)),
+    Case("by_token", _inputs(2, 3, 7, 32, layout="by_token", interleaved=True)),
+    Case("second_order", _inputs(1, 2, 3, 6, rotary=4, more=2, at="T")),
+    Case("gpt_j", _inputs(2, 4, 5, 64, rotary=32, interleaved=True)),
+    Case("gpt_neox", _inputs(2, 4, 5, 64, rotary=16, layout="packed")),
+    Case("odd", _inputs(3, 5, 7, 13, rotary=10, layout="packed", more=3)),
+    Case("odd_interleaved", _inputs(3, 5, 7, 13, rotary=10, interleaved=True)),
+    Case("two_channels", _inputs(2, 3, 5, 2, interleaved=True)),
+    Case("one_element_pair", _inputs(1, 1, 1, 2)),
+    Case("one_head", _inputs(3, 1, 40, 24, layout="by_token")),
+    Case("one_token_of_a_cache", _inputs(4, 3, 1, 32, layout="packed", offset=19)),
+    Case("offset", _inputs(2, 3, 5, 16, offset=7, more=1, interleaved=True)),
+    Case("positions", _inputs(2, 3, 7, 32, at="T", more=30)),
+    Case("positions_of_samples", _inputs(3, 2, 7, 32, at="BT", more=30, layout="packed")),
+    Case("positions_interleaved", _inputs(3, 2, 7, 32, at="BT", more=30, interleaved=True)),
+    Case("shared_positions", _shared_positions),
+    Case("narrow_tables", _inputs(2, 3, 7, 32, narrow=True)),
+    Case("narrow_tables_packed", _inputs(2, 3, 7, 32, narrow=True, layout="packed", interleaved=True)),
+    Case("gaps", _inputs(2, 3, 7, 16, layout="gaps")),
+    Case("channels_apart", _inputs(2, 3, 7, 16, layout="transposed")),
+    Case("strided", _inputs(2, 3, 7, 16, layout="strided", interleaved=True)),
+    Case("many_rows", _inputs(3, 5, 70, 64, layout="packed", more=1)),
+    Case("wide_head", _inputs(1, 2, 3, 2600, rotary=2400)),
+    Case("empty_batch", _inputs(0, 2, 3, 8)),
+    Case("no_tokens", _inputs(2, 2, 0, 8, at="T", more=3)),
+    Case("special_values", _special(False)),
+    Case("special_values_interleaved", _special(True)),
+)
+
+_GOOD = _inputs(2, 3, 5, 8)
+
+
+def _with(**changes):
+    """The good arguments with some changed, each a function of (Tensors, the old one)."""
+
+    def make(t):
+        given = _GOOD(t)
+        return {**given, **{name: change(t, given.get(name)) for name, change in changes.items()}}
+
+    return make
+
+
+def _at(*values):
+    return _with(positions=lambda t, _: torch.tensor(values))
+
+
+ERROR_CASES = (
+    ErrorCase("dimensions", _with(x=lambda t, x: x[0]), ValueError, r"x: expected \[B, H, T, D\], got.*\(3, 5, 8\)"),
+    ErrorCase("integers", _with(x=lambda t, x: torch.ones(2, 3, 5, 8, dtype=torch.int32)), TypeError,
+              r"x.*floating.*got torch\.int32"),
+    ErrorCase("too_many_channels", _with(x=lambda t, x: x[..., :6]), ValueError,
+              r"cos: expected \[T_max, D_rot / 2\] with D_rot <= D = 6, got shape \(5, 4\)"),
+    ErrorCase("table_dimensions", _with(cos=lambda t, cos: cos[None]), ValueError,
+              r"cos: expected \[T_max, D_rot / 2\].*got shape \(1, 5, 4\)"),
+    ErrorCase("tables_differ", _with(sin=lambda t, sin: sin[:4]), ValueError,
+              r"sin: expected torch\.float32 \(5, 4\) as cos is, got torch\.float32 \(4, 4\)"),
+    ErrorCase("table_dtype", _with(cos=lambda t, cos: cos.half()), TypeError,
+              r"cos: expected torch\.float32 as x has.*got torch\.float16"),
+    ErrorCase("table_device", _with(cos=lambda t, cos: cos.to("meta")), ValueError,
+              r"cos: expected device cpu as x has, got meta"),
+    ErrorCase("table_gradient", _with(sin=lambda t, sin: sin.clone().requires_grad_()), ValueError,
+              r"sin: expected a table without a gradient.*pass sin\.detach"),
+    ErrorCase("short_table", _with(cos=lambda t, cos: cos[:4], sin=lambda t, sin: sin[:4]), ValueError,
+              r"offset: expected positions in 0 \.\. 3.*got 0 and 5 tokens; make longer tables"),
+    ErrorCase("offset_beyond", _with(offset=lambda t, _: 1), ValueError, r"offset.*got 1 and 5 tokens"),
+    ErrorCase("offset_negative", _with(offset=lambda t, _: -1), ValueError, r"offset.*got -1 and 5 tokens"),
+    ErrorCase("offset_type", _with(offset=lambda t, _: 1.0), TypeError, r"offset: expected an int.*got float"),
+    ErrorCase("offset_and_positions", _with(positions=lambda t, _: torch.zeros(5, dtype=torch.int64),
+                                            offset=lambda t, _: 1), ValueError, r"offset: expected 0 beside positions"),
+    ErrorCase("position_beyond", _at(0, 1, 2, 3, 5), ValueError, r"positions: expected 0 \.\. 4.*got 0 \.\. 5"),
+    ErrorCase("position_negative", _at(0, -1, 2, 3, 4), ValueError, r"positions: expected 0 \.\. 4.*got -1 \.\. 4"),
+    ErrorCase("positions_shape", _at(0, 1, 2), ValueError,
+              r"positions: expected shape \(5,\) or \(2, 5\).*got \(3,\)"),
+    ErrorCase("positions_dtype", _with(positions=lambda t, _: torch.zeros(5, dtype=torch.int32)), TypeError,
+              r"positions: expected None or a tensor of torch\.int64, got torch\.int32"),
+    ErrorCase("positions_list", _with(positions=lambda t, _: [0, 1, 2, 3, 4]), TypeError, r"positions.*got list"),
+)  # fmt: skip
+
+BENCH_CASES = (
+    Case("gpt_nano-64x6x256x64-packed", _inputs(64, 6, 256, 64, layout="packed")),
+    Case("llama_like-1x32x2048x64", _inputs(1, 32, 2048, 64, layout="by_token")),
+    Case("gpt_j-1x16x1024x256-64_rotated", _inputs(1, 16, 1024, 256, layout="by_token", rotary=64, interleaved=True)),
+)
+
+
+def _compile_case(name, dtype, columns, rotary, interleaved=False, positions=False, table="*fp32"):
+    half, rest = rotary // 2, columns - rotary
+    most = next_power_of_2(rest) if rest else 0
+    sizes = ("second", "third", "x_batch", "x_second", "x_third", "cos_stride", "sin_stride", "known", "offset")
+    return CompileCase(
+        f"{name}-{dtype[1:]}", "_rotary",
+        dict(x_ptr=dtype, cos_ptr=table, sin_ptr=table, positions_ptr="*i64" if positions else None, y_ptr=dtype,
+             **dict.fromkeys(sizes, "i32"), positions_stride="i32", sign="fp32", blocks="i32:1", BY_TOKEN=True,
+             INTERLEAVED=interleaved, COLUMNS=columns, HALF=half, ROWS=1024 // half, BLOCK=half, REST=most),
+        elements=2048 + 1024 // half * rest, max_instructions_per_element=40, wide_loads=True,
+    )  # fmt: skip
+
+
+_COMPILE_CASES = (
+    *(_compile_case("halves", dtype, 64, 64) for dtype in ("*fp32", "*bf16")),
+    *(_compile_case("pairs", dtype, 64, 64, True) for dtype in ("*fp32", "*bf16")),
+    _compile_case("halves_at_positions", "*bf16", 64, 64, False, True, "*bf16"),
+    _compile_case("pairs_of_some_channels", "*bf16", 256, 64, True),
+)
+
+ROTARY = OpSpec(
+    name="rotary",
+    folder="rotary",
+    formula="(a cos p - b sin p, b cos p + a sin p) for pairs of channels, halves or neighbours",
+    source="Su et al. 2021, arXiv:2104.09864",
+    library=LIBRARY,
+    reference=_reference,
+    cases=CASES,
+    error_cases=ERROR_CASES,
+    bench_cases=BENCH_CASES,
+    peers={"eager": _eager},
+    cost=_cost,
+    compile_cases=_COMPILE_CASES,
+)
