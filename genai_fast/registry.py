@@ -12,6 +12,7 @@ from genai_fast.kernels.conv_transpose.spec import (
     CONV_TRANSPOSE2D_BATCH_NORM_ACT,
     UPSAMPLE_CONV2D,
 )
+from genai_fast.kernels.layer_norm.spec import LAYER_NORM, RMS_NORM
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
 
@@ -30,5 +31,7 @@ OPS: dict[str, OpSpec] = {
         UPSAMPLE_CONV2D,
         CONV_TRANSPOSE2D_BATCH_NORM_ACT,
         CONV2D,
+        LAYER_NORM,
+        RMS_NORM,
     )
 }
