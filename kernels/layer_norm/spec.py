@@ -202,21 +202,22 @@ def _compile_cases(dtype, rms):
         grad_y_ptr=dtype, grad_h_ptr=dtype, h_ptr=dtype, grad_x_ptr=dtype, weight_ptr="*fp32", **of_rows
     )  # fmt: skip
     sums = dict(weight_sums_ptr="*fp32", bias_sums_ptr=None if rms else "*fp32")
-    # (columns, forward's rows and warps, backward's)
-    for columns, block, (rows, warps), (rows_back, warps_back) in (
-        (384, 512, (4, 4), (2, 4)), (768, 1024, (2, 4), (1, 4)), (4096, 4096, (1, 8), (1, 16)),
-        (8192, 8192, (1, 16), (1, 16)),
+    # columns, BLOCK, then ROWS and warps of forward and of backward
+    for columns, block, (rows, warps), back in (
+        (384, 512, (4, 4), (2, 4)), (768, 1024, (2, 4), (1, 4)), (4096, 4096, (1, 8), (1, 8)),
+        (8192, 8192, (1, 16), (1, 16) if rms else None),
     ):  # fmt: skip
         yield CompileCase(
             f"forward-{columns}-{name}", "_layer_norm_forward",
             dict(**pointers, rows="i32", **_STRIDES, eps="fp32", ROWS=rows, BLOCK=block),
             num_warps=warps, elements=rows * block, wide_loads=True,
         )  # fmt: skip
-        yield CompileCase(
-            f"backward-{columns}-{name}", "_layer_norm_backward",
-            dict(**gradients, **sums, rows="i32", **_GRADIENT_STRIDES, tiles="i32", ROWS=rows_back, BLOCK=block),
-            num_warps=warps_back, wide_loads=True,
-        )  # fmt: skip
+        if back is not None:
+            yield CompileCase(
+                f"backward-{columns}-{name}", "_layer_norm_backward",
+                dict(**gradients, **sums, rows="i32", **_GRADIENT_STRIDES, tiles="i32", ROWS=back[0], BLOCK=block),
+                num_warps=back[1], wide_loads=True,
+            )  # fmt: skip
     yield CompileCase(
         f"forward-long-{name}", "_layer_norm_forward_long", dict(**pointers, **_STRIDES, eps="fp32", BLOCK=2048),
         num_warps=8, wide_loads=True,

@@ -10,7 +10,7 @@ from genai_fast.kernels.common.channels import require_channels
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2, row_tile
 from genai_fast.kernels.common.rows import as_matrix, dense_like, require_alike, require_rows
 
-LONGEST = 8192  # columns that a program holds in registers
+LONGEST = 8192  # columns that a program holds in registers; half of them in layer_norm's backward, whose sums are two
 FORWARD, BACKWARD = 2048, 1024  # elements of 4 warps: backward holds more of each
 PROGRAMS = 512  # that share the rows in backward, each with its sums: enough for every GPU, few enough to add up
 BLOCK, LONG_WARPS = 2048, 8  # of a longer row
@@ -257,10 +257,10 @@ def _layer_norm_add(
     tl.store(total_ptr + column, tl.sum(total, axis=0), mask=inside)
 
 
-def _tile(columns, elements, most_warps):
-    """ROWS, BLOCK and warps of programs that hold whole rows, each thread `elements` / 128 of their elements."""
+def _tile(columns, elements):
+    """ROWS, BLOCK and warps of programs that hold whole rows: `elements` / 128 a thread, 16 in the longest."""
     rows, block, _ = row_tile(columns, max(elements, next_power_of_2(columns)))
-    return dict(ROWS=rows, BLOCK=block, num_warps=min(max(4 * block // elements, 4), most_warps))
+    return dict(ROWS=rows, BLOCK=block, num_warps=min(max(4 * block // elements, 4), max(block // 512, 8)))
 
 
 def layer_norm(x, residual, weight, bias, rms, eps):
@@ -277,7 +277,7 @@ def layer_norm(x, residual, weight, bias, rms, eps):
         )  # fmt: skip
         sizes = (columns, stride, added_stride, eps)
         if columns <= LONGEST:
-            tile = _tile(columns, FORWARD, 16)
+            tile = _tile(columns, FORWARD)
             _layer_norm_forward[(ceil_div(rows, tile["ROWS"]),)](*pointers, rows, *sizes, **tile)
         else:
             _layer_norm_forward_long[(rows,)](*pointers, *sizes, BLOCK=BLOCK, num_warps=LONG_WARPS)
@@ -297,8 +297,8 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     dh, dh_stride = (None, 0) if grad_h is None else as_matrix(grad_h)
     mean, rstd = None if rms else mean.contiguous(), rstd.contiguous()
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
-    short = columns <= LONGEST
-    tile = _tile(columns, BACKWARD, 16) if short else dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
+    short = columns <= (LONGEST if rms else LONGEST // 2)
+    tile = _tile(columns, BACKWARD) if short else dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
     all_tiles = ceil_div(rows, tile["ROWS"])
     tiles = ceil_div(all_tiles, PROGRAMS if short else SUM_PROGRAMS)
     programs = ceil_div(all_tiles, tiles)
