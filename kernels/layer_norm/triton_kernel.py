@@ -257,10 +257,10 @@ def _layer_norm_add(
     tl.store(total_ptr + column, tl.sum(total, axis=0), mask=inside)
 
 
-def _tile(columns, elements):
-    """ROWS, BLOCK and warps of programs that hold whole rows: `elements` / 128 a thread, 16 in the longest."""
+def _tile(columns, elements, most_warps):
+    """ROWS, BLOCK and warps of programs that hold whole rows: `elements` / 128 a thread, more only in the longest."""
     rows, block, _ = row_tile(columns, max(elements, next_power_of_2(columns)))
-    return dict(ROWS=rows, BLOCK=block, num_warps=min(max(4 * block // elements, 4), max(block // 512, 8)))
+    return dict(ROWS=rows, BLOCK=block, num_warps=min(max(4 * block // elements, 4), most_warps))
 
 
 def layer_norm(x, residual, weight, bias, rms, eps):
@@ -277,7 +277,7 @@ def layer_norm(x, residual, weight, bias, rms, eps):
         )  # fmt: skip
         sizes = (columns, stride, added_stride, eps)
         if columns <= LONGEST:
-            tile = _tile(columns, FORWARD)
+            tile = _tile(columns, FORWARD, 16)
             _layer_norm_forward[(ceil_div(rows, tile["ROWS"]),)](*pointers, rows, *sizes, **tile)
         else:
             _layer_norm_forward_long[(rows,)](*pointers, *sizes, BLOCK=BLOCK, num_warps=LONG_WARPS)
@@ -298,7 +298,10 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     mean, rstd = None if rms else mean.contiguous(), rstd.contiguous()
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
     short = columns <= (LONGEST if rms else LONGEST // 2)
-    tile = _tile(columns, BACKWARD) if short else dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
+    if short:  # of 4096 columns, layer_norm's would spill with 16 warps and their fewer registers
+        tile = _tile(columns, BACKWARD, 16 if rms else 8)
+    else:
+        tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
     all_tiles = ceil_div(rows, tile["ROWS"])
     tiles = ceil_div(all_tiles, PROGRAMS if short else SUM_PROGRAMS)
     programs = ceil_div(all_tiles, tiles)
