@@ -90,7 +90,11 @@ def per_channel(
 
 
 def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
-    """Each parameter is None or [D], D being x's last dimension, on x's device; in x's dtype or float32."""
+    """Each parameter is None or [D], D being x's last dimension, on x's device; in x's dtype or float32.
+
+    Autocast mixes dtypes: x, or its partner, may then be wider than the parameters.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
     columns = x.size(-1)
     for name, p in parameters.items():
         if p is None:
@@ -102,7 +106,7 @@ def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Ten
                 f"{op}: {name}: expected shape ({columns},) as x has {columns} in its last dimension,"
                 f" got {tuple(p.shape)}; reshape it"
             )
-        if p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
+        if not autocast and p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
             allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
             raise TypeError(
                 f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()"
