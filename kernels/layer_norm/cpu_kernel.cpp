@@ -5,6 +5,7 @@
 #include "activations.h"
 #include "channels.h"
 #include "kernel.h"
+#include "stream.h"
 
 namespace {
 
@@ -22,13 +23,13 @@ struct Parameter {
   ~Parameter() { std::free(own); }
 };
 
-// Float copies of a few rows of a narrow dtype; float32 is read and written where it lies.
+// Rows of floats: copies of a narrow dtype's, and what is to be streamed. Else float32 is used where it lies.
 struct Buffers {
   int64_t columns;
   float* values = nullptr;
 
-  Buffers(int dtype, int64_t count, int64_t columns_) : columns(columns_) {
-    if (dtype != kFloat32) values = static_cast<float*>(std::malloc(size_t(count * columns + 1) * sizeof(float)));
+  Buffers(bool needed, int64_t count, int64_t columns_) : columns(columns_) {
+    if (needed) values = static_cast<float*>(std::malloc(size_t(count * columns + 1) * sizeof(float)));
   }
   Buffers(const Buffers&) = delete;
   ~Buffers() { std::free(values); }
@@ -40,12 +41,12 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
                 void* h, const float* weight, const float* bias, float* mean, float* rstd, int64_t rows,
                 int64_t columns, double eps, int threads) {
   const Rows x_rows{x, x_stride, dtype}, residual_rows{residual, residual_stride, dtype}, h_rows{h, columns, dtype};
-  const DenseOut y_out{y, columns, dtype}, h_out{h, columns, dtype};
+  const StreamedOut y_out(y, rows, columns, dtype), h_out(h, rows, columns, dtype);
   const Parameter w(weight, columns, 1.0f), b(bias, columns, 0.0f);
   const float share = 1.0f / float(columns), epsilon = float(eps);
 #pragma omp parallel num_threads(threads) if (rows * columns >= kParallel)
   {
-    const Buffers buffers(dtype, 3, columns);
+    const Buffers buffers(dtype != kFloat32 || y_out.streamed, 3, columns);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const Piece p{row, 1, 0, columns};
@@ -56,7 +57,7 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) sum[i] = v[i] + added[i];
         h_out.end(p, sum);
-        v = h_rows.read(p, buffers[2]);  // rounded, as backward will see it
+        v = dtype == kFloat32 ? sum : h_rows.read(p, buffers[2]);  // rounded, as backward will see it
       }
       float m = 0.0f, rest = 0.0f, squares, unused;
       if (mean) {
@@ -80,6 +81,7 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
       }
       y_out.end(p, out);
     }
+    streams_done();
   }
 }
 
@@ -96,14 +98,14 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
   float* const partials =
       summed ? static_cast<float*>(std::malloc(size_t(2 * chunks * columns + 1) * sizeof(float))) : nullptr;
   const Rows g_rows{grad_y, grad_y_stride, dtype}, dh_rows{grad_h, grad_h_stride, dtype}, h_rows{h, h_stride, dtype};
-  const DenseOut out{grad_x, columns, dtype};
+  const StreamedOut out(grad_x, rows, columns, dtype);
   const Parameter w(weight, columns, 1.0f);
   const float share = 1.0f / float(columns);
   with_flag(summed, [&](auto flag) {
     constexpr bool kSummed = decltype(flag)::value;
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      const Buffers buffers(dtype, 4, columns);
+      const Buffers buffers(dtype != kFloat32 || out.streamed, 4, columns);
 #pragma omp for schedule(static)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         float* const dw = partials + (kSummed ? 2 * chunk * columns : 0);
@@ -145,6 +147,7 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
           out.end(p, dx);
         }
       }
+      streams_done();
     }
   });
   if (!summed) return;
