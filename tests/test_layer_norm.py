@@ -1,12 +1,14 @@
 """layer_norm and rms_norm where the spec's cases do not reach: blocks that carry h on, autocast, layers."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from alike import close
 from torch import nn
 
-from genai_fast import ops
+from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
 from genai_fast.kernels.layer_norm import cpu_kernel
 from genai_fast.layers import LayerNorm, RMSNorm
@@ -108,6 +110,21 @@ def test_autocast_on_the_cpu_is_that_of_torch(dtype):
 
 
 @pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm])
+def test_autocast_takes_narrow_parameters_beside_a_wider_sum(op):
+    """A bfloat16 model whose residual stream is float32; without autocast it is refused."""
+    x, weight = torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16, requires_grad=True)
+    residual = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = op(x, weight, residual=residual)
+    expected = op(x.float(), weight.float(), residual=residual)
+    close(y, expected[0], 1e-6)
+    close(h, expected[1], 1e-6)
+    assert torch.autograd.grad(y.sum(), weight)[0].dtype is torch.bfloat16
+    with pytest.raises(TypeError, match=r"weight.*expected torch\.float32"):
+        op(x.float(), weight)
+
+
+@pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm])
 def test_batched_gradients(op):
     x, residual, weight = torch.randn(3, 5), torch.randn(3, 5), torch.rand(5)
     given = x.clone().requires_grad_()
@@ -133,6 +150,15 @@ def test_layers_are_the_stock_ones(pair, shape, affine):
     close(h, x + residual, 1e-6)
     close(y, stock(x + residual), 1e-5)
     assert repr(ours) == repr(stock)
+    copied = pickle.loads(pickle.dumps(ours))
+    close(copied(x), stock(x), 1e-5)
+
+
+def test_a_layer_norm_without_bias():
+    stock, ours = nn.LayerNorm(6, bias=False), LayerNorm(6, bias=False)
+    x = torch.randn(3, 6)
+    close(ours(x), stock(x), 1e-5)
+    assert [*ours.state_dict()] == [*stock.state_dict()] == ["weight"]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=_names)
@@ -140,6 +166,26 @@ def test_layers_refuse_another_width_as_the_stock_ones(pair):
     for norm in pair:
         with pytest.raises(RuntimeError, match="normalized_shape"):
             norm(8, elementwise_affine=False)(torch.randn(2, 6))
+
+
+@pytest.mark.skipif(bool(unavailable("cpu", "cpu")), reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm])
+def test_large_tensors_are_the_same_bits(op, dtype):
+    """Large results are written past the caches, of rows that begin anywhere in a vector."""
+    x, residual, grad_y, grad_h = (torch.randn(2100, 1003).to(dtype) for _ in range(4))
+    weight = torch.rand(1003)
+
+    def results(rows):
+        given = x[rows].requires_grad_(), residual[rows].requires_grad_()
+        outputs = op(given[0], weight, residual=given[1])
+        return *outputs, *torch.autograd.grad(outputs, given, (grad_y[rows], grad_h[rows]))
+
+    with use_backend("cpu"):
+        large = results(slice(None))
+        for rows in (slice(0, 40), slice(1049, 1051), slice(2060, 2100)):
+            for whole, part in zip(large, results(rows), strict=True):
+                assert torch.equal(whole[rows], part)
 
 
 @pytest.mark.skipif(bool(unavailable("cpu", "cpu")), reason="no extension")

@@ -121,6 +121,15 @@ def _special(t):
     return dict(x=t.values(x.tolist()), weight=t.uniform(21, low=0.5, grad=True))
 
 
+def _special_sums(t):
+    """Sums of infinities, of opposite ones (NaN), of what passes the dtype's largest, and an ordinary row."""
+    x, residual = torch.randn(2, 4, 21, generator=t.generator)
+    x[0, 3], residual[0, 7] = float("inf"), float("-inf")
+    x[1, 4], residual[1, 4] = float("inf"), float("-inf")
+    x[2, 5] = residual[2, 5] = 0.9 * min(torch.finfo(d).max for d in (t.dtype, torch.float32))
+    return dict(x=t.values(x.tolist()), residual=t.values(residual.tolist()), weight=t.uniform(21, low=0.5, grad=True))
+
+
 def _cases(bias, **more):
     """Those of both ops; `bias` says whether the op has one."""
     yield from (
@@ -150,6 +159,7 @@ def _cases(bias, **more):
         Case("transposed", _transposed),
         Case("mixed_dtypes", _mixed),
         Case("special_values", _special),
+        Case("special_sums", _special_sums),
     )
 
 
@@ -250,7 +260,7 @@ LAYER_NORM = OpSpec(
     reference=_layer_norm_reference,
     cases=(*_cases(True), Case("bias_only", _inputs(4, 9, 130, weight=False, residual=False))),
     error_cases=(*_error_cases(True), _BIAS_DTYPE),
-    bench_cases=_bench_cases(("gpt_nano", 16, 256, 384), ("gpt2", 8, 1024, 768), bias=True),
+    bench_cases=_bench_cases(("gpt_nano", 64, 256, 384), ("gpt2", 8, 1024, 768), bias=True),
     peers={"eager": _eager_layer_norm},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
