@@ -15,6 +15,7 @@ from genai_fast.kernels.conv_transpose.spec import (
 from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
 from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
 from genai_fast.kernels.gated_act.spec import GATED_ACT
+from genai_fast.kernels.layer_norm.spec import LAYER_NORM, RMS_NORM
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.rotary.spec import ROTARY
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
@@ -38,5 +39,7 @@ OPS: dict[str, OpSpec] = {
         LINEAR_CROSS_ENTROPY,
         GATED_ACT,
         ROTARY,
+        LAYER_NORM,
+        RMS_NORM,
     )
 }

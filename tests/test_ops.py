@@ -67,7 +67,10 @@ def test_bad_input_is_refused(op, case):
         _call(op, case.inputs(Tensors()))
 
 
-SMALL = ("odd_rows", "offset_1", "gaussian_none", "target_gradient", "second_order", "second_order_eval")
+SMALL = (
+    "odd_rows", "offset_1", "gaussian_none", "target_gradient", "second_order", "second_order_alone",
+    "second_order_eval",
+)  # fmt: skip
 
 
 @_parametrize(DIFFERENTIABLE, *SMALL)

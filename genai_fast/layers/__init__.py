@@ -1,6 +1,7 @@
 """nn.Module drop-ins: the keys and the constructors of torch's own modules, one fused call for several of them."""
 
 from genai_fast.layers.blocks import ConvBNAct, ConvTransposeBNAct
+from genai_fast.layers.norms import LayerNorm, RMSNorm
 from genai_fast.layers.sequential import FusedSequential
 
-__all__ = ["ConvBNAct", "ConvTransposeBNAct", "FusedSequential"]
+__all__ = ["ConvBNAct", "ConvTransposeBNAct", "FusedSequential", "LayerNorm", "RMSNorm"]

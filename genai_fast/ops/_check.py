@@ -89,6 +89,30 @@ def per_channel(
         raise TypeError(f"{op}: expected parameters and running statistics of one dtype, got {got}; convert with .to()")
 
 
+def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
+    """Each parameter is None or [D], D being x's last dimension, on x's device; in x's dtype or float32.
+
+    Autocast mixes dtypes: x, or its partner, may then be wider than the parameters.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    columns = x.size(-1)
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        is_floating(op, name, p)
+        same_device(op, name, p, "x", x)
+        if p.dim() != 1 or p.size(0) != columns:
+            raise ValueError(
+                f"{op}: {name}: expected shape ({columns},) as x has {columns} in its last dimension,"
+                f" got {tuple(p.shape)}; reshape it"
+            )
+        if not autocast and p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
+            allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
+            raise TypeError(
+                f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()"
+            )
+
+
 def activation(op: str, name: Any, slope: Any) -> None:
     one_of(op, "activation", name, ACTIVATIONS)
     if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):

@@ -55,6 +55,30 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x, x.stride(0)
 
 
+def as_matrix(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [..., D] as [rows, D] with unit column stride, and the stride between rows; copies only where it must.
+
+    Keep the tensor alive while its data_ptr is in use.
+    """
+    x = x.reshape(-1, x.size(-1))
+    if x.size(1) > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def require_rows(x: torch.Tensor, *statistics: torch.Tensor | None) -> None:
+    """Raise unless each is None or float32 with one value for each row of x [..., D], on its device."""
+    rows, place, on_cpu = x.shape[:-1], x.get_device(), x.is_cpu
+    for s in statistics:
+        if s is not None and (
+            s.shape != rows or s.dtype is not torch.float32 or s.is_cpu != on_cpu or s.get_device() != place
+        ):
+            raise ValueError(
+                f"genai_fast: expected torch.float32 {tuple(rows)} on {x.device}, one for each row, got {s.dtype}"
+                f" {tuple(s.shape)} on {s.device}"
+            )
+
+
 def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """A gradient [B] or 0-d as float32: the tensor, its address (0 for None) and its stride (0 for one value)."""
     if g is None:

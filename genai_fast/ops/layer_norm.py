@@ -1,0 +1,128 @@
+"""Layer and RMS normalization of a residual sum: one pass forward, one backward, no float atomics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.kernels.common.channels import wide
+from genai_fast.kernels.layer_norm import reference
+from genai_fast.ops import _check
+from genai_fast.ops._function import KernelFunction, library_call
+
+
+class _LayerNorm(KernelFunction):
+    @staticmethod
+    def forward(x, residual, weight, bias, rms, eps, backend):
+        return library_call("layer_norm", x, residual, weight, bias, rms, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, _, ctx.rms, ctx.eps, ctx.backend = inputs
+        _, h, mean, rstd = output
+        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+        ctx.mark_non_differentiable(*((h, mean, rstd) if residual is None else (mean, rstd)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_h, grad_mean, grad_rstd):
+        grad_weight = grad_bias = None
+        if grad_y is None:
+            grad_x = grad_h
+        else:
+            h, weight, mean, rstd = ctx.saved_tensors
+            wanted = ctx.needs_input_grad[2:4]
+            # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                results = reference.gradients(grad_y, grad_h, h, weight, *wanted, ctx.rms, ctx.eps)
+            else:
+                arguments = (grad_y, grad_h, h, weight, mean, rstd, *wanted, ctx.rms)
+                results = library_call("layer_norm_backward", *arguments, ctx.backend)
+            grad_x, grad_weight, grad_bias = results
+        return (
+            grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight if ctx.needs_input_grad[2] else None,
+            grad_bias if ctx.needs_input_grad[3] else None, None, None, None,
+        )  # fmt: skip
+
+
+def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool) -> Any:
+    _check.is_floating(op, "x", x)
+    if x.dim() == 0 or x.size(-1) == 0:
+        raise ValueError(
+            f"{op}: x: expected [..., D] with D > 0, got shape {tuple(x.shape)}; the last dimension is normalized"
+        )
+    if residual is not None:
+        _check.matches(op, "residual", residual, "x", x)
+    if torch.is_autocast_enabled(x.device.type):
+        x, residual = _autocast(x, residual)
+    _check.per_column(op, {"weight": weight, "bias": bias}, x)
+    if rms and eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps: expected a finite float >= 0, got {eps!r}")
+    weight, bias = (p if p is None else wide(p) for p in (weight, bias))
+    y, h, _, _ = _LayerNorm.call(x, residual, weight, bias, rms, float(eps), forced_backend())
+    return y if residual is None else (y, h)
+
+
+def _autocast(x, residual):
+    """As x + residual and F.layer_norm: in the wider dtype of the two, on CUDA in float32 at least."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = torch.promote_types(dtype, torch.float32) if x.is_cuda else dtype
+    return x.to(dtype), residual if residual is None else residual.to(dtype)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """y = (h - mean) / sqrt(var + eps) * weight + bias, h = x + residual; mean and var over the last dimension.
+
+    With a residual h is returned too, for a block that carries it on: `y, h = layer_norm(branch, w, b, residual=h)`.
+
+    Args:
+        x: [..., D], float32, bfloat16, float16 or float64, any strides (rows with gaps are read where they lie).
+        weight, bias: [D] or None for 1 and 0; the dtype of x, or float32.
+        eps: added to the (biased) variance.
+        residual: shape and dtype of x, or None for 0.
+
+    Returns:
+        y, shape and dtype of x, contiguous; with a residual (y, h), h rounded to that dtype before it is normalized.
+        Under autocast as F.layer_norm: all is float32 on CUDA; on the CPU x and residual meet in the wider dtype.
+
+    Gradients: x, residual, weight, bias, to any order (the second and higher through plain PyTorch; torch.compile
+        refuses those). h's own gradient is added in the same pass.
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are accurate at any mean; sums
+        over rows are bitwise repeatable.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
+    Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+    """
+    return _call("layer_norm", x, weight, bias, eps, residual, False)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """y = h / sqrt(mean(h^2) + eps) * weight, h = x + residual; the mean over the last dimension.
+
+    With a residual h is returned too, as by `layer_norm`.
+
+    Args:
+        x: [..., D], float32, bfloat16, float16 or float64, any strides.
+        weight: [D] or None for 1; the dtype of x, or float32.
+        eps: added to the mean square; None: that of float32's (float64's) precision, 1.2e-7, as F.rms_norm.
+        residual: shape and dtype of x, or None for 0.
+
+    Returns, Gradients, Backends, Raises: as `layer_norm`.
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    return _call("rms_norm", x, weight, None, eps, residual, True)
