@@ -1,4 +1,4 @@
-// gated_act on the CPU. gate, up and their biases may be halves of one tensor; rows have any stride, biases are float32.
+// gated_act on the CPU. gate and up may be halves of one tensor: rows have any stride. The biases are float32.
 #include <omp.h>
 
 #include "activations.h"
