@@ -234,7 +234,7 @@ def test_a_later_input_changes_no_earlier_result():
 
 def test_more_threads_than_hidden_units_and_cores():
     """Some threads then own nothing, and all must pass every barrier."""
-    x, weights = torch.randn(30, 600, 3), (torch.randn(60, 3), torch.randn(60, 20))
+    x, weights = torch.randn(30, 900, 3), (torch.randn(60, 3), torch.randn(60, 20))
     expected, threads = ops.gru(x, None, *weights)[0], torch.get_num_threads()
     try:
         torch.set_num_threads(9)

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kRows = 64;    // of the batch, whose products stay in the second-level cache
 constexpr int64_t kDepth = 128;  // of weights that stay in that cache while they meet all rows
-constexpr int64_t kParallelProducts = 1 << 17;  // multiplications of a step that are worth a second thread
+constexpr int64_t kParallelProducts = 1 << 20;  // multiplications of a step that are worth a second thread
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -149,7 +149,7 @@ def _cases(gates, **more):
     return (
         Case("odd", make(4, 3, 4, 5)),
         Case("second_order", make(3, 2, 2, 3)),
-        Case("long_row", make(3, 9, 7, 137)),
+        Case("long_row", make(3, 19, 7, 137)),
         Case("one_step", make(1, 4, 3, 6)),
         Case("one_sample", make(7, 1, 6, 37)),
         Case("one_element", make(1, 1, 1, 1, given=False)),
