@@ -3,6 +3,7 @@
 // Threads stay for the whole sequence, with one barrier a step. Each owns some vectors of hidden units and packs their
 // weights for itself, so that it reads them from its own cache. Every sum has one order, however many threads there are.
 #include <omp.h>
+#include <sched.h>
 
 #include "activations.h"
 #include "kernel.h"
@@ -25,6 +26,27 @@ struct Sizes {
   int64_t steps, batch, hidden;
   int64_t states() const { return batch * hidden; }
   bool parallel() const { return 3 * hidden * states() >= kParallelProducts; }
+};
+
+// Of all threads of a team. It spins for some microseconds and then gives its core away: where others want the cores,
+// OpenMP's own barrier would spin on, for milliseconds each step.
+class Barrier {
+ public:
+  void wait() {
+    const int seen = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation_, seen + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == seen; ++spins) {
+      if (spins >= kSpins) sched_yield();
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+  int arrived_ = 0, generation_ = 0;
 };
 
 // The vectors of hidden units that are this thread's.
@@ -96,6 +118,7 @@ inline void cell_of(const float* x, const float* p, const float* bias, const flo
 void gru(const float* gates, const float* h0, const float* weight, const float* bias_n, float* y, float* state,
          float* saved, int64_t steps, int64_t batch, int64_t hidden, int dtype, int threads) {
   const Sizes size{steps, batch, hidden};
+  Barrier everyone;
   constexpr int64_t columns = 3 * kWidth;
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
@@ -140,7 +163,7 @@ void gru(const float* gates, const float* h0, const float* weight, const float* 
           }
         }
       }
-#pragma omp barrier
+      everyone.wait();
     }
     std::free(products);
     std::free(packed);
@@ -174,6 +197,7 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
                   const float* weight, float* grad_gates, float* grad_n, float* grad_h0, int64_t steps, int64_t batch,
                   int64_t hidden, int threads) {
   const Sizes size{steps, batch, hidden};
+  Barrier everyone;
   alignas(64) const float zeros[kWidth] = {};
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
@@ -210,7 +234,7 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
           }
         }
       }
-#pragma omp barrier
+      everyone.wait();
       // The state before met the weights of r and z, whose gradients are those of the gates, and those of n.
       const Strided rz = Strided::rows(grad_gates + t * 3 * size.states(), 3 * hidden);
       const Strided n = Strided::rows(grad_n + t * size.states(), hidden);
