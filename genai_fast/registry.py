@@ -16,6 +16,7 @@ from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
 from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
 from genai_fast.kernels.gated_act.spec import GATED_ACT
 from genai_fast.kernels.layer_norm.spec import LAYER_NORM, RMS_NORM
+from genai_fast.kernels.recurrent.spec import GRU, LSTM
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
 from genai_fast.kernels.rotary.spec import ROTARY
 from genai_fast.kernels.vae_loss.spec import VAE_LOSS
@@ -41,5 +42,7 @@ OPS: dict[str, OpSpec] = {
         ROTARY,
         LAYER_NORM,
         RMS_NORM,
+        GRU,
+        LSTM,
     )
 }

@@ -11,7 +11,7 @@ def fuse_small(put=setattr):
     from genai_fast.layers import _worth
 
     put(_worth, "NORM_TRAINING", {})
-    for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH"):
+    for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH", "RECURRENCE"):
         put(_worth, name, 0)
 
 

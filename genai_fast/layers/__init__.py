@@ -2,6 +2,7 @@
 
 from genai_fast.layers.blocks import ConvBNAct, ConvTransposeBNAct
 from genai_fast.layers.norms import LayerNorm, RMSNorm
+from genai_fast.layers.recurrent import GRU
 from genai_fast.layers.sequential import FusedSequential
 
-__all__ = ["ConvBNAct", "ConvTransposeBNAct", "FusedSequential", "LayerNorm", "RMSNorm"]
+__all__ = ["GRU", "ConvBNAct", "ConvTransposeBNAct", "FusedSequential", "LayerNorm", "RMSNorm"]

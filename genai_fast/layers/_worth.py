@@ -14,6 +14,7 @@ NORM_EVALUATION = 1 << 21  # an activation that works in place on what the cache
 DROPOUT = 1 << 13
 FOLD = 1 << 21
 PATH = 1 << 22  # multiplications: a choice of path costs 20 us
+RECURRENCE = 8  # steps
 
 
 def norm(module: nn.Module, x: torch.Tensor) -> bool:
@@ -38,3 +39,8 @@ def path(conv: nn.Module, x: torch.Tensor) -> bool:
     if type(conv) is nn.Conv2d:
         work //= conv.stride[0] * conv.stride[1]
     return work >= PATH
+
+
+def recurrence(x: torch.Tensor, steps: int) -> bool:
+    """Whether a layer over that many steps of the sequence x is to be one call, which first packs the weights."""
+    return not x.is_cpu or torch.compiler.is_compiling() or steps >= RECURRENCE

@@ -15,13 +15,14 @@ from genai_fast.ops.conv_transpose import (
 from genai_fast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from genai_fast.ops.gated_act import gated_act, geglu, swiglu
 from genai_fast.ops.layer_norm import layer_norm, rms_norm
+from genai_fast.ops.recurrent import gru, lstm
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
     "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "conv2d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "gated_act", "geglu", "layer_norm",
-    "linear_cross_entropy", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables", "swiglu",
-    "upsample_conv2d", "vae_loss",
+    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "gated_act", "geglu", "gru", "layer_norm",
+    "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables",
+    "swiglu", "upsample_conv2d", "vae_loss",
 ]  # fmt: skip

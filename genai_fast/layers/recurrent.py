@@ -1,0 +1,100 @@
+"""nn.GRU with the recurrence in one call a layer and direction."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast import ops
+from genai_fast.backends import FallbackWarning, choose, forced_backend
+from genai_fast.layers import _worth
+from genai_fast.layers._run import _observed
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+class GRU(nn.GRU):
+    """nn.GRU: its constructor, keys, results and gradients; on a CPU in one fused call a layer and direction.
+
+    PyTorch's own forward serves a few steps; CUDA, where it is cuDNN's, unless `use_backend` asks for another;
+    torch.export, torch.func and forward-mode derivatives; and, with a warning, packed sequences and dtypes without a
+    kernel. Dropout between layers draws other numbers than PyTorch's; torch.manual_seed still repeats them.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of nn.GRU.
+    """
+
+    def forward(self, input: Any, hx: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:
+        if not self._is_ours(input, hx):
+            return super().forward(input, hx)
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        x = x.transpose(0, 1) if batched and self.batch_first else x
+        states = None if hx is None else (hx if batched else hx.unsqueeze(1)).unbind()
+        last: list[torch.Tensor] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                x = ops.act_dropout(x, self.dropout, True, "none")
+            directions = []
+            for suffix in ("", "_reverse") if self.bidirectional else ("",):
+                h0 = None if states is None else states[len(last)]
+                y, h_n = ops.gru(x.flip(0) if suffix else x, h0, *self._weights(layer, suffix))
+                directions.append(y.flip(0) if suffix else y)
+                last.append(h_n)
+            x = torch.cat(directions, -1) if self.bidirectional else directions[0]
+        h_n = torch.stack(last)
+        if not batched:
+            return x.squeeze(1), h_n.squeeze(1)
+        return x.transpose(0, 1) if self.batch_first else x, h_n
+
+    def _weights(self, layer: int, suffix: str) -> list[torch.Tensor]:
+        """weight_ih, weight_hh and, where there are any, bias_ih, bias_hh."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
+
+    def _is_ours(self, input: Any, hx: Any) -> bool:
+        if isinstance(input, nn.utils.rnn.PackedSequence):
+            return _served("packed sequences are PyTorch's")
+        if not self._fits(input, hx) or _observed():
+            return False
+        steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
+        if not forced_backend() and (input.is_cuda or not _worth.recurrence(input, steps)):
+            return False
+        kind, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if torch.compiler.is_compiling():
+            return dtype is not torch.float64
+        return _served(choose("gru", forced_backend(), kind, dtype)[1])
+
+    def _fits(self, input: Any, hx: Any) -> bool:
+        """Whether the ops take these; else PyTorch says what is wrong with them."""
+        if type(input) not in _PLAIN or input.dim() not in (2, 3) or 0 in input.shape:
+            return False
+        if input.size(-1) != self.input_size:
+            return False
+        weight = self.weight_hh_l0
+        if input.device != weight.device:
+            return False
+        mixed = torch.is_autocast_enabled(input.device.type)
+        if input.dtype is not weight.dtype and not mixed:
+            return False
+        if hx is None:
+            return True
+        batch = (input.size(0 if self.batch_first else 1),) if input.dim() == 3 else ()
+        shape = (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
+        if type(hx) not in _PLAIN or hx.shape != shape or hx.device != input.device:
+            return False
+        return hx.dtype is input.dtype or mixed
+
+
+@functools.cache
+def _served(reason: str) -> bool:
+    """Whether there is no reason against a kernel; says it once otherwise."""
+    if reason:
+        warnings.warn(f"GRU runs as nn.GRU: {reason}", FallbackWarning, stacklevel=5)
+    return not reason

@@ -1,0 +1,281 @@
+"""gru and lstm: what the ops are, their cases and their cost."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+
+
+def _saved(like, keep, *shape):
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty(shape if keep else (0,), dtype=dtype)
+
+
+def _states(gates, h0, count):
+    """y, and states of the last step."""
+    return gates.new_empty(gates.size(0), *h0.shape), *(gates.new_empty(h0.shape) for _ in range(count))
+
+
+GRU_LIBRARY = (
+    LibraryOp(
+        "gru(Tensor gates, Tensor h0, Tensor weight_hh, Tensor? bias_n, bool keep, str backend)"
+        " -> (Tensor y, Tensor h_n, Tensor saved)",
+        lambda gates, h0, weight_hh, bias_n, keep: (
+            *_states(gates, h0, 1),
+            _saved(gates, keep, gates.size(0), h0.size(0), 4 * h0.size(1)),
+        ),
+    ),
+    LibraryOp(
+        "gru_backward(Tensor? grad_y, Tensor? grad_last, Tensor saved, Tensor y, Tensor h0, Tensor weight_hh,"
+        " str backend) -> (Tensor grad_gates, Tensor grad_n, Tensor grad_h0)",
+        lambda grad_y, grad_last, saved, y, h0, weight_hh: (
+            y.new_empty(*y.shape[:2], 3 * y.size(2)),
+            y.new_empty(y.shape),
+            y.new_empty(h0.shape),
+        ),
+    ),
+)
+# On the CPU PyTorch's own (oneDNN) is the fast one.
+LSTM_LIBRARY = (
+    LibraryOp(
+        "lstm(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, bool keep, str backend)"
+        " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)",
+        lambda gates, h0, c0, weight_hh, keep: (
+            *_states(gates, h0, 2),
+            _saved(gates, keep, gates.size(0), h0.size(0), 5 * h0.size(1)),
+        ),
+        ("triton",),
+    ),
+    LibraryOp(
+        "lstm_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor saved, Tensor c0, Tensor weight_hh,"
+        " str backend) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)",
+        lambda grad_y, grad_h, grad_c, saved, c0, weight_hh: (
+            weight_hh.new_empty(*saved.shape[:2], weight_hh.size(0)),
+            weight_hh.new_empty(c0.shape),
+            weight_hh.new_empty(c0.shape),
+        ),
+        ("triton",),
+    ),
+)
+
+
+def _parameters(weight_ih, weight_hh, bias_ih, bias_hh):
+    """As torch.gru and torch.lstm take them: (weights, and either both biases or none), whether with biases."""
+    if bias_ih is None and bias_hh is None:
+        return (weight_ih, weight_hh), False
+    biases = (weight_hh.new_zeros(weight_hh.size(0)) if b is None else b for b in (bias_ih, bias_hh))
+    return (weight_ih, weight_hh, *biases), True
+
+
+def _state(h0, x, weight_hh):
+    return (x.new_zeros(x.size(1), weight_hh.size(1)) if h0 is None else h0).unsqueeze(0)
+
+
+def _eager_gru(x, h0, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
+    """nn.GRU of one layer, by the function that it calls."""
+    parameters, biases = _parameters(weight_ih, weight_hh, bias_ih, bias_hh)
+    y, h_n = torch.gru(x, _state(h0, x, weight_hh), parameters, biases, 1, 0.0, True, False, False)
+    return y, h_n.squeeze(0)
+
+
+def _eager_lstm(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
+    """nn.LSTM of one layer, by the function that it calls."""
+    parameters, biases = _parameters(weight_ih, weight_hh, bias_ih, bias_hh)
+    states = tuple(_state(s, x, weight_hh) for s in (h0, c0))
+    y, h_n, c_n = torch.lstm(x, states, parameters, biases, 1, 0.0, True, False, False)
+    return y, h_n.squeeze(0), c_n.squeeze(0)
+
+
+def _sequence_cost(saved_of_unit):
+    def cost(x, weight_ih, weight_hh, **more):
+        # Six matrix products: both forward, and backward both to their left and to their right. Gates and what is
+        # kept for backward are written once and read once, and so are x, y and their gradients.
+        steps, hidden = x.size(0) * x.size(1), weight_hh.size(1)
+        weights = weight_ih.numel() + weight_hh.numel()
+        rows = 2 * x.size(2) + 2 * hidden + 2 * 2 * weight_hh.size(0) + 2 * saved_of_unit * hidden
+        return Cost(flops=3 * 2 * steps * weights, bytes=(steps * rows + 3 * weights) * x.element_size())
+
+    return cost
+
+
+def _inputs(
+    steps, batch, inputs, hidden, gates, *, states=("h0",), given=True, bias=("bias_ih", "bias_hh"), scale=1.0,
+    grad=True,
+):  # fmt: skip
+    """x, the states (or None), weights as PyTorch initialises them in size, and the named biases."""
+
+    def make(t):
+        width = gates * hidden
+        x = t.normal(steps, batch, inputs, grad=grad)
+        found = {"x": x, **{s: t.normal(batch, hidden, scale=0.5, grad=grad) if given else None for s in states}}
+        found["weight_ih"] = t.normal(width, inputs, scale=scale * max(inputs, 1) ** -0.5, grad=grad)
+        found["weight_hh"] = t.normal(width, hidden, scale=scale * hidden**-0.5, grad=grad)
+        return {**found, **{b: t.normal(width, scale=0.3, grad=grad) for b in bias}}
+
+    return make
+
+
+def _transposed(make):
+    """x as batch_first gives it, and weights that are parts of others."""
+
+    def changed(t):
+        found = make(t)
+        for name, dims in (("x", (0, 1)), ("weight_ih", (0, 1)), ("weight_hh", (0, 1))):
+            dense = found[name].detach().transpose(*dims).contiguous()
+            found[name] = dense.transpose(*dims).requires_grad_()
+        return found
+
+    return changed
+
+
+def _special(make):
+    """A sample with a NaN in the middle of its sequence, two with values that saturate all gates, and ordinary ones."""
+
+    def changed(t):
+        found = make(t)
+        x = found["x"].detach().clone()
+        x[1, 0, 0], x[2, 1, 0], x[0, 2, 1] = float("nan"), 1e4, -1e4
+        found["x"] = x.requires_grad_()
+        return found
+
+    return changed
+
+
+def _cases(gates, **more):
+    def make(*sizes, **settings):
+        return _inputs(*sizes, gates, **more, **settings)
+
+    return (
+        Case("odd", make(4, 3, 4, 5)),
+        Case("second_order", make(3, 2, 2, 3)),
+        Case("long_row", make(3, 19, 7, 137)),
+        Case("one_step", make(1, 4, 3, 6)),
+        Case("one_sample", make(7, 1, 6, 37)),
+        Case("one_element", make(1, 1, 1, 1, given=False)),
+        Case("one_unit", make(5, 3, 2, 1)),
+        Case("wide", make(3, 5, 9, 256)),
+        Case("many_rows", make(2, 70, 5, 33)),
+        Case("many_steps", make(40, 2, 3, 8)),
+        Case("no_state", make(5, 3, 4, 8, given=False)),
+        Case("no_bias", make(5, 3, 4, 8, bias=())),
+        Case("bias_ih", make(5, 3, 4, 8, bias=("bias_ih",))),
+        Case("bias_hh", make(5, 3, 4, 8, bias=("bias_hh",), given=False)),
+        Case("saturated", make(6, 4, 5, 16, scale=5.0)),
+        Case("strided", _transposed(make(5, 3, 4, 20))),
+        Case("empty_batch", make(3, 0, 4, 5)),
+        Case("no_gradient", make(4, 3, 4, 19, grad=False)),
+        Case("special_values", _special(make(4, 5, 3, 18))),
+    )
+
+
+def _error_cases(gates, good):
+    """Arguments that do not fit, of either op."""
+    rows = 5 * gates
+    return (
+        _wrong("dimensions", good, r"x.*\[T, B, I\].*got shape \(3, 4\)", x=lambda t: t.normal(3, 4)),
+        _wrong("no_steps", good, r"x.*at least 1 step.*got shape \(0, 3, 4\)", x=lambda t: t.normal(0, 3, 4)),
+        _wrong("input_size", good, rf"weight_ih.*expected shape \({rows}, 4\).*got \({rows}, 6\)",
+               weight_ih=lambda t: t.normal(rows, 6)),
+        _wrong("gates", good, rf"weight_hh.*\[{gates} H, H\].*got shape \(5, 5\)", weight_hh=lambda t: t.normal(5, 5)),
+        _wrong("weight_dimensions", good, r"weight_hh.*got shape \(5,\)", weight_hh=lambda t: t.normal(5)),
+        _wrong("state", good, r"h0.*expected shape \(3, 5\).*got \(1, 3, 5\)", h0=lambda t: t.normal(1, 3, 5)),
+        _wrong("bias", good, rf"bias_hh.*expected shape \({rows},\).*got \(5,\)", bias_hh=lambda t: t.normal(5)),
+        _wrong("dtype", good, r"weight_ih.*expected torch\.float32.*got torch\.float64", TypeError,
+               weight_ih=lambda t: t.normal(rows, 4).double()),
+        _wrong("state_dtype", good, r"h0.*expected torch\.float32.*got torch\.bfloat16", TypeError,
+               h0=lambda t: t.normal(3, 5).bfloat16()),
+        _wrong("device", good, r"bias_ih.*expected device cpu.*got meta", bias_ih=lambda t: t.normal(rows).to("meta")),
+        _wrong("integers", good, r"x.*floating.*got torch\.int32", TypeError,
+               x=lambda t: torch.ones(3, 3, 4, dtype=torch.int32)),
+        _wrong("no_weight", good, r"weight_hh.*expected a tensor, got NoneType", TypeError, weight_hh=None),
+    )  # fmt: skip
+
+
+def _wrong(name, good, message, error=ValueError, **change):
+    """An error case: the good arguments with these changes, which may be functions of Tensors."""
+
+    def make(t):
+        return {**good(t), **{k: v(t) if callable(v) else v for k, v in change.items()}}
+
+    return ErrorCase(name, make, error, message)
+
+
+_CELL = dict(states=("h0", "c0"))
+_SIZES = dict(hidden="i32", BLOCK=256)
+
+
+def _compile_case(kernel, dtype, pointers, **more):
+    """The launch for 256 hidden units; float32 pointers keep what is not rounded."""
+    kept = ("state_ptr", "saved_ptr", "cell_ptr", "grad_ptr")
+    signature = {p: "*fp32" if p in kept else dtype for p in pointers}
+    if kernel == "_lstm_step_backward":
+        signature |= {"before_ptr": "*fp32", "before_stride": "i32"}
+    return CompileCase(
+        f"{kernel[1:]}-{dtype[1:]}", kernel, {**signature, **_SIZES, **more}, elements=256,
+        max_instructions_per_element=220,
+    )  # fmt: skip
+
+
+_POINTERS = {
+    "_gru_step": ("gates_ptr", "products_ptr", "bias_ptr", "state_ptr", "y_ptr", "saved_ptr"),
+    "_gru_step_backward": (
+        "grad_y_ptr", "products_ptr", "saved_ptr", "before_ptr", "grad_ptr", "grad_gates_ptr", "grad_n_ptr",
+        "factor_ptr",
+    ),
+    "_lstm_step": ("gates_ptr", "products_ptr", "cell_ptr", "y_ptr", "saved_ptr"),
+    "_lstm_step_backward": (
+        "grad_y_ptr", "products_ptr", "saved_ptr", "before_ptr", "before_stride", "grad_ptr", "grad_gates_ptr",
+    ),
+}  # fmt: skip
+
+
+def _compile_cases(op):
+    return tuple(
+        _compile_case(kernel, dtype, pointers)
+        for kernel, pointers in _POINTERS.items()
+        if kernel.startswith(f"_{op}_")
+        for dtype in ("*fp32", "*bf16")
+    )
+
+
+_GRU_CASES, _LSTM_CASES = _cases(3), _cases(4, **_CELL)
+
+GRU = OpSpec(
+    name="gru",
+    folder="recurrent",
+    formula="a GRU layer over a sequence: r, z = sigmoid(..), n = tanh(W x + r (W h + b)), h = n + z (h - n)",
+    source="Cho et al. 2014, arXiv:1406.1078",
+    library=GRU_LIBRARY,
+    reference=_eager_gru,
+    cases=_GRU_CASES,
+    error_cases=_error_cases(3, _GRU_CASES[0].inputs),
+    bench_cases=(
+        Case("char_rnn-128x32x256-256", _inputs(128, 32, 256, 256, 3, given=False)),
+        Case("timegan-24x128x24-24", _inputs(24, 128, 24, 24, 3, given=False)),
+        Case("sketch_rnn-100x64x5-512", _inputs(100, 64, 5, 512, 3, given=False)),
+    ),
+    peers={"eager": _eager_gru},
+    cost=_sequence_cost(4),
+    compile_cases=_compile_cases("gru"),
+)
+LSTM = OpSpec(
+    name="lstm",
+    folder="recurrent",
+    formula="an LSTM layer over a sequence: c = f c + i g, h = o tanh(c)",
+    source="Hochreiter & Schmidhuber 1997; gates: Gers et al. 2000",
+    library=LSTM_LIBRARY,
+    reference=_eager_lstm,
+    cases=_LSTM_CASES,
+    error_cases=(
+        *_error_cases(4, _LSTM_CASES[0].inputs),
+        _wrong(
+            "cell", _LSTM_CASES[0].inputs, r"c0.*expected shape \(3, 5\).*got \(3, 4\)", c0=lambda t: t.normal(3, 4)
+        ),
+    ),
+    bench_cases=(Case("char_rnn-128x32x256-256", _inputs(128, 32, 256, 256, 4, **_CELL, given=False)),),
+    peers={"eager": _eager_lstm},
+    cost=_sequence_cost(5),
+    compile_cases=_compile_cases("lstm"),
+    backends=("reference", "triton"),
+)
