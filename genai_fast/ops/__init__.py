@@ -5,6 +5,7 @@ from genai_fast.ops.act_dropout import act_dropout
 from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act
+from genai_fast.ops.causal_attention import causal_attention
 from genai_fast.ops.conv2d import conv2d
 from genai_fast.ops.conv_transpose import (
     conv_transpose1d,
@@ -16,7 +17,7 @@ from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "conv2d", "conv_transpose1d",
+    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "causal_attention", "conv2d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose2d_batch_norm_act", "reparameterize", "reparameterize_kl", "upsample_conv2d",
     "vae_loss",
 ]  # fmt: skip
