@@ -13,11 +13,12 @@ from genai_fast.ops.conv_transpose import (
     conv_transpose2d_batch_norm_act,
     upsample_conv2d,
 )
+from genai_fast.ops.decode_attention import decode_attention
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "causal_attention", "conv2d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "reparameterize", "reparameterize_kl", "upsample_conv2d",
-    "vae_loss",
+    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "causal_attention", "conv2d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose2d_batch_norm_act", "decode_attention", "reparameterize",
+    "reparameterize_kl", "upsample_conv2d", "vae_loss",
 ]  # fmt: skip

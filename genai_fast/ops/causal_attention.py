@@ -88,8 +88,9 @@ def causal_attention(
         return_lse: also return the logarithm of the sum of exp(score) of each row, before dropout.
 
     Returns:
-        out [B, H, T_q, D] of q's dtype, in memory as [B, T_q, H, D], so that .transpose(1, 2).flatten(2) costs nothing;
-        with return_lse (out, lse), lse float32 [B, H, T_q].
+        out [B, H, T_q, D] of q's dtype, dense, in q's order of memory: of a view of a projection [B, T, H D] comes
+        one that .transpose(1, 2).flatten(2) takes back without a copy. With return_lse (out, lse), lse float32
+        [B, H, T_q].
 
     Under autocast q, k and v are cast to its dtype.
     Gradients: q, k, v, from out and lse, to any order (the second and higher through plain PyTorch, which holds the
@@ -98,22 +99,13 @@ def causal_attention(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Vaswani et al. 2017; Dao et al. 2022 (FlashAttention); Ainslie et al. 2023 (grouped-query attention).
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check.is_floating(_OP, name, x)
-    _check_shapes(q, k, v)
+    check_heads(_OP, q, k, v, "k", "v")
     if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     for name, x in (("k", k), ("v", v)):
         if x.dtype is not q.dtype:
             raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
-    if scale is None:
-        scale = q.size(3) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale: expected a finite float or None, got {scale!r}")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"{_OP}: window: expected an int of at least 1 or None, got {window!r}")
-    if softcap is not None and (not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf):
-        raise ValueError(f"{_OP}: softcap: expected a finite float above 0 or None, got {softcap!r}")
+    settings = scores_settings(_OP, q, scale, window, softcap)
     _check.share(_OP, "dropout", dropout)
     _check.offset(_OP, offset)
     most_q, most_k = q.size(2), k.size(2)
@@ -133,39 +125,54 @@ def causal_attention(
         )
     seed = _check.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, float(scale), window or 0, float(softcap or 0.0),
-        bool(causal), float(dropout), offset, forced_backend(),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, bool(causal), float(dropout), offset,
+        forced_backend(),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def check_heads(op: str, q: Any, k: Any, v: Any, k_name: str, v_name: str) -> None:
+    """q [B, H, T_q, D], k and v [B, H_kv, T_k, D] with dense channels, on one device."""
+    for name, x in (("q", q), (k_name, k), (v_name, v)):
+        _check.is_floating(op, name, x)
         if x.dim() != 4:
-            raise ValueError(f"{_OP}: {name}: expected [B, H, T, D], got shape {tuple(x.shape)}; reshape it")
+            raise ValueError(f"{op}: {name}: expected [B, H, T, D], got shape {tuple(x.shape)}; reshape it")
         if name != "q":
-            _check.same_device(_OP, name, x, "q", q)
+            _check.same_device(op, name, x, "q", q)
         if x.size(3) > 1 and x.stride(3) != 1:
             raise ValueError(
-                f"{_OP}: {name}: expected a last dimension of stride 1, got stride {x.stride(3)}; call .contiguous()"
+                f"{op}: {name}: expected a last dimension of stride 1, got stride {x.stride(3)}; call .contiguous()"
             )
     batch, heads, _, channels = q.shape
     if not 1 <= channels <= MOST_CHANNELS:
         raise ValueError(
-            f"{_OP}: q: expected a head dimension of 1 to {MOST_CHANNELS}, got {channels};"
+            f"{op}: q: expected a head dimension of 1 to {MOST_CHANNELS}, got {channels};"
             f" split the heads, or use torch's scaled_dot_product_attention"
         )
     if k.size(0) != batch or k.size(3) != channels:
         raise ValueError(
-            f"{_OP}: k: expected batch {batch} and head dimension {channels} as q has, got shape {tuple(k.shape)};"
-            f" [B, H_kv, T_k, D]"
+            f"{op}: {k_name}: expected batch {batch} and head dimension {channels} as q has, got shape"
+            f" {tuple(k.shape)}; [B, H_kv, T_k, D]"
         )
     if not k.size(1) or heads % k.size(1):
         raise ValueError(
-            f"{_OP}: k: expected a number of heads that divides q's {heads}, got {k.size(1)}; repeat or drop some"
+            f"{op}: {k_name}: expected a number of heads that divides q's {heads}, got {k.size(1)}; repeat or drop some"
         )
     if v.shape != k.shape:
-        raise ValueError(f"{_OP}: v: expected shape {tuple(k.shape)} as k has, got {tuple(v.shape)}")
+        raise ValueError(f"{op}: {v_name}: expected shape {tuple(k.shape)} as {k_name} has, got {tuple(v.shape)}")
+
+
+def scores_settings(op: str, q: torch.Tensor, scale: Any, window: Any, softcap: Any) -> tuple[float, int, float]:
+    """(scale, window or 0, softcap or 0) as the library ops take them."""
+    if scale is None:
+        scale = q.size(3) ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"{op}: scale: expected a finite float or None, got {scale!r}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"{op}: window: expected an int of at least 1 or None, got {window!r}")
+    if softcap is not None and (not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf):
+        raise ValueError(f"{op}: softcap: expected a finite float above 0 or None, got {softcap!r}")
+    return float(scale), window or 0, float(softcap or 0.0)
 
 
 def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:

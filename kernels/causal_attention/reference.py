@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from genai_fast.kernels.causal_attention.layout import heads_inside
+from genai_fast.kernels.causal_attention.layout import alike
 from genai_fast.kernels.common import philox
 
 
@@ -52,20 +52,30 @@ def _groups(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // x.size(1), 1) if x.size(1) != heads else x
 
 
-def _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal):
-    """Scores before the cap's derivative is lost: (probabilities, lse, d score / d product)."""
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float):
+    """Scores before anything is hidden, and their derivative by the scaled products."""
     product = (_wide(q) @ _groups(_wide(k), q.size(1)).transpose(-1, -2)) * scale
-    slope = 1.0
-    if softcap:
-        capped = torch.tanh(product / softcap)
-        product, slope = softcap * capped, 1.0 - capped * capped
-    score = product.masked_fill(~visible(q, k, starts_q, starts_k, causal, window), -math.inf)
+    if not softcap:
+        return product, 1.0
+    capped = torch.tanh(product / softcap)
+    return softcap * capped, 1.0 - capped * capped
+
+
+def _softmax(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(probabilities, lse) of rows in which -inf hides a key; 0 and -inf where all are hidden."""
     most = score.detach().amax(-1, keepdim=True) if score.size(-1) else score.new_zeros((*score.shape[:-1], 1))
-    most = torch.where(most == -math.inf, 0.0, most)  # of a row that sees nothing
+    most = torch.where(most == -math.inf, 0.0, most)
     weight = torch.exp(score - most)
     total = weight.sum(-1, keepdim=True)
     lse = (most + torch.log(total)).squeeze(-1)
-    return weight / torch.where(total == 0.0, 1.0, total), lse, slope
+    return weight / torch.where(total == 0.0, 1.0, total), lse
+
+
+def _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal):
+    """(probabilities, lse, derivative of the scores by the scaled products)."""
+    score, slope = _scores(q, k, scale, softcap)
+    seen = visible(q, k, starts_q, starts_k, causal, window)
+    return *_softmax(score.masked_fill(~seen, -math.inf)), slope
 
 
 def _kept(p: torch.Tensor, seed: torch.Tensor | None, share: float, offset: int) -> torch.Tensor | float:
@@ -83,7 +93,7 @@ def causal_attention(
     """out = softmax(cap(scale q k^T)) v over the keys that a query sees; lse = ln sum e^score, float32 [B, H, T_q]."""
     p, lse, _ = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
     out = (p * _kept(p, seed, share, offset)) @ _groups(_wide(v), q.size(1))
-    return heads_inside(out.to(q.dtype)), lse
+    return alike(out.to(q.dtype), q), lse
 
 
 def _sum_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -107,4 +117,34 @@ def causal_attention_backward(
     grad_q = grad_product @ wide_k
     grad_k = _sum_groups(grad_product.transpose(-1, -2) @ _wide(q), heads)
     grad_v = _sum_groups((p * keep).transpose(-1, -2) @ grad, heads)
-    return tuple(heads_inside(g.to(q.dtype)) for g in (grad_q, grad_k, grad_v))
+    return alike(grad_q.to(q.dtype), q), alike(grad_k.to(q.dtype), k), alike(grad_v.to(q.dtype), v)
+
+
+def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap):
+    """Writes k and v behind the first `lengths` tokens of each sample's cache, then attends over all of them.
+
+    A sample whose cache is too short for them is left as it was, and gives NaN.
+    """
+    added, room = 0 if k is None else k.size(2), k_cache.size(2)
+    lengths = lengths.to(torch.int64)
+    fits = (lengths >= 0) & (lengths + added <= room)
+    if added:
+        place = lengths[:, None] + torch.arange(added, device=q.device)
+        place = torch.where(fits[:, None], place, 0)
+        sample = torch.arange(q.size(0), device=q.device)[:, None]
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            old = cache[sample, :, place]  # [B, T, H_kv, D]
+            cache[sample, :, place] = torch.where(fits[:, None, None, None], new.transpose(1, 2).to(cache.dtype), old)
+    last = torch.where(fits, lengths + added, 0)
+    position = last[:, None] - q.size(2) + torch.arange(q.size(2), device=q.device)  # of each query
+    back = position[:, :, None] - torch.arange(room, device=q.device)
+    seen = (back >= 0) & ((back < window) if window else True)
+    score, _ = _scores(q, k_cache, scale, softcap)
+    score = score.masked_fill(~seen[:, None], -math.inf)
+    p, lse = _softmax(score)
+    values = _groups(_wide(v_cache), q.size(1))
+    unused = ~(torch.arange(room, device=q.device) < last[:, None])  # whatever lies there
+    out = p @ values.masked_fill(unused[:, None, :, None], 0.0)
+    wrong = ~fits[:, None, None]
+    out, lse = out.masked_fill(wrong.unsqueeze(-1), math.nan), lse.masked_fill(wrong, math.nan)
+    return alike(out.to(q.dtype), q), lse

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.causal_attention import reference
-from genai_fast.kernels.causal_attention.layout import empty_heads_inside
+from genai_fast.kernels.causal_attention.layout import empty_alike
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
 
 _SETTINGS = "float scale, SymInt window, float softcap, bool causal, float share, SymInt offset, str backend"
 _PACKED = "Tensor? starts_q, Tensor? starts_k, SymInt most_q, SymInt most_k, Tensor? seed"
 
 
-def _lse(q):
+def empty_lse(q):
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     return torch.empty(q.shape[:3], dtype=dtype, device=q.device)
 
@@ -21,12 +21,12 @@ def _lse(q):
 LIBRARY = (
     LibraryOp(
         f"causal_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor)",
-        lambda q, *rest: (empty_heads_inside(q, *q.shape), _lse(q)),
+        lambda q, *rest: (empty_alike(q), empty_lse(q)),
     ),
     LibraryOp(
         "causal_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
         f" Tensor lse, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-        lambda grad_out, grad_lse, q, k, v, *rest: tuple(empty_heads_inside(x, *x.shape) for x in (q, k, v)),
+        lambda grad_out, grad_lse, q, k, v, *rest: tuple(empty_alike(x) for x in (q, k, v)),
     ),
 )
 
