@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,9 @@ def _override(library: torch.library.Library, name: str, key: str, ours: Callabl
         result = ours(*arguments, **more)
         return before.call_boxed(keys, *arguments, **more) if result is NotImplemented else result
 
-    library.impl(name, serve, key, with_keyset=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant to be overridden
+        library.impl(name, serve, key, with_keyset=True)
 
 
 def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, is_causal: bool) -> bool:

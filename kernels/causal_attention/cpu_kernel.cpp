@@ -1,6 +1,4 @@
 // Attention on the CPU (the tiles are those of cpu_tiles.h): forward by tiles of queries, backward by heads of keys.
-#include <math.h>
-
 #include "cpu_tiles.h"
 #include "kernel.h"
 
@@ -58,7 +56,7 @@ struct Forward {
     const float nothing = sequence.keys < 0 ? __builtin_nanf("") : 0.0f;  // what a query that sees no key gets
     for (int64_t i = 0; i < queries; ++i) {
       const float total = online.total[i], share = total == 0.0f ? 0.0f : 1.0f / total;
-      row_lse[i] = online.most[i] + logf(total) + nothing;
+      row_lse[i] = online.most[i] + __builtin_logf(total) + nothing;
       float* const row = sum + i * width;
       for (int64_t c = 0; c < s.channels; ++c) row[c] = started ? row[c] * share : nothing;
       store(s, out, sequence, head, sequence.query + query + i, row);

@@ -61,21 +61,23 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float):
     return softcap * capped, 1.0 - capped * capped
 
 
-def _softmax(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(probabilities, lse) of rows in which -inf hides a key; 0 and -inf where all are hidden."""
+def _softmax(score: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(probabilities, lse) over the keys that are seen; 0 and -inf for rows that see none."""
+    score = score.masked_fill(~seen, -math.inf)
     most = score.detach().amax(-1, keepdim=True) if score.size(-1) else score.new_zeros((*score.shape[:-1], 1))
     most = torch.where(most == -math.inf, 0.0, most)
     weight = torch.exp(score - most)
     total = weight.sum(-1, keepdim=True)
     lse = (most + torch.log(total)).squeeze(-1)
-    return weight / torch.where(total == 0.0, 1.0, total), lse
+    # A row of NaN stays one of its own keys.
+    return (weight / torch.where(total == 0.0, 1.0, total)).masked_fill(~seen, 0.0), lse
 
 
 def _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal):
-    """(probabilities, lse, derivative of the scores by the scaled products)."""
+    """(probabilities, lse, derivative of the scores by the scaled products, which keys are seen)."""
     score, slope = _scores(q, k, scale, softcap)
     seen = visible(q, k, starts_q, starts_k, causal, window)
-    return *_softmax(score.masked_fill(~seen, -math.inf)), slope
+    return *_softmax(score, seen), slope, seen
 
 
 def _kept(p: torch.Tensor, seed: torch.Tensor | None, share: float, offset: int) -> torch.Tensor | float:
@@ -91,7 +93,7 @@ def causal_attention(
     q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset
 ):  # fmt: skip
     """out = softmax(cap(scale q k^T)) v over the keys that a query sees; lse = ln sum e^score, float32 [B, H, T_q]."""
-    p, lse, _ = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
+    p, lse, _, _ = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
     out = (p * _kept(p, seed, share, offset)) @ _groups(_wide(v), q.size(1))
     return alike(out.to(q.dtype), q), lse
 
@@ -105,7 +107,7 @@ def causal_attention_backward(
     share, offset,
 ):  # fmt: skip
     """dV = (keep P)^T dO; dS = P (keep dO V^T - rowsum(dO O) + d lse); dQ = dS K, dK = dS^T Q."""
-    p, _, slope = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
+    p, _, slope, seen = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
     keep = _kept(p, seed, share, offset)
     heads = k.size(1)
     wide_k, wide_v, grad = _groups(_wide(k), q.size(1)), _groups(_wide(v), q.size(1)), _wide(grad_out)
@@ -113,7 +115,7 @@ def causal_attention_backward(
     delta = (grad_p * p).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - _wide(grad_lse).unsqueeze(-1)
-    grad_product = p * (grad_p - delta) * (slope * scale)
+    grad_product = (p * (grad_p - delta) * (slope * scale)).masked_fill(~seen, 0.0)
     grad_q = grad_product @ wide_k
     grad_k = _sum_groups(grad_product.transpose(-1, -2) @ _wide(q), heads)
     grad_v = _sum_groups((p * keep).transpose(-1, -2) @ grad, heads)
@@ -140,8 +142,7 @@ def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap)
     back = position[:, :, None] - torch.arange(room, device=q.device)
     seen = (back >= 0) & ((back < window) if window else True)
     score, _ = _scores(q, k_cache, scale, softcap)
-    score = score.masked_fill(~seen[:, None], -math.inf)
-    p, lse = _softmax(score)
+    p, lse = _softmax(score, seen[:, None])
     values = _groups(_wide(v_cache), q.size(1))
     unused = ~(torch.arange(room, device=q.device) < last[:, None])  # whatever lies there
     out = p @ values.masked_fill(unused[:, None, :, None], 0.0)

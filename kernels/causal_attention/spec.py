@@ -101,6 +101,13 @@ def _special(t):
     return dict(q=q.to(**finish).requires_grad_(), k=k.to(**finish).requires_grad_(), v=t.normal(1, 1, 5, 8))
 
 
+def _large(t):
+    """Scores that overflow plain exponentials. Where these leave one key, the gradients of q and k are differences of
+    nearly equal numbers, which the rounding of the result drowns in narrow types (of plain eager attention even more).
+    """
+    return _inputs(1, 1, 70, 16, scaled=20.0 if t.dtype is torch.float32 else 3.0)(t)
+
+
 _RAGGED = (0, 5, 5, 70, 71)
 
 CASES = (
@@ -119,13 +126,14 @@ CASES = (
     Case("one_element", _inputs(1, 1, 1, 8)),
     Case("not_causal", _inputs(1, 2, 70, 16, keys=45, causal=False)),
     Case("window", _inputs(1, 2, 150, 16, window=40)),
-    Case("window_of_1", _inputs(1, 1, 70, 16, window=1)),
+    Case("window_of_1", _inputs(1, 1, 9, 16, window=1)),
+    Case("window_of_2", _inputs(1, 1, 70, 16, window=2)),
     Case("window_both_ways", _inputs(1, 1, 140, 16, window=20, causal=False)),
     Case("window_more_keys", _inputs(1, 1, 40, 16, keys=150, window=70)),
     Case("softcap", _inputs(1, 2, 67, 16, softcap=3.0, scaled=3.0)),
     Case("scale", _inputs(1, 1, 20, 16, scale=0.3)),
     Case("negative_scale", _inputs(1, 1, 20, 16, scale=-0.3)),
-    Case("large_scores", _inputs(1, 1, 70, 16, scaled=20.0)),
+    Case("large_scores", _large),
     Case("dropout", _inputs(2, 2, 70, 16, dropout=0.3, seed=_seed, return_lse=True)),
     Case("dropout_odd", _inputs(1, 2, 35, 16, keys=77, key_heads=1, dropout=0.5, seed=_seed, offset=3)),
     Case("drop_all", _inputs(1, 1, 20, 16, dropout=1.0, seed=_seed)),
