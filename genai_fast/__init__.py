@@ -3,6 +3,10 @@
 from genai_fast import layers, ops, optim
 from genai_fast.backends import FallbackWarning, use_backend
 from genai_fast.fuse import explain, fuse, unfuse
+from genai_fast.sdpa import enable_sdpa
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "__version__", "explain", "fuse", "layers", "ops", "optim", "unfuse", "use_backend"]
+__all__ = [
+    "FallbackWarning", "__version__", "enable_sdpa", "explain", "fuse", "layers", "ops", "optim", "unfuse",
+    "use_backend",
+]  # fmt: skip

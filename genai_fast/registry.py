@@ -4,6 +4,8 @@ from genai_fast.kernels.act_dropout.spec import ACT_DROPOUT
 from genai_fast.kernels.adam.spec import ADAM_STEP
 from genai_fast.kernels.batch_norm_act.spec import BATCH_NORM_ACT
 from genai_fast.kernels.bias_act.spec import BIAS_ACT
+from genai_fast.kernels.causal_attention.decode_spec import DECODE_ATTENTION
+from genai_fast.kernels.causal_attention.spec import CAUSAL_ATTENTION
 from genai_fast.kernels.common.spec import OpSpec
 from genai_fast.kernels.conv_transpose.conv2d_spec import CONV2D
 from genai_fast.kernels.conv_transpose.spec import (
@@ -44,5 +46,7 @@ OPS: dict[str, OpSpec] = {
         RMS_NORM,
         GRU,
         LSTM,
+        CAUSAL_ATTENTION,
+        DECODE_ATTENTION,
     )
 }

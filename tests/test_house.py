@@ -20,7 +20,7 @@ LAYERS = [
     ("genai_fast.registry",),
     ("genai_fast.backends", "genai_fast.paths"),
     ("genai_fast.ops",),
-    ("genai_fast.optim", "genai_fast.layers", "genai_fast.testing", "genai_fast.table"),
+    ("genai_fast.optim", "genai_fast.layers", "genai_fast.testing", "genai_fast.table", "genai_fast.sdpa"),
     ("genai_fast.fuse",),
     ("genai_fast.models", "genai_fast.data", "genai_fast.evaluation"),
     ("genai_fast.training",),

@@ -5,6 +5,7 @@ from genai_fast.ops.act_dropout import act_dropout
 from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act, bias_gelu
+from genai_fast.ops.causal_attention import causal_attention
 from genai_fast.ops.conv2d import conv2d
 from genai_fast.ops.conv_transpose import (
     conv_transpose1d,
@@ -13,6 +14,7 @@ from genai_fast.ops.conv_transpose import (
     upsample_conv2d,
 )
 from genai_fast.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from genai_fast.ops.decode_attention import decode_attention
 from genai_fast.ops.gated_act import gated_act, geglu, swiglu
 from genai_fast.ops.layer_norm import layer_norm, rms_norm
 from genai_fast.ops.recurrent import gru, lstm
@@ -21,8 +23,8 @@ from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "conv2d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "gated_act", "geglu", "gru", "layer_norm",
-    "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables",
-    "swiglu", "upsample_conv2d", "vae_loss",
+    "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "causal_attention", "conv2d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention",
+    "gated_act", "geglu", "gru", "layer_norm", "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl",
+    "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d", "vae_loss",
 ]  # fmt: skip

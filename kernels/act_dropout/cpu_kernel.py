@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.act_dropout.reference import dense, scale, threshold
+from genai_fast.kernels.act_dropout.reference import dense
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import like_layout
 from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.philox import scale, threshold
 from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike, require_seed
 
 

@@ -18,17 +18,8 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return dense_channels(x) if x.dim() > 1 else x.contiguous()
 
 
-def threshold(p: float) -> int:
-    """Words below it are dropped: 0 .. 2**32."""
-    return round(p * 2**32)
-
-
-def scale(p: float) -> float:
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
-
-
 def _keep(x: torch.Tensor, seed: torch.Tensor, p: float, offset: int) -> torch.Tensor:
-    kept = philox.words(x.numel(), seed, offset) >= threshold(p)
+    kept = philox.words(x.numel(), seed, offset) >= philox.threshold(p)
     return kept.view(x.shape) if x.is_contiguous() else kept.view(x.movedim(1, -1).shape).movedim(-1, 1)
 
 
@@ -37,7 +28,7 @@ def act_dropout(x, seed, p, offset, activation, slope):
     x = dense(x)
     y = activate(wide(x), activation, slope)
     if seed is not None:
-        y = torch.where(_keep(x, seed, p, offset), y * scale(p), 0.0)
+        y = torch.where(_keep(x, seed, p, offset), y * philox.scale(p), 0.0)
     y = like_layout(y.to(x.dtype), x)
     return y.clone() if y is x else y
 
@@ -52,5 +43,5 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
         factor = derivative(s, activation, slope)
     dx = wide(grad_y) * factor
     if seed is not None:
-        dx = torch.where(_keep(saved, seed, p, offset), dx * scale(p), 0.0)
+        dx = torch.where(_keep(saved, seed, p, offset), dx * philox.scale(p), 0.0)
     return like_layout(dx.to(saved.dtype), saved)

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.act_dropout.reference import dense, scale, threshold
+from genai_fast.kernels.act_dropout.reference import dense
 from genai_fast.kernels.common.activations_triton import activate, times_derivative, times_derivative_from_output
 from genai_fast.kernels.common.channels import like_layout
 from genai_fast.kernels.common.launch import ceil_div
+from genai_fast.kernels.common.philox import scale, threshold
 from genai_fast.kernels.common.philox_triton import words
 from genai_fast.kernels.common.rows import require_alike, require_seed
 

@@ -54,6 +54,16 @@ def words(count: int, seed: torch.Tensor, offset: int = 0) -> torch.Tensor:
     return _stream(count, seed, offset, lambda w: w)
 
 
+def threshold(share: float) -> int:
+    """Dropout keeps a word from here on: 0 .. 2**32 for a share that is dropped."""
+    return round(share * 2**32)
+
+
+def scale(share: float) -> float:
+    """What dropout multiplies kept elements by."""
+    return 1.0 / (1.0 - share) if share < 1.0 else 0.0
+
+
 def normals(count: int, seed: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """The normals at positions offset .. offset + count - 1, as float64 [count]."""
     return _stream(count, seed, offset, lambda w: (*_box_muller(w[0], w[1]), *_box_muller(w[2], w[3])))

@@ -1,0 +1,91 @@
+"""Attention of a few new tokens over a cache of keys and values, for generating text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from genai_fast.backends import forced_backend
+from genai_fast.ops import _check
+from genai_fast.ops._function import library_call
+from genai_fast.ops.causal_attention import check_heads, scores_settings
+
+_OP = "decode_attention"
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Appends k and v to each sample's cache, then out = softmax(scale q k^T) v over what its cache holds.
+
+    The T queries are the last T tokens of their sample, and see no token behind their own: with all tokens decoded
+    one by one, or some at a time, the results are those of causal_attention at once.
+
+    Args:
+        q: [B, H, T, D], float32, bfloat16, float16 or float64; T is small, D at most 256; the last stride is 1.
+        k_cache, v_cache: [B, H_kv, T_max, D] of q's dtype, updated in place; H_kv divides H.
+        cache_seqlens: int32 [B], on q's device: tokens in each sample's cache before this call. It stays as it is.
+        k, v: [B, H_kv, T, D]: keys and values of the new tokens, stored behind the first cache_seqlens. None: the
+            cache holds them already, and cache_seqlens counts them.
+        scale, window, softcap, return_lse: as in causal_attention.
+
+    Returns:
+        out [B, H, T, D] of q's dtype, in q's order of memory; with return_lse (out, lse), lse float32 [B, H, T].
+
+    Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is changed. A cache without room for
+        the new tokens is found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions
+        that sample's cache stays as it is and its results are NaN.
+    Source: Dao et al. 2023, Flash-Decoding for long-context inference; Pope et al. 2022, arXiv:2211.05102.
+    """
+    check_heads(_OP, q, k_cache, v_cache, "k_cache", "v_cache")
+    new = {"k": k, "v": v}
+    if (k is None) != (v is None):
+        missing = "k" if k is None else "v"
+        raise ValueError(f"{_OP}: {missing}: expected k and v together, got None; give both or neither")
+    expected = (q.size(0), k_cache.size(1), q.size(2), q.size(3))
+    for name, x in new.items() if k is not None else ():
+        _check.is_floating(_OP, name, x)
+        _check.same_device(_OP, name, x, "q", q)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{_OP}: {name}: expected shape {expected}, one row for each query, got {tuple(x.shape)}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *(new.items() if k is not None else ())):
+        if x.dtype is not q.dtype:
+            raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)):
+        raise ValueError(
+            f"{_OP}: q: expected tensors that need no gradient, got one that requires it; decode under torch.no_grad()"
+        )
+    _check_lengths(cache_seqlens, q, k_cache.size(2), 0 if k is None else q.size(2))
+    settings = scores_settings(_OP, q, scale, window, softcap)
+    with torch.no_grad():
+        out, lse = library_call(_OP, q, k_cache, v_cache, cache_seqlens, k, v, *settings, forced_backend())
+    return (out, lse) if return_lse else out
+
+
+def _check_lengths(lengths: Any, q: torch.Tensor, room: int, added: int) -> None:
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
+        raise TypeError(f"{_OP}: cache_seqlens: expected an int32 tensor, got {got}")
+    _check.same_device(_OP, "cache_seqlens", lengths, "q", q)
+    if tuple(lengths.shape) != (q.size(0),):
+        raise ValueError(f"{_OP}: cache_seqlens: expected shape ({q.size(0)},), got {tuple(lengths.shape)}")
+    if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
+        least, most = (int(x) for x in torch.aminmax(lengths))
+        if least < 0 or most + added > room:
+            raise ValueError(
+                f"{_OP}: cache_seqlens: expected 0 to {room - added}, so that {added} new tokens fit into a cache of"
+                f" {room}, got {least if least < 0 else most}"
+            )

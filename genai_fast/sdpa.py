@@ -1,0 +1,159 @@
+"""F.scaled_dot_product_attention on our kernels, inside any model: PyTorch's own switch of the flash backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import attention
+
+from genai_fast.backends import choose
+from genai_fast.ops._function import library_call
+
+_FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
+_CPU_FORWARD, _CPU_BACKWARD = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+)  # fmt: skip
+_NAME = "genai_fast"
+# Where ours is the faster one: CUDA's flash backend takes only the narrow types, and a CPU has instructions for those.
+_DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
+_MOST_CHANNELS = 256
+
+
+class SDPASwitch:
+    """What `enable_sdpa` did; `remove()` undoes it, and so does leaving it as a context manager."""
+
+    def __init__(self, library: torch.library.Library, priority: list[int] | None) -> None:
+        self._library, self._priority = library, priority
+
+    def remove(self) -> None:
+        """Everything as it was before. A second call does nothing."""
+        global _active
+        if self._library is None:
+            return
+        self._library = self._library._destroy()
+        if self._priority is not None:
+            torch._C._set_sdp_priority_order(self._priority)
+        _active = None
+
+    def __enter__(self) -> SDPASwitch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if _active is self:
+            attention.restore_flash_attention_impl()
+
+
+_active: SDPASwitch | None = None
+
+
+def enable_sdpa() -> SDPASwitch:
+    """Serve torch.nn.functional.scaled_dot_product_attention by ops.causal_attention's kernels, in the whole process.
+
+    On CUDA float16 and bfloat16, in place of the flash backend, which then comes first; on a CPU float32. Calls with
+    a mask, dropout, is_causal with T_q != T_k or more than 256 channels a head go where they went before. Compiled
+    models keep what they were compiled with: enable it before.
+
+    Returns:
+        a switch: `remove()`, or the end of a `with` block, restores everything.
+    Raises:
+        RuntimeError: where no kernel of ours runs, naming the reason.
+    """
+    global _active
+    if _active is not None:
+        return _active
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend, reason = choose("causal_attention", "", device)
+    if backend == "reference":
+        raise RuntimeError(f"enable_sdpa: expected a kernel for {device} tensors, but {reason}")
+    attention.register_flash_attention_impl(_NAME, register_fn=_register)
+    attention.activate_flash_attention_impl(_NAME)
+    return _active
+
+
+def _register() -> SDPASwitch:
+    global _active
+    library = torch.library.Library("aten", "IMPL")
+    _override(library, _CPU_FORWARD, "CPU", _cpu_forward)
+    _override(library, _CPU_BACKWARD, "CPU", _cpu_backward)
+    priority = None
+    if torch.cuda.is_available():
+        _override(library, _FORWARD, "CUDA", _cuda_forward)
+        _override(library, _BACKWARD, "CUDA", _cuda_backward)
+        priority = torch._C._get_sdp_priority_order()
+        flash = int(attention.SDPBackend.FLASH_ATTENTION)
+        torch._C._set_sdp_priority_order([flash, *(b for b in priority if b != flash)])
+    _active = SDPASwitch(library, priority)
+    return _active
+
+
+def _override(library: torch.library.Library, name: str, key: str, ours: Callable[..., Any]) -> None:
+    """Calls that `ours` answers with NotImplemented go to the kernel that was there."""
+    before = torch.library.get_kernel(f"aten::{name}", key)
+
+    def serve(keys: Any, *arguments: Any, **more: Any) -> Any:
+        result = ours(*arguments, **more)
+        return before.call_boxed(keys, *arguments, **more) if result is NotImplemented else result
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant to be overridden
+        library.impl(name, serve, key, with_keyset=True)
+
+
+def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, is_causal: bool) -> bool:
+    return (
+        q.dtype in _DTYPES[q.device.type] and k.dtype is q.dtype and v.dtype is q.dtype and dropout_p == 0.0
+        and q.dim() == 4 and q.size(3) <= _MOST_CHANNELS and k.shape == v.shape and k.size(3) == q.size(3)
+        and (not is_causal or q.size(2) == k.size(2))
+    )  # fmt: skip
+
+
+def _settings(q: torch.Tensor, k: torch.Tensor, is_causal: bool, scale: float | None) -> tuple[Any, ...]:
+    """What the library ops take between their tensors and the backend."""
+    scale = q.size(3) ** -0.5 if scale is None else scale
+    return None, None, q.size(2), k.size(2), None, scale, 0, 0.0, is_causal, 0.0, 0, ""
+
+
+def _forward(q, k, v, is_causal, scale):
+    return library_call("causal_attention", q, k, v, *_settings(q, k, is_causal, scale))
+
+
+def _backward(grad_out, q, k, v, out, lse, is_causal, scale):
+    settings = _settings(q, k, is_causal, scale)
+    return library_call("causal_attention_backward", grad_out, None, q, k, v, out, lse, *settings)
+
+
+def _cuda_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    if return_debug_mask or not _served(q, k, v, dropout_p, is_causal):
+        return NotImplemented
+    out, lse = _forward(q, k, v, is_causal, scale)
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return out, lse, None, None, q.size(2), k.size(2), state, state.new_zeros(()), q.new_empty(0)
+
+
+def _cuda_backward(
+    grad_out, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, state, unused, *, scale=None
+):  # fmt: skip
+    if not _served(q, k, v, dropout_p, is_causal):
+        return NotImplemented
+    return _backward(grad_out, q, k, v, out, lse, is_causal, scale)
+
+
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """In the memory order [B, T, H, ...], which PyTorch's CPU kernel promises to torch.compile."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _cpu_forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    if attn_mask is not None or not _served(q, k, v, dropout_p, is_causal):
+        return NotImplemented
+    out, lse = _forward(q, k, v, is_causal, scale)
+    return out, _tokens_first(lse)
+
+
+def _cpu_backward(grad_out, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
+    if attn_mask is not None or not _served(q, k, v, dropout_p, is_causal):
+        return NotImplemented
+    return tuple(map(_tokens_first, _backward(grad_out, q, k, v, out, lse, is_causal, scale)))
