@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from genai_fast.kernels.common.dot_triton import dot
+
 
 @triton.jit
 def position(pixel, height, width):
@@ -17,15 +19,6 @@ def position(pixel, height, width):
     line = pixel // tl.maximum(width, 1)
     sample = line // tl.maximum(height, 1)
     return sample, line - sample * height, pixel - line * width
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b. UPCAST: Triton's interpreter multiplies bfloat16 as if it were integers."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -12,10 +12,11 @@ import triton.language as tl
 
 from genai_fast.kernels.common.activations_triton import activate
 from genai_fast.kernels.common.channels import require_channels
+from genai_fast.kernels.common.dot_triton import dot
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.moments_triton import combine_moments
-from genai_fast.kernels.conv_transpose.few_triton import _few_grad_input, _few_grad_weight, dot, position
+from genai_fast.kernels.conv_transpose.few_triton import _few_grad_input, _few_grad_weight, position
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, channels_last, empty_channels_last, output_size
 
 NUM_STAGES = 3

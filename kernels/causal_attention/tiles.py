@@ -1,0 +1,55 @@
+"""Tile sizes of the GPU kernels, known to the launchers and to the gate that compiles them without a GPU."""
+
+from __future__ import annotations
+
+from genai_fast.kernels.common.launch import next_power_of_2
+
+
+def padded(channels: int) -> int:
+    """Channels as tl.dot takes them."""
+    return max(next_power_of_2(channels), 16)
+
+
+def _tile(rows: int, columns: int, warps: int, stages: int) -> dict[str, int]:
+    return dict(BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
+
+
+def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str, int]:
+    """BLOCK_M queries a program, BLOCK_N keys a step. `size` of an element in bytes; `extra`: see the launcher."""
+    width = padded(channels)
+    if size == 4:
+        return _tile(64, 32, 4, 2) if width <= 64 else _tile(32, 32, 4, 1) if width <= 128 else _tile(32, 16, 8, 1)
+    if width > 128:
+        return _tile(64, 32, 8, 2)
+    rows = 128 if queries > 64 else 64
+    columns = 32 if extra else 64
+    return _tile(rows, columns, rows // 16, 3 if width <= 64 else 2)
+
+
+def queries_tile(size: int, channels: int, extra: int) -> dict[str, int]:
+    """dQ: BLOCK_M queries a program, BLOCK_N keys a step."""
+    width = padded(channels)
+    if size == 4:
+        return _tile(32, 32, 4, 1) if width <= 64 else _tile(32, 16, 4, 1) if width <= 128 else _tile(16, 16, 4, 1)
+    if width > 128:
+        return _tile(32, 32, 8, 1)
+    if width > 64 or extra:
+        return _tile(64 if extra else 128, 32, 8, 2)
+    return _tile(128, 64, 8, 2)
+
+
+def keys_tile(size: int, channels: int, extra: int) -> dict[str, int]:
+    """dK, dV: BLOCK_N keys a program, BLOCK_M queries a step."""
+    width = padded(channels)
+    if size == 4:
+        return _tile(32, 32, 4, 1) if width <= 64 else _tile(16, 32, 4, 1) if width <= 128 else _tile(16, 16, 4, 1)
+    if width > 128:
+        return _tile(32, 32, 8, 1)
+    if width > 64 or extra:
+        return _tile(32, 64, 8, 1 if extra > 1 else 2)
+    return _tile(32, 128, 8, 3)
+
+
+def summary_rows(channels: int) -> int:
+    """Rows a program that multiplies gradient and output: 4096 elements."""
+    return 4096 // padded(channels)
