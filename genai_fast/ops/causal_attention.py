@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -120,7 +121,7 @@ def causal_attention(
             )
     elif causal and most_k < most_q:
         raise ValueError(
-            f"{_OP}: k: expected at least {most_q} positions as q has, got {most_k}: the first queries would see no key;"
+            f"{_OP}: k: expected at least {most_q} positions as q has, got {most_k}: the first queries would see none;"
             f" set causal=False"
         )
     seed = _check.seed(_OP, seed, "q", q) if dropout > 0 else None
@@ -190,7 +191,7 @@ def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:
     if torch.compiler.is_compiling() or capturing or (most is not None and not starts.is_cpu):
         return x.size(2) if most is None else most
     begin = starts.tolist()
-    lengths = [b - a for a, b in zip(begin, begin[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(begin)]
     if not begin or begin[0] != 0 or begin[-1] != x.size(2) or any(n < 0 for n in lengths):
         raise ValueError(
             f"{_OP}: {name}: expected 0, then rising numbers, and {of}'s length {x.size(2)} last,"

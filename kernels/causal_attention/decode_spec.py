@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.layout import empty_alike
 from genai_fast.kernels.causal_attention.spec import empty_lse
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 
 LIBRARY = (
     LibraryOp(
@@ -88,16 +88,61 @@ ERROR_CASES = (
     ErrorCase("full", _with(cache_seqlens=lambda x: x + 1), ValueError,
               r"cache_seqlens: expected 0 to 8, .*cache of 9, got 9"),
     ErrorCase("negative", _with(cache_seqlens=lambda x: x - 4), ValueError, r"cache_seqlens: expected 0 .*got -1"),
-    ErrorCase("lengths_dtype", _with(cache_seqlens=lambda x: x.float()), TypeError, r"cache_seqlens: .*got torch\.float32"),
-    ErrorCase("lengths_shape", _with(cache_seqlens=lambda x: x[:1]), ValueError, r"cache_seqlens: .*\(2,\), got \(1,\)"),
+    ErrorCase("lengths_dtype", _with(cache_seqlens=lambda x: x.float()), TypeError,
+              r"cache_seqlens: .*got torch\.float32"),
+    ErrorCase("lengths_shape", _with(cache_seqlens=lambda x: x[:1]), ValueError,
+              r"cache_seqlens: .*\(2,\), got \(1,\)"),
     ErrorCase("one_of_both", _with(v=lambda _: None), ValueError, r"v: expected k and v together, got None"),
-    ErrorCase("new_tokens", _with(k=lambda x: x[:, :1]), ValueError, r"k: expected shape \(2, 2, 1, 8\).*got \(2, 1, 1, 8"),
+    ErrorCase("new_tokens", _with(k=lambda x: x[:, :1]), ValueError,
+              r"k: expected shape \(2, 2, 1, 8\).*got \(2, 1, 1, 8"),
     ErrorCase("heads", _with(q=lambda x: x[:, :3]), ValueError, r"k_cache: .*divides q's 3, got 2"),
-    ErrorCase("dtype", _with(k_cache=lambda x: x.bfloat16()), TypeError, r"k_cache: expected torch\.float32.*got torch\.bf"),
+    ErrorCase("dtype", _with(k_cache=lambda x: x.bfloat16()), TypeError,
+              r"k_cache: expected torch\.float32.*got torch\.bf"),
     ErrorCase("device", _with(v_cache=lambda x: x.to("meta")), ValueError, r"v_cache: expected device cpu.*got meta"),
     ErrorCase("gradient", _with(q=lambda x: x.requires_grad_()), ValueError, r"q: .*no gradient.*no_grad"),
     ErrorCase("window", _with(window=lambda _: 0), ValueError, r"window: .*at least 1.*got 0"),
 )  # fmt: skip
+
+
+def _compile_case(name, dtype, channels=64, new=True, queries="i32", **more):
+    """The launcher's tiles; one query is a constant."""
+    strides = [f"{x}_{of}" for x in ("q", "kc", "vc", "k", "v") for of in "bht"]
+    narrow = dtype != "*fp32"
+    pointers = dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), dtype)
+    added = dict.fromkeys(("k_ptr", "v_ptr"), dtype if new else None)
+    parts = dict.fromkeys(("sum_ptr", "most_ptr", "total_ptr"), "*fp32")
+    sizes = dict.fromkeys(("heads", "key_heads", "room", "rows_of_all", "window"), "i32:1")
+    signature = {
+        **pointers, **added, "lengths_ptr": "*i32", **parts, **dict.fromkeys(strides, "i32"), **sizes,
+        "queries": queries, **dict.fromkeys(("scale", "cap", "cap_inverse"), "fp32"),
+        "D": channels, "BLOCK_D": channels, "CAPPED": False, "WINDOWED": False, "PRECISION": "ieee", "UPCAST": False,
+        "BLOCK_M": 16, "BLOCK_N": 64 if channels * (2 if narrow else 4) <= 256 else 32, **more,
+    }  # fmt: skip
+    return CompileCase(
+        f"decode_{name}-{dtype[1:]}", "_decode_split", signature, tensor_cores=narrow, wide_loads=True,
+        module=_MODULE,
+    )  # fmt: skip
+
+
+_COMBINED = dict(
+    sum_ptr="*fp32", most_ptr="*fp32", total_ptr="*fp32", out_ptr="*bf16", lse_ptr="*fp32", out_b="i32", out_h="i32",
+    out_t="i32", heads="i32:1", queries=1, rows_of_all="i32:1", splits="i32:1", D=64, BLOCK_S=32, BLOCK_D=64,
+)  # fmt: skip
+_MODULE = "causal_attention.decode_triton"
+
+_COMPILE_CASES = (
+    *(
+        case
+        for dtype in ("*bf16", "*fp16", "*fp32")
+        for case in (
+            _compile_case("d64", dtype, queries=1),
+            _compile_case("d128", dtype, 128, queries=1),
+            _compile_case("d256", dtype, 256),
+            _compile_case("held-d64", dtype, new=False, WINDOWED=True, CAPPED=True),
+        )
+    ),
+    CompileCase("decode_combine-bf16", "_decode_combine", _COMBINED, module=_MODULE),
+)
 
 BENCH_CASES = (
     Case("gpt_nano-1x6x1x64-256", _inputs(1, 6, 1, 64, 256, (255,))),
@@ -119,4 +164,5 @@ DECODE_ATTENTION = OpSpec(
     cost=_cost,
     double_backward=False,
     mutates=("k_cache", "v_cache"),
+    compile_cases=_COMPILE_CASES,
 )

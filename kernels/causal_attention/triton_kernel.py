@@ -14,7 +14,15 @@ from genai_fast.kernels.causal_attention.backward_triton import (
     _causal_attention_grad_queries,
     _causal_attention_summary,
 )
-from genai_fast.kernels.causal_attention.layout import alike, empty_alike, heads_inside, require_heads, require_rows
+from genai_fast.kernels.causal_attention.decode_triton import decode
+from genai_fast.kernels.causal_attention.layout import (
+    alike,
+    empty_alike,
+    heads_inside,
+    require_heads,
+    require_lengths,
+    require_rows,
+)
 from genai_fast.kernels.causal_attention.tiles import forward_tile, keys_tile, padded, queries_tile, summary_rows
 from genai_fast.kernels.causal_attention.tiles_triton import (
     dense_at,
@@ -261,3 +269,11 @@ def causal_attention_backward(
     if grouped:
         shares = [x.unflatten(1, (key_heads, -1)).sum(2).to(q.dtype) for x in shares]
     return gradients[0], alike(shares[0], k), alike(shares[1], v)
+
+
+def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap):
+    q, k_cache, v_cache, _, _ = require_heads(q, k_cache, v_cache, None, None, None, in_place=True)
+    if k is not None:
+        _, k, v, _, _ = require_heads(q, k, v, None, None, None)
+    require_lengths(q, k_cache, lengths, k)
+    return decode(q, k_cache, v_cache, lengths.contiguous(), k, v, scale, window, softcap, _multiplier(q))
