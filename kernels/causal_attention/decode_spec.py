@@ -104,22 +104,22 @@ ERROR_CASES = (
 )  # fmt: skip
 
 
-def _compile_case(name, dtype, channels=64, new=True, queries="i32", **more):
+def _compile_case(name, dtype, channels=64, queries="i32", **more):
     """The launcher's tiles; one query is a constant."""
-    strides = [f"{x}_{of}" for x in ("q", "kc", "vc", "k", "v") for of in "bht"]
+    strides = [f"{x}_{of}" for x in ("q", "kc", "vc") for of in "bht"]
     narrow = dtype != "*fp32"
     pointers = dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), dtype)
-    added = dict.fromkeys(("k_ptr", "v_ptr"), dtype if new else None)
     parts = dict.fromkeys(("sum_ptr", "most_ptr", "total_ptr"), "*fp32")
     sizes = dict.fromkeys(("heads", "key_heads", "room", "rows_of_all", "window"), "i32:1")
     signature = {
-        **pointers, **added, "lengths_ptr": "*i32", **parts, **dict.fromkeys(strides, "i32"), **sizes,
-        "queries": queries, **dict.fromkeys(("scale", "cap", "cap_inverse"), "fp32"),
+        **pointers, "lengths_ptr": "*i32", **parts, **dict.fromkeys(strides, "i32"), **sizes,
+        "queries": queries, "added": queries, **dict.fromkeys(("scale", "cap", "cap_inverse"), "fp32"),
         "D": channels, "BLOCK_D": channels, "CAPPED": False, "WINDOWED": False, "PRECISION": "ieee", "UPCAST": False,
-        "BLOCK_M": 16, "BLOCK_N": 64 if channels * (2 if narrow else 4) <= 256 else 32, **more,
+        "BLOCK_M": 16, "BLOCK_N": max(min(16384 // (channels * (2 if narrow else 4)), 64), 16), **more,
     }  # fmt: skip
     return CompileCase(
         f"decode_{name}-{dtype[1:]}", "_decode_split", signature, tensor_cores=narrow, wide_loads=True,
+        num_warps=4 if narrow or channels < 256 else 8,
         module=_MODULE,
     )  # fmt: skip
 
@@ -127,6 +127,11 @@ def _compile_case(name, dtype, channels=64, new=True, queries="i32", **more):
 _COMBINED = dict(
     sum_ptr="*fp32", most_ptr="*fp32", total_ptr="*fp32", out_ptr="*bf16", lse_ptr="*fp32", out_b="i32", out_h="i32",
     out_t="i32", heads="i32:1", queries=1, rows_of_all="i32:1", splits="i32:1", D=64, BLOCK_S=32, BLOCK_D=64,
+)  # fmt: skip
+_APPENDED = dict(
+    **dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16"), lengths_ptr="*i32",
+    **dict.fromkeys([f"{x}_{of}" for x in ("k", "v", "kc", "vc") for of in "bht"], "i32"), key_heads="i32:1", added=1,
+    room="i32:1", D=64, BLOCK_D=64,
 )  # fmt: skip
 _MODULE = "causal_attention.decode_triton"
 
@@ -138,9 +143,10 @@ _COMPILE_CASES = (
             _compile_case("d64", dtype, queries=1),
             _compile_case("d128", dtype, 128, queries=1),
             _compile_case("d256", dtype, 256),
-            _compile_case("held-d64", dtype, new=False, WINDOWED=True, CAPPED=True),
+            _compile_case("window-softcap-d64", dtype, WINDOWED=True, CAPPED=True),
         )
     ),
+    CompileCase("decode_append-bf16", "_decode_append", _APPENDED, num_warps=1, module=_MODULE),
     CompileCase("decode_combine-bf16", "_decode_combine", _COMBINED, module=_MODULE),
 )
 

@@ -19,32 +19,50 @@ MOST_SPLITS = 64
 
 
 @triton.jit
-def _load_keys(
-    cache_ptr, new_ptr, key, length, end, cache_stride, new_stride,
+def _held(lengths_ptr, sample, added, room):
+    """(tokens that the cache holds with `added` new ones, whether it has room for them)"""
+    length = tl.load(lengths_ptr + sample).to(tl.int32)
+    return length + added, (length >= 0) & (length + added <= room)
+
+
+@triton.jit
+def _decode_append(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr,  # [B, H_kv, T, D] twice, [B, H_kv, room, D] twice
+    lengths_ptr,                             # [B]
+    k_b, k_h, k_t, v_b, v_h, v_t, kc_b, kc_h, kc_t, vc_b, vc_h, vc_t, key_heads, added, room,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows [BLOCK_N, BLOCK_D] of what the cache will hold: from it below `length`, else new ones, 0 from `end` on.
+    """One new key and value of one head, to their place in the cache."""
+    row = tl.program_id(0) % added
+    head = tl.program_id(0) // added % key_heads
+    sample = tl.program_id(0) // added // key_heads
+    end, fits = _held(lengths_ptr, sample, added, room)
+    place = end - added + row
+    channel = tl.arange(0, BLOCK_D)
+    mask = (channel < D) & fits
+    k = tl.load(head_at(k_ptr, sample, head, row, k_b, k_h, k_t) + channel, mask=mask)
+    v = tl.load(head_at(v_ptr, sample, head, row, v_b, v_h, v_t) + channel, mask=mask)
+    tl.store(head_at(k_cache_ptr, sample, head, place, kc_b, kc_h, kc_t) + channel, k, mask=mask)
+    tl.store(head_at(v_cache_ptr, sample, head, place, vc_b, vc_h, vc_t) + channel, v, mask=mask)
 
-    With them, where to put new ones and which they are.
-    """
+
+@triton.jit
+def _load_rows(cache_ptr, key, end, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [BLOCK_N, BLOCK_D] of a cache; 0 from `end` on, where anything may lie."""
     channel = tl.arange(0, BLOCK_D)[None, :]
-    at = cache_ptr + (wide(key) * cache_stride)[:, None] + channel
-    x = tl.load(at, mask=(key < tl.minimum(length, end))[:, None] & (channel < D), other=0.0)
-    new = ((key >= length) & (key < end))[:, None] & (channel < D)
-    if new_ptr is not None:
-        added = tl.load(new_ptr + (wide(key - length) * new_stride)[:, None] + channel, mask=new, other=0.0)
-        x = tl.where(new, added, x)
-    return x, at, new
+    mask = (key < end)[:, None]
+    if D < BLOCK_D:
+        mask &= channel < D
+    return tl.load(cache_ptr + (wide(key) * stride)[:, None] + channel, mask=mask, other=0.0)
 
 
 @triton.jit
 def _decode_split(
     q_ptr, k_cache_ptr, v_cache_ptr,         # [B, H, T, D], [B, H_kv, room, D] twice
-    k_ptr, v_ptr,                            # [B, H_kv, T, D] or None
     lengths_ptr,                             # [B]
     sum_ptr, most_ptr, total_ptr,            # [splits, B, H, T, D], [splits, B, H, T] twice
-    q_b, q_h, q_t, kc_b, kc_h, kc_t, vc_b, vc_h, vc_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    heads, key_heads, queries, room, rows_of_all, window, scale, cap, cap_inverse,
+    q_b, q_h, q_t, kc_b, kc_h, kc_t, vc_b, vc_h, vc_t,
+    heads, key_heads, queries, added, room, rows_of_all, window, scale, cap, cap_inverse,
     D: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -60,26 +78,18 @@ def _decode_split(
     rows = row < group * queries
     head = key_head * group + row // queries
     query = row % queries
-    length = tl.load(lengths_ptr + sample).to(tl.int32)
-    end = length
-    if k_ptr is not None:
-        end += queries
-    fits = (length >= 0) & (end <= room)
+    end, fits = _held(lengths_ptr, sample, added, room)
     end = tl.where(fits, end, 0)
-    length = tl.where(fits, length, 0)
     channel = tl.arange(0, BLOCK_D)
     q_at = head_at(q_ptr, sample, head, query, q_b, q_h, q_t)
     q = tl.load(q_at[:, None] + channel[None, :], mask=rows[:, None] & (channel < D)[None, :], other=0.0)
     k_cache_ptr = head_at(k_cache_ptr, sample, key_head, 0, kc_b, kc_h, kc_t)
     v_cache_ptr = head_at(v_cache_ptr, sample, key_head, 0, vc_b, vc_h, vc_t)
-    if k_ptr is not None:
-        k_ptr = head_at(k_ptr, sample, key_head, 0, k_b, k_h, k_t)
-        v_ptr = head_at(v_ptr, sample, key_head, 0, v_b, v_h, v_t)
     position = end - queries + query
     # Blocks that some query sees, in equal parts.
     start = 0
     if WINDOWED:
-        start = tl.maximum(tl.minimum(end - queries - window + 1, length), 0) // BLOCK_N * BLOCK_N
+        start = tl.maximum(end - queries - window + 1, 0) // BLOCK_N * BLOCK_N
     blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK_N)
     part = tl.cdiv(blocks, tl.num_programs(1))
     first = start + tl.minimum(split * part, blocks) * BLOCK_N
@@ -89,12 +99,8 @@ def _decode_split(
     total = tl.zeros([BLOCK_M], tl.float32)
     for begin in range(first, last, BLOCK_N):
         key = begin + tl.arange(0, BLOCK_N)
-        k, k_at, new = _load_keys(k_cache_ptr, k_ptr, key, length, end, kc_t, k_t, D, BLOCK_D)
-        v, v_at, _ = _load_keys(v_cache_ptr, v_ptr, key, length, end, vc_t, v_t, D, BLOCK_D)
-        if k_ptr is not None:  # a new row belongs to one split, whose other programs take it from k and v too
-            new &= tl.program_id(2) == 0
-            tl.store(k_at, k, mask=new)
-            tl.store(v_at, v, mask=new)
+        k = _load_rows(k_cache_ptr, key, end, kc_t, D, BLOCK_D)
+        v = _load_rows(v_cache_ptr, key, end, vc_t, D, BLOCK_D)
         score = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST) * scale
         if CAPPED:
             e = tl.exp2(tl.abs(score * cap_inverse) * -2.8853900817779268)
@@ -145,6 +151,11 @@ def _decode_combine(
     tl.store(out_at + channel, out.to(out_ptr.dtype.element_ty), mask=channel < D)
 
 
+def keys_a_step(size: int, channels: int) -> int:
+    """BLOCK_N: 16 KiB of keys, of elements of `size` bytes."""
+    return max(min(16384 // (size * padded(channels)), 64), 16)
+
+
 def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplier):
     """Launches both kernels; `multiplier`: how tl.dot multiplies."""
     batch, heads, queries, channels = q.shape
@@ -155,7 +166,7 @@ def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplie
         return out, lse
     block_m = min(max(next_power_of_2(heads // key_heads * queries), 16), 64)
     block_d = padded(channels)
-    block_n = 64 if block_d * q.element_size() <= 256 else 32
+    block_n = keys_a_step(q.element_size(), channels)
     row_blocks = ceil_div(heads // key_heads * queries, block_m)
     # From sizes alone, so that every run adds in the same order.
     splits = min(
@@ -165,13 +176,18 @@ def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplie
     rows = batch * heads * queries
     parts = torch.empty((splits, rows, channels), dtype=torch.float32, device=q.device)
     most, total = torch.empty((2, splits, rows), dtype=torch.float32, device=q.device)
-    new = (k, v) if k is not None else ()
-    strides = [s for x in (q, k_cache, v_cache, *new) for s in x.stride()[:3]] + ([] if new else [0] * 6)
+    caches = [s for x in (k_cache, v_cache) for s in x.stride()[:3]]
+    added = 0 if k is None else queries
+    if added:
+        _decode_append[(batch * key_heads * added,)](
+            k, v, k_cache, v_cache, lengths, *k.stride()[:3], *v.stride()[:3], *caches, key_heads, added, room,
+            D=channels, BLOCK_D=block_d, num_warps=1,
+        )  # fmt: skip
     _decode_split[(batch * key_heads, splits, row_blocks)](
-        q, k_cache, v_cache, k, v, lengths, parts, most, total, *strides, heads, key_heads, queries, room, rows, window,
-        scale * LOG2_E, softcap * LOG2_E, 1.0 / (softcap * LOG2_E) if softcap else 0.0,
+        q, k_cache, v_cache, lengths, parts, most, total, *q.stride()[:3], *caches, heads, key_heads, queries, added,
+        room, rows, window, scale * LOG2_E, softcap * LOG2_E, 1.0 / (softcap * LOG2_E) if softcap else 0.0,
         D=channels, CAPPED=softcap != 0.0, WINDOWED=window > 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        **multiplier,
+        **multiplier, num_warps=8 if block_d * q.element_size() == 1024 else 4,
     )  # fmt: skip
     _decode_combine[(rows,)](
         parts, most, total, out, lse, *out.stride()[:3], heads, queries, rows, splits,
