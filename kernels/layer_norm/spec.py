@@ -214,7 +214,8 @@ def _compile_cases(dtype, rms):
     sums = dict(weight_sums_ptr="*fp32", bias_sums_ptr=None if rms else "*fp32")
     # columns, BLOCK, then ROWS and warps of forward and of backward
     for columns, block, (rows, warps), back in (
-        (384, 512, (4, 4), (2, 4)), (768, 1024, (2, 4), (1, 4)), (4096, 4096, (1, 8), (1, 16 if rms else 8)),
+        (384, 512, (4, 4), (2, 4)), (768, 1024, (2, 4), (1, 4)),
+        (4096, 4096, (1, 8), (1, 16 if rms or dtype != "*fp32" else 8)),
         (8192, 8192, (1, 16), (1, 16) if rms else None),
     ):  # fmt: skip
         yield CompileCase(

@@ -131,7 +131,7 @@ def _layer_norm_backward(
     column = tl.arange(0, BLOCK)
     inside = column < columns
     across = column[None, :]
-    if weight_ptr is not None:
+    if weight_ptr is not None and BLOCK < 4096:
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0)[None, :]
     weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -150,6 +150,8 @@ def _layer_norm_backward(
         if bias_sums_ptr is not None:
             bias_sum += g
         if weight_ptr is not None:
+            if BLOCK >= 4096:  # from the cache each time: held over the loop, it would make them spill registers
+                weight = tl.load(weight_ptr + column, mask=inside, other=0.0)[None, :]
             g *= weight
         dx = g - x_hat * (tl.sum(g * x_hat, axis=1) / columns)[:, None]
         if mean_ptr is not None:
@@ -298,8 +300,8 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     mean, rstd = None if rms else mean.contiguous(), rstd.contiguous()
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
     short = columns <= (LONGEST if rms else LONGEST // 2)
-    if short:  # of 4096 columns, layer_norm's would spill with 16 warps and their fewer registers
-        tile = _tile(columns, BACKWARD, 16 if rms else 8)
+    if short:  # layer_norm's of 4096 columns spills with 16 warps in float32, with 8 in narrow dtypes
+        tile = _tile(columns, BACKWARD, 16 if rms or h.dtype is not torch.float32 else 8)
     else:
         tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
     all_tiles = ceil_div(rows, tile["ROWS"])
