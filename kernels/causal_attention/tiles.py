@@ -17,8 +17,8 @@ def _tile(rows: int, columns: int, warps: int, stages: int) -> dict[str, int]:
 def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str, int]:
     """BLOCK_M queries a program, BLOCK_N keys a step. `size` of an element in bytes; `extra`: see the launcher."""
     width = padded(channels)
-    if size == 4:
-        return _tile(64, 32, 4, 2) if width <= 64 else _tile(32, 32, 4, 1) if width <= 128 else _tile(32, 16, 8, 1)
+    if size == 4:  # mostly without matrix instructions
+        return _tile(32, 32 if width <= 64 else 16, 8, 1) if width <= 128 else _tile(16, 16, 8, 1)
     if width > 128:
         return _tile(64, 32, 8, 2)
     rows = 128 if queries > 64 else 64
@@ -29,20 +29,20 @@ def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str
 def queries_tile(size: int, channels: int, extra: int) -> dict[str, int]:
     """dQ: BLOCK_M queries a program, BLOCK_N keys a step."""
     width = padded(channels)
-    if size == 4:
-        return _tile(32, 32, 4, 1) if width <= 64 else _tile(32, 16, 4, 1) if width <= 128 else _tile(16, 16, 4, 1)
+    if size == 4:  # mostly without matrix instructions
+        return _tile(32, 32 if width <= 64 else 16, 8, 1) if width <= 128 else _tile(16, 16, 8, 1)
     if width > 128:
         return _tile(32, 32, 8, 1)
     if width > 64 or extra:
         return _tile(64 if extra else 128, 32, 8, 2)
-    return _tile(128, 64, 8, 2)
+    return _tile(128, 64 if channels % 8 == 0 else 32, 8, 2)  # other rows are read number by number
 
 
 def keys_tile(size: int, channels: int, extra: int) -> dict[str, int]:
     """dK, dV: BLOCK_N keys a program, BLOCK_M queries a step."""
     width = padded(channels)
-    if size == 4:
-        return _tile(32, 32, 4, 1) if width <= 64 else _tile(16, 32, 4, 1) if width <= 128 else _tile(16, 16, 4, 1)
+    if size == 4:  # mostly without matrix instructions
+        return _tile(32, 32, 8, 1) if width <= 64 else _tile(16, 16, 8, 1)
     if width > 128:
         return _tile(32, 32, 8, 1)
     if width > 64 or extra:
