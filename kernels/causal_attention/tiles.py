@@ -46,7 +46,7 @@ def keys_tile(size: int, channels: int, extra: int) -> dict[str, int]:
     if width > 128:
         return _tile(32, 32, 8, 1)
     if width > 64 or extra:
-        return _tile(32, 64, 8, 1 if extra > 1 else 2)
+        return _tile(32, 64, 8, 1 if extra > 1 else 2 if extra else 3)
     return _tile(32, 128, 8, 3)
 
 
