@@ -119,7 +119,7 @@ def _compile_case(name, dtype, channels=64, queries="i32", **more):
     }  # fmt: skip
     return CompileCase(
         f"decode_{name}-{dtype[1:]}", "_decode_split", signature, tensor_cores=narrow, wide_loads=True,
-        num_warps=4 if narrow or channels < 256 else 8,
+        num_stages=3 if narrow or channels < 256 else 2,
         module=_MODULE,
     )  # fmt: skip
 

@@ -187,7 +187,7 @@ def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplie
         q, k_cache, v_cache, lengths, parts, most, total, *q.stride()[:3], *caches, heads, key_heads, queries, added,
         room, rows, window, scale * LOG2_E, softcap * LOG2_E, 1.0 / (softcap * LOG2_E) if softcap else 0.0,
         D=channels, CAPPED=softcap != 0.0, WINDOWED=window > 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        **multiplier, num_warps=8 if block_d * q.element_size() == 1024 else 4,
+        **multiplier, num_stages=2 if block_d * q.element_size() == 1024 else 3,
     )  # fmt: skip
     _decode_combine[(rows,)](
         parts, most, total, out, lse, *out.stride()[:3], heads, queries, rows, splits,
