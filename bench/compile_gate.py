@@ -3,6 +3,7 @@
     python -m bench.compile_gate [--arch 80 90]            the table
     python -m bench.compile_gate --check [--arch 80 90]    and a comparison with the committed one
     python -m bench.compile_gate --update                  and the committed one written anew
+    python -m bench.compile_gate --check --once            each kernel in one case only: what tests can wait for
 
 Each committed table, bench/gate/triton-<version>.json, is of one Triton version, whose compiler is part of
 what is measured. `--check` fails on spills, on lost matrix instructions or loads of 16 bytes, on registers or
@@ -136,6 +137,14 @@ def jobs(architectures: Iterable[int]) -> list[Job]:
     return list(found.values())
 
 
+def once(todo: list[Job]) -> list[Job]:
+    """The first case of each kernel on each architecture."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for job in todo:
+        found.setdefault((job.folder, job.case.kernel, job.arch), job)
+    return list(found.values())
+
+
 def _compile(job: Job) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -190,8 +199,13 @@ def measure(todo: list[Job], cache: Path) -> dict[str, Row]:
     return {str(job): job.row(usages[str(job)]) for job in todo}
 
 
-def violations(todo: list[Job], table: dict[str, Row], committed: dict[str, Row] | None) -> list[str]:
-    """What is wrong with `table`: by itself, and (unless `committed` is None) against the committed one."""
+def violations(
+    todo: list[Job], table: dict[str, Row], committed: dict[str, Row] | None, every: list[Job] | None = None
+) -> list[str]:
+    """What is wrong with `table`: by itself, and (unless `committed` is None) against the committed one.
+
+    `every`: all jobs that the committed table is of, where `todo` is a part of them.
+    """
     wrong = []
     for job in todo:
         name, row = str(job), table[str(job)]
@@ -208,8 +222,8 @@ def violations(todo: list[Job], table: dict[str, Row], committed: dict[str, Row]
         elif before is not None and "error" not in before:
             wrong += [f"{name}: {message}; {REMEDY}" for message in _relative(job.arch, row, before)]
     if committed is not None:
-        architectures = {job.arch for job in todo}
-        stale = [n for n in committed if n not in table and int(n.rsplit("_", 1)[1]) in architectures]
+        architectures, names = {job.arch for job in todo}, {str(job) for job in every or todo}
+        stale = [n for n in committed if n not in names and int(n.rsplit("_", 1)[1]) in architectures]
         wrong += [f"{name}: expected a compile case of this name, got none; {REMEDY}" for name in stale]
     return wrong
 
@@ -285,9 +299,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="fail where the committed table was better")
+    parser.add_argument("--once", action="store_true", help="each kernel in one case only")
     parser.add_argument("--update", action="store_true", help="write the committed table")
     parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the committed tables")
     options = parser.parse_args(arguments)
+    if options.once and options.update:
+        parser.error("--once: expected --check beside it, got --update, which writes every case")
     if interpreting():
         print("compile gate: TRITON_INTERPRET is set, and an interpreting process cannot compile; unset it")
         return 2
@@ -298,7 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not committed:
         print(f"compile gate: there is no table {path}; remedy: python -m bench.compile_gate --update")
         return 2
-    todo = jobs(options.arch)
+    every = jobs(options.arch)
+    todo = once(every) if options.once else every
     table = measure(todo, cache_folder())
     print(render(table))
     if options.update:
@@ -306,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         committed = {**others, **table}
         write_json(path, committed)
         print(f"written: {path}")
-    wrong = violations(todo, table, committed if options.check or options.update else None)
+    wrong = violations(todo, table, committed if options.check or options.update else None, every)
     for message in wrong:
         print(f"FAILED {message}")
     print(f"{len(todo)} kernels x architectures under Triton {triton.__version__}, {len(wrong)} failures")

@@ -131,8 +131,21 @@ def wrong(table, case, committed=None):
 
 
 def test_committed_table_holds():
-    done = python("-m", "bench.compile_gate", "--check", "--arch", "80", "90")
+    """Of every kernel in one case; `make gate` compiles all cases."""
+    done = python("-m", "bench.compile_gate", "--check", "--once", "--arch", "80", "90")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_once_leaves_no_kernel_out():
+    every = compile_gate.jobs((80, 90))
+    part = compile_gate.once(every)
+    kernels = lambda found: {(job.folder, job.case.kernel, job.arch) for job in found}  # noqa: E731
+    assert kernels(part) == kernels(every) and len(part) == len(kernels(every))
+
+
+def test_a_part_makes_nothing_stale(table):
+    jobs = [compile_gate.Job("toy", case, 90) for case in CASES.values()]
+    assert compile_gate.violations(jobs[:1], {name("scale"): table[name("scale")]}, table, jobs) == []
 
 
 def test_interpreting_process_is_refused():
