@@ -63,12 +63,24 @@ def _dense_block() -> nn.Module:
     return nn.Sequential(nn.Linear(100, 12544, bias=False), nn.BatchNorm1d(12544), nn.LeakyReLU())
 
 
+class _CharRNN(nn.Module):
+    """The recurrent layers of a character model, alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(256, 256, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(x)[0]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dcgan_64_generator_block": (_generator_block, (64, 128, 16, 16)),
     "dcgan_64_discriminator_block": (_discriminator_block, (64, 64, 32, 32)),
     "conv_vae_64_first_block": (_vae_first_block, (64, 3, 64, 64)),
     "conv_vae_64_last_block": (_vae_last_block, (64, 32, 32, 32)),
     "dense_to_image_first_block": (_dense_block, (128, 100)),
+    "char_rnn_gru": (_CharRNN, (128, 32, 256)),
     "dcgan_64_generator": (_dcgan_generator, (32, 100, 1, 1)),
     "dcgan_64_discriminator": (_dcgan_discriminator, (32, 3, 64, 64)),
     "dcgan_64_discriminator_dropout": (functools.partial(_dcgan_discriminator, 0.3), (32, 3, 64, 64)),

@@ -43,7 +43,7 @@ class Point:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        return (*self.op.peers, COMPILED, FUSED)
+        return (*self.op.peers, *([COMPILED] if self.op.compiled else []), FUSED)
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """fuse on models as people write them: the same numbers, keys and classes, and a reason for what is left alone."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -14,8 +15,8 @@ from fuse_models import MODELS, HandWritten, OneNorm, ResBlock, UNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genai_fast import fuse, unfuse
-from genai_fast.layers import ConvBNAct, FusedSequential
+from genai_fast import explain, fuse, ops, unfuse, use_backend
+from genai_fast.layers import ConvBNAct, FusedSequential, _worth
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +185,45 @@ def test_layers_stay_layers():
 class _Block(nn.Sequential):
     def __init__(self, a, b):
         super().__init__(nn.Conv2d(a, b, 3), nn.BatchNorm2d(b), nn.ReLU6())
+
+
+class Recurrent(nn.Module):
+    """A model whose forward fuse does not write: the modules in it become ours all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.norm = nn.GRU(6, 8, 2), nn.RMSNorm(8)
+
+    def forward(self, x):
+        y, _ = self.gru(x)
+        return self.norm(y) if x.size(0) > 2 else y
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_gru_and_rms_norm_become_ours(monkeypatch, backend):
+    calls = []
+    for name in ("gru", "rms_norm"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: calls.append(name) or op(*args))
+    monkeypatch.setattr(_worth, "RMS_NORM", 1)
+    fused, plain = _pair(Recurrent)
+    x = torch.randn(9, 4, 6)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        fused(x)
+        assert calls == ["gru", "gru", "rms_norm"]
+        assert_alike(fused, plain, x)
+    assert [row.becomes for row in explain(fused) if row.path in ("gru", "norm")] == ["layers.GRU", "layers.RMSNorm"]
+    assert type(pickle.loads(pickle.dumps(fused)).gru) is nn.GRU and copy.deepcopy(fused).norm.weight.grad is None
+    calls.clear()
+    unfuse(fused)(x)
+    assert calls == [] and type(fused.gru) is nn.GRU and type(fused.norm) is nn.RMSNorm
+    fused.gru.forward = fused.gru.forward
+    assert [row.reason for row in explain(fuse(fused)) if row.path == "gru"] == ["its forward is replaced"]
+
+
+def test_small_norms_are_pytorchs(monkeypatch):
+    monkeypatch.setattr(ops, "rms_norm", lambda *args: pytest.fail("called"))
+    fuse(nn.Sequential(nn.RMSNorm(8)))(torch.randn(4, 8))
 
 
 def test_a_subclass_of_sequential(fused_calls):

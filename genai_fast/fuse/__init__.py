@@ -1,5 +1,7 @@
 """fuse(model): the containers and forward methods of a model run batch norm, activation and dropout as fused calls.
 
+GRU and RMS norm become the layers that compute them in one call; PyTorch's layer norm, without a residual, is one.
+
 The model stays the object that it is, with its children, keys and hooks; only the class of some modules changes, to a
 subclass of what it was. Whether a run is fused is decided at each call, by `genai_fast.layers`.
 """
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from genai_fast.layers import FusedSequential
+from genai_fast.layers import GRU, FusedSequential, RMSNorm
 from genai_fast.layers._paths import convolution
 from genai_fast.layers._stock import STOCK, letter, obstacle, runs
 
@@ -23,6 +25,10 @@ __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 _WRAPPERS = (
     "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
 )  # fmt: skip
+
+
+# Modules that become a layer of ours as they are.
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
 
 
 class _InPlace:
@@ -59,7 +65,7 @@ def _original(cls: type) -> type:
 def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> type[nn.Module]:
     key = (cls, *key)
     if key not in _classes:
-        base = FusedSequential if cls is nn.Sequential else cls
+        base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _classes[key] = type(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
     return _classes[key]
@@ -99,6 +105,8 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     cls = type(module)
     if _original(cls) is not cls or "forward" in module.__dict__ or _is_generated(module):
         return None
+    if cls in _LAYERS:
+        return _subclass(cls, (), forward=_LAYERS[cls].forward)
     if _is_sequential(cls):
         if issubclass(cls, FusedSequential):
             return None
@@ -133,9 +141,9 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Make a model run batch norm, activations and dropout as fused calls, in place.
+    """Make a model run norms, activations, dropout and GRUs as fused calls, in place.
 
-    nn.Sequential at any depth becomes a `layers.FusedSequential`; a class whose forward method is a straight line of
+    nn.GRU and nn.RMSNorm become those of `layers`; nn.Sequential at any depth becomes a `layers.FusedSequential`; a class whose forward method is a straight line of
     calls gets a subclass with the forward method generated again. Parameters, buffers, keys, hooks, copies and
     optimizers stay; a pickle holds the original classes. `explain` says what happens to each module and why not.
 
@@ -210,6 +218,9 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
     elif _is_generated(module):
         if any(True for _ in module.children()):
             yield Row(path, found, "", "its forward is generated already")
+    elif cls in _LAYERS:
+        replaced = "forward" in module.__dict__
+        yield Row(path, found, "" if replaced else f"layers.{found}", obstacle(module) if replaced else "")
     elif _is_sequential(cls):
         if "forward" in module.__dict__:
             yield Row(path, found, "", obstacle(module))

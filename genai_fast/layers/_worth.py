@@ -15,6 +15,7 @@ DROPOUT = 1 << 13
 FOLD = 1 << 21
 PATH = 1 << 22  # multiplications: a choice of path costs 20 us
 RECURRENCE = 8  # steps
+RMS_NORM = 1 << 17
 
 
 def norm(module: nn.Module, x: torch.Tensor) -> bool:
@@ -44,3 +45,8 @@ def path(conv: nn.Module, x: torch.Tensor) -> bool:
 def recurrence(x: torch.Tensor, steps: int) -> bool:
     """Whether a layer over that many steps of the sequence x is to be one call, which first packs the weights."""
     return not x.is_cpu or torch.compiler.is_compiling() or steps >= RECURRENCE
+
+
+def rms_norm(x: torch.Tensor) -> bool:
+    """Whether RMS norm of x is to be one call, which it is not in PyTorch."""
+    return not x.is_cpu or x.numel() >= RMS_NORM

@@ -1,16 +1,38 @@
-"""nn.LayerNorm and nn.RMSNorm that also take a residual: one pass for the sum and its norm."""
+"""nn.LayerNorm and nn.RMSNorm in one call, that also take a residual: one pass for the sum and its norm."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.backends import choose, forced_backend
+from genai_fast.layers import _worth
+from genai_fast.layers._run import _observed
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def _by_row(norm: nn.LayerNorm | nn.RMSNorm, x: torch.Tensor) -> bool:
-    """Whether it normalizes x's last dimension alone; else PyTorch's own serves, or says what is wrong."""
-    return len(norm.normalized_shape) == 1 and x.shape[-1:] == norm.normalized_shape
+def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
+    """Whether the op takes these and is worth its call; else PyTorch's own serves, or says what is wrong."""
+    if type(x) not in _PLAIN or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or _observed():
+        return False
+    kind, weight = x.device.type, norm.weight
+    mixed = torch.is_autocast_enabled(kind)
+    if weight is not None and (weight.device != x.device or (weight.dtype is not x.dtype and not mixed)):
+        return False
+    if residual is not None and (type(residual) not in _PLAIN or residual.shape != x.shape):
+        return False
+    if torch.compiler.is_compiling():
+        return x.dtype is not torch.float64
+    # One library op serves both norms.
+    if choose("layer_norm", forced_backend(), kind, x.dtype)[1]:
+        return False
+    if residual is not None or forced_backend():
+        return True
+    return isinstance(norm, nn.RMSNorm) and _worth.rms_norm(x)  # PyTorch's layer norm is one call too, and no slower
 
 
 class LayerNorm(nn.LayerNorm):
@@ -19,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(
         self, input: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if _by_row(self, input):
+        if _is_ours(self, input, residual):
             return ops.layer_norm(input, self.weight, self.bias, self.eps, residual)
         if residual is None:
             return super().forward(input)
@@ -33,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if _by_row(self, x):
+        if _is_ours(self, x, residual):
             return ops.rms_norm(x, self.weight, self.eps, residual)
         if residual is None:
             return super().forward(x)

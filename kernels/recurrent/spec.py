@@ -256,6 +256,7 @@ GRU = OpSpec(
         Case("sketch_rnn-100x64x5-512", _inputs(100, 64, 5, 512, 3, given=False)),
     ),
     peers={"eager": _eager_gru},
+    compiled=False,
     cost=_sequence_cost(4),
     compile_cases=_compile_cases("gru"),
 )
@@ -275,6 +276,7 @@ LSTM = OpSpec(
     ),
     bench_cases=(Case("char_rnn-128x32x256-256", _inputs(128, 32, 256, 256, 4, **_CELL, given=False)),),
     peers={"eager": _eager_lstm},
+    compiled=False,
     cost=_sequence_cost(5),
     compile_cases=_compile_cases("lstm"),
     backends=("reference", "triton"),
