@@ -143,9 +143,10 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
 def fuse(model: nn.Module) -> nn.Module:
     """Make a model run norms, activations, dropout and GRUs as fused calls, in place.
 
-    nn.GRU and nn.RMSNorm become those of `layers`; nn.Sequential at any depth becomes a `layers.FusedSequential`; a class whose forward method is a straight line of
-    calls gets a subclass with the forward method generated again. Parameters, buffers, keys, hooks, copies and
-    optimizers stay; a pickle holds the original classes. `explain` says what happens to each module and why not.
+    nn.GRU and nn.RMSNorm become those of `layers`; nn.Sequential at any depth becomes a `layers.FusedSequential`; a
+    class whose forward method is a straight line of calls gets a subclass with the forward method generated again.
+    Parameters, buffers, keys, hooks, copies and optimizers stay; a pickle holds the original classes. `explain` says
+    what happens to each module and why not.
 
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
