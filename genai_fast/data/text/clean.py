@@ -38,7 +38,7 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
 
     Args:
         raw: the file's bytes.
-        otherwise: the encoding of a file that has no mark and is not UTF-8 throughout; unknown names do not count.
+        otherwise: the encoding of a file that has no mark and is not UTF-8 throughout; unknown ones do not count.
 
     Raises:
         UnreadableError: the bytes are no text.
@@ -50,7 +50,7 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
     try:
         return Decoded(body.decode(encoding), 0, 0)
     except UnicodeDecodeError as error:
-        if not mark and is_text_encoding(otherwise):
+        if not mark and _extends_ascii(otherwise):
             encoding = otherwise
             first = _first_error(body, encoding)
         else:
@@ -59,11 +59,10 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
     return Decoded(body.decode(encoding, "replace"), max(0, len(body) - len(kept)), first + len(mark))
 
 
-def is_text_encoding(name: str) -> bool:
-    """Whether bytes can be decoded to text by an encoding of this name."""
+def _extends_ascii(encoding: str) -> bool:
+    """Whether this is an encoding in which ASCII stands for itself, as in a file that names its own."""
     try:
-        b"".decode(name or "?")
-        return True
+        return b"text".decode(encoding) == "text"
     except (LookupError, ValueError):
         return False
 

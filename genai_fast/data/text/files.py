@@ -128,13 +128,13 @@ class Findings:
                 raise DataError(f"{self.files.path}: expected {expected}, got none; remedy: another source")
             name, problem = next(iter(self.left_out.items()))
             count = len(self.left_out)
-            more = f"; so are all {count} parts" if count > 1 else ""
+            more = f"; all {count} files or lines are broken or empty" if count > 1 else ""
             raise DataError(f"{self.files.where(name)}: {problem}{more}; remedy: mend or replace it")
         if self.left_out:
             named = ", ".join(f"{name} ({problem})" for name, problem in list(self.left_out.items())[:_NAMED])
             more = ", ..." if len(self.left_out) > _NAMED else ""
             _warn(
-                f"{self.files.path}: left out {len(self.left_out)} broken or empty parts: {named}{more};"
+                f"{self.files.path}: left out {len(self.left_out)} broken or empty files or lines: {named}{more};"
                 f" remedy: mend or remove them"
             )
         if self.replaced:
@@ -142,7 +142,7 @@ class Findings:
             count = len(self._replaced_in)
             files = f" in {count} files" if count > 1 else ""
             _warn(
-                f"{self.files.where(name)}: expected text in UTF-8; {self.replaced} bytes{files} became U+FFFD, the"
+                f"{self.files.where(name)}: expected text in UTF-8; {self.replaced} byte{'s' * (self.replaced > 1)}{files} became U+FFFD, the"
                 f" first at offset {first}; remedy: {_CONVERT}"
             )
 
@@ -173,7 +173,7 @@ def records(name: str, text: str, fields: tuple[str, ...], findings: Findings) -
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem = f"expected a JSON object with {wanted}, got {error}"
+            problem = f"expected a JSON object with {wanted}, got {str(error).partition(': line')[0]}"
         else:
             if not isinstance(record, dict):
                 problem = f"expected a JSON object with {wanted}, got {type(record).__name__}"

@@ -66,9 +66,8 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, cache: bool | str | Pat
     if cache is not False:
         parent = store.folder("tokens") if cache in (None, True) else Path(cache)
         entry = store.Entry.of(parent, [_digest(documents), tokenizer.digest], _VERSION)
-    tokens = (entry and (_kept(entry, tokenizer) or _write(entry, documents, tokenizer))) or _encode(
-        documents, tokenizer
-    )
+        tokens = _kept(entry, tokenizer) or _write(entry, documents, tokenizer)
+    tokens = tokens or _encode(documents, tokenizer)
     if tokens.unknown > _MANY * len(tokens):
         warnings.warn(
             f"pack: {tokens.unknown} of {len(tokens) - tokens.documents} characters are not in the tokenizer and become"

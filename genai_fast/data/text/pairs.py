@@ -100,6 +100,7 @@ def _pairs(name: str, text: str, findings: Findings) -> Iterator[tuple[str, str]
             if len(columns) == 2 and all(columns):
                 yield columns[0], columns[1]
             elif line.strip():
-                full = sum(map(bool, columns))
-                problem = f"expected two columns with text and one tab, got {full} of {len(columns)} with text"
+                problem = "expected text in both columns, got none in one"
+                if len(columns) != 2:
+                    problem = f"expected two columns with a tab between them, got {len(columns)}"
                 findings.leave_out(f"{name}:{number}", problem)
