@@ -1,15 +1,17 @@
 """Text: real files of all kinds, broken ones, and splits that do not leak."""
 
+import html
 import json
 import unicodedata
 import warnings
 import zipfile
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, DataWarning, text
+from genai_fast.data.text.clean import html_text
 
 TEXTS = st.text(st.characters(), max_size=60)  # surrogates too
 
@@ -109,6 +111,37 @@ def test_html_becomes_what_a_reader_sees(tmp_path):
     assert odd.documents == ["caf\ufffd"]
 
 
+HTML = [
+    "<",
+    ">",
+    "</",
+    "<!",
+    "<![",
+    "<![x[",
+    "]]>",
+    "<!--",
+    "-->",
+    "&",
+    "&#",
+    ";",
+    "9",
+    "pre",
+    "script",
+    "p",
+    "a",
+    " ",
+    "\n",
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(HTML), max_size=30).map("".join))
+def test_no_page_is_too_odd(page):
+    html_text(page)
+    assert html_text(f"<p>A</p>b &lt;{html.escape(page)}").startswith("A\n\nb <")
+
+
+@settings(max_examples=50, deadline=None)
 @given(TEXTS)
 def test_clean_text_has_one_form(raw):
     cleaned = text.clean(raw)
@@ -268,6 +301,7 @@ def plain(texts):
     return {" ".join(t.split()) for t in texts}
 
 
+@settings(max_examples=50, deadline=None)
 @given(DOCUMENTS, st.floats(0.01, 0.99), st.integers(0, 5))
 def test_nothing_held_out_is_trained_on(documents, fraction, seed):
     pairs = [(source, f"{k}") for k, source in enumerate(documents)]

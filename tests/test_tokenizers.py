@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, text
@@ -39,6 +39,7 @@ def test_sizes():
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
+@settings(max_examples=60, deadline=None)
 @given(ANY)
 def test_any_text_comes_back(kind, sample):
     tokenizer = TOKENIZERS[kind]
@@ -46,6 +47,7 @@ def test_any_text_comes_back(kind, sample):
     assert tokenizer.decode(ids) == sample and all(0 <= i < tokenizer.end for i in ids)
 
 
+@settings(max_examples=60, deadline=None)
 @given(ANY)
 def test_unknown_characters_are_one_id(sample):
     tokenizer = TOKENIZERS["char"]
@@ -57,6 +59,7 @@ def test_unknown_characters_are_one_id(sample):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_stream_is_the_text(kind, data):
     tokenizer = TOKENIZERS[kind]

@@ -143,6 +143,9 @@ class _Text(HTMLParser):
         if tag != "br":
             self._block(tag)
 
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        return self.parse_bogus_comment(i)  # "<![x" is a comment to browsers, and an AssertionError in the base class
+
     def handle_data(self, data: str) -> None:
         if self._dropped:
             return

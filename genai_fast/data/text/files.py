@@ -140,10 +140,10 @@ class Findings:
         if self.replaced:
             name, first = next(iter(self._replaced_in.items()))
             count = len(self._replaced_in)
-            files = f" in {count} files" if count > 1 else ""
+            bad = f"{self.replaced} byte{'s' * (self.replaced > 1)}{f' in {count} files' * (count > 1)}"
             _warn(
-                f"{self.files.where(name)}: expected text in UTF-8; {self.replaced} byte{'s' * (self.replaced > 1)}{files} became U+FFFD, the"
-                f" first at offset {first}; remedy: {_CONVERT}"
+                f"{self.files.where(name)}: expected text in UTF-8; {bad} became U+FFFD, the first at offset {first};"
+                f" remedy: {_CONVERT}"
             )
 
 
