@@ -310,12 +310,22 @@ def test_damaged_entries_are_made_anew(tmp_path, kept, decoded, damage):
 
 def test_what_a_killed_process_left_goes_after_a_day(tmp_path, kept):
     numbered(tmp_path, 2)
-    for name, age in ((".old", 2 * 24 * 3600), (".new", 0)):
-        (kept / name).mkdir(parents=True)
-        (kept / name / "pixels.npy").write_bytes(b"x")
-        os.utime(kept / name, (time.time() - age,) * 2)
+    name = f".{'0' * 24}-{'1' * 24}.17"
+    for end, age in (("old", 2 * 24 * 3600), ("new", 0)):
+        (kept / f"{name}.{end}").mkdir(parents=True)
+        (kept / f"{name}.{end}" / "pixels.npy").write_bytes(b"x")
+        os.utime(kept / f"{name}.{end}", (time.time() - age,) * 2)
     data.load(str(tmp_path))
-    assert {p.name for p in kept.glob(".*")} == {".new"}
+    assert {p.name for p in kept.glob(".*")} == {f"{name}.new"}
+
+
+def test_what_else_lies_in_the_folder_stays(tmp_path):
+    numbered(tmp_path / "pictures", 2)
+    for name in (".git", "old", f"{'0' * 24}-{'1' * 24}"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    data.load(str(tmp_path / "pictures"), cache=tmp_path)
+    assert {".git", "old", f"{'0' * 24}-{'1' * 24}"} < {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, kept, monkeypatch):

@@ -1,8 +1,8 @@
-"""Decoded pictures, kept: a folder each, with the pixels as one .npy file that is mapped, and the rest as JSON.
+"""Prepared data, kept: decoded pictures, encoded text. An entry is a folder with .npy files that are mapped, and JSON.
 
-An entry's name is two hashes: of where the pictures came from and the size they were brought to, and of what lay there.
-Another state of the same pictures so has another name, and replaces the entry before it. Entries are written under a
-hidden name and renamed as one; what is damaged or of another version is made anew.
+An entry's name is two hashes: of where the data came from and what was made of them, and of what lay there. Another
+state of the same source so has another name, and replaces the entry before it. Entries are written under a hidden name
+and renamed as one; what is damaged or of another version is made anew.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -23,48 +24,53 @@ import numpy as np
 
 from genai_fast import paths
 
-VERSION = 1  # of the entry's form and of how pictures become pixels
-_PIXELS, _META = "pixels.npy", "meta.json"
+VERSION = 2  # of the entry's form and of how pictures become pixels
+PIXELS, _META = "pixels", "meta.json"
+ENTRY = re.compile("[0-9a-f]{24}-[0-9a-f]{24}")  # an entry's name
+_HIDDEN = re.compile(rf"\.{ENTRY.pattern}\..*")
 _ABANDONED = 24 * 3600  # seconds after which a hidden folder's writer is taken for dead
 
 
-def folder() -> Path:
-    """Where entries lie."""
-    return paths.folder() / "images"
+def folder(kind: str) -> Path:
+    """Where entries of a kind lie."""
+    return paths.folder() / kind
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One set of decoded pictures: its folder, there or not."""
+    """One set of prepared data: its folder, there or not."""
 
     path: Path
 
     @classmethod
     def of(cls, parent: Path, origin: Any, state: Any) -> Entry:
-        """The entry for pictures from `origin` in `state`, both JSON data."""
+        """The entry for data from `origin` in `state`, both JSON data."""
         return cls(parent / f"{_hash(origin)}-{_hash(state)}")
 
-    def read(self) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """(pixels, mapped and private to this process; what was stored with them), or None: absent or damaged."""
+    def read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """(arrays by name, mapped and private to this process; what was stored with them); None: absent or damaged."""
         try:
             meta = json.loads((self.path / _META).read_text(encoding="utf-8"))
-            if meta["version"] != VERSION or (self.path / _PIXELS).stat().st_size != meta["bytes"]:
+            if meta["version"] != VERSION:
                 return None
-            # Copy on write: torch wants memory that may be written, and the file stays as it is.
-            pixels = np.load(self.path / _PIXELS, mmap_mode="c", allow_pickle=False)
-            whole = pixels.dtype == np.uint8 and list(pixels.shape) == meta["shape"]
-            return (pixels, meta["about"]) if whole else None
-        except (OSError, ValueError, KeyError, TypeError):
+            arrays = {}
+            for name, form in meta["arrays"].items():
+                if (self.path / f"{name}.npy").stat().st_size != form["bytes"]:
+                    return None
+                # Copy on write: torch wants memory that may be written, and the file stays as it is.
+                array = np.load(self.path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+                if array.dtype.str != form["dtype"] or list(array.shape) != form["shape"]:
+                    return None
+                arrays[name] = array
+            return arrays, meta["about"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Path]:
-        """A hidden folder to put the pixels into; `finish` makes an entry of it, and else it goes."""
+        """A hidden folder to put .npy files into; `finish` makes an entry of it, and else it goes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.path.parent.glob(".*"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > _ABANDONED:
-                    shutil.rmtree(left)
+        remove_old(self.path.parent, _HIDDEN, _ABANDONED)
         hidden = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         hidden.mkdir()
         try:
@@ -72,10 +78,15 @@ class Entry:
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 
-    def finish(self, hidden: Path, shape: tuple[int, ...], about: dict[str, Any]) -> None:
+    def finish(self, hidden: Path, about: dict[str, Any]) -> None:
         """Put the entry in its place, with `about`, JSON data; remove what it replaces."""
-        size = (hidden / _PIXELS).stat().st_size
-        meta = {"version": VERSION, "bytes": size, "shape": list(shape), "about": about}
+        arrays = {}
+        for file in hidden.glob("*.npy"):
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            arrays[file.stem] = {
+                "bytes": file.stat().st_size, "dtype": array.dtype.str, "shape": list(array.shape)
+            }  # fmt: skip
+        meta = {"version": VERSION, "arrays": arrays, "about": about}
         with open(hidden / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file)
             file.flush()
@@ -91,15 +102,23 @@ class Entry:
                 raise
 
 
+def remove_old(parent: Path, name: re.Pattern[str], seconds: float) -> None:
+    """Remove the folders of such names that have not changed for so long; the parent may hold other things too."""
+    for found in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if name.fullmatch(found.name) and time.time() - found.stat().st_mtime > seconds:
+                shutil.rmtree(found)
+
+
 def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
     """A file of zeros to write decoded pictures into.
 
     Raises:
         OSError: the disk has no room for it.
     """
-    pixels = np.lib.format.open_memmap(hidden / _PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    pixels = np.lib.format.open_memmap(hidden / f"{PIXELS}.npy", mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process in the middle of writing
-        with open(hidden / _PIXELS, "r+b") as file:
+        with open(hidden / f"{PIXELS}.npy", "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.size)
     return pixels
 
@@ -107,11 +126,11 @@ def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
 def keep_rows(hidden: Path, pixels: np.memmap, rows: np.ndarray) -> None:
     """Write the file anew with these rows alone."""
     shape = (len(rows), *pixels.shape[1:])
-    kept = np.lib.format.open_memmap(hidden / f"{_PIXELS}.new", mode="w+", dtype=np.uint8, shape=shape)
+    kept = np.lib.format.open_memmap(hidden / f"{PIXELS}.new", mode="w+", dtype=np.uint8, shape=shape)
     for first in range(0, len(rows), 256):
         kept[first : first + 256] = pixels[rows[first : first + 256]]
     kept.flush()
-    os.replace(hidden / f"{_PIXELS}.new", hidden / _PIXELS)
+    os.replace(hidden / f"{PIXELS}.new", hidden / f"{PIXELS}.npy")
 
 
 def _hash(value: Any) -> str:

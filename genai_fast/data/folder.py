@@ -101,7 +101,7 @@ def load_pictures(path: Path, size: int | None, *, strict: bool, cache: bool | s
             )
         entry = None
         if cache is not False:
-            parent = store.folder() if cache in (None, True) else Path(cache)
+            parent = store.folder("images") if cache in (None, True) else Path(cache)
             entry = store.Entry.of(parent, [str(path.resolve()), size], source.state)
         pixels, broken = (entry and _kept(entry)) or _decode(source, size, entry)
     finally:
@@ -114,7 +114,7 @@ def load_pictures(path: Path, size: int | None, *, strict: bool, cache: bool | s
 
 def _kept(entry: store.Entry) -> tuple[np.ndarray, dict[str, str]] | None:
     found = entry.read()
-    return found and (found[0], found[1]["broken"])
+    return found and (found[0][store.PIXELS], found[1]["broken"])
 
 
 def _report(path: Path, broken: dict[str, str], count: int, strict: bool) -> None:
@@ -166,7 +166,7 @@ def _decode(source: Source, size: int | None, entry: store.Entry | None) -> tupl
                 if len(rows) < len(names):
                     store.keep_rows(hidden, pixels, rows)
                 broken = _in_order(source, broken)
-                entry.finish(hidden, (len(rows), *shape[1:]), {"broken": broken})
+                entry.finish(hidden, {"broken": broken})
             if found := _kept(entry):
                 return found
         except OSError as error:

@@ -1,0 +1,129 @@
+"""Documents and pairs in memory, split so that nothing held out is also trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from genai_fast.data.images import DataError
+from genai_fast.data.text.clean import PARAGRAPH
+
+_FAR = 0.5  # a boundary may move the share that is held out by half of it
+_MORE = "more text, or another fraction"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, in order; none is empty.
+
+    skipped: what was left out because it is broken or empty: names of files, or of lines as "file:line".
+    replaced: undecodable bytes, which became U+FFFD.
+    """
+
+    name: str
+    documents: list[str]
+    skipped: tuple[str, ...] = ()
+    replaced: int = 0
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def passages(self) -> Corpus:
+        """The documents' paragraphs as documents; the lines of a document that has no blank lines."""
+        found = []
+        for document in self.documents:
+            parts = PARAGRAPH.split(document)
+            found += (part for part in (parts if len(parts) > 1 else document.split("\n")) if part.strip())
+        return replace(self, documents=found)
+
+    def split(self, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
+        """(training, validation): about `fraction` is held out, whole documents fixed by the seed, at least one.
+
+        Documents that differ in white space alone fall on the same side. A single document is cut in two near the end,
+        between paragraphs if that can be, else between lines, else between words.
+
+        Raises:
+            DataError: the documents are all the same, or the only one has a single word.
+        """
+        if len(self) == 1:
+            _check_fraction(fraction)
+            return self._cut(fraction)
+        held_out = _held_out(self.name, "documents", map(plain, self.documents), fraction, seed)
+        kept = [d for d, held in zip(self.documents, held_out, strict=True) if not held]
+        return replace(self, documents=kept), replace(
+            self, documents=[d for d, held in zip(self.documents, held_out, strict=True) if held]
+        )
+
+    def _cut(self, fraction: float) -> tuple[Corpus, Corpus]:
+        (document,) = self.documents
+        wanted = len(document) * (1 - fraction)
+        for boundary in (PARAGRAPH, re.compile(r"\s*\n"), re.compile(r"\s+")):
+            spots = [match.span() for match in boundary.finditer(document)]
+            if not spots:
+                continue
+            first, second = min(spots, key=lambda span: abs(span[1] - wanted))
+            near = abs(second - wanted) <= _FAR * min(fraction, 1 - fraction) * len(document)
+            if near or boundary.pattern == r"\s+":
+                return replace(self, documents=[document[:first]]), replace(self, documents=[document[second:]])
+        raise DataError(f"{self.name}: expected text to hold a part out of, got a single word; remedy: {_MORE}")
+
+
+@dataclass(frozen=True)
+class PairCorpus:
+    """Pairs (source, target), in order; neither is empty. The other fields are as in Corpus."""
+
+    name: str
+    pairs: list[tuple[str, str]]
+    skipped: tuple[str, ...] = ()
+    replaced: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def documents(self) -> list[str]:
+        """Every source and every target once, in order: what a tokenizer is made from."""
+        return list(dict.fromkeys(side for pair in self.pairs for side in pair))
+
+    def split(self, fraction: float, seed: int) -> tuple[PairCorpus, PairCorpus]:
+        """(training, validation), as Corpus.split; a source that stands in several pairs falls on one side.
+
+        Raises:
+            DataError: all sources are the same.
+        """
+        held_out = _held_out(self.name, "sources", (plain(source) for source, _ in self.pairs), fraction, seed)
+        kept = [pair for pair, held in zip(self.pairs, held_out, strict=True) if not held]
+        return replace(self, pairs=kept), replace(
+            self, pairs=[pair for pair, held in zip(self.pairs, held_out, strict=True) if held]
+        )
+
+
+def plain(text: str) -> str:
+    """Text without its layout: one space for all white space."""
+    return " ".join(text.split())
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction: expected more than 0 and less than 1 to hold out, got {fraction:g}")
+
+
+def _held_out(name: str, what: str, keys: Iterable[str], fraction: float, seed: int) -> list[bool]:
+    """For each key whether it is held out: alike for equal keys, about `fraction` of all."""
+    _check_fraction(fraction)
+    numbers: dict[str, int] = {}
+    group = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    if len(numbers) < 2:
+        raise DataError(
+            f"{name}: expected at least two different {what} to hold one out, got {len(numbers)}; remedy: {_MORE}"
+        )
+    # Groups in random order until there is enough; the last one never.
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    total = np.cumsum(np.bincount(group)[order])
+    taken = 1 + int(np.searchsorted(total[:-1], round(fraction * len(group))))
+    chosen = np.zeros(len(numbers), bool)
+    chosen[order[: min(taken, len(numbers) - 1)]] = True
+    return chosen[group].tolist()

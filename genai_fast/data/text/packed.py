@@ -1,0 +1,161 @@
+"""Documents as one row of ids, in a mapped file of the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from genai_fast.data import cache as store
+from genai_fast.data.images import DataError, DataWarning
+from genai_fast.data.text.clean import scalars
+from genai_fast.data.text.tokenizers import Tokenizer
+
+_VERSION = 1  # of how text becomes ids
+_MANY = 0.01  # unknown characters from which on one is warned
+_UNUSED = 30 * 24 * 3600  # seconds without a reader after which an entry goes: each split of a text has its own
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents' ids, one after the other, each with the end behind it.
+
+    ids: [n] uint16 or uint32; may be a mapped file.
+    offsets: [documents + 1] int64: document d is ids[offsets[d] : offsets[d + 1]], the last of which is the end.
+    end: the id that ends a document; only there it occurs.
+    unknown: characters that the tokenizer has no id for.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    end: int
+    unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self.offsets) - 1
+
+
+def pack(documents: Sequence[str], tokenizer: Tokenizer, cache: bool | str | Path | None = None) -> Tokens:
+    """Encode documents once; the next time their ids are there and only mapped.
+
+    Args:
+        documents: texts, in order.
+        tokenizer: what encodes them.
+        cache: a folder for ids; None or True: `tokens` in $GENAI_FAST_CACHE, else in the user's cache folder, where
+            nothing is lost if it is removed; False: encode into memory.
+
+    Raises:
+        DataError: there are no documents.
+    """
+    if isinstance(documents, str) or not len(documents):
+        got = "one str" if documents else "none"
+        raise DataError(f"pack: expected a list of at least one document, got {got}")
+    tokens = None
+    if cache is not False:
+        parent = store.folder("tokens") if cache in (None, True) else Path(cache)
+        entry = store.Entry.of(parent, [_digest(documents), tokenizer.digest], _VERSION)
+        tokens = _kept(entry, tokenizer) or _write(entry, documents, tokenizer)
+    tokens = tokens or _encode(documents, tokenizer)
+    if tokens.unknown > _MANY * len(tokens):
+        warnings.warn(
+            f"pack: {tokens.unknown} of {len(tokens) - tokens.documents} characters are not in the tokenizer and become"
+            f" U+FFFD; remedy: a tokenizer made from such text, or one of bytes",
+            DataWarning,
+            stacklevel=2,
+        )
+    return tokens
+
+
+def pack_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, cache: bool | str | Path | None = None
+) -> tuple[Tokens, Tokens]:
+    """(sources, targets) of pairs, each as `pack` makes them: document d of the one belongs to document d of the other.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    return pack([pair[0] for pair in pairs], tokenizer, cache), pack([pair[1] for pair in pairs], tokenizer, cache)
+
+
+def _digest(documents: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        raw = scalars(document).encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def _arrays(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+    """(ids with the end behind them, how many are unknown) of each document."""
+    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+    for found in tokenizer.arrays(documents):
+        ids = np.empty(len(found) + 1, dtype)
+        ids[:-1], ids[-1] = found, tokenizer.end
+        unknown = 0 if tokenizer.unknown is None else int(np.count_nonzero(found == tokenizer.unknown))
+        yield ids, unknown
+
+
+def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    arrays, unknown = zip(*_arrays(documents, tokenizer), strict=True)
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    return Tokens(np.concatenate(arrays), offsets, tokenizer.end, sum(unknown))
+
+
+def _kept(entry: store.Entry, tokenizer: Tokenizer) -> Tokens | None:
+    found = entry.read()
+    if found is None:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(entry.path)  # it has been used
+    return Tokens(found[0]["ids"], found[0]["offsets"], tokenizer.end, found[1]["unknown"])
+
+
+def _write(entry: store.Entry, documents: Sequence[str], tokenizer: Tokenizer) -> Tokens | None:
+    try:
+        with entry.writer() as hidden:
+            offsets, unknown = _fill(hidden / "ids.npy", _arrays(documents, tokenizer))
+            np.save(hidden / "offsets.npy", offsets)
+            entry.finish(hidden, {"unknown": unknown})
+        store.remove_old(entry.path.parent, store.ENTRY, _UNUSED)
+        return _kept(entry, tokenizer)
+    except OSError as error:
+        message = f"{entry.path}: cannot be written: {error.strerror or error}; text is encoded to memory"
+        warnings.warn(message, DataWarning, stacklevel=3)
+        return None
+
+
+def _fill(path: Path, arrays: Iterator[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
+    """Write ids as they come to a .npy file; (offsets, how many are unknown)."""
+    lengths, total = [0], 0
+    with open(path, "wb") as file:
+        for ids, unknown in arrays:
+            if len(lengths) == 1:
+                _header(file, ids.dtype, 0)  # NumPy leaves room in it for a larger number
+                start = file.tell()
+            file.write(ids.data)
+            lengths.append(len(ids))
+            total += unknown
+        offsets = np.cumsum(lengths, dtype=np.int64)
+        file.seek(0)
+        _header(file, ids.dtype, int(offsets[-1]))
+        if file.tell() != start:
+            raise OSError(f"header of {file.tell()} bytes where {start} are free")
+    return offsets, total
+
+
+def _header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)

@@ -1,0 +1,380 @@
+"""Text to numbers and back: bytes, characters, or byte pairs that were trained; each is one JSON file."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from genai_fast.data.images import DataError
+from genai_fast.data.text.clean import scalars
+from genai_fast.errors import require
+
+KINDS = ("byte", "char", "bpe")
+_FORM = "genai_fast tokenizer"
+_VERSION = 1
+_UNKNOWN = "\ufffd"
+_CODE_POINTS = 0x110000
+_VOCABULARY = 4096  # of bpe unless told
+_PIECE = 1 << 16  # characters that are encoded at once
+_AT_ONCE = 1 << 20  # characters in a call of the trained encoder, which works in threads
+_CUT = re.compile(r"(?<=\S)\n(?=\S)")  # GPT-2's pattern ends a part here, whatever stands around it
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    kind: "byte", "char" or "bpe".
+    size: number of ids, the special one included: ids are 0 .. size - 1.
+    end: the special id. It separates documents, ends a sequence and begins one; no text is ever encoded to it.
+    unknown: the id of characters that have none, or None where every text has its own ids.
+    """
+
+    kind: str
+    size: int
+    end: int
+    unknown: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; a lone surrogate counts as U+FFFD."""
+        return next(self.arrays([text])).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: `end` has none; what is no UTF-8, and what is unknown, is U+FFFD.
+
+        Raises:
+            ValueError: there is no such id.
+        """
+        stream = self.stream()
+        return "".join([stream.put(i) for i in ids]) + stream.close()
+
+    @abstractmethod
+    def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of each text, an integer array [length]; many at a time are faster than one by one."""
+
+    @abstractmethod
+    def stream(self) -> Stream:
+        """Decodes ids as they come."""
+
+    @abstractmethod
+    def _contents(self) -> dict[str, Any]:
+        """What makes it up, as JSON data."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that are equal only for tokenizers that encode alike."""
+        return hashlib.sha256(json.dumps(self._file(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file, for read_tokenizer."""
+        hidden = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        with open(hidden, "w", encoding="utf-8") as file:
+            json.dump(self._file(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+
+    def _file(self) -> dict[str, Any]:
+        return {"form": _FORM, "version": _VERSION, "kind": self.kind, **self._contents()}
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} tokenizer of {self.size} ids, {self.digest}>"
+
+
+class Stream(ABC):
+    """Text of ids that come one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._size = tokenizer.size
+        self._end = tokenizer.end
+
+    def put(self, token: int) -> str:
+        """The text that is complete with this id: "" while a character is open.
+
+        Raises:
+            ValueError: there is no such id.
+        """
+        if not 0 <= token < self._size:
+            raise ValueError(f"decode: expected ids from 0 to {self._size - 1}, got {token}; remedy: its own tokenizer")
+        return "" if token == self._end else self._text(int(token))
+
+    def close(self) -> str:
+        """The end has come: U+FFFD for a character that is still open."""
+        return ""
+
+    @abstractmethod
+    def _text(self, token: int) -> str: ...
+
+
+class _ByteStream(Stream):
+    def __init__(self, tokenizer: Tokenizer, table: Sequence[bytes]) -> None:
+        super().__init__(tokenizer)
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def _text(self, token: int) -> str:
+        return self._decoder.decode(self._table[token])
+
+    def close(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
+class _CharStream(Stream):
+    def __init__(self, tokenizer: Tokenizer, characters: str) -> None:
+        super().__init__(tokenizer)
+        self._characters = characters
+
+    def _text(self, token: int) -> str:
+        return self._characters[token] if token < len(self._characters) else _UNKNOWN
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8: ids 0 to 255 are the bytes, 256 is the end. Every text has its own ids."""
+
+    kind, size, end = "byte", 257, 256
+
+    def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        for text in texts:
+            yield np.frombuffer(scalars(text).encode(), np.uint8)
+
+    def stream(self) -> Stream:
+        return _ByteStream(self, _BYTES)
+
+    def _contents(self) -> dict[str, Any]:
+        return {}
+
+
+_BYTES = [bytes([value]) for value in range(256)]
+
+
+class CharTokenizer(Tokenizer):
+    """Characters, in the order of their code points, then one id for all others, then the end."""
+
+    kind = "char"
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.unknown, self.end = len(characters), len(characters) + 1
+        self.size = len(characters) + 2
+        self._ids = np.full(_CODE_POINTS, self.unknown, np.int32)
+        self._ids[_code_points(characters)] = np.arange(len(characters))
+
+    def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        for text in texts:
+            yield self._ids[_code_points(scalars(text))]
+
+    def stream(self) -> Stream:
+        return _CharStream(self, self.characters)
+
+    def _contents(self) -> dict[str, Any]:
+        return {"characters": self.characters}
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte pair encoding (Sennrich et al. 2016; Radford et al. 2019). Every text has its own ids.
+
+    Text is cut into words, numbers and runs of other characters as GPT-2's is; pairs of neighbours within a part are
+    merged in the order in which the merges were found. Encoding needs package tokenizers, decoding does not.
+
+    Args:
+        tokens: what each id stands for, in GPT-2's alphabet of 256 printable characters, one a byte.
+        merges: the pairs, the most frequent first.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
+        self.tokens, self.merges = tuple(tokens), tuple(map(tuple, merges))
+        self.end, self.size = len(self.tokens), len(self.tokens) + 1
+        values = {character: value for value, character in enumerate(_alphabet())}
+        self._table = [bytes(values[character] for character in token) for token in self.tokens]
+
+    @functools.cached_property
+    def _trained(self) -> Any:
+        package = require("tokenizers", "text")
+        model = package.models.BPE({token: k for k, token in enumerate(self.tokens)}, list(self.merges))
+        return _by_words(package, model)
+
+    def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        parts: list[np.ndarray] = []
+        for pieces in _batches((piece, last) for text in texts for piece, last in _pieces(scalars(text))):
+            encoded = self._trained.encode_batch_fast([piece for piece, _ in pieces])
+            for (_, last), encoding in zip(pieces, encoded, strict=True):
+                parts.append(np.array(encoding.ids, np.int32))
+                if last:
+                    yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+                    parts = []
+
+    def stream(self) -> Stream:
+        return _ByteStream(self, self._table)
+
+    def _contents(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "merges": self.merges}
+
+
+@functools.cache
+def _alphabet() -> str:
+    """GPT-2's character for each byte: itself if it is printable, else the next one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(value if value in printable else next(others)) for value in range(256))
+
+
+def _by_words(package: ModuleType, model: Any) -> Any:
+    """An encoder of bytes within GPT-2's parts of a text; it knows no special tokens."""
+    encoder = package.Tokenizer(model)
+    encoder.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return encoder
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last): a long text in pieces that have, one after the other, the ids of the whole."""
+    start = 0
+    while len(text) - start > _PIECE and (found := _CUT.search(text, start + _PIECE)):
+        yield text[start : found.end()], False
+        start = found.end()
+    yield text[start:], True
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of about _AT_ONCE characters together."""
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[0]) + 1
+        if characters >= _AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def make_tokenizer(kind: str, documents: Sequence[str], size: int | None = None) -> Tokenizer:
+    """A tokenizer for such text; make it from the training part alone.
+
+    Args:
+        kind: "byte"; "char", the characters of the documents; "bpe", byte pairs trained on them (package tokenizers).
+        documents: the text; "byte" does not look at it.
+        size: ids at most. "char" keeps the most frequent characters (None: all); "bpe" makes as many as there are pairs
+            that occur twice (None: 4,096; at least 257); "byte" always has 257.
+
+    Raises:
+        DataError: another kind, no text, or too few ids; a UsageError if the package is missing.
+    """
+    if kind not in KINDS:
+        raise DataError(f"tokenizer: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
+    if kind == "byte":
+        return ByteTokenizer()
+    least = 3 if kind == "char" else 257
+    if size is not None and size < least:
+        raise DataError(f"tokenizer: expected at least {least} ids for {kind}, got {size}; remedy: a larger size")
+    if not any(documents):
+        raise DataError(f"tokenizer: expected text to make the {kind} tokenizer from, got none")
+    if kind == "char":
+        return _characters(documents, size)
+    return _train(documents, _VOCABULARY if size is None else size)
+
+
+def _characters(documents: Sequence[str], size: int | None) -> CharTokenizer:
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(scalars(document))
+    counts.pop(_UNKNOWN, None)  # it has the unknown's id
+    often = sorted(counts, key=lambda character: (-counts[character], character))
+    return CharTokenizer("".join(sorted(often if size is None else often[: size - 2])))
+
+
+def _train(documents: Sequence[str], size: int) -> BPETokenizer:
+    package = require("tokenizers", "text")
+    encoder = _by_words(package, package.models.BPE())
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=size - 1, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=list(_alphabet())
+    )
+    pieces = (piece for document in documents for piece, _ in _pieces(scalars(document)))
+    encoder.train_from_iterator(pieces, trainer)
+    vocabulary = encoder.get_vocab()
+    merges = json.loads(encoder.to_str())["model"]["merges"]
+    return BPETokenizer(sorted(vocabulary, key=vocabulary.__getitem__), [(a, b) for a, b in merges])
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Read what Tokenizer.save wrote; nothing in the file is executed.
+
+    Raises:
+        DataError: it is missing or is no tokenizer's file, or its parts do not fit together.
+    """
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: expected a tokenizer's file, got {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected a tokenizer's JSON file, got {error}; remedy: {_ANEW}") from error
+    if not isinstance(contents, dict) or contents.get("form") != _FORM or contents.get("kind") not in KINDS:
+        raise DataError(
+            f'{path}: expected a JSON object of form "{_FORM}" and kind {", ".join(KINDS)}; got {_brief(contents)};'
+            f" remedy: the file that Tokenizer.save wrote"
+        )
+    if contents.get("version") != _VERSION:
+        raise DataError(
+            f"{path}: expected version {_VERSION}, got {contents.get('version')!r}; remedy: another genai-fast"
+        )
+    if problem := _CHECKS[contents["kind"]](contents):
+        raise DataError(f"{path}: {problem}; remedy: {_ANEW}")
+    if contents["kind"] == "byte":
+        return ByteTokenizer()
+    if contents["kind"] == "char":
+        return CharTokenizer(contents["characters"])
+    return BPETokenizer(contents["tokens"], contents["merges"])
+
+
+_ANEW = "save it again"
+
+
+def _brief(contents: Any) -> str:
+    return f"fields {', '.join(contents) or 'none'}" if isinstance(contents, dict) else type(contents).__name__
+
+
+def _check_char(contents: dict[str, Any]) -> str:
+    characters = contents.get("characters")
+    if not isinstance(characters, str) or not characters:
+        return f"expected characters as a string, got {type(characters).__name__} {str(characters)[:20]!r}"
+    if sorted(set(characters)) != list(characters) or scalars(characters) != characters or _UNKNOWN in characters:
+        return "expected different characters in the order of their code points, got others"
+    return ""
+
+
+def _check_bpe(contents: dict[str, Any]) -> str:
+    tokens, merges = contents.get("tokens"), contents.get("merges")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
+        return "expected tokens as a list of strings, got others"
+    known = set(tokens)
+    if len(known) < len(tokens) or not known.issuperset(_alphabet()) or not set("".join(tokens)) <= set(_alphabet()):
+        return "expected different tokens of GPT-2's byte alphabet, and each of its 256 characters as one, got others"
+    if not isinstance(merges, list) or not all(_is_pair(merge) for merge in merges):
+        return "expected merges as a list of pairs of strings, got others"
+    for a, b in merges:
+        if not known.issuperset((a, b, a + b)):
+            return f"expected merges of tokens to a token, got {a!r} and {b!r}"
+    return ""
+
+
+def _is_pair(merge: Any) -> bool:
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(side, str) for side in merge)
+
+
+_CHECKS = {"byte": lambda contents: "", "char": _check_char, "bpe": _check_bpe}
