@@ -68,11 +68,11 @@ def test_it_learns_as_the_peer_does():
     model, peer = pair()
     curves = []
     for m, loss, adam in (
-        (model, lambda *piece: model.training_step(*piece).loss, Adam(model.parameters(), lr=1e-2)),
-        (peer, peer.loss, torch.optim.Adam(peer.parameters(), lr=1e-2)),
+        (model, lambda *piece: model.training_step(*piece).loss, Adam(model.parameters(), lr=3e-2)),
+        (peer, peer.loss, torch.optim.Adam(peer.parameters(), lr=3e-2)),
     ):
         curve = []
-        for _ in range(5):
+        for _ in range(6):
             for piece in stream():
                 found = loss(*piece)
                 m.zero_grad()
