@@ -48,3 +48,21 @@ def mask(owner: str, x: torch.Tensor, mask: torch.Tensor) -> None:
             f"{owner}: mask: expected bool {shape}, True where x is missing, got {mask.dtype} {tuple(mask.shape)};"
             f" convert or expand it"
         )
+
+
+def token_ids(owner: str, name: str, x: torch.Tensor, vocabulary: int) -> None:
+    """x is [B, T] of int64 or int32, T >= 1; on a CPU its values are looked at too: in [0, vocabulary)."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{owner}: {name}: expected token ids of torch.int64, got {got}; convert them with .long()")
+    if x.dim() != 2 or not x.size(1):
+        raise ValueError(
+            f"{owner}: {name}: expected token ids [B, T], T >= 1, got shape {tuple(x.shape)}; reshape them"
+        )
+    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        least, most = (int(value) for value in torch.aminmax(x))
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"{owner}: {name}: expected token ids from 0 to {vocabulary - 1}, got"
+                f" {least if least < 0 else most}; encode the text with the model's own tokenizer"
+            )

@@ -23,6 +23,7 @@ class _LayerNorm(KernelFunction):
     def setup_context(ctx, inputs, output):
         x, residual, weight, _, ctx.rms, ctx.eps, ctx.backend = inputs
         _, h, mean, rstd = output
+        ctx.summed = residual is not None
         ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
         ctx.mark_non_differentiable(*((h, mean, rstd) if residual is None else (mean, rstd)))
         ctx.set_materialize_grads(False)
@@ -30,6 +31,7 @@ class _LayerNorm(KernelFunction):
     @staticmethod
     def backward(ctx, grad_y, grad_h, grad_mean, grad_rstd):
         grad_weight = grad_bias = None
+        grad_h = grad_h if ctx.summed else None  # torch.compile makes zeros of what was never returned
         if grad_y is None:
             grad_x = grad_h
         else:
