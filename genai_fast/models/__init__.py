@@ -18,12 +18,16 @@ from genai_fast.models.gan import (
 from genai_fast.models.gan_conditional import ConditionalDiscriminator, ConditionalGenerator
 from genai_fast.models.gan_mlp import MLPDiscriminator, MLPGenerator
 from genai_fast.models.latents import slerp
+from genai_fast.models.seq2seq import Seq2Seq
+from genai_fast.models.text_vae import TextVAE
 from genai_fast.models.vae import MLPVAE
+from genai_fast.models.vrnn import VRNN
 
 __all__ = [
     "GAN",
     "MLPVAE",
     "MODELS",
+    "VRNN",
     "WGANGP",
     "Autoencoder",
     "ConditionalDiscriminator",
@@ -38,6 +42,8 @@ __all__ = [
     "GANLosses",
     "MLPDiscriminator",
     "MLPGenerator",
+    "Seq2Seq",
+    "TextVAE",
     "dcgan_init",
     "slerp",
 ]  # fmt: skip
