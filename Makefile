@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 OLD_TRITON := build/triton-3.6.0
 
-.PHONY: help install demo demo-gan test lint bench gate clean
+.PHONY: help install demo demo-gan demo-text test lint bench gate clean
 
 help:
 	@echo "make demo    train a VAE on real handwritten digits (about two minutes, first install apart)"
 	@echo "make demo-gan  train a DCGAN on the same digits (some minutes)"
+	@echo "make demo-text  train a GPT on the English inside Python (five minutes)"
 	@echo "make test    all tests"
 	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
 	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120, under both supported Tritons; no GPU needed"
@@ -34,6 +35,9 @@ demo: $(READY)
 
 demo-gan: $(READY)
 	$(BIN)/genai-fast demo-gan
+
+demo-text: $(READY)
+	$(BIN)/genai-fast demo-text
 
 # One process a core; threads that wait for each other must not keep the others' cores busy.
 test: $(READY)

@@ -93,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     inpaint.add_argument("--mask", type=Path, metavar="FILE", help="or: a picture that is white where they miss")
     inpaint.add_argument("--steps", type=int, default=200, help="of the search for z; default: %(default)s")
     inpaint.add_argument("--out", type=Path, default=Path("inpainted.png"), help="default: %(default)s")
+    generate = _of_a_run(commands, "generate", "write text behind a prompt", run.run_generate, draws=False)
+    generate.add_argument("--prompt", metavar="TEXT", help="how it begins; default: the model begins by itself")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with a prompt a line")
+    generate.add_argument("--out", type=Path, metavar="FILE.jsonl", help='also there, {"prompt", "text"} a line')
+    generate.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; default: %(default)s")
+    generate.add_argument("--top-k", type=int, default=50, help="among so many tokens, 0: all; default: %(default)s")
+    generate.add_argument("--top-p", type=float, default=0.95, help="of so much probability; default: %(default)s")
+    generate.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
     export = _of_a_run(commands, "export", "write the weights for use in plain PyTorch", run.run_export, draws=False)
     export.add_argument("--out", type=Path, default=Path("weights.safetensors"), help="default: %(default)s")
 
@@ -118,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, what, function in (
         ("demo", "train two VAEs on handwritten digits in a minute", run.run_demo),
         ("demo-gan", "train a DCGAN on handwritten digits in some minutes", run.run_demo_gan),
+        ("demo-text", "train a GPT on Python's own documentation in some minutes", run.run_demo_text),
     ):
         demo = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         demo.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from genai_fast import data
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
-from genai_fast.training import checkpoint, config, pictures
-from genai_fast.training.loop import batch_for
+from genai_fast.training import checkpoint, config, pictures, writing
+from genai_fast.training.feed import batch_for
 from genai_fast.training.recipes import RECIPES
 from genai_fast.training.runs import Opened, new_folder, open_run, saved_settings, train
+from genai_fast.training.text_task import TextTask
 from genai_fast.training.watch import decode, generate, shown
 
 
@@ -38,7 +40,10 @@ def run_train(options: argparse.Namespace) -> int:
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
     print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
-    if hasattr(result.model, "sample"):
+    if isinstance(result.task, TextTask):
+        prompt = "" if RECIPES[options.recipe].feed == "sequences" else ' --prompt "The"'
+        print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
+    elif hasattr(result.model, "sample"):
         print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
     return 0
 
@@ -131,6 +136,50 @@ def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     return mask
 
 
+def run_generate(options: argparse.Namespace) -> int:
+    _check_seed(options.seed)
+    style = writing.Style(
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop),
+        not options.no_repeats,
+    )  # fmt: skip
+    prompts = _prompts(options)
+    if options.out is not None:
+        _check_parent(options.out)
+    run = _open(options.folder)
+    if run.tokenizer is None:
+        raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
+    records = []
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f"--- {prompt}")
+        print(prompt if writing.continues(run.model) else "", end="", flush=True)
+        pieces = []
+        for piece in writing.write(run.model, run.tokenizer, prompt, style):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        records.append(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False) + "\n")
+    if options.out is not None:
+        options.out.write_text("".join(records), encoding="utf-8")
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt is not None and options.prompts is not None:
+        raise UsageError("expected --prompt TEXT or --prompts FILE, got both")
+    if options.prompts is None:
+        if options.prompt == "":
+            raise UsageError("--prompt: expected a text, got an empty one; remedy: leave it out, or give a word")
+        return [options.prompt or ""]
+    try:
+        prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got {error}") from error
+    if not prompts:
+        raise UsageError(f"--prompts: {options.prompts}: expected a prompt a line, got an empty file")
+    return prompts
+
+
 def run_export(options: argparse.Namespace) -> int:
     _check_parent(options.out)
     if options.out.suffix != ".safetensors":
@@ -195,13 +244,20 @@ def run_demo_gan(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_demo_text(options: argparse.Namespace) -> int:
+    from genai_fast import demo
+
+    demo.run_text(options.out, options.epochs)
+    return 0
+
+
 def _open(name: str, need: str = "") -> Opened:
     """A run by its folder, or its name under runs, whose model has method `need`."""
     folder = Path(name)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     run = open_run(folder)
-    if need and not hasattr(run.model, need):
+    if need and (run.tokenizer is not None or not hasattr(run.model, need)):
         raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
     return run
 

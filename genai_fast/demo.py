@@ -12,14 +12,16 @@ from torch import nn
 from genai_fast.data import Images
 from genai_fast.models import MLPVAE, peers
 from genai_fast.models.peers import EagerMLPVAE
+from genai_fast.models.peers_text import EagerGPT, language_model_step
 from genai_fast.profiling import Comparison, compare
+from genai_fast.training import writing
 from genai_fast.training.checkpoint import environment
 from genai_fast.training.runs import new_folder, train
-from genai_fast.training.settings import DCGANConfig, VAEConfig
+from genai_fast.training.settings import DCGANConfig, GPTConfig, VAEConfig
 from genai_fast.training.step import Step, make_optimizer
 
-EPOCHS, GAN_EPOCHS = 40, 25
-ROUNDS, GAN_ROUNDS = 100, 20  # of the comparison with eager PyTorch
+EPOCHS, GAN_EPOCHS, TEXT_EPOCHS = 40, 25, 8
+ROUNDS, GAN_ROUNDS, TEXT_ROUNDS = 100, 20, 10  # of the comparison with eager PyTorch
 
 
 def run(out: Path, epochs: int | None = None) -> Path:
@@ -34,7 +36,7 @@ def run(out: Path, epochs: int | None = None) -> Path:
     shutil.copy(flat / "latent.png", folder / "latent.png")
 
     device = next(first.model.parameters()).device
-    comparison = training_speed(first.train, settings, device)
+    comparison = training_speed(first.task.train, settings, device)
     where = environment(device)
     served = where["backends"]["vae_loss"]
     validation = first.record["validation"]
@@ -63,7 +65,7 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     trained = train("dcgan", settings, folder)
     model, size = trained.model, settings.batch_size
     device = next(model.parameters()).device
-    x = trained.train.batch(slice(0, size), signed=True).to(device)
+    x = trained.task.train.batch(slice(0, size), signed=True).to(device)
     generator = nn.Sequential(nn.Unflatten(1, (model.latent, 1, 1)), *copy.deepcopy(model.generator.main))
     discriminator = nn.Sequential(*copy.deepcopy(model.discriminator.main), nn.Flatten(0), nn.Sigmoid())
     plain = peers.gan_step(generator.train(), discriminator.train(), model.latent, device.type)
@@ -82,6 +84,42 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
         f"            genai-fast interpolate {folder} --out interpolation.png\n"
         f"            genai-fast export {folder} --out generator.safetensors\n"
         f"            genai-fast train dcgan --data YOUR_FOLDER --size 64"
+    )
+    return folder
+
+
+def run_text(out: Path, epochs: int | None = None) -> Path:
+    """Train a small GPT on Python's documentation; measure its step and its writing; returns the run's folder."""
+    settings = GPTConfig(
+        layers=4, heads=4, width=256, block=128, dropout=0.0, warmup=50, epochs=epochs or TEXT_EPOCHS, sample_every=2
+    )
+    folder = new_folder(out, "demo-text")
+    print(
+        f"A GPT of {settings.layers} layers on the documentation inside Python, in {folder}; samples/ shows how it learns"
+    )
+    trained = train("gpt", settings, folder)
+    model, task = trained.model, trained.task
+    device = next(model.parameters()).device
+    batch = tuple(x.to(device) for x in next(task.feeds(model)[0].epoch(0)))
+    peer = EagerGPT(task.tokenizer.size, settings.block, settings.layers, settings.heads, settings.width).to(device)
+    plain = language_model_step(peer, device.type)
+    again = task.model().to(device)
+    step = Step(again, make_optimizer(again, settings))
+    # Five samples of warm-up: on CUDA, the graph is captured by then.
+    comparison = compare({"eager": lambda: plain(*batch), "fused": lambda: step(*batch)}, rounds=TEXT_ROUNDS, warm_up=5)
+    figures = trained.record["validation"]
+    text = "".join(writing.write(model, task.tokenizer, "The ", writing.Style(max_tokens=150)))
+    print(
+        f"\nThe {text.strip()}\n\n"
+        f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
+        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
+        f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + f'next:       genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2\n'
+        f"            genai-fast export {folder} --out gpt.safetensors\n"
+        f"            genai-fast train gpt --data YOUR_FILE.txt\n"
+        f"            genai-fast train seq2seq --data YOUR_CATALOGUE.po"
     )
     return folder
 

@@ -20,6 +20,7 @@ import genai_fast
 from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.training import CheckpointError, checkpoint, fit, loop, make_optimizer
+from genai_fast.training.feed import ImageFeed
 from genai_fast.training.settings import VAEConfig
 
 CONFIG = VAEConfig(data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=2, checkpoint_every=3)
@@ -33,8 +34,8 @@ def new(config=CONFIG, seed=0):
 
 def train(folder, model, optimizer, resume=None, config=CONFIG):
     folder.mkdir(exist_ok=True)
-    sets = data.load("digits").split(0.1, seed=0)
-    return fit(model, optimizer, *sets, config, folder, resume=resume, stream=io.StringIO())
+    feeds = [ImageFeed(model, images, config) for images in data.load("digits").split(0.1, seed=0)]
+    return fit(model, optimizer, *feeds, config, folder, resume=resume, stream=io.StringIO())
 
 
 def tensors(model, optimizer):

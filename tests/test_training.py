@@ -20,6 +20,8 @@ from genai_fast.models import MLPVAE
 from genai_fast.models.autoencoder import AutoencoderLoss
 from genai_fast.training import Step, TrainingInterrupted, TrainingStopped, checkpoint, fit, loop, make_optimizer
 from genai_fast.training import step as step_module
+from genai_fast.training.feed import ImageFeed
+from genai_fast.training.schedule import Schedule
 from genai_fast.training.settings import VAEConfig
 
 CONFIG = VAEConfig(data="digits", epochs=2, batch_size=256, hidden=32, latent=4, log_every=3)
@@ -34,6 +36,10 @@ def new(seed=0, config=CONFIG, **adam):
 
 def digits():
     return data.load("digits").split(0.1, seed=0)
+
+
+def feeds(model, config=CONFIG):
+    return [ImageFeed(model, images, config) for images in digits()]
 
 
 def equal(a, b):
@@ -106,6 +112,37 @@ def test_the_graph_serves_one_shape_after_a_warm_up_that_counts(recorder):
     assert recorder == ["side"] * 4 + ["capture", "replay"] + ["replay"] * 2
 
 
+def test_the_optimizer_has_the_settings_rates():
+    config = dataclasses.replace(CONFIG, lr=3e-4, beta1=0.5, beta2=0.9, weight_decay=0.1)
+    model, optimizer = new(config=config)
+    matrices, vectors = optimizer.param_groups
+    assert matrices["betas"] == vectors["betas"] == (0.5, 0.9) and matrices["lr"] == 3e-4
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert all(p.dim() == 2 for p in matrices["params"]) and all(p.dim() == 1 for p in vectors["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_the_rate_rises_and_falls(kind):
+    config = dataclasses.replace(CONFIG, lr=1.0, warmup=4, decay="cosine")
+    rate = torch.tensor(1.0) if kind == "tensor" else 1.0
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    schedule, rates = Schedule(optimizer, config, 14), []
+    for step in range(15):
+        schedule.set(step)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[9] == pytest.approx(0.55)
+    assert rates[14] == pytest.approx(0.1)
+    if kind == "tensor":
+        assert optimizer.param_groups[0]["lr"] is rate  # as a captured graph reads it
+    # A run that goes on has the rates of the run that never stopped.
+    again = Schedule(optimizer, config, 14)
+    again.set(2)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.75
+
+
 def test_a_graph_asks_for_a_capturable_optimizer():
     model, optimizer = new(lr=1e-3)
     with pytest.raises(
@@ -127,7 +164,7 @@ def test_a_captured_step_draws_fresh_noise_and_learns():
 
 def run(tmp_path, config=CONFIG, stream=None, **new_arguments):
     model, optimizer = new(**new_arguments)
-    return model, fit(model, optimizer, *digits(), config, tmp_path, stream=stream or io.StringIO())
+    return model, fit(model, optimizer, *feeds(model, config), config, tmp_path, stream=stream or io.StringIO())
 
 
 def records(path):
@@ -179,8 +216,8 @@ def test_a_run_that_stops_leaves_no_thread(tmp_path, monkeypatch):
         return made[-1]
 
     straight, _ = run(tmp_path)
-    epoch = loop._epoch
-    monkeypatch.setattr(loop, "_epoch", threaded)
+    epoch = ImageFeed.epoch
+    monkeypatch.setattr(ImageFeed, "epoch", threaded)
     assert equal(run(tmp_path)[0], straight)
     monkeypatch.setattr(Step, "__call__", lambda step, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -196,15 +233,14 @@ def test_an_epochs_mean_weighs_samples_not_batches(tmp_path):
 
     torch.manual_seed(0)
     model = Counts(64, 8, 2)
-    train, validation = digits()
-    last = fit(model, make_optimizer(model, CONFIG), train, validation, CONFIG, tmp_path, stream=io.StringIO())
+    last = fit(model, make_optimizer(model, CONFIG), *feeds(model), CONFIG, tmp_path, stream=io.StringIO())
     assert last["train"]["kl"] == pytest.approx((6 * 256**2 + 81**2) / 1617)
-    assert last["validation"]["kl"] == len(validation) == 180
+    assert last["validation"]["kl"] == 180
 
 
 def test_validation_has_its_own_noise_and_leaves_training_alone():
     model, _ = new()
-    _, validation = digits()
+    _, validation = feeds(model)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = loop.evaluate(model, validation, CONFIG)
@@ -254,7 +290,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     torch.manual_seed(0)
     model = Breaks(64, 8, 2)
     model.bad = range(9, 12)
-    last = fit(model, make_optimizer(model, CONFIG), *digits(), CONFIG, tmp_path, stream=io.StringIO())
+    last = fit(model, make_optimizer(model, CONFIG), *feeds(model), CONFIG, tmp_path, stream=io.StringIO())
     first, second = [r for r in records(tmp_path) if r["kind"] == "epoch"]
     assert (first["skipped"], second["skipped"]) == (0, 3) and second == last
     assert second["train"]["loss"] < first["train"]["loss"]  # a mean of the steps that count
@@ -267,7 +303,7 @@ def test_steps_that_stay_nan_stop_with_plain_words_the_batch_and_the_last_good_c
     model.bad = range(10, 1000)
     config = dataclasses.replace(CONFIG, epochs=9, log_every=1)
     with pytest.raises(TrainingStopped, match=r"stopped at step 19 \(epoch 3\): 10 steps in a row .*smaller --lr"):
-        fit(model, make_optimizer(model, config), *digits(), config, tmp_path, stream=io.StringIO())
+        fit(model, make_optimizer(model, config), *feeds(model, config), config, tmp_path, stream=io.StringIO())
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{k:09d}" for k in (7, 14)]
     images = safetensors.torch.load_file(tmp_path / "batch-000000019.safetensors")["images"]
     assert images.shape == (256, 1, 8, 8) and images.isfinite().all()
@@ -285,7 +321,7 @@ def test_a_checkpoint_never_holds_nan(tmp_path):
     torch.manual_seed(0)
     model = Poisoned(64, 8, 2)
     with pytest.raises(TrainingStopped, match=r"stopped at step 7 \(epoch 1\): fc1.*not finite"):
-        fit(model, make_optimizer(model, CONFIG), *digits(), CONFIG, tmp_path, stream=io.StringIO())
+        fit(model, make_optimizer(model, CONFIG), *feeds(model), CONFIG, tmp_path, stream=io.StringIO())
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -306,15 +342,15 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_exactly(tmp
     optimizer = make_optimizer(model, CONFIG)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted, match=rf"SIGINT after step {model.at} .*checkpoint.*--resume"):
-        fit(model, optimizer, *digits(), CONFIG, tmp_path, stream=io.StringIO())
+        fit(model, optimizer, *feeds(model), CONFIG, tmp_path, stream=io.StringIO())
     assert signal.getsignal(signal.SIGINT) is before
     (saved,) = tmp_path.glob("checkpoint-*")
     assert saved.name == f"checkpoint-{model.at:09d}"
 
     resumed, its_optimizer = new(seed=9)
     state = checkpoint.restore(saved, resumed, its_optimizer)
-    fit(resumed, its_optimizer, *digits(), CONFIG, tmp_path, resume=state, stream=io.StringIO())
+    fit(resumed, its_optimizer, *feeds(resumed), CONFIG, tmp_path, resume=state, stream=io.StringIO())
     straight, adam = new()
     (tmp_path / "straight").mkdir()
-    fit(straight, adam, *digits(), CONFIG, tmp_path / "straight", stream=io.StringIO())
+    fit(straight, adam, *feeds(straight), CONFIG, tmp_path / "straight", stream=io.StringIO())
     assert equal(resumed, straight)

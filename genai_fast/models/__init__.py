@@ -17,7 +17,10 @@ from genai_fast.models.gan import (
 )
 from genai_fast.models.gan_conditional import ConditionalDiscriminator, ConditionalGenerator
 from genai_fast.models.gan_mlp import MLPDiscriminator, MLPGenerator
+from genai_fast.models.generation import generate
+from genai_fast.models.gpt import GPT, load_gpt2
 from genai_fast.models.latents import slerp
+from genai_fast.models.lstm_lm import LSTMLanguageModel
 from genai_fast.models.seq2seq import Seq2Seq
 from genai_fast.models.text_vae import TextVAE
 from genai_fast.models.vae import MLPVAE
@@ -25,6 +28,7 @@ from genai_fast.models.vrnn import VRNN
 
 __all__ = [
     "GAN",
+    "GPT",
     "MLPVAE",
     "MODELS",
     "VRNN",
@@ -40,11 +44,14 @@ __all__ = [
     "DenseGenerator",
     "DenseGeneratorK4",
     "GANLosses",
+    "LSTMLanguageModel",
     "MLPDiscriminator",
     "MLPGenerator",
     "Seq2Seq",
     "TextVAE",
     "dcgan_init",
+    "generate",
+    "load_gpt2",
     "slerp",
 ]  # fmt: skip
 

@@ -3,7 +3,8 @@
 A run's folder holds `checkpoint-<step>/` with
 
     model.safetensors     the model's state_dict: loads into any tool
-    training.safetensors  "optimizer.<parameter>.<name>" and the random generators' states "rng.<device>"
+    training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>", and
+                          "carried.<name>": what a recurrent model carries from batch to batch
     state.json            version, progress, optimizer settings, and where it ran
 
 They are written into a hidden folder, synchronized, and renamed as one: a folder of that name is complete.
@@ -29,6 +30,7 @@ from genai_fast.kernels.common import extension
 
 VERSION = 1
 _FORMAT = "genai-fast checkpoint"
+_CARRIED = "carried."
 _NAME = re.compile(r"checkpoint-(\d{9})")
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
@@ -67,14 +69,15 @@ def save(
         for index, values in settings["state"].items()
         for name, value in values.items()
     }
-    save_file(plain({**tensors, **_generators()}), temporary / "training.safetensors", tag)
+    carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
+    save_file(plain({**tensors, **carried, **_generators()}), temporary / "training.safetensors", tag)
     state = {
         "format": _FORMAT,
         "version": VERSION,
         "step": step,
         "progress": progress,
         "about": about,
-        "optimizer": settings["param_groups"],
+        "optimizer": [{k: _number(v) for k, v in group.items()} for group in settings["param_groups"]],
         "environment": environment(next(model.parameters()).device),
     }
     (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -127,6 +130,33 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     _fill_model(checkpoint, model, read_state(checkpoint))
 
 
+def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
+    """Put what fits of a safetensors file into the model; returns how many tensors, and what does not match.
+
+    Raises:
+        CheckpointError: the file cannot be read, or nothing in it fits.
+    """
+    safetensors = require("safetensors", "train")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a whole safetensors file, got {error}") from error
+    wanted = model.state_dict()
+    fitting = {k: v for k, v in tensors.items() if k in wanted and wanted[k].shape == v.shape}
+    if not fitting:
+        raise CheckpointError(
+            f"{path}: expected weights of a {type(model).__name__}, got no tensor that fits; it holds"
+            f" {', '.join(sorted(tensors)[:4]) or 'nothing'}; remedy: the same recipe and sizes"
+        )
+    model.load_state_dict(fitting, strict=False)
+    left = []
+    for key in sorted((wanted.keys() | tensors.keys()) - fitting.keys()):
+        want, got = (tuple(x[key].shape) if key in x else "nothing" for x in (wanted, tensors))
+        left.append(f"{key} (expected {want}, got {got})")
+    return len(fitting), left
+
+
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True) -> dict:
     """Put back model, optimizer, random generators and (if `threads`) the thread count; returns state.json.
 
@@ -137,6 +167,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     restored = _optimizer_state(checkpoint, optimizer, state["optimizer"], tensors)
     _fill_model(checkpoint, model, state)
     optimizer.load_state_dict(restored)
+    if hasattr(model, "load_carried"):
+        model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
     if threads:
         torch.set_num_threads(state["environment"]["threads"])
     _set_generators(checkpoint, tensors)
@@ -255,8 +287,15 @@ def _optimizer_state(
     merged = []
     for old, new in zip(groups, present, strict=True):
         settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
+        if isinstance(new["lr"], torch.Tensor):
+            settings["lr"] = torch.full_like(new["lr"], settings["lr"])
         merged.append({**settings, **{k: new[k] for k in _EXECUTION if k in new}})
     return {"state": state, "param_groups": merged}
+
+
+def _number(x: Any) -> Any:
+    """JSON has no tensors: a rate that is one becomes a number."""
+    return x.item() if isinstance(x, torch.Tensor) else x
 
 
 def _remove(folder: Path) -> None:

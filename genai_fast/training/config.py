@@ -31,21 +31,18 @@ def setting(
 class Config:
     """What every recipe shares."""
 
-    data: str = setting(
-        "mnist", "mnist, digits, or a path: a folder or zip of pictures, an IDX, .npy or .npz file, CIFAR-10 batches"
-    )
-    size: int = setting(0, "side in pixels to which pictures are scaled; 0: they have one size", low=0)
-    strict: bool = setting(False, "stop at a broken picture instead of leaving it out")
-    flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
-    crop: int = setting(0, "pixels by which an image may be shifted", low=0)
-    rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
-    jitter: float = setting(0.0, "strength of changes of brightness, contrast and saturation", low=0, high=1)
+    data: str = setting("", "what to train on")
+    strict: bool = setting(False, "stop at a broken file instead of leaving it out")
     validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
+    init: str = setting("", "a run whose weights to begin with, for fine-tuning; layers that do not match are named")
     epochs: int = setting(50, "passes over the data", low=1)
     batch_size: int = setting(128, "samples a step", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
+    warmup: int = setting(0, "steps over which the learning rate rises", low=0)
+    decay: str = setting("none", "fall of the learning rate to a tenth at the end", choices=("none", "cosine"))
     beta1: float = setting(0.9, "decay of Adam's first moment", low=0, high=0.9999)
     beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)
+    weight_decay: float = setting(0.0, "decoupled weight decay (AdamW), of matrices only", low=0)
     clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
     precision: str = setting("float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16"))
     seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
@@ -53,15 +50,43 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
     checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(type(self), f.name, getattr(self, f.name)))
+
+
+@dataclass(frozen=True)
+class ImageConfig(Config):
+    """What recipes for images share."""
+
+    data: str = setting(
+        "mnist", "mnist, digits, or a path: a folder or zip of pictures, an IDX, .npy or .npz file, CIFAR-10 batches"
+    )
+    size: int = setting(0, "side in pixels to which pictures are scaled; 0: they have one size", low=0)
+    flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
+    crop: int = setting(0, "pixels by which an image may be shifted", low=0)
+    rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
+    jitter: float = setting(0.0, "strength of changes of brightness, contrast and saturation", low=0, high=1)
     grid_every: int = setting(1, "epochs from one grid of samples in grids/ to the next; 0: none", low=0)
     quality_every: int = setting(
         1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none",
         low=0,
     )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _checked(type(self), f.name, getattr(self, f.name)))
+
+@dataclass(frozen=True)
+class TextConfig(Config):
+    """What recipes for text share."""
+
+    data: str = setting(
+        "pydoc", "pydoc (Python's own documentation), or a path: .txt, .md, .html, .jsonl, a folder or zip of such"
+    )
+    tokenizer: str = setting("bpe", "kind of tokens", choices=("bpe", "char", "byte"))
+    vocabulary: int = setting(1024, "tokens of a bpe tokenizer", low=257, high=1 << 20)
+    block: int = setting(256, "tokens of context", low=2)
+    sample_every: int = setting(1, "epochs from one text in samples/ to the next; 0: none", low=0)
+    clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", low=0)
 
 
 def changed(kind: type[Config], key: str, default: Any) -> Any:

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from genai_fast import data
-from genai_fast.data import Augment, Images
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint
 from genai_fast.training.config import Config
 from genai_fast.training.display import display
+from genai_fast.training.feed import Feed
+from genai_fast.training.schedule import Schedule
 from genai_fast.training.step import Step
 
 METRICS = "metrics.jsonl"
@@ -55,8 +56,8 @@ class Progress:
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train: Images,
-    validation: Images,
+    train: Feed,
+    validation: Feed,
     config: Config,
     run: Path,
     *,
@@ -72,9 +73,6 @@ def fit(
     epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "skipped", "train": {<losses>},
     "validation": {<losses>}, "warnings": [...]} after it. Epochs and steps count from 1. data_wait is the share of the
     time that was spent waiting for data; skipped counts updates left out because a loss was not finite.
-
-    A model says what it wants of a batch: `signed` (images in [-1, 1] rather than [0, 1]), `classes` (labels too),
-    `n_critic` (so many batches a step), and with `turns` it gets whole batches only.
 
     Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
 
@@ -95,10 +93,8 @@ def fit(
     """
     at = _progress(resume)
     step = Step(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
-    size = config.batch_size * getattr(model, "n_critic", 1)
-    whole = hasattr(model, "turns")
-    steps_an_epoch = len(train) // size if whole else math.ceil(len(train) / size)
-    samples = steps_an_epoch * size if whole else len(train)
+    on_cuda = next(model.parameters()).is_cuda
+    schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
 
@@ -107,33 +103,36 @@ def fit(
 
     with (
         _Metrics(run / METRICS, at.step) as metrics,
-        display(stream or sys.stderr, config.epochs * samples) as screen,
+        display(stream or sys.stderr, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
         while at.epoch < config.epochs:
             model.train()
             screen.begin(at.epoch + 1, config.epochs)
             meter = _Meter(at, step.skipped()[0])
-            with contextlib.closing(_epoch(model, train, config, size, at)) as fed:
+            batches = train.epoch(at.epoch, at.batch)
+            # A thread pays where the device computes by itself; on the CPU it would only compete with the step.
+            with contextlib.closing(data.ahead(batches, pin=True) if on_cuda else batches) as fed:
                 for batch in meter.waiting(fed):
+                    schedule.set(at.step)
                     meter.add(step(*batch), len(batch[0]))
                     at.batch, at.step = at.batch + 1, at.step + 1
-                    last = at.batch == steps_an_epoch
+                    last = at.batch == train.steps
                     if last or at.step % config.log_every == 0:
                         terms, rate, wait = meter.latest(), meter.rate(), meter.wait()
-                        _check(step, batch, at, run)
+                        _check(step, batch, train.names, at, run)
                         place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
                         metrics.write(**place, samples_per_second=rate, data_wait=wait, **terms)
                         screen.terms(terms, rate)
-                    screen.step(at.epoch * samples + min(at.batch * size, samples))
+                    screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
                     if (due or stop) and not last:
                         meter.store(at, step.skipped()[0])
-                        _check(step, batch, at, run, saving=True)
+                        _check(step, batch, train.names, at, run, saving=True)
                         save()
                         _leave(stop, run, at)
             meter.store(at, step.skipped()[0])
-            _check(step, batch, at, run, saving=True)
+            _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
             if after_epoch is None:
                 figures, warnings = evaluate(model, validation, config), []
@@ -145,7 +144,7 @@ def fit(
                 "kind": "epoch",
                 "epoch": at.epoch + 1,
                 "step": at.step,
-                "samples_per_second": samples / at.seconds,
+                "samples_per_second": train.samples / at.seconds,
                 "data_wait": at.waited / at.seconds,
                 "skipped": at.skipped,
                 "train": means,
@@ -163,20 +162,6 @@ def fit(
             if at.epoch < config.epochs:
                 _leave(stop, run, at)
     return record
-
-
-def _epoch(
-    model: nn.Module, train: Images, config: Config, size: int, at: Progress
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What is left of the epoch, as the model wants it."""
-    augment = Augment(config.flip, config.crop, config.rotate, config.jitter)
-    on_cuda = next(model.parameters()).is_cuda
-    batches = data.batches(
-        train, size, config.seed, at.epoch, at.batch, signed=getattr(model, "signed", False),
-        labels=bool(getattr(model, "classes", 0)), augment=augment, whole=hasattr(model, "turns"),
-    )  # fmt: skip
-    # A thread pays where the device computes by itself; on the CPU it would only compete with the step.
-    return data.ahead(batches, pin=True) if on_cuda else batches
 
 
 @contextlib.contextmanager
@@ -213,28 +198,24 @@ def _leave(stop: list[str], run: Path, at: Progress) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, config: Config) -> dict[str, float]:
-    """The model's losses, means over all images, in evaluation mode; the same noise every time."""
+def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
+    """The model's losses, means over all samples, in evaluation mode; the same noise every time."""
     device = next(model.parameters()).device
-    training, sums = model.training, None
+    training, sums, samples = model.training, None, 0
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        for first in range(0, len(images), config.batch_size):
-            batch = batch_for(model, images, slice(first, first + config.batch_size))
+        for batch in feed.all():
+            batch = tuple(x.to(device) for x in batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 losses = model.training_step(*batch)
-            weighted = torch.stack(tuple(losses)).double() * len(batch[0])
-            sums = weighted if sums is None else sums + weighted
+            weight = len(batch[0])
+            if "targets" in feed.names and "tokens" not in losses._fields:  # losses are means over tokens
+                weight = int((batch[feed.names.index("targets")] >= 0).sum())
+            weighted = torch.stack(tuple(losses)).double() * weight
+            sums, samples = weighted if sums is None else sums + weighted, samples + weight
     model.train(training)
-    return dict(zip(losses._fields, (sums / len(images)).tolist(), strict=True))
-
-
-def batch_for(model: nn.Module, images: Images, index: slice | torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Chosen images, and labels if the model has classes, as it wants them and where it is."""
-    device = next(model.parameters()).device
-    x = images.batch(index, signed=getattr(model, "signed", False)).to(device)
-    return (x, images.labels[index].to(device)) if getattr(model, "classes", 0) else (x,)
+    return dict(zip(losses._fields, (sums / samples).tolist(), strict=True))
 
 
 class _Meter:
@@ -292,15 +273,17 @@ def _progress(resume: dict[str, Any] | None) -> Progress:
         raise checkpoint.CheckpointError(f"checkpoint: progress: expected {Progress()}, got {error}") from error
 
 
-def _check(step: Step, batch: tuple[torch.Tensor, ...], at: Progress, run: Path, *, saving: bool = False) -> None:
+def _check(
+    step: Step, batch: tuple[torch.Tensor, ...], names: tuple[str, ...], at: Progress, run: Path, *,
+    saving: bool = False,
+) -> None:  # fmt: skip
     """Stop if updates are skipped again and again; before saving, also if anything in the model is not finite."""
     _, row = step.skipped()
     broken = [name for name, x in step.model.state_dict().items() if saving and not x.isfinite().all()]
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"
-    names = ("images", "labels")[: len(batch)]
-    tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=True)}
+    tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
     require("safetensors.torch", "train").save_file(tensors, path)
     reason = f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss that is not finite"
     raise TrainingStopped(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,13 +21,15 @@ class Recipe:
     """A kind of model and its settings.
 
     build(settings, shape, classes) makes a model for images of that shape; it has `training_step` or `turns` as
-    `Step` takes them, and of `sample`, `reconstruct` and `decode` what makes sense for it.
+    `Step` takes them, and of `sample`, `reconstruct` and `decode` what makes sense for it. For text it is
+    build(settings, vocabulary, end), and `feed` says how the text comes: windows, streams, sequences or pairs.
     """
 
     summary: str
     config: type[Config]
-    build: Callable[[Any, Shape, int], nn.Module]
+    build: Callable[..., nn.Module]
     labelled: bool = False  # needs labels
+    feed: str = ""
 
 
 def _vae(config: settings.VAEConfig, shape: Shape, classes: int) -> nn.Module:
@@ -106,6 +107,32 @@ def _side(shape: Shape) -> int:
     return shape[1]
 
 
+def _gpt(config: settings.GPTConfig, vocabulary: int, end: int) -> nn.Module:
+    size = {"layers": config.layers, "heads": config.heads, "width": config.width}
+    return models.GPT(vocabulary, config.block, dropout=config.dropout, **size)
+
+
+def _lstm(config: settings.LSTMConfig, vocabulary: int, end: int) -> nn.Module:
+    size = {"embedding": config.embedding, "hidden": config.hidden, "layers": config.layers}
+    return models.LSTMLanguageModel(vocabulary, dropout=config.dropout, **size)
+
+
+def _seq2seq(config: settings.Seq2SeqConfig, vocabulary: int, end: int) -> nn.Module:
+    size = {"layers": config.layers, "heads": config.heads, "width": config.width}
+    return models.Seq2Seq(vocabulary, end, config.block, dropout=config.dropout, **size)
+
+
+def _text_vae(config: settings.TextVAEConfig, vocabulary: int, end: int) -> nn.Module:
+    size = {"embedding": config.embedding, "hidden": config.hidden, "latent": config.latent}
+    kl = {"beta": config.beta, "annealing": config.annealing, "word_dropout": config.word_dropout}
+    return models.TextVAE(vocabulary, end, **size, **kl)
+
+
+def _vrnn(config: settings.VRNNConfig, vocabulary: int, end: int) -> nn.Module:
+    size = {"embedding": config.embedding, "hidden": config.hidden, "latent": config.latent}
+    return models.VRNN(vocabulary, beta=config.beta, **size)
+
+
 RECIPES = {
     "vae": Recipe("variational autoencoder of one hidden layer", settings.VAEConfig, _vae),
     "conv-vae": Recipe("convolutional variational autoencoder", settings.ConvVAEConfig, _conv_vae),
@@ -115,6 +142,11 @@ RECIPES = {
     "dcgan": Recipe("deep convolutional GAN", settings.DCGANConfig, _dcgan),
     "cgan": Recipe("conditional DCGAN, for labelled images", settings.ConditionalGANConfig, _cgan, True),
     "wgan-gp": Recipe("Wasserstein GAN with gradient penalty", settings.WGANGPConfig, _wgan_gp),
+    "gpt": Recipe("decoder-only Transformer that writes text", settings.GPTConfig, _gpt, feed="windows"),
+    "lstm": Recipe("LSTM language model", settings.LSTMConfig, _lstm, feed="streams"),
+    "seq2seq": Recipe("encoder-decoder Transformer: text in, text out", settings.Seq2SeqConfig, _seq2seq, feed="pairs"),
+    "text-vae": Recipe("variational autoencoder of sentences", settings.TextVAEConfig, _text_vae, feed="sequences"),
+    "vrnn": Recipe("variational recurrent network over text", settings.VRNNConfig, _vrnn, feed="windows"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast import data
-from genai_fast.data import Images
+from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint, config
-from genai_fast.training.config import Config, ConfigError
+from genai_fast.training.config import Config, ConfigError, TextConfig
+from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
-from genai_fast.training.recipes import RECIPES, make
+from genai_fast.training.recipes import RECIPES
 from genai_fast.training.step import make_optimizer
-from genai_fast.training.watch import Watch, draw
+from genai_fast.training.text_task import TextTask
 
 CONFIG = "config.toml"
+_NAMED = 8  # tensors that do not match, in a message
 # What a resumed run may change.
-ON_RESUME = ("epochs", "threads", "device", "log_every", "checkpoint_every", "grid_every", "quality_every")
+ON_RESUME = (
+    "epochs", "threads", "device", "log_every", "checkpoint_every", "grid_every", "quality_every", "sample_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Trained:
     folder: Path
     config: Config
     model: nn.Module
-    train: Images
+    task: ImageTask | TextTask
     record: dict[str, Any]  # of the last epoch
 
 
@@ -43,8 +47,14 @@ class Opened:
     recipe: str
     config: Config
     model: nn.Module
-    shape: tuple[int, int, int]  # of an image
-    classes: tuple[str, ...]  # names of the labels
+    shape: tuple[int, ...] = ()  # (C, H, W) of an image
+    classes: tuple[str, ...] = ()  # names of the labels
+    tokenizer: Tokenizer | None = None  # of a model of text
+
+
+def task_of(name: str) -> type[ImageTask] | type[TextTask]:
+    """What recipe `name` trains on."""
+    return TextTask if issubclass(RECIPES[name].config, TextConfig) else ImageTask
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -72,7 +82,7 @@ def device_of(name: str) -> torch.device:
 
 
 def train(name: str, settings: Config, folder: Path, *, resume: bool = False) -> Trained:
-    """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints and pictures there.
+    """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints, pictures or texts there.
 
     With `resume`, goes on from the folder's newest checkpoint.
 
@@ -80,39 +90,44 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
         UsageError: data, device, packages or the folder do not serve; nothing has been written then.
         TrainingStopped, TrainingInterrupted: as `fit` does.
     """
-    for module in ("safetensors.torch", "PIL.Image", "rich.progress", "matplotlib.figure"):
+    kind = task_of(name)
+    for module in ("safetensors.torch", "rich.progress", *kind.packages):
         require(module, "train")  # now rather than after the training
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    images = data.load(settings.data, settings.size or None, strict=settings.strict)
-    training, validation = images.split(settings.validation, settings.seed)
-    about = {
-        "recipe": name, "shape": list(images.shape), "images": len(images),
-        "classes": list(images.classes) if RECIPES[name].labelled else [],
-    }  # fmt: skip
+    task = kind(name, settings)
     newest = checkpoint.latest(folder) if resume else None
-    if newest and (found := checkpoint.read_state(newest)["about"]) != about:
-        raise UsageError(f"{newest}: expected a run of {about}, got {found}; remedy: resume with the same data")
+    if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
+        raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")
     if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
-    model = make(name, settings, images.shape, len(images.classes)).to(device)
-    size = settings.batch_size * getattr(model, "n_critic", 1)
-    if hasattr(model, "turns") and len(training) < size:
-        raise UsageError(
-            f"{settings.data}: expected at least {size} images for training, a batch, got {len(training)} besides"
-            f" {len(validation)} held out; remedy: more images, or a smaller --batch-size"
-        )
+    model = task.model()
+    if settings.init and not resume:
+        _begin_with(Path(settings.init), model)
+    model = model.to(device)
+    feeds = task.feeds(model)
     optimizer = make_optimizer(model, settings)
     state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config.to_toml(settings, name), encoding="utf-8")
-    watch = Watch(model, training, validation, settings, folder)
-    record = fit(model, optimizer, training, validation, settings, folder, about=about, resume=state, after_epoch=watch)
+    task.prepare(folder)
+    watch = task.watch(model, folder)
+    record = fit(model, optimizer, *feeds, settings, folder, about=task.about, resume=state, after_epoch=watch)
     model.eval()
-    draw(model, training, validation, folder)
-    return Trained(folder, settings, model, training, record)
+    task.finish(model, folder)
+    return Trained(folder, settings, model, task, record)
+
+
+def _begin_with(source: Path, model: nn.Module) -> None:
+    """Put the weights of another run, or of a safetensors file, into the model; names those that do not fit."""
+    path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
+    taken, left = checkpoint.load_matching(path, model)
+    text = f"{path}: {taken} tensors taken"
+    if left:
+        text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
+    print(text, file=sys.stderr)
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
@@ -132,11 +147,10 @@ def open_run(folder: Path) -> Opened:
     newest = checkpoint.latest(folder)
     about = checkpoint.read_state(newest)["about"]
     try:
-        name, shape, classes = about["recipe"], tuple(about["shape"]), tuple(about["classes"])
-        recipe = RECIPES[name]
+        name = about["recipe"]
+        settings = config.build(RECIPES[name].config, config.read(folder / CONFIG, name), str(folder / CONFIG))
+        model, said = task_of(name).open(name, settings, about, folder)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{newest}: expected a run of {', '.join(RECIPES)}, got {about}") from error
-    settings = config.build(recipe.config, config.read(folder / CONFIG, name), str(folder / CONFIG))
-    model = make(name, settings, shape, len(classes))
     checkpoint.load_model(newest, model)
-    return Opened(folder, name, settings, model.eval(), shape, classes)
+    return Opened(folder, name, settings, model.eval(), **said)

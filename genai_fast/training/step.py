@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast.optim import Adam
+from genai_fast.optim import Adam, AdamW
 from genai_fast.training.config import Config
 
 _WARM_UP = 3  # plain steps before the capture: libraries and the optimizer set themselves up
@@ -21,15 +21,27 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of every recipe: Adam in one call; on CUDA torch's, with its step count there for graph capture.
 
     A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>`
-    if there is such a setting and it is not 0.
+    if there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not
+    decay.
     """
     networks = model.networks() if hasattr(model, "networks") else {"": model}
-    rates = {name: getattr(config, f"lr_{name}", 0.0) or config.lr for name in networks}
-    groups = [{"params": list(network.parameters()), "lr": rates[name]} for name, network in networks.items()]
-    options = {"lr": config.lr, "betas": (config.beta1, 0.999)}
-    if next(model.parameters()).is_cuda:
-        return torch.optim.Adam(groups, fused=True, capturable=True, **options)
-    return Adam(groups, **options)
+    on_cuda = next(model.parameters()).is_cuda
+    groups = []
+    for name, network in networks.items():
+        rate = getattr(config, f"lr_{name}", 0.0) or config.lr
+        parameters = list(network.parameters())
+        decaying = [p for p in parameters if p.dim() > 1] if config.weight_decay else []
+        others = [p for p in parameters if p.dim() <= 1] if decaying else parameters
+        for members, decay in ((decaying, config.weight_decay), (others, 0.0)):
+            if members:
+                # A tensor, so that a captured graph reads the rate of the day.
+                lr = torch.tensor(rate, device=members[0].device) if on_cuda else rate
+                groups.append({"params": members, "lr": lr, "weight_decay": decay})
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
+    if on_cuda:
+        options |= {"fused": True, "capturable": True}
+        return (torch.optim.AdamW if config.weight_decay else torch.optim.Adam)(groups, **options)
+    return (AdamW if config.weight_decay else Adam)(groups, **options)
 
 
 class Step:

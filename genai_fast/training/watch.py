@@ -13,8 +13,9 @@ from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models import GAN, WGANGP, latents
 from genai_fast.training import pictures
-from genai_fast.training.config import Config
-from genai_fast.training.loop import batch_for, evaluate
+from genai_fast.training.config import ImageConfig
+from genai_fast.training.feed import ImageFeed, batch_for
+from genai_fast.training.loop import evaluate
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
@@ -78,7 +79,7 @@ def _reconstructions(model: nn.Module, images: Images, path: Path) -> None:
 class Watch:
     """Called at the end of an epoch: writes grids/epoch-<n>.png; returns figures on held-out images, and warnings."""
 
-    def __init__(self, model: nn.Module, train: Images, validation: Images, config: Config, folder: Path) -> None:
+    def __init__(self, model: nn.Module, train: Images, validation: Images, config: ImageConfig, folder: Path) -> None:
         self._model, self._train, self._validation = model, train, validation
         self._config, self._folder = config, folder
         self._quality: SampleQuality | None = None
@@ -113,7 +114,7 @@ class Watch:
     def _likelihood(self) -> dict[str, float]:
         """Losses on held-out images, and bits per dimension of models with a likelihood."""
         model = self._model
-        figures = evaluate(model, self._validation, self._config)
+        figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
         if {"reconstruction", "kl"} <= figures.keys():
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
             likelihood, signed = getattr(model, "likelihood", "gaussian"), getattr(model, "signed", False)

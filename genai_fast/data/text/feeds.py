@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ _POOL = 32  # batches whose samples are sorted by length together
 
 
 class Feed(ABC):
-    """What all feeds share. size: samples a batch."""
+    """What all feeds share. names: of a batch's tensors; size: samples a batch."""
 
+    names: ClassVar[tuple[str, ...]]
     size: int
 
     @property
@@ -103,6 +105,8 @@ class Windows(_Running):
         seed: decides places and orders.
     """
 
+    names = ("ids", "targets")
+
     def __init__(self, tokens: Tokens, block: int, size: int, seed: int = 0) -> None:
         super().__init__(tokens, block, size)
         self._seed = seed
@@ -139,6 +143,8 @@ class Streams(_Running):
         block: T.
         size: B.
     """
+
+    names = ("ids", "targets", "carry")
 
     @property
     def steps(self) -> int:
@@ -243,6 +249,8 @@ class Sequences(_Padded):
         seed: decides the orders.
     """
 
+    names = ("ids", "lengths")
+
     def __init__(self, tokens: Tokens, longest: int, size: int, seed: int = 0) -> None:
         _positive(self, longest=longest, size=size)
         super().__init__((_Documents(tokens, longest),), longest, size, seed)
@@ -255,6 +263,8 @@ class Pairs(_Padded):
         sources, targets: the documents (see pack_pairs); the first belongs to the first, and so on.
         longest, size, seed: as in Sequences.
     """
+
+    names = ("source", "source_lengths", "target", "target_lengths")
 
     def __init__(self, sources: Tokens, targets: Tokens, longest: int, size: int, seed: int = 0) -> None:
         _positive(self, longest=longest, size=size)

@@ -1,0 +1,42 @@
+"""The learning rate over the steps of a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from genai_fast.training.config import Config
+
+
+class Schedule:
+    """Rises linearly over `config.warmup` steps, then stays, or falls to a tenth along a cosine (`config.decay`).
+
+    Each group keeps its own rate as the peak. A rate that is a tensor is changed in place, as a captured graph asks.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps: int) -> None:
+        self._groups = optimizer.param_groups
+        for group in self._groups:  # the key that torch's own schedulers use; a restored group has it
+            group.setdefault("initial_lr", float(group["lr"]))
+        self._warmup, self._cosine, self._steps = config.warmup, config.decay == "cosine", steps
+        self._constant = not config.warmup and not self._cosine
+
+    def factor(self, step: int) -> float:
+        """Of the peak, at a step counted from 0."""
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        if not self._cosine:
+            return 1.0
+        done = (step - self._warmup) / max(self._steps - self._warmup, 1)
+        return 0.55 + 0.45 * math.cos(math.pi * min(done, 1.0))
+
+    def set(self, step: int) -> None:
+        if self._constant:
+            return
+        for group in self._groups:
+            rate = group["initial_lr"] * self.factor(step)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

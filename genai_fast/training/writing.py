@@ -1,0 +1,149 @@
+"""Text from models: tokens to words as they come, stop strings, and sentences that repeat left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from genai_fast.data.text import Tokenizer
+from genai_fast.errors import UsageError
+from genai_fast.models import GPT, VRNN, LSTMLanguageModel, TextVAE
+from genai_fast.models.generation import Sampler, generate
+from genai_fast.models.latents import evaluating
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a text is drawn.
+
+    temperature: 0 takes the likeliest token; top_k: among so many likeliest, 0 for all; top_p: among the likeliest
+    that make up this much of the probability; stop: strings at which the text ends, left out of it; repeats: False
+    leaves out sentences that have been written before; seed: None for another text each time.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+    seed: int | None = 1
+    stop: tuple[str, ...] = ()
+    repeats: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, good, expected in (
+            ("max-tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number >= 0"),
+            ("top-k", self.top_k, self.top_k >= 0, "at least 0 (0: all tokens)"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "a number > 0 and <= 1"),
+            ("stop", self.stop, all(self.stop), "strings that are not empty"),
+        ):
+            if not good:
+                raise UsageError(f"--{name}: expected {expected}, got {value}")
+
+
+def write(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[str]:
+    """What the model writes behind the prompt (or as its answer), in pieces, as they come.
+
+    Ends at the token that ends a document, at a stop string, or after `style.max_tokens`.
+    """
+    with evaluating(model):
+        pieces = _decoded(tokenizer, _tokens(model, tokenizer, prompt, style))
+        pieces = _until(pieces, style.stop) if style.stop else pieces
+        yield from pieces if style.repeats else _without_repeats(pieces, prompt)
+
+
+def example(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> str:
+    """A text of that many tokens, begun by the model itself."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return "".join(write(model, tokenizer, "", Style(max_tokens=tokens, seed=seed)))
+
+
+def continues(model: nn.Module) -> bool:
+    """Whether a text goes on from its prompt, rather than being an answer to it."""
+    return isinstance(model, (GPT, LSTMLanguageModel, VRNN))
+
+
+def _tokens(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
+    ids, end = tokenizer.encode(prompt), tokenizer.end
+    drawn = {"temperature": style.temperature, "top_k": style.top_k, "top_p": style.top_p, "seed": style.seed}
+    if isinstance(model, (GPT, LSTMLanguageModel)):
+        return generate(model, ids or [end], max_tokens=style.max_tokens, stop_id=end, **drawn)
+    sampler, most = Sampler(**drawn), style.max_tokens
+    given = torch.tensor(ids) if ids else None
+    if isinstance(model, VRNN):
+        return model.generate_ids(given, _one(sampler), longest=most, end=end, seed=style.seed)
+    given = torch.tensor([*ids, end])
+    if len(given) > getattr(model, "block", len(given)):
+        raise UsageError(f"the prompt has {len(given)} tokens, the model reads {model.block}; remedy: a shorter one")
+    if isinstance(model, TextVAE):
+        return model.generate_ids(given if ids else None, _one(sampler), longest=most, seed=style.seed)
+    return model.generate_ids(given, _one(sampler), longest=most)
+
+
+def _one(sampler: Sampler) -> Callable[[torch.Tensor], int]:
+    """For a row of logits [V]."""
+    return lambda logits: int(sampler(logits[None]))
+
+
+def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    stream = tokenizer.stream()
+    for token in ids:
+        if piece := stream.put(token):
+            yield piece
+    if piece := stream.close():
+        yield piece
+
+
+def _until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """The text before the first stop string; what may be the beginning of one waits."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [k for k in (held.find(stop) for stop in stops) if k >= 0]
+        if found:
+            if held := held[: min(found)]:
+                yield held
+            return
+        longest = max(map(len, stops)) - 1
+        wait = next((n for n in range(min(longest, len(held)), 0, -1) if _begins(held[-n:], stops)), 0)
+        if ready := held[: len(held) - wait]:
+            yield ready
+        held = held[len(held) - wait :]
+    if held:
+        yield held
+
+
+def _begins(end: str, stops: tuple[str, ...]) -> bool:
+    return any(stop.startswith(end) for stop in stops)
+
+
+def _without_repeats(pieces: Iterable[str], prompt: str) -> Iterator[str]:
+    """Sentence by sentence; one that came before, in the prompt too, is left out."""
+    seen = {_key(sentence) for sentence in _SENTENCE.split(prompt)[:-1]}
+    held = ""
+
+    def new(sentence: str) -> bool:
+        key = _key(sentence)
+        return not key or not (key in seen or seen.add(key))
+
+    for piece in pieces:
+        held += piece
+        while end := _SENTENCE.search(held):
+            if end.end() == len(held):  # more space may follow
+                break
+            sentence, held = held[: end.end()], held[end.end() :]
+            if new(sentence):
+                yield sentence
+    if held and new(held):
+        yield held
+
+
+def _key(sentence: str) -> str:
+    return " ".join(sentence.lower().split())
