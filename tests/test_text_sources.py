@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, DataWarning, text
-from genai_fast.data.text.clean import html_text
+from genai_fast.data.text.cleaning import html_text
 
 TEXTS = st.text(st.characters(), max_size=60)  # surrogates too
 
@@ -153,6 +153,8 @@ def test_clean_text_has_one_form(raw):
 
 def test_clean_keeps_what_it_can():
     assert text.clean("\ufeff\n \n  a\tb\0\r\nc\x85d\re\u2028f\ud800 \n\n") == "  a\tb\nc\nd\ne\nf\ufffd"
+    odd = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) in ("Cc", "Cs", "Zl", "Zp")]
+    assert len(odd) > 2000 and {text.clean(f"a{c}b") for c in odd} == {"a\tb", "a\nb", "ab", "a\ufffdb"}
     assert text.clean("e\u0301 \u200d\U0001f469") == "é \u200d\U0001f469"
 
 

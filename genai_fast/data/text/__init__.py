@@ -1,6 +1,17 @@
-"""Text: real files in, ids out."""
+"""Text: real files in, ids out.
 
-from genai_fast.data.text.clean import clean
+    train, held_out = text.load("pydoc").split(0.1, seed=0)
+    tokenizer = text.make_tokenizer("bpe", train.documents, 2048)
+    feed = text.Windows(text.pack(train.documents, tokenizer), block=256, size=32, seed=0)
+    for x, y in feed.epoch(0): ...                     # [32, 256] int64 each
+    validation = text.Windows(text.pack(held_out.documents, tokenizer), block=256, size=32)
+    for x, y in validation.all(): ...                  # each token of what was held out is a target once
+
+`Sequences` wants short documents: split, then take `passages()` of each part. `load_pairs` and `Pairs` are the same for
+pairs.
+"""
+
+from genai_fast.data.text.cleaning import clean
 from genai_fast.data.text.corpus import Corpus, PairCorpus
 from genai_fast.data.text.feeds import Feed, Pairs, Sequences, Streams, Windows
 from genai_fast.data.text.packed import Tokens, pack, pack_pairs

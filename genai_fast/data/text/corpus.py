@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from genai_fast.data.images import DataError
-from genai_fast.data.text.clean import PARAGRAPH
+from genai_fast.data.text.cleaning import PARAGRAPH
 
 _FAR = 0.5  # a boundary may move the share that is held out by half of it
 _MORE = "more text, or another fraction"
@@ -36,7 +36,7 @@ class Corpus:
         found = []
         for document in self.documents:
             parts = PARAGRAPH.split(document)
-            found += (part for part in (parts if len(parts) > 1 else document.split("\n")) if part.strip())
+            found += (part.rstrip() for part in (parts if len(parts) > 1 else document.split("\n")) if part.strip())
         return replace(self, documents=found)
 
     def split(self, fraction: float, seed: int) -> tuple[Corpus, Corpus]:

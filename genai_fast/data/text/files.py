@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genai_fast.data.images import DataError, DataWarning
-from genai_fast.data.text.clean import UnreadableError, clean, decode
+from genai_fast.data.text.cleaning import UnreadableError, clean, decode
 
 _NAMED = 3  # what was left out that a warning names
 _LARGEST = 1 << 32  # bytes of a file in a zip: more is no text

@@ -15,7 +15,7 @@ import numpy as np
 
 from genai_fast.data import cache as store
 from genai_fast.data.images import DataError, DataWarning
-from genai_fast.data.text.clean import scalars
+from genai_fast.data.text.cleaning import scalars
 from genai_fast.data.text.tokenizers import Tokenizer
 
 _VERSION = 1  # of how text becomes ids

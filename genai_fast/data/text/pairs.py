@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genai_fast.data.images import DataError
 from genai_fast.data.text import catalogue
-from genai_fast.data.text.clean import UnreadableError, clean
+from genai_fast.data.text.cleaning import UnreadableError, clean
 from genai_fast.data.text.corpus import Corpus, PairCorpus
 from genai_fast.data.text.files import Files, Findings, open_source, records
 from genai_fast.data.text.sources import PYDOC, SUFFIXES, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from genai_fast.data.text.clean import PARAGRAPH, clean, html_charset, html_text
+from genai_fast.data.text.cleaning import PARAGRAPH, clean, html_charset, html_text
 from genai_fast.data.text.corpus import Corpus, plain
 from genai_fast.data.text.files import Findings, open_source, records
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from genai_fast.data.images import DataError
-from genai_fast.data.text.clean import scalars
+from genai_fast.data.text.cleaning import scalars
 from genai_fast.errors import require
 
 KINDS = ("byte", "char", "bpe")
