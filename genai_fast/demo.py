@@ -94,9 +94,7 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
         layers=4, heads=4, width=256, block=128, dropout=0.0, warmup=50, epochs=epochs or TEXT_EPOCHS, sample_every=2
     )
     folder = new_folder(out, "demo-text")
-    print(
-        f"A GPT of {settings.layers} layers on the documentation inside Python, in {folder}; samples/ shows how it learns"
-    )
+    print(f"A GPT of {settings.layers} layers on Python's own documentation, in {folder}; samples/ tells how it learns")
     trained = train("gpt", settings, folder)
     model, task = trained.model, trained.task
     device = next(model.parameters()).device

@@ -31,9 +31,9 @@ class TextTask:
         self.name, self.settings, self._kind = name, settings, RECIPES[name].feed
         load = text.load_pairs if self._kind == "pairs" else text.load
         corpus = load(settings.data, strict=settings.strict)
-        if self._kind == "sequences":
-            corpus = corpus.passages()
         self.training, self.validation = corpus.split(settings.validation, settings.seed)
+        if self._kind == "sequences":
+            self.training, self.validation = self.training.passages(), self.validation.passages()
         self.tokenizer = self._tokenizer()
         self.about: dict[str, Any] = {
             "recipe": name, "tokenizer": self.tokenizer.digest, "vocabulary": self.tokenizer.size,
@@ -53,12 +53,16 @@ class TextTask:
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
 
     def model(self) -> nn.Module:
-        return RECIPES[self.name].build(self.settings, self.tokenizer.size, self.tokenizer.end)
+        try:
+            return RECIPES[self.name].build(self.settings, self.tokenizer.size, self.tokenizer.end)
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
 
     def feeds(self, model: nn.Module) -> tuple[Feed, Feed]:
         """For training and for validation."""
-        self._held_out = self._feed(self.validation)
-        return self._feed(self.training), self._held_out
+        training, self._held_out = self._feed(self.training), self._feed(self.validation)
+        training.steps  # noqa: B018  (says so where there is too little text, before anything is written)
+        return training, self._held_out
 
     def _feed(self, corpus: Any) -> Feed:
         s, tokenizer = self.settings, self.tokenizer

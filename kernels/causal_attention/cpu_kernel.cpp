@@ -204,13 +204,23 @@ Settings settings(int64_t heads, int64_t key_heads, int64_t queries, int64_t key
           uint32_t(bound), float(grown), dtype};
 }
 
+// Whether the scores are worth a second thread, whose start costs some microseconds.
+bool worth(const Settings& s, const Sequences& all, int64_t sequences) {
+  constexpr int64_t kMost = int64_t(1) << 17;
+  int64_t products = 0;
+  for (int64_t n = 0; n < sequences && products <= kMost; ++n) {
+    products += s.heads * all[n].queries * all[n].keys * s.channels;
+  }
+  return products > kMost;
+}
+
 void attend(const Forward& forward, const Sequences& all, int64_t sequences, int threads) {
   int64_t count;
   Job* const jobs = tiles_of(all, sequences, forward.s.heads, &count);
-  const bool few = all.queries <= kWidth;
+  const bool few = all.queries <= kWidth, parallel = count > 1 && worth(forward.s, all, sequences);
   with_flag(forward.s.cap != 0.0f, [&](auto capped) {
     constexpr bool kCapped = decltype(capped)::value;
-#pragma omp parallel num_threads(threads) if (count > 1)
+#pragma omp parallel num_threads(threads) if (parallel)
     {
       Scratch scratch(forward.room());
 #pragma omp for schedule(dynamic, 1)
@@ -286,10 +296,11 @@ void causal_attention_backward(const void* q, const void* k, const void* v, cons
   const Backward backward{s, by.of(q, 0), by.of(k, 1), by.of(v, 2), by.of(out, 3), by.of(grad_out, 4),
                           by.of(grad_q, 5), by.of(grad_k, 6), by.of(grad_v, 7), lse, grad_lse};
   const Sequences all{starts_q, starts_k, queries, keys, nullptr};
+  const bool parallel = sequences * key_heads > 1 && worth(s, all, sequences);
   int64_t longest = 0;
   for (int64_t n = 0; n < sequences; ++n) longest = all[n].keys > longest ? all[n].keys : longest;
   with_flag(cap != 0.0, [&](auto capped) {
-#pragma omp parallel num_threads(threads) if (sequences * key_heads > 1)
+#pragma omp parallel num_threads(threads) if (parallel)
     {
       Scratch scratch(backward.room(longest));
 #pragma omp for schedule(dynamic, 1)
