@@ -17,11 +17,15 @@ from genai_fast.models.gan import (
 )
 from genai_fast.models.gan_conditional import ConditionalDiscriminator, ConditionalGenerator
 from genai_fast.models.gan_mlp import MLPDiscriminator, MLPGenerator
+from genai_fast.models.generation import Sampler, decoder_for, generate
+from genai_fast.models.gpt import GPT, load_gpt2
 from genai_fast.models.latents import slerp
+from genai_fast.models.lstm_lm import LSTMLanguageModel
 from genai_fast.models.vae import MLPVAE
 
 __all__ = [
     "GAN",
+    "GPT",
     "MLPVAE",
     "MODELS",
     "WGANGP",
@@ -36,9 +40,14 @@ __all__ = [
     "DenseGenerator",
     "DenseGeneratorK4",
     "GANLosses",
+    "LSTMLanguageModel",
     "MLPDiscriminator",
     "MLPGenerator",
+    "Sampler",
     "dcgan_init",
+    "decoder_for",
+    "generate",
+    "load_gpt2",
     "slerp",
 ]  # fmt: skip
 

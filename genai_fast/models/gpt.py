@@ -36,8 +36,8 @@ class _Attention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
-        qkv = self.c_attn(x).unflatten(2, (3, self.heads, -1))  # [B, T, 3, H, D]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # views of it
+        # Views of one projection; split along its last dimension, so that their gradients join in one pass.
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).split(x.size(2), 2))
         return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
