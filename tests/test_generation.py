@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from genai_fast.models import generation
 from genai_fast.models.generation import Sampler, decoder_for, generate
 from genai_fast.models.gpt import GPT
 from genai_fast.models.lstm_lm import LSTMLanguageModel
@@ -60,6 +61,31 @@ def test_step_by_step_is_the_whole_forward(make, begin):
         found += [decoder.step(x[:, t]) for t in range(begin, 24)]
         assert not found[0].requires_grad
         torch.testing.assert_close(torch.stack(found, 1), expected[:, begin - 1 :], **TOLERANCE)
+
+
+def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
+    """With a recorder in the place of CUDA's graph, which knows the tensors of its capture alone."""
+    model, x, captured = gpt(), ids(2, 24), []
+
+    def graphed(function, first, state):
+        static = first.clone()
+        captured.append(state)
+
+        def replay(given):
+            static.copy_(given)
+            return function(static)
+
+        return replay
+
+    monkeypatch.setattr(generation, "_graphed", graphed)
+    decoder, plain = decoder_for(model, 2), decoder_for(model, 2)
+    monkeypatch.setattr(decoder, "_capture", True)
+    monkeypatch.setattr(plain, "_capture", False)
+    for begin in (3, 9):
+        assert torch.equal(decoder.prefill(x[:, :begin]), plain.prefill(x[:, :begin]))
+        for t in range(begin, 24):
+            assert torch.equal(decoder.step(x[:, t]), plain.step(x[:, t]))
+    assert len(captured) == 1 and captured[0].tolist() == [24, 24]  # what the warm-up must put back
 
 
 def test_rows_are_on_their_own(make):

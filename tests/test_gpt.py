@@ -8,6 +8,7 @@ import torch
 from alike import close, gradients_close
 
 from genai_fast.errors import UsageError
+from genai_fast.models import gpt
 from genai_fast.models.gpt import GPT, load_gpt2
 from genai_fast.models.peers_text import EagerGPT
 from genai_fast.optim import Adam
@@ -89,6 +90,24 @@ def test_logits_and_gradients_are_the_peers(bias, tokens):
     gradients_close(gradients(model, losses.loss), gradients(peer, expected))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_many_logits_are_made_by_chunks(autocast, monkeypatch):
+    model = small()
+    x, y = batch()
+    y[1, 3] = -100
+    found = []
+    for most in (x.numel() * 41, x.numel() * 41 - 1):
+        monkeypatch.setattr(gpt, "_MOST_LOGITS", most)
+        heads = []
+        hook = model.lm_head.register_forward_hook(lambda *_, heads=heads: heads.append(1))
+        with hook, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.training_step(x, y).loss
+        found.append((len(heads), loss, gradients(model, loss)))
+    assert [heads for heads, _, _ in found] == [1, 0]
+    close(found[1][1], found[0][1], 1e-2 if autocast else 2e-5)
+    gradients_close(found[1][2], found[0][2], 0.1 if autocast else 1e-3)
+
+
 def test_it_learns_as_the_peer_does():
     model, peer = pair()
     curves = []
@@ -166,8 +185,8 @@ def test_used_twice_before_backward():
 
 
 def test_under_compile():
-    model = small()
-    x, y = batch()
+    torch.manual_seed(0)
+    model, (x, y) = GPT(41, 24, 1, 2, 64), batch()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, y: model.training_step(x, y).loss, fullgraph=True, backend="aot_eager")
     expected = model.training_step(x, y).loss

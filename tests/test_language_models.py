@@ -204,19 +204,6 @@ def test_dropout_is_of_training_alone_and_repeats():
     assert all(g.abs().sum() > 0 for g in gradients(model, losses[0]).values())
 
 
-def test_layer_by_layer_is_the_same_network():
-    """With dropout the layers run one by one on a CPU: without anything dropped that must change nothing."""
-    model, plain = small(dropout=1e-9), small()
-    x, y, carry = next(stream())
-    for _ in range(2):
-        found, expected = model.training_step(x, y, carry).loss, plain.training_step(x, y, carry).loss
-        close(found, expected)
-        carry = torch.ones(3)
-    gradients_close(gradients(model, found), gradients(plain, expected))
-    close(model.h, plain.h)
-    close(model.c, plain.c)
-
-
 def test_under_autocast():
     model, peer = pair()
     for piece in stream(2):

@@ -17,7 +17,7 @@ from genai_fast.models.gan import (
 )
 from genai_fast.models.gan_conditional import ConditionalDiscriminator, ConditionalGenerator
 from genai_fast.models.gan_mlp import MLPDiscriminator, MLPGenerator
-from genai_fast.models.generation import generate
+from genai_fast.models.generation import Sampler, decoder_for, generate
 from genai_fast.models.gpt import GPT, load_gpt2
 from genai_fast.models.latents import slerp
 from genai_fast.models.lstm_lm import LSTMLanguageModel
@@ -47,9 +47,11 @@ __all__ = [
     "LSTMLanguageModel",
     "MLPDiscriminator",
     "MLPGenerator",
+    "Sampler",
     "Seq2Seq",
     "TextVAE",
     "dcgan_init",
+    "decoder_for",
     "generate",
     "load_gpt2",
     "slerp",

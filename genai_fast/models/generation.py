@@ -184,7 +184,8 @@ class CachedGPT:
         self._model, self._batch, self._held = model, batch, 0
         self._keys, self._values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         self._lengths = torch.zeros(batch, dtype=torch.int32, device=weight.device)
-        self._step: Callable[[torch.Tensor], torch.Tensor] = self._one
+        self._capture = weight.is_cuda
+        self._replay: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @torch.no_grad()
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
@@ -216,9 +217,9 @@ class CachedGPT:
         ids = ids.to(self._lengths.device)
         _check.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)
         with _as_it_is(self._model):
-            if ids.is_cuda and self._step == self._one:
-                self._step = _graphed(self._one, ids, self._lengths)
-            logits = self._step(ids)
+            if self._capture and self._replay is None:
+                self._replay = _graphed(self._one, ids, self._lengths)
+            logits = (self._replay or self._one)(ids)
         self._held += 1
         return logits
 

@@ -138,9 +138,9 @@ class LSTMLanguageModel(nn.Module):
         return self.decoder(self._dropped(y)), state
 
     def _recurrence(self, y: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
-        if not (self.training and self.lstm.dropout and y.is_cpu):
+        if not (self.training and y.is_cpu):
             return self.lstm(y, state)
-        # Layer by layer: PyTorch draws its masks one number at a time on a CPU.
+        # Layer by layer, which is a little faster than all at once; and PyTorch draws masks number by number on a CPU.
         last: list[State] = []
         for layer, weights in enumerate(self.lstm.all_weights):
             h, c = (None, None) if state is None else (s[layer] for s in state)
