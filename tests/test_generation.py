@@ -250,10 +250,15 @@ def test_a_draw_at_the_end_of_the_distribution(monkeypatch):
     assert Sampler()(torch.tensor([[0.0, 0.0, -torch.inf]])) == 1
 
 
-def test_logits_of_any_floating_type_and_their_rows():
+def test_logits_of_any_floating_type_and_shape():
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     found = Sampler(temperature=0)(logits)
     assert found.dtype == torch.int64 and torch.equal(found, logits.argmax(-1))
+    drawn = Sampler(seed=4)(logits)
+    for shape in ((2, 3, V), (6, 1, V)):
+        assert torch.equal(Sampler(seed=4)(logits.view(shape)), drawn.view(shape[:-1]))
+    single = Sampler(seed=4, top_k=5, top_p=0.9)
+    assert [int(single(row)) for row in logits] == Sampler(seed=4, top_k=5, top_p=0.9)(logits).tolist()
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="logits: expected finite ones"):
             Sampler()(torch.tensor([[0.0, wrong]]))

@@ -132,7 +132,7 @@ class Sampler:
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V], floating -> tokens [B], int64, on the CPU.
+        """Logits [..., V], floating -> tokens [...], int64, on the CPU.
 
         Raises: ValueError where a row's largest logit is infinite or NaN.
         """
@@ -153,9 +153,9 @@ class Sampler:
         if self.top_p < 1:
             likelier = weights.cumsum(-1) - weights  # the sum of those before each
             weights = weights.masked_fill(likelier >= self.top_p * total, 0.0)
-        # The inverse of the distribution function at one uniform number a row.
+        # The inverse of the distribution function at one uniform number for each token.
         sums = weights.cumsum(-1)
-        uniform = torch.rand(len(x), 1, dtype=torch.float64, generator=self._generator)
+        uniform = torch.rand(*x.shape[:-1], 1, dtype=torch.float64, generator=self._generator)
         drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
         # Rounding may lead past the last that can come.
         drawn = drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True))
