@@ -242,6 +242,14 @@ def test_impossible_tokens_never_come():
         assert found[[0, 2, 4]].sum() == 0 and abs(found[1] - 0.5) < 0.02
 
 
+def test_equally_likely_tokens_are_treated_alike():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0]])
+    for options in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"top_k": 2, "top_p": 0.9}):
+        torch.testing.assert_close(
+            drawn(logits=logits, **options), torch.tensor([0, 1, 1, 1, 0]) / 3, rtol=0, atol=0.015
+        )
+
+
 def test_a_draw_at_the_end_of_the_distribution(monkeypatch):
     """Where rounding leads past all sums, the last token that can come is drawn."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape, dtype=torch.float64))
