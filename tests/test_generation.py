@@ -242,6 +242,14 @@ def test_impossible_tokens_never_come():
         assert found[[0, 2, 4]].sum() == 0 and abs(found[1] - 0.5) < 0.02
 
 
+def test_equally_likely_tokens_are_treated_alike():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0]])
+    for options in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"top_k": 2, "top_p": 0.9}):
+        torch.testing.assert_close(
+            drawn(logits=logits, **options), torch.tensor([0, 1, 1, 1, 0]) / 3, rtol=0, atol=0.015
+        )
+
+
 def test_a_draw_at_the_end_of_the_distribution(monkeypatch):
     """Where rounding leads past all sums, the last token that can come is drawn."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape, dtype=torch.float64))
@@ -250,10 +258,15 @@ def test_a_draw_at_the_end_of_the_distribution(monkeypatch):
     assert Sampler()(torch.tensor([[0.0, 0.0, -torch.inf]])) == 1
 
 
-def test_logits_of_any_floating_type_and_their_rows():
+def test_logits_of_any_floating_type_and_shape():
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     found = Sampler(temperature=0)(logits)
     assert found.dtype == torch.int64 and torch.equal(found, logits.argmax(-1))
+    drawn = Sampler(seed=4)(logits)
+    for shape in ((2, 3, V), (6, 1, V)):
+        assert torch.equal(Sampler(seed=4)(logits.view(shape)), drawn.view(shape[:-1]))
+    single = Sampler(seed=4, top_k=5, top_p=0.9)
+    assert [int(single(row)) for row in logits] == Sampler(seed=4, top_k=5, top_p=0.9)(logits).tolist()
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="logits: expected finite ones"):
             Sampler()(torch.tensor([[0.0, wrong]]))

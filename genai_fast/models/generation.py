@@ -105,7 +105,8 @@ class Sampler:
     Args:
         temperature: logits are divided by it; 0 takes the likeliest, always the same.
         top_k: only so many of the likeliest can come; 0: all.
-        top_p: only the likeliest whose probabilities sum to at least this share, in (0, 1].
+        top_p: only the likeliest whose probabilities sum to at least this share, in (0, 1]. Of both: what is as
+            likely as the last of them can come too, so that no order matters.
         seed: gives the same tokens for the same logits, on every device, as draws are made on the CPU; None draws from
             torch's default generator.
 
@@ -132,7 +133,7 @@ class Sampler:
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V], floating -> tokens [B], int64, on the CPU.
+        """Logits [..., V], floating -> tokens [...], int64, on the CPU.
 
         Raises: ValueError where a row's largest logit is infinite or NaN.
         """
@@ -145,21 +146,22 @@ class Sampler:
             )
         if self.temperature == 0:
             return x.argmax(-1)
-        order, sparse = None, 0 < self.top_k < x.size(-1)
-        if sparse or self.top_p < 1:  # only then does the order matter
-            x, order = x.topk(self.top_k) if sparse else x.sort(stable=True, dim=-1, descending=True)
-        weights = ((x - largest) / self.temperature).exp()
-        total = weights.sum(-1, keepdim=True)
-        if self.top_p < 1:
-            likelier = weights.cumsum(-1) - weights  # the sum of those before each
-            weights = weights.masked_fill(likelier >= self.top_p * total, 0.0)
-        # The inverse of the distribution function at one uniform number a row.
+        x = (x - largest) / self.temperature
+        if self.top_k or self.top_p < 1:
+            best = x.topk(min(self.top_k, x.size(-1))).values if self.top_k else x.sort(descending=True).values
+            if self.top_p < 1:
+                weights = best.exp()
+                likelier = weights.cumsum(-1) - weights  # the sum of those before each
+                inside = likelier < self.top_p * weights.sum(-1, keepdim=True)
+                best = best.gather(-1, inside.sum(-1, keepdim=True) - 1)
+            x = x.masked_fill(x < best[..., -1:], -math.inf)
+        # The inverse of the distribution function at one uniform number for each token.
+        weights = x.exp()
         sums = weights.cumsum(-1)
-        uniform = torch.rand(len(x), 1, dtype=torch.float64, generator=self._generator)
-        drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
+        uniform = torch.rand(*x.shape[:-1], 1, dtype=torch.float64, generator=self._generator)
+        drawn = torch.searchsorted(sums, uniform * sums[..., -1:], right=True)
         # Rounding may lead past the last that can come.
-        drawn = drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True))
-        return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+        return drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def decoder_for(model: nn.Module, batch: int) -> Decoder:
