@@ -3,7 +3,7 @@
 import pytest
 import torch
 from alike import close, gradients_close
-from sequence_models import assert_capturable, assert_learns_alike, gradients, load_both_ways
+from sequence_models import assert_capturable, assert_learns_alike, assert_near_in_bfloat16, gradients, load_both_ways
 
 from genai_fast import ops, use_backend
 from genai_fast.models import VRNN
@@ -131,10 +131,15 @@ def test_samples_follow_what_was_learnt():
     assert ((x[:, 1:] - x[:, :-1]) % 6 == 1).float().mean() > 0.9
     assert len(x[:, 0].unique()) > 3
     assert torch.equal(x, model.sample(40, 10, seed=0)) and not torch.equal(x, model.sample(40, 10, seed=1))
-    likeliest = [*model.generate_ids(torch.tensor([2, 3, 4]), lambda logits: int(logits.argmax()), longest=4, seed=0)]
+    likeliest = [*model.generate_ids(torch.tensor([2, 3, 4]), lambda logits: logits.argmax(-1), longest=4, seed=0)]
     assert likeliest == [5, 0, 1, 2]
     assert [*model.generate_ids(torch.tensor([2, 3]), longest=9, end=0, seed=0)] == [4, 5]
     assert [*model.generate_ids(longest=10, seed=3)] == model.sample(1, 10, seed=3)[0].tolist()
+
+
+def test_bfloat16_is_near():
+    model, _ = pair()
+    assert_near_in_bfloat16(model, lambda: model.training_step(tokens(), seed=1))
 
 
 def test_a_step_can_be_captured(monkeypatch):
@@ -146,8 +151,8 @@ def test_a_step_can_be_captured(monkeypatch):
     [
         (lambda: VRNN(5, hidden=0), "hidden: expected at least 1, got 0"),
         (lambda: VRNN(5, beta=-0.5), "beta: expected at least 0, got -0.5"),
-        (lambda: VRNN(5).training_step(tokens()), "x: expected 0 to 4, got 1?[0-9]; the model is for another"),
-        (lambda: VRNN(5).training_step(torch.zeros(3, dtype=torch.int64)), r"x: expected token ids, int64 \[B, T\]"),
+        (lambda: VRNN(5).training_step(tokens()), "x: expected token ids from 0 to 4, got 1?[0-9]; encode the text"),
+        (lambda: VRNN(5).training_step(torch.zeros(3, dtype=torch.int64)), r"x: expected token ids \[B, T\], T >= 1"),
         (lambda: VRNN(5).sample(0, 4), "count: expected at least 1, got 0"),
         (lambda: VRNN(5).sample(2, 0), "longest: expected at least 1, got 0"),
     ],

@@ -224,7 +224,7 @@ class Seq2Seq(nn.Module):
 
         Args:
             prompt: the source's token ids [S], with its `end` if it was trained with one.
-            choose: logits [V] -> id, such as a `Sampler`; None: the likeliest token.
+            choose: logits [1, V] -> token [1], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens; None: `block`.
         """
         ids = _sequences.prompt_ids("Seq2Seq", prompt, self.vocabulary, self.embed.weight.device)

@@ -118,8 +118,7 @@ class TextVAE(nn.Module):
         """z [B, latent] -> a list of token ids for each, without `end`.
 
         Args:
-            choose: logits [V] -> id, such as a `Sampler`, called for one sequence after another at each step; None:
-                the likeliest token.
+            choose: logits [B, V] -> tokens [B], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens.
         """
         first = torch.full((len(z),), self.end, device=z.device)
@@ -155,7 +154,7 @@ class TextVAE(nn.Module):
 
         Args:
             prompt: token ids [T], with `end`: the sequence is written from their mu; None: from a z of N(0, I).
-            choose: logits [V] -> id, such as a `Sampler`; None: the likeliest token.
+            choose: logits [1, V] -> token [1], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens.
             seed: of z.
         """

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from genai_fast import ops
 from genai_fast.models import _check, _sequences
 from genai_fast.models._sequences import SequenceLosses
+from genai_fast.models.generation import Sampler
 
 
 class VRNNOutput(NamedTuple):
@@ -163,11 +164,11 @@ class VRNN(nn.Module):
         """Ancestral samples, int64 [count, length] on the CPU: z_t from the prior, then x_t.
 
         Args:
-            choose: logits [V] -> id, such as a `Sampler`; None: a draw from p(x_t | z_t, h_{t-1}) as it is.
+            choose: logits [B, V] -> tokens [B], such as a `Sampler`; None: draws from p(x_t | z_t, h_{t-1}) as it is.
             seed: of z and of those draws; None: the default generator's.
         """
         state = self.decoder(count, seed=seed)
-        columns = _sequences.steps(state, None, choose or state.draw, length, -1)
+        columns = _sequences.steps(state, None, choose or state.sampler(), length, -1)
         return torch.tensor(list(columns)).t().contiguous()
 
     def generate_ids(
@@ -178,7 +179,7 @@ class VRNN(nn.Module):
 
         Args:
             prompt: token ids [T] that it goes on from, or None; each of their z is q's mean.
-            choose: logits [V] -> id, such as a `Sampler`; None: a draw from p(x_t | z_t, h_{t-1}) as it is.
+            choose: logits [B, V] -> tokens [B], such as a `Sampler`; None: draws from p(x_t | z_t, h_{t-1}) as it is.
             longest: most tokens, without the prompt's.
             end: an id to stop at, which is left out; None: none.
             seed: of z and of those draws.
@@ -187,7 +188,7 @@ class VRNN(nn.Module):
         if prompt is not None:
             for token in _sequences.prompt_ids("VRNN", prompt, self.vocabulary, self.embed.weight.device)[0]:
                 state.read(token[None])
-        for (token,) in _sequences.steps(state, None, choose or state.draw, longest, -1 if end is None else end):
+        for (token,) in _sequences.steps(state, None, choose or state.sampler(), longest, -1 if end is None else end):
             yield token
 
     def extra_repr(self) -> str:
@@ -245,9 +246,9 @@ class VRNNDecoder:
         self.phi = self.model.phi_z(self.model.encoder(torch.cat([x, self.h], 1)).chunk(2, 1)[0])
         self._advance(ids)
 
-    def draw(self, logits: torch.Tensor) -> int:
-        """An id from logits [V], by this state's generator."""
-        return int(torch.multinomial(logits.float().softmax(0).cpu(), 1, generator=self.generator))
+    def sampler(self) -> Sampler:
+        """Draws tokens as they come, with a seed of this state's generator."""
+        return Sampler(seed=int(torch.randint(2**63 - 1, (), generator=self.generator, device="cpu")))
 
     def _advance(self, ids: torch.Tensor) -> None:
         self.h = self.model.cell(torch.cat([self.model.embed(ids), self.phi], 1), self.h)
