@@ -152,6 +152,15 @@ def test_bfloat16_is_near():
     assert_near_in_bfloat16(model, lambda: model.training_step(*batch()))
 
 
+def test_the_encoder_compiles_whole():
+    torch.manual_seed(0)
+    model, (source, lengths, _, _) = Seq2Seq(V, END, 16, 1, 2, 16).eval(), batch()
+    compiled = torch.compile(lambda *x: model.encode(*x).states, fullgraph=True, backend="aot_eager")
+    found, expected = (states(source, lengths) for states in (compiled, lambda *x: model.encode(*x).states))
+    close(found, expected.detach())
+    gradients_close(gradients(model, found.square().sum()), gradients(model, expected.square().sum()), 1e-4)
+
+
 def test_a_step_can_be_captured(monkeypatch):
     assert_capturable(monkeypatch, lambda: Seq2Seq(*SIZES, dropout=0.1), *batch())
 

@@ -130,7 +130,8 @@ class Seq2Seq(nn.Module):
 
     The encoder sees each source's own tokens in both directions, the decoder the target's tokens so far and all of the
     encoded source. Padding reaches nothing: a batch [B, S] is attended over as one row of 2 B packed sequences, each
-    source and what lies behind it, so that no shape depends on lengths and no mask is made.
+    source and what lies behind it, so that no shape depends on lengths and no mask is made. On a CPU that takes less time
+    than PyTorch's attention under a mask, the less the shorter the sources are beside the longest.
 
     Args:
         vocabulary: V; token ids are in [0, V).
