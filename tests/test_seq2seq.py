@@ -170,6 +170,7 @@ def test_a_step_can_be_captured(monkeypatch):
     [
         (lambda: Seq2Seq(9, 9), r"end: expected a token id in \[0, 9\), got 9"),
         (lambda: Seq2Seq(9, 8, heads=3, width=16), "heads: expected a divisor of width 16, got 3"),
+        (lambda: pair()[0].generate_ids(torch.zeros(3), longest=0), "longest: expected at least 1, got 0"),
         (lambda: Seq2Seq(9, 8, layers=0), "layers: expected at least 1, got 0"),
         (lambda: Seq2Seq(9, 8, dropout=1.0), r"dropout: expected a share in \[0, 1\), got 1.0"),
         (lambda: pair()[0].training_step(*batch(source=(17, 2, 3))), "source: expected at most block = 16 tokens"),
@@ -182,7 +183,7 @@ def test_a_step_can_be_captured(monkeypatch):
             lambda: pair()[0].encode(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)),
             r"source lengths: expected integers \[2\], one a sequence, got torch.float32",
         ),
-        (lambda: [*pair()[0].generate_ids(torch.zeros(1, 3))], r"prompt: expected token ids \[T\] of one"),
+        (lambda: pair()[0].generate_ids(torch.zeros(1, 3)), r"prompt: expected token ids \[T\] of one"),
     ],
 )  # fmt: skip
 def test_misuse_is_named(make, message):

@@ -75,7 +75,6 @@ def delayed(ids: torch.Tensor, first: int) -> torch.Tensor:
     return torch.cat([ids.new_full((len(ids), 1), first), ids[:, :-1]], 1)
 
 
-@torch.no_grad()
 def steps(
     decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
 ) -> Iterator[list[int]]:  # fmt: skip
@@ -84,7 +83,12 @@ def steps(
     It stops when all have, or after `longest` steps.
     """
     _check.positive("generate", longest=longest)
-    ids, ended = first, None
+    return _steps(decoder, first, choose, longest, end)
+
+
+@torch.no_grad()
+def _steps(decoder, ids, choose, longest, end):
+    ended = None
     for _ in range(longest):
         logits = decoder.step(ids)
         chosen = logits.argmax(-1) if choose is None else choose(logits).to(logits.device)
@@ -100,3 +104,10 @@ def written(decoder: Decoder, first: torch.Tensor, choose: Choose | None, longes
     """All of `steps`, a list a sequence, without `end`."""
     columns = list(steps(decoder, first, choose, longest, end))
     return [[column[k] for column in columns if column[k] != end] for k in range(len(first))]
+
+
+def streamed(
+    decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
+) -> Iterator[int]:  # fmt: skip
+    """`steps` of one sequence, a token at a time."""
+    return (token for (token,) in steps(decoder, first, choose, longest, end))

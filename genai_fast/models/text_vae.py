@@ -160,8 +160,7 @@ class TextVAE(nn.Module):
         """
         z = self._normal(1, seed) if prompt is None else self._mean(prompt)
         first = torch.full((1,), self.end, device=z.device)
-        for (token,) in _sequences.steps(self.decoder(z), first, choose, longest, self.end):
-            yield token
+        return _sequences.streamed(self.decoder(z), first, choose, longest, self.end)
 
     def extra_repr(self) -> str:
         return (

@@ -188,8 +188,7 @@ class VRNN(nn.Module):
         if prompt is not None:
             for token in _sequences.prompt_ids("VRNN", prompt, self.vocabulary, self.embed.weight.device)[0]:
                 state.read(token[None])
-        for (token,) in _sequences.steps(state, None, choose or state.sampler(), longest, -1 if end is None else end):
-            yield token
+        return _sequences.streamed(state, None, choose or state.sampler(), longest, -1 if end is None else end)
 
     def extra_repr(self) -> str:
         return f"vocabulary={self.vocabulary}, hidden={self.hidden}, latent={self.latent}, beta={self.beta:g}"
