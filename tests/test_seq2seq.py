@@ -155,7 +155,7 @@ def test_bfloat16_is_near():
 def test_the_encoder_compiles_whole():
     torch.manual_seed(0)
     model, (source, lengths, _, _) = Seq2Seq(V, END, 16, 1, 2, 16).eval(), batch()
-    compiled = torch.compile(lambda *x: model.encode(*x).states, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: model.encode(*x).states, fullgraph=True, backend="eager")
     found, expected = (states(source, lengths) for states in (compiled, lambda *x: model.encode(*x).states))
     close(found, expected.detach())
     gradients_close(gradients(model, found.square().sum()), gradients(model, expected.square().sum()), 1e-4)

@@ -149,7 +149,7 @@ def test_a_collapse_shows_in_kl():
 def test_it_writes_again_what_it_has_learnt():
     sample = batch((6, 7, 8, 5))
     model = make(beta=0.0)
-    train(model, sample, 150)
+    train(model, sample, 100)
     ids, lengths = sample
     texts = [row[: n - 1].tolist() for row, n in zip(ids, lengths.tolist(), strict=True)]
     assert model.reconstruct(ids, lengths) == texts
