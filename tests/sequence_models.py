@@ -60,3 +60,15 @@ def assert_capturable(monkeypatch, make, *batch):
         losses.loss.backward()
     assert all(x.shape == () and x.dtype is torch.float32 for x in losses)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def assert_near_in_bfloat16(model, step):
+    """Under autocast: the losses stay float32, and they and the gradients are near those of float32."""
+    losses = step()
+    expected = gradients(model, losses.loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = step()
+    assert not torch.equal(narrow.loss, losses.loss)
+    for a, b in zip(narrow, losses, strict=True):
+        close(a, b, 2e-2)
+    gradients_close(gradients(model, narrow.loss), expected, 0.1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from alike import close, gradients_close
-from sequence_models import assert_capturable, assert_learns_alike, gradients, load_both_ways
+from sequence_models import assert_capturable, assert_learns_alike, assert_near_in_bfloat16, gradients, load_both_ways
 
 from genai_fast import ops, use_backend
 from genai_fast.models import VRNN
@@ -56,10 +56,10 @@ def test_the_recurrences_gradients_are_its_derivatives():
     torch.manual_seed(1)
     units, latent, phi, hidden = 3, 2, 3, 2
     shapes = [
-        (3, 2, units + 3 * hidden), (3, 2, latent), (2, hidden), (units + 3 * hidden, hidden), (2 * latent, units),
-        (2 * latent,), (phi, latent), (phi,), (3 * hidden, phi), (hidden,),
+        (3, 2, units), (3, 2, 3 * hidden), (3, 2, latent), (2, hidden), (3 * hidden + units, hidden),
+        (2 * latent, units), (2 * latent,), (phi, latent), (phi,), (3 * hidden, phi), (hidden,),
     ]  # fmt: skip
-    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_(k != 1) for k, shape in enumerate(shapes)]
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_(k != 2) for k, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(_Recurrence.apply, inputs)
 
 
@@ -118,7 +118,7 @@ def test_samples_follow_what_was_learnt():
     torch.manual_seed(0)
     model = VRNN(6, 8, 24, 3)
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for k in range(200):
+    for k in range(120):
         start = torch.randint(6, (32, 1), generator=torch.Generator().manual_seed(k))
         x = (start + torch.arange(8)) % 6  # each token is the one before plus 1
         loss = model.training_step(x).loss
@@ -131,10 +131,15 @@ def test_samples_follow_what_was_learnt():
     assert ((x[:, 1:] - x[:, :-1]) % 6 == 1).float().mean() > 0.9
     assert len(x[:, 0].unique()) > 3
     assert torch.equal(x, model.sample(40, 10, seed=0)) and not torch.equal(x, model.sample(40, 10, seed=1))
-    likeliest = [*model.generate_ids(torch.tensor([2, 3, 4]), lambda logits: int(logits.argmax()), longest=4, seed=0)]
+    likeliest = [*model.generate_ids(torch.tensor([2, 3, 4]), lambda logits: logits.argmax(-1), longest=4, seed=0)]
     assert likeliest == [5, 0, 1, 2]
     assert [*model.generate_ids(torch.tensor([2, 3]), longest=9, end=0, seed=0)] == [4, 5]
     assert [*model.generate_ids(longest=10, seed=3)] == model.sample(1, 10, seed=3)[0].tolist()
+
+
+def test_bfloat16_is_near():
+    model, _ = pair()
+    assert_near_in_bfloat16(model, lambda: model.training_step(tokens(), seed=1))
 
 
 def test_a_step_can_be_captured(monkeypatch):
@@ -146,8 +151,8 @@ def test_a_step_can_be_captured(monkeypatch):
     [
         (lambda: VRNN(5, hidden=0), "hidden: expected at least 1, got 0"),
         (lambda: VRNN(5, beta=-0.5), "beta: expected at least 0, got -0.5"),
-        (lambda: VRNN(5).training_step(tokens()), "x: expected 0 to 4, got 1?[0-9]; the model is for another"),
-        (lambda: VRNN(5).training_step(torch.zeros(3, dtype=torch.int64)), r"x: expected token ids, int64 \[B, T\]"),
+        (lambda: VRNN(5).training_step(tokens()), "x: expected token ids from 0 to 4, got 1?[0-9]; encode the text"),
+        (lambda: VRNN(5).training_step(torch.zeros(3, dtype=torch.int64)), r"x: expected token ids \[B, T\], T >= 1"),
         (lambda: VRNN(5).sample(0, 4), "count: expected at least 1, got 0"),
         (lambda: VRNN(5).sample(2, 0), "longest: expected at least 1, got 0"),
     ],

@@ -8,12 +8,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from genai_fast.models import _check
-from genai_fast.ops._function import observed
 
 IGNORED = -100  # a target that does not count, as for F.cross_entropy
 
-Choose = Callable[[torch.Tensor], int]
-"""logits [V] -> the id of the next token, as `models.generation.Sampler` is called. None stands for the likeliest."""
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""logits [B, V] -> the tokens that come next, [B] int64, such as a `generation.Sampler`. None: the likeliest."""
 
 
 class SequenceLosses(NamedTuple):
@@ -32,32 +31,22 @@ class Decoder(Protocol):
         """The tokens [B] (int64) that come next in each sequence -> logits [B, V] of the tokens after them."""
 
 
-def check_ids(
-    owner: str, name: str, ids: torch.Tensor, vocabulary: int, lengths: torch.Tensor | None = None
-) -> None:  # fmt: skip
-    """ids are int64 [B, T] in [0, vocabulary), lengths integers [B] in 1..T. Values are read on the CPU alone."""
-    if not isinstance(ids, torch.Tensor) or ids.dtype is not torch.int64 or ids.dim() != 2 or 0 in ids.shape:
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(
-            f"{owner}: {name}: expected token ids, int64 [B, T] with at least one token, got {got}; make them with"
-            f" torch.tensor(lists)"
-        )
-    if lengths is not None and (lengths.shape != ids.shape[:1] or lengths.is_floating_point()):
+def check_ids(owner: str, name: str, ids: torch.Tensor, vocabulary: int, lengths: torch.Tensor | None = None) -> None:
+    """ids are [B, T] in [0, vocabulary), lengths integers [B] in 1..T. Values are looked at on a CPU alone."""
+    _check.token_ids(owner, name, ids, vocabulary)
+    if lengths is None:
+        return
+    if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
         raise ValueError(
             f"{owner}: {name} lengths: expected integers [{len(ids)}], one a sequence, got {lengths.dtype}"
             f" {tuple(lengths.shape)}; count the tokens of each"
         )
-    if not ids.is_cpu or observed():
-        return
-    for what, x, least, most in (
-        (name, ids, 0, vocabulary - 1),
-        *(() if lengths is None else ((f"{name} lengths", lengths, 1, ids.size(1)),)),
-    ):
-        low, high = (int(v) for v in torch.aminmax(x))
-        if low < least or high > most:
+    if lengths.is_cpu and lengths.numel() and not torch.compiler.is_compiling():
+        least, most = (int(value) for value in torch.aminmax(lengths))
+        if least < 1 or most > ids.size(1):
             raise ValueError(
-                f"{owner}: {what}: expected {least} to {most}, got {low if low < least else high}; "
-                + ("the model is for another vocabulary" if x is ids else "lengths count a sequence's own tokens")
+                f"{owner}: {name} lengths: expected 1 to {ids.size(1)}, the tokens of the longest, got"
+                f" {least if least < 1 else most}; count each sequence's own tokens"
             )
 
 
@@ -86,7 +75,6 @@ def delayed(ids: torch.Tensor, first: int) -> torch.Tensor:
     return torch.cat([ids.new_full((len(ids), 1), first), ids[:, :-1]], 1)
 
 
-@torch.no_grad()
 def steps(
     decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
 ) -> Iterator[list[int]]:  # fmt: skip
@@ -95,23 +83,31 @@ def steps(
     It stops when all have, or after `longest` steps.
     """
     _check.positive("generate", longest=longest)
-    ids, ended = first, None
+    return _steps(decoder, first, choose, longest, end)
+
+
+@torch.no_grad()
+def _steps(decoder, ids, choose, longest, end):
+    ended = None
     for _ in range(longest):
         logits = decoder.step(ids)
-        ended = ended or [False] * len(logits)
-        if choose is None:
-            chosen = logits.argmax(-1).tolist()
-        else:
-            chosen = [end if over else int(choose(row)) for row, over in zip(logits, ended, strict=True)]
-        chosen = [end if over else token for token, over in zip(chosen, ended, strict=True)]
-        ended = [token == end for token in chosen]
-        if all(ended):
+        chosen = logits.argmax(-1) if choose is None else choose(logits).to(logits.device)
+        ids = chosen if ended is None else torch.where(ended, end, chosen)
+        ended = ids == end
+        column = ids.tolist()
+        if all(token == end for token in column):
             return
-        yield chosen
-        ids = torch.tensor(chosen, device=logits.device)
+        yield column
 
 
 def written(decoder: Decoder, first: torch.Tensor, choose: Choose | None, longest: int, end: int) -> list[list[int]]:
     """All of `steps`, a list a sequence, without `end`."""
     columns = list(steps(decoder, first, choose, longest, end))
     return [[column[k] for column in columns if column[k] != end] for k in range(len(first))]
+
+
+def streamed(
+    decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
+) -> Iterator[int]:  # fmt: skip
+    """`steps` of one sequence, a token at a time."""
+    return (token for (token,) in steps(decoder, first, choose, longest, end))

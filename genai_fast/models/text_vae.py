@@ -118,8 +118,7 @@ class TextVAE(nn.Module):
         """z [B, latent] -> a list of token ids for each, without `end`.
 
         Args:
-            choose: logits [V] -> id, such as a `Sampler`, called for one sequence after another at each step; None:
-                the likeliest token.
+            choose: logits [B, V] -> tokens [B], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens.
         """
         first = torch.full((len(z),), self.end, device=z.device)
@@ -155,14 +154,13 @@ class TextVAE(nn.Module):
 
         Args:
             prompt: token ids [T], with `end`: the sequence is written from their mu; None: from a z of N(0, I).
-            choose: logits [V] -> id, such as a `Sampler`; None: the likeliest token.
+            choose: logits [1, V] -> token [1], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens.
             seed: of z.
         """
         z = self._normal(1, seed) if prompt is None else self._mean(prompt)
         first = torch.full((1,), self.end, device=z.device)
-        for (token,) in _sequences.steps(self.decoder(z), first, choose, longest, self.end):
-            yield token
+        return _sequences.streamed(self.decoder(z), first, choose, longest, self.end)
 
     def extra_repr(self) -> str:
         return (

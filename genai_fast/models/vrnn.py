@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from genai_fast import ops
 from genai_fast.models import _check, _sequences
 from genai_fast.models._sequences import SequenceLosses
+from genai_fast.models.generation import Sampler
 
 
 class VRNNOutput(NamedTuple):
@@ -24,65 +25,66 @@ class VRNNOutput(NamedTuple):
 class _Recurrence(torch.autograd.Function):
     """What must go step by step, with U units in the encoder's hidden layer, L in z, E in phi(z), H in h:
 
-        a = h w_h^T,  e = relu(given_e + a_e),  (mu, logvar) = e w_q^T + b_q,  z = mu + exp(logvar / 2) noise,
-        f = relu(z w_z^T + b_z),  h = GRU cell of the gates given_g + f w_f^T and a_g + (0, 0, b_n).
+        (r, k, m, e) = h w_h^T,  e = relu(e + x_e),  (mu, logvar) = e w_q^T + b_q,  z = mu + exp(logvar / 2) noise,
+        f = relu(z w_z^T + b_z),  (r, k, n) gates of a GRU, with f w_f^T + x_g adding to (n, r, k) and b_n to m.
 
-    given [T, B, U + 3H], noise [T, B, L], h [B, H], w_h [U + 3H, H], w_q [2L, U], w_z [E, L], w_f [3H, E] ->
+    x_e [T, B, U], x_g [T, B, 3H], noise [T, B, L], h [B, H], w_h [3H + U, H], w_q [2L, U], w_z [E, L], w_f [3H, E] ->
     states [T + 1, B, H] with h first, (mu, logvar) [T, B, 2L], f [T, B, E].
 
-    Autograd would multiply and add up the gradient of each weight at every step; here each is one product of all steps.
+    Autograd would multiply and add up the gradient of each weight at every step; here each is one product of all steps,
+    as all derivatives that need no gradient are made for all steps before the way back.
     """
 
     @staticmethod
-    def forward(ctx, given, noise, h, w_h, w_q, b_q, w_z, b_z, w_f, b_n):
-        units, hidden, latent = w_q.size(1), w_h.size(1), noise.size(2)
-        kept: list[tuple[torch.Tensor, ...]] = []
-        states = [h]
-        for x, eps in zip(given, noise, strict=True):
-            a = h @ w_h.t()
-            e = torch.relu(x[:, :units] + a[:, :units])
-            q = torch.addmm(b_q, e, w_q.t())
-            z = torch.addcmul(q[:, :latent], torch.exp(0.5 * q[:, latent:]), eps)
-            f = torch.relu(torch.addmm(b_z, z, w_z.t()))
-            gates = torch.addmm(x[:, units:], f, w_f.t())
-            rk = torch.sigmoid(gates[:, : 2 * hidden] + a[:, units : units + 2 * hidden])
-            r, k = rk.chunk(2, 1)
-            m = a[:, units + 2 * hidden :] + b_n
-            n = torch.tanh(torch.addcmul(gates[:, 2 * hidden :], r, m))
-            h = torch.lerp(n, h, k)
-            states.append(h)
-            kept.append((e, q, z, f, rk, m, n))
-        stacked = [torch.stack(parts) for parts in zip(*kept, strict=True)]
-        states = torch.stack(states)
-        ctx.save_for_backward(states, *stacked, w_h, w_q, w_z, w_f)
-        return states, stacked[1], stacked[3]
+    def forward(ctx, x_e, x_g, noise, h, w_h, w_q, b_q, w_z, b_z, w_f, b_n):
+        steps, batch, latent = noise.shape
+        hidden = h.size(1)
+        sizes = (w_q.size(1), 2 * latent, latent, w_z.size(0), 2 * hidden, hidden, hidden)
+        kept = [h.new_empty(steps, batch, size) for size in sizes]
+        states = h.new_empty(steps + 1, batch, hidden)
+        states[0] = h
+        for t, (e, q, z, f, rk, m, n) in enumerate(zip(*kept, strict=True)):
+            a = states[t] @ w_h.t()
+            torch.add(a[:, 3 * hidden :], x_e[t], out=e).relu_()
+            torch.addmm(b_q, e, w_q.t(), out=q)
+            torch.addcmul(q[:, :latent], torch.exp(0.5 * q[:, latent:]), noise[t], out=z)
+            torch.addmm(b_z, z, w_z.t(), out=f).relu_()
+            gates = torch.addmm(x_g[t], f, w_f.t())
+            torch.add(gates[:, hidden:], a[:, : 2 * hidden], out=rk).sigmoid_()
+            torch.add(a[:, 2 * hidden : 3 * hidden], b_n, out=m)
+            torch.addcmul(gates[:, :hidden], rk[:, :hidden], m, out=n).tanh_()
+            torch.lerp(n, states[t], rk[:, hidden:], out=states[t + 1])
+        ctx.save_for_backward(states, *kept, w_h, w_q, w_z, w_f)
+        return states, kept[1], kept[3]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_states, grad_q, grad_f):
         states, e, q, z, f, rk, m, n, w_h, w_q, w_z, w_f = ctx.saved_tensors
-        units, latent = e.size(2), z.size(2)
-        made: list[tuple[torch.Tensor, ...]] = []
+        (steps, batch, hidden), latent = n.shape, z.size(2)
+        r, k = rk.chunk(2, 2)
+        by_n = (1 - k) * (1 - n * n)
+        by_k = (states[:-1] - n) * k * (1 - k)
+        by_gate = torch.stack([by_n, by_n * m * r * (1 - r), by_k, by_n * r], 2)  # d (n, r, k, m) / d h, [T, B, 4, H]
+        by_logvar = 0.5 * (z - q[..., :latent])
+        e_on, f_on = e > 0, f > 0
+        grad = states.new_empty(steps, batch, 4 * hidden + e.size(2))  # of n, r, k, m, e
+        of_gates, of_e = grad[..., : 4 * hidden].unflatten(2, (4, hidden)), grad[..., 4 * hidden :]
+        of_q, of_f = grad_q.clone(), torch.empty_like(f)
         grad_h = grad_states[-1]
-        for t in range(len(z) - 1, -1, -1):
-            h, (r, k) = states[t], rk[t].chunk(2, 1)
-            grad_n = grad_h * (1 - k) * (1 - n[t] * n[t])
-            grad_rk = torch.cat([grad_n * m[t], grad_h * (h - n[t])], 1) * rk[t] * (1 - rk[t])
-            grad_gates = torch.cat([grad_rk, grad_n], 1)
-            grad_phi = torch.addmm(grad_f[t], grad_gates, w_f) * (f[t] > 0)
-            grad_z = grad_phi @ w_z
-            # dz / dlogvar = exp(logvar / 2) noise / 2 = (z - mu) / 2
-            grad_stats = grad_q[t] + torch.cat([grad_z, 0.5 * grad_z * (z[t] - q[t, :, :latent])], 1)
-            grad_e = (grad_stats @ w_q) * (e[t] > 0)
-            grad_a = torch.cat([grad_e, grad_rk, grad_n * r], 1)
-            grad_h = torch.addmm(torch.addcmul(grad_states[t], grad_h, k), grad_a, w_h)
-            made.append((torch.cat([grad_e, grad_gates], 1), grad_a, grad_stats, grad_phi))
-        given, a, stats, phi = (torch.stack(parts[::-1]) for parts in zip(*made, strict=True))
-        gates = given[..., units:]
-        hidden = states.size(2)
+        for t in range(steps - 1, -1, -1):
+            torch.mul(grad_h[:, None], by_gate[t], out=of_gates[t])
+            torch.addmm(grad_f[t], grad[t, :, : 3 * hidden], w_f, out=of_f[t]).mul_(f_on[t])
+            of_z = of_f[t] @ w_z
+            of_q[t, :, :latent] += of_z
+            of_q[t, :, latent:].addcmul_(of_z, by_logvar[t])
+            torch.mul(of_q[t] @ w_q, e_on[t], out=of_e[t])
+            grad_h = torch.addcmul(grad_states[t], grad_h, k[t]).addmm_(grad[t, :, hidden:], w_h)
+        of_x, of_a = grad[..., : 3 * hidden], grad[..., hidden:]
         return (
-            given, None, grad_h, _of_weight(a, states[:-1]), _of_weight(stats, e), stats.sum((0, 1)),
-            _of_weight(phi, z), phi.sum((0, 1)), _of_weight(gates, f), a[..., -hidden:].sum((0, 1)),
+            of_e, of_x, None, grad_h, _of_weight(of_a, states[:-1]), _of_weight(of_q, e), of_q.sum((0, 1)),
+            _of_weight(of_f, z), of_f.sum((0, 1)), _of_weight(of_x, f),
+            grad[..., 3 * hidden : 4 * hidden].sum((0, 1)),
         )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ class VRNN(nn.Module):
         weight = self.cell.weight_hh
         with torch.autocast(x.device.type, enabled=False):
             states, stats, phi = _Recurrence.apply(
-                self._of_x(x.t()), self._noise(x, seed), weight.new_zeros(len(x), self.hidden), *self._weights()
+                *self._of_x(x.t()), self._noise(x, seed), weight.new_zeros(len(x), self.hidden), *self._weights()
             )
         before = states[:-1]
         logits = self.decoder_net(torch.cat([phi, before], 2))
@@ -162,11 +164,11 @@ class VRNN(nn.Module):
         """Ancestral samples, int64 [count, length] on the CPU: z_t from the prior, then x_t.
 
         Args:
-            choose: logits [V] -> id, such as a `Sampler`; None: a draw from p(x_t | z_t, h_{t-1}) as it is.
+            choose: logits [B, V] -> tokens [B], such as a `Sampler`; None: draws from p(x_t | z_t, h_{t-1}) as it is.
             seed: of z and of those draws; None: the default generator's.
         """
         state = self.decoder(count, seed=seed)
-        columns = _sequences.steps(state, None, choose or state.draw, length, -1)
+        columns = _sequences.steps(state, None, choose or state.sampler(), length, -1)
         return torch.tensor(list(columns)).t().contiguous()
 
     def generate_ids(
@@ -177,7 +179,7 @@ class VRNN(nn.Module):
 
         Args:
             prompt: token ids [T] that it goes on from, or None; each of their z is q's mean.
-            choose: logits [V] -> id, such as a `Sampler`; None: a draw from p(x_t | z_t, h_{t-1}) as it is.
+            choose: logits [B, V] -> tokens [B], such as a `Sampler`; None: draws from p(x_t | z_t, h_{t-1}) as it is.
             longest: most tokens, without the prompt's.
             end: an id to stop at, which is left out; None: none.
             seed: of z and of those draws.
@@ -186,25 +188,25 @@ class VRNN(nn.Module):
         if prompt is not None:
             for token in _sequences.prompt_ids("VRNN", prompt, self.vocabulary, self.embed.weight.device)[0]:
                 state.read(token[None])
-        for (token,) in _sequences.steps(state, None, choose or state.draw, longest, -1 if end is None else end):
-            yield token
+        return _sequences.streamed(state, None, choose or state.sampler(), longest, -1 if end is None else end)
 
     def extra_repr(self) -> str:
         return f"vocabulary={self.vocabulary}, hidden={self.hidden}, latent={self.latent}, beta={self.beta:g}"
 
-    def _of_x(self, x: torch.Tensor) -> torch.Tensor:
-        """What x [T, B] adds to the encoder's hidden layer and to the GRU's gates, biases included: one product."""
+    def _of_x(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x [T, B] adds to the encoder's hidden layer and to the gates (n, r, k), biases included."""
         first, cell, width = self.encoder[0], self.cell, self.embedding
-        weight = torch.cat([first.weight[:, :width], cell.weight_ih[:, :width]])
-        of_r_and_z = F.pad(cell.bias_hh[: 2 * self.hidden], (0, self.hidden))
-        return F.linear(self.embed(x), weight, torch.cat([first.bias, cell.bias_ih + of_r_and_z]))
+        given = self.embed(x)
+        bias = cell.bias_ih + F.pad(cell.bias_hh[: 2 * self.hidden], (0, self.hidden))
+        gates = F.linear(given, cell.weight_ih[:, :width].roll(self.hidden, 0), bias.roll(self.hidden, 0))
+        return F.linear(given, first.weight[:, :width], first.bias), gates
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
         """w_h, w_q, b_q, w_z, b_z, w_f and b_n of `_Recurrence`."""
         first, last, phi, cell, width = self.encoder[0], self.encoder[2], self.phi_z[0], self.cell, self.embedding
         return (
-            torch.cat([first.weight[:, width:], cell.weight_hh]), last.weight, last.bias, phi.weight, phi.bias,
-            cell.weight_ih[:, width:], cell.bias_hh[2 * self.hidden :],
+            torch.cat([cell.weight_hh, first.weight[:, width:]]), last.weight, last.bias, phi.weight, phi.bias,
+            cell.weight_ih[:, width:].roll(self.hidden, 0), cell.bias_hh[2 * self.hidden :],
         )  # fmt: skip
 
     def _noise(self, x: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
@@ -243,9 +245,9 @@ class VRNNDecoder:
         self.phi = self.model.phi_z(self.model.encoder(torch.cat([x, self.h], 1)).chunk(2, 1)[0])
         self._advance(ids)
 
-    def draw(self, logits: torch.Tensor) -> int:
-        """An id from logits [V], by this state's generator."""
-        return int(torch.multinomial(logits.float().softmax(0).cpu(), 1, generator=self.generator))
+    def sampler(self) -> Sampler:
+        """Draws tokens as they come, with a seed of this state's generator."""
+        return Sampler(seed=int(torch.randint(2**63 - 1, (), generator=self.generator, device="cpu")))
 
     def _advance(self, ids: torch.Tensor) -> None:
         self.h = self.model.cell(torch.cat([self.model.embed(ids), self.phi], 1), self.h)

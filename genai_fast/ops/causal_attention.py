@@ -119,6 +119,8 @@ def causal_attention(
                 f"{_OP}: cu_seqlens_k: expected {cu_seqlens_q.numel()} beginnings as cu_seqlens_q has,"
                 f" got {cu_seqlens_k.numel()}; give both for the same sequences"
             )
+        if cu_seqlens_k is cu_seqlens_q and torch.compiler.is_compiling():
+            cu_seqlens_k = cu_seqlens_q.clone()  # a compiler refuses a Function that is given one tensor twice
     elif causal and most_k < most_q:
         raise ValueError(
             f"{_OP}: k: expected at least {most_q} positions as q has, got {most_k}: the first queries would see none;"
