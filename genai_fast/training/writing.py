@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,18 +78,13 @@ def _tokens(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -
     sampler, most = Sampler(**drawn), style.max_tokens
     given = torch.tensor(ids) if ids else None
     if isinstance(model, VRNN):
-        return model.generate_ids(given, _one(sampler), longest=most, end=end, seed=style.seed)
+        return model.generate_ids(given, sampler, longest=most, end=end, seed=style.seed)
     given = torch.tensor([*ids, end])
     if len(given) > getattr(model, "block", len(given)):
         raise UsageError(f"the prompt has {len(given)} tokens, the model reads {model.block}; remedy: a shorter one")
     if isinstance(model, TextVAE):
-        return model.generate_ids(given if ids else None, _one(sampler), longest=most, seed=style.seed)
-    return model.generate_ids(given, _one(sampler), longest=most)
-
-
-def _one(sampler: Sampler) -> Callable[[torch.Tensor], int]:
-    """For a row of logits [V]."""
-    return lambda logits: int(sampler(logits[None]))
+        return model.generate_ids(given if ids else None, sampler, longest=most, seed=style.seed)
+    return model.generate_ids(given, sampler, longest=most)
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
