@@ -44,7 +44,7 @@ def test_saved_settings_read_back_the_same(tmp_path_factory, data, lr, beta, see
     [
         ("laten = 3", "unknown key 'laten'; did you mean latent?"),
         ("batch-size = 3", "unknown key 'batch-size'; did you mean batch_size?"),
-        ("qqqq = 3", "unknown key 'qqqq'; expected one of data, size"),
+        ("qqqq = 3", "unknown key 'qqqq'; expected one of data, strict"),
         ('epochs = "3"', r"epochs: expected int, got '3' \(str\)"),
         ("epochs = 3.0", r"epochs: expected int, got 3\.0 \(float\)"),
         ("epochs = true", r"epochs: expected int, got True \(bool\)"),

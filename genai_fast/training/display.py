@@ -24,6 +24,11 @@ def _text(terms: dict[str, float], validation: dict[str, float]) -> str:
     return "  ".join(f"{_SHORT.get(name, name)} {value:.2f}" for name, value in terms.items())
 
 
+def _rate(rates: dict[str, Any]) -> str:
+    tokens = rates.get("tokens_per_second")
+    return f"{rates['samples_per_second']:,.0f} samples/s" if tokens is None else f"{tokens:,.0f} tokens/s"
+
+
 class Lines:
     """A line an epoch, and each warning once."""
 
@@ -36,14 +41,14 @@ class Lines:
     def step(self, done: int) -> None:
         pass
 
-    def terms(self, terms: dict[str, float], rate: float) -> None:
+    def terms(self, terms: dict[str, float], rates: dict[str, float]) -> None:
         pass
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         text, validation = _text(record["train"], record["validation"]), record["validation"]
         if "frechet_distance" in validation:
             text += f"  Fréchet distance {validation['frechet_distance']:.2f}"
-        self._print(f"epoch {record['epoch']}/{epochs}  {text}  {record['samples_per_second']:,.0f} samples/s")
+        self._print(f"epoch {record['epoch']}/{epochs}  {text}  {_rate(record)}")
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -68,13 +73,13 @@ class Bar:
             rich.TextColumn("epoch {task.fields[epoch]}"),
             rich.BarColumn(bar_width=12),
             rich.TextColumn("{task.fields[text]}"),
-            rich.TextColumn("{task.fields[rate]:,.0f} samples/s"),
+            rich.TextColumn("{task.fields[rate]}"),
             rich.TimeRemainingColumn(),
             console=console,
             auto_refresh=False,  # its thread would compete with the kernels' threads
         )
         # The first step of a convolutional model takes some seconds: its convolutions' paths are measured.
-        self._task = self._bar.add_task("", total=total, epoch=1, text="first step ...", rate=math.nan)
+        self._task = self._bar.add_task("", total=total, epoch=1, text="first step ...", rate="")
         self._validation: dict[str, float] = {}
         self._drawn = 0.0
 
@@ -88,9 +93,9 @@ class Bar:
             self._drawn = now
             self._bar.update(self._task, completed=done, refresh=True)
 
-    def terms(self, terms: dict[str, float], rate: float) -> None:
-        """The latest losses and samples/s, drawn with the next step."""
-        self._bar.update(self._task, text=_text(terms, self._validation), rate=rate)
+    def terms(self, terms: dict[str, float], rates: dict[str, float]) -> None:
+        """The latest losses and rates, drawn with the next step."""
+        self._bar.update(self._task, text=_text(terms, self._validation), rate=_rate(rates))
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         self._validation = record["validation"]

@@ -71,8 +71,9 @@ def fit(
     metrics.jsonl holds one JSON object a line, losses in nats a sample: {"kind": "step", "epoch", "step",
     "samples_per_second", "data_wait", <the model's losses>} every `config.log_every` steps and at the end of an
     epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "skipped", "train": {<losses>},
-    "validation": {<losses>}, "warnings": [...]} after it. Epochs and steps count from 1. data_wait is the share of the
-    time that was spent waiting for data; skipped counts updates left out because a loss was not finite.
+    "validation": {<losses>}, "warnings": [...]} after it; of running text "tokens_per_second" too. Epochs and steps
+    count from 1. data_wait is the share of the time that was spent waiting for data; skipped counts updates left out
+    because a loss was not finite.
 
     Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
 
@@ -122,8 +123,8 @@ def fit(
                         terms, rate, wait = meter.latest(), meter.rate(), meter.wait()
                         _check(step, batch, train.names, at, run)
                         place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
-                        metrics.write(**place, samples_per_second=rate, data_wait=wait, **terms)
-                        screen.terms(terms, rate)
+                        metrics.write(**place, **_rates(train, rate), data_wait=wait, **terms)
+                        screen.terms(terms, _rates(train, rate))
                     screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
                     if (due or stop) and not last:
@@ -144,7 +145,7 @@ def fit(
                 "kind": "epoch",
                 "epoch": at.epoch + 1,
                 "step": at.step,
-                "samples_per_second": train.samples / at.seconds,
+                **_rates(train, train.samples / at.seconds),
                 "data_wait": at.waited / at.seconds,
                 "skipped": at.skipped,
                 "train": means,
@@ -262,6 +263,12 @@ class _Meter:
         at.sums, at.skipped = self._sums.tolist(), self._skipped + skipped
         at.seconds = self._before[0] + time.perf_counter() - self._since
         at.waited = self._before[1] + self._waited
+
+
+def _rates(feed: Feed, samples: float) -> dict[str, float]:
+    """Samples a second, and of running text tokens a second."""
+    tokens = getattr(feed, "block", 0)
+    return {"samples_per_second": samples} | ({"tokens_per_second": samples * tokens} if tokens else {})
 
 
 def _progress(resume: dict[str, Any] | None) -> Progress:
