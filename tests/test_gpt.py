@@ -224,6 +224,10 @@ def test_a_state_without_the_head_loads():
     state = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
     other.load_state_dict(state)
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert "lm_head.weight" not in state
+    inside = torch.nn.ModuleDict({"text": small(seed=1)})
+    inside.load_state_dict({f"text.{name}": p for name, p in state.items()})
+    assert tied(inside["text"]) and torch.equal(inside["text"].lm_head.weight, model.lm_head.weight)
     del state["transformer.wpe.weight"]
     with pytest.raises(RuntimeError, match=r"transformer\.wpe\.weight"):
         other.load_state_dict(state)

@@ -110,6 +110,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self._tie()
+        self.register_load_state_dict_pre_hook(_with_head)
         self.register_load_state_dict_post_hook(_tied_after_load)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -233,7 +234,12 @@ def _dropped(x: torch.Tensor, module: GPT | _Block) -> torch.Tensor:
     return ops.act_dropout(x, module.dropout, True, "none")
 
 
-def _tied_after_load(model: GPT, incompatible: Any) -> None:
-    """load_state_dict(assign=True) would untie the head; a file without it says it all by the embedding."""
-    model._tie()
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith("lm_head.weight")]
+def _with_head(model: GPT, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state without the tied head says it all by the embedding."""
+    embedding = state.get(f"{prefix}transformer.wte.weight")
+    if embedding is not None:
+        state.setdefault(f"{prefix}lm_head.weight", embedding)
+
+
+def _tied_after_load(model: GPT, _: Any) -> None:
+    model._tie()  # load_state_dict(assign=True) makes a parameter for each name
