@@ -229,7 +229,7 @@ def test_tokens_that_do_not_fit_change_nothing():
     assert decoder.length == 8 and "8 of 8 tokens" in repr(decoder)
 
 
-@pytest.mark.parametrize("name", ["one_token", "int8"])
+@pytest.mark.parametrize("name", ["int8"])
 def test_opcheck_and_compile(name):
     inputs = CASES[name].inputs(Tensors())
     cache = inputs.pop("cache")
@@ -256,7 +256,7 @@ def test_the_raw_operator_refuses_what_would_read_foreign_memory():
         {"ids": ids.int()}, {"ids": ids + 65}, {"ids": ids - 65}, {"ids": ids[:, :0]}, {"length": 10}, {"length": -1},
         {"weights": weights[:-1]}, {"weights": [*weights[:4], weights[4].float(), *weights[5:]]},
         {"weights": [*weights[:4], weights[4][:-1], *weights[5:]]}, {"scales": scales[:-1]},
-        {"scales": [scales[0].double(), *scales[1:]]}, {"weights": [*weights[:2], weights[2].double(), *weights[3:]]},
+        {"scales": [scales[0].half(), *scales[1:]]}, {"weights": [*weights[:2], weights[2].half(), *weights[3:]]},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="genai_fast: expected"):
             call(**changes)

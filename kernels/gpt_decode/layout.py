@@ -28,7 +28,6 @@ class Sizes(NamedTuple):
     hidden: int
 
 
-@functools.cache
 def names(layers: int) -> tuple[str, ...]:
     """GPT-2's name of each weight, in the order of the list."""
     return (*FIRST, *(f"transformer.h.{i}.{name}" for i in range(layers) for name in LAYER), *LAST)
@@ -39,7 +38,6 @@ def is_matrix(name: str) -> bool:
     return name == FIRST[0] or name == LAST[2] or (name.endswith(".weight") and ".c_" in name)
 
 
-@functools.cache
 def shapes(size: Sizes) -> tuple[tuple[int, ...], ...]:
     """Of each weight of the list."""
     c, h = size.channels, size.hidden
@@ -47,10 +45,13 @@ def shapes(size: Sizes) -> tuple[tuple[int, ...], ...]:
     return ((size.vocabulary, c), (size.positions, c), *(layer * size.layers), (c,), (c,), (size.vocabulary, c))
 
 
-@functools.cache
 def matrices(layers: int) -> tuple[int, ...]:
     """Where the list holds matrices."""
     return tuple(k for k, name in enumerate(names(layers)) if is_matrix(name))
+
+
+# For calls at every token. (torch.compile, which sees the others, warns of caches.)
+_shapes, _matrices = functools.cache(shapes), functools.cache(matrices)
 
 
 def sizes_of(weights: Sequence[torch.Tensor]) -> Sizes:
@@ -68,12 +69,12 @@ def require(cache, ids, length, weights, scales) -> Sizes:
     The public op has checked already, with better words; this is for calls of torch.ops.genai_fast itself.
     """
     size = sizes_of(weights)
-    dtype, where, on_cpu = weights[0].dtype, matrices(size.layers), cache.is_cpu
+    dtype, where, on_cpu = weights[0].dtype, _matrices(size.layers), cache.is_cpu
     wide = torch.float64 if cache.dtype is torch.float64 else torch.float32
     expected = [wide] * len(weights)
     for k in where:
         expected[k] = dtype
-    for w, shape, kind in zip(weights, shapes(size), expected, strict=True):
+    for w, shape, kind in zip(weights, _shapes(size), expected, strict=True):
         if w.shape != shape or w.dtype is not kind or w.is_cpu != on_cpu or not w.is_contiguous():
             raise ValueError(
                 f"genai_fast: expected contiguous {kind} {shape} on {cache.device}, got {w.dtype} {tuple(w.shape)} on"

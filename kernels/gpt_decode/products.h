@@ -6,32 +6,62 @@
 #include "matmul.h"
 #include "rows.h"
 
-namespace {
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-using Bytes __attribute__((vector_size(kWidth))) = int8_t;
-using Halves __attribute__((vector_size(2 * kWidth))) = uint16_t;
-using Integers __attribute__((vector_size(4 * kWidth))) = int32_t;
-using Words __attribute__((vector_size(4 * kWidth))) = uint32_t;
+namespace {
 
 #define GENAI_FAST_INLINE inline __attribute__((always_inline))
 
 GENAI_FAST_INLINE Vector load(const float* p) { return *reinterpret_cast<const VectorAt*>(p); }
 
-GENAI_FAST_INLINE Vector load(const uint16_t* p) {  // bfloat16
-  Halves narrow;
-  __builtin_memcpy(&narrow, p, sizeof narrow);
-  return reinterpret_cast<Vector>(__builtin_convertvector(narrow, Words) << 16);
-}
+using Integers __attribute__((vector_size(4 * kWidth))) = int32_t;
 
-GENAI_FAST_INLINE Vector load(const int8_t* p) {
-  Bytes narrow;
-  __builtin_memcpy(&narrow, p, sizeof narrow);
-  return __builtin_convertvector(__builtin_convertvector(narrow, Integers), Vector);
+// From bfloat16, and from int8. (By intrinsics: GCC widens such vectors by halves, through memory. Masked ones: GCC 12
+// warns of what the others leave undefined.)
+#if defined(__AVX512F__)
+GENAI_FAST_INLINE Vector load(const uint16_t* p) {
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return Vector(Integers(_mm512_maskz_cvtepu16_epi32(0xFFFF, narrow)) << 16);
 }
+GENAI_FAST_INLINE Vector load(const int8_t* p) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector(Integers(_mm512_maskz_cvtepi8_epi32(0xFFFF, narrow)), Vector);
+}
+GENAI_FAST_INLINE float sum_lanes(Vector v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xFF, v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#elif defined(__AVX2__)
+GENAI_FAST_INLINE Vector load(const uint16_t* p) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return Vector(Integers(_mm256_cvtepu16_epi32(narrow)) << 16);
+}
+GENAI_FAST_INLINE Vector load(const int8_t* p) {
+  const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector(Integers(_mm256_cvtepi8_epi32(narrow)), Vector);
+}
+GENAI_FAST_INLINE float sum_lanes(Vector v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
+GENAI_FAST_INLINE Vector load(const uint16_t* p) {
+  return Vector{from_bfloat16(p[0]), from_bfloat16(p[1]), from_bfloat16(p[2]), from_bfloat16(p[3])};
+}
+GENAI_FAST_INLINE Vector load(const int8_t* p) {
+  return Vector{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+}
+GENAI_FAST_INLINE float sum_lanes(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
 
 // The last elements of a row, and zeros.
 template <class W>
-GENAI_FAST_INLINE Vector load_rest(const W* p, int64_t count) {
+__attribute__((noinline)) Vector load_rest(const W* p, int64_t count) {
   W padded[kWidth] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
@@ -40,15 +70,6 @@ GENAI_FAST_INLINE Vector load_rest(const W* p, int64_t count) {
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) { return from_bfloat16(value); }
 inline float widen(int8_t value) { return float(value); }
-
-GENAI_FAST_INLINE float sum_lanes(Vector v) {
-  float lanes[kWidth];
-  __builtin_memcpy(lanes, &v, sizeof lanes);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 // A torch Linear: weight [rows, depth] with a factor for each row (of int8 weights, else null), bias [rows] or null.
 template <class W>
@@ -68,11 +89,13 @@ struct Vectors {
   Vectors from(int64_t r) const { return {x + r * x_row, x_row, y + r * y_row, y_row, add}; }
 };
 
-constexpr int kTogether = 4;  // rows of weights that are read side by side
+// Rows of weights that are read side by side: as many as hide the memory's latency if there are few x, else fewer, for
+// more x to meet them. All sums stay in registers.
+constexpr int kStreams = 8, kTogether = 4;
 #if defined(__AVX512F__)
-constexpr int kMostVectors = 6;  // 4 x 6 sums in registers
+constexpr int kFewVectors = 3, kMostVectors = 6;
 #else
-constexpr int kMostVectors = 2;
+constexpr int kFewVectors = 1, kMostVectors = 2;
 #endif
 
 // N rows of weights from `row` on, R of the x. `Ahead` fetches the N rows after these, while these are read.
@@ -83,9 +106,12 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
   Vector sum[N][R] = {};
   const auto step = [&](int64_t k, auto get) __attribute__((always_inline)) {
     Vector x[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) x[r] = load(v.x + r * v.x_row + k);
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const Vector weights = get(w + n * m.depth + k);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[n][r] += weights * x[r];
     }
   };
@@ -98,8 +124,10 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
   }
   for (; k + kWidth <= m.depth; k += kWidth) step(k, [](const W* p) { return load(p); });
   if (k < m.depth) step(k, [&](const W* p) { return load_rest(p, m.depth - k); });
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const float scale = m.scale ? m.scale[row + n] : 1.0f, bias = m.bias ? m.bias[row + n] : 0.0f;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       float* const y = v.y + r * v.y_row + row + n;
       const float value = sum_lanes(sum[n][r]) * scale + bias;
@@ -129,6 +157,9 @@ template <class W>
 __attribute__((noinline)) void multiply_linear(const Linear<W>& m, int64_t first, int64_t last, const Vectors& v,
                                                int64_t count) {
   int64_t row = first;
+  if (count <= kFewVectors) {
+    for (; row + kStreams <= last; row += kStreams) multiply_rest_of<kStreams, kFewVectors>(m, row, v, count);
+  }
   for (; row + kTogether <= last; row += kTogether) multiply_vectors<kTogether>(m, row, v, count);
   for (; row < last; ++row) multiply_vectors<1>(m, row, v, count);
 }
