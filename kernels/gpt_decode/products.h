@@ -90,19 +90,23 @@ struct Vectors {
 };
 
 // Rows of weights that are read side by side: as many as hide the memory's latency if there are few x, else fewer, for
-// more x to meet them. All sums stay in registers.
+// more x to meet them. All sums stay in registers. The rows lie far apart, so that each begins a stream that goes on with
+// the row behind it: the processor foresees those, and nothing that jumps to new pages with every row.
 constexpr int kStreams = 8, kTogether = 4;
+constexpr int64_t kAheadBytes = 2048;  // in a stream
 #if defined(__AVX512F__)
 constexpr int kFewVectors = 3, kMostVectors = 6;
 #else
 constexpr int kFewVectors = 1, kMostVectors = 2;
 #endif
 
-// N rows of weights from `row` on, R of the x. `Ahead` fetches the N rows after these, while these are read.
+// Rows row, row + apart, .. of weights, N of them, and R of the x.
 template <int N, int R, bool Ahead, class W>
-GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const Vectors& v) {
+GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, int64_t apart, const Vectors& v) {
   constexpr int kLine = 64 / int(sizeof(W)), kVectors = kLine / kWidth;  // of a cache line
+  constexpr int64_t kAhead = kAheadBytes / int64_t(sizeof(W));
   const W* const w = m.weight + row * m.depth;
+  const int64_t stream = apart * m.depth;
   Vector sum[N][R] = {};
   const auto step = [&](int64_t k, auto get) __attribute__((always_inline)) {
     Vector x[R];
@@ -110,7 +114,7 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
     for (int r = 0; r < R; ++r) x[r] = load(v.x + r * v.x_row + k);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vector weights = get(w + n * m.depth + k);
+      const Vector weights = get(w + n * stream + k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[n][r] += weights * x[r];
     }
@@ -118,7 +122,7 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
   int64_t k = 0;
   for (; k + kLine <= m.depth; k += kLine) {
     if constexpr (Ahead) {
-      for (int n = 0; n < N; ++n) __builtin_prefetch(w + (N + n) * m.depth + k);
+      for (int n = 0; n < N; ++n) __builtin_prefetch(w + n * stream + k + kAhead);
     }
     for (int i = 0; i < kVectors; ++i) step(k + i * kWidth, [](const W* p) { return load(p); });
   }
@@ -126,10 +130,10 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
   if (k < m.depth) step(k, [&](const W* p) { return load_rest(p, m.depth - k); });
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    const float scale = m.scale ? m.scale[row + n] : 1.0f, bias = m.bias ? m.bias[row + n] : 0.0f;
+    const float scale = m.scale ? m.scale[row + n * apart] : 1.0f, bias = m.bias ? m.bias[row + n * apart] : 0.0f;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      float* const y = v.y + r * v.y_row + row + n;
+      float* const y = v.y + r * v.y_row + row + n * apart;
       const float value = sum_lanes(sum[n][r]) * scale + bias;
       *y = v.add ? *y + value : value;
     }
@@ -137,31 +141,39 @@ GENAI_FAST_INLINE void multiply_rows_of(const Linear<W>& m, int64_t row, const V
 }
 
 template <int N, int R, class W>
-GENAI_FAST_INLINE void multiply_rest_of(const Linear<W>& m, int64_t row, const Vectors& v, int64_t count) {
-  if (count == R) return multiply_rows_of<N, R, true>(m, row, v);
-  if constexpr (R > 1) multiply_rest_of<N, R - 1>(m, row, v, count);
+GENAI_FAST_INLINE void multiply_rest_of(const Linear<W>& m, int64_t row, int64_t apart, const Vectors& v,
+                                        int64_t count) {
+  if (count == R) return multiply_rows_of<N, R, true>(m, row, apart, v);
+  if constexpr (R > 1) multiply_rest_of<N, R - 1>(m, row, apart, v, count);
 }
 
 // The first block of x comes with the weights from memory, the others find them in the cache.
 template <int N, class W>
-GENAI_FAST_INLINE void multiply_vectors(const Linear<W>& m, int64_t row, const Vectors& v, int64_t count) {
-  if (count <= kMostVectors) return multiply_rest_of<N, kMostVectors>(m, row, v, count);
-  multiply_rows_of<N, kMostVectors, true>(m, row, v);
+GENAI_FAST_INLINE void multiply_vectors(const Linear<W>& m, int64_t row, int64_t apart, const Vectors& v,
+                                        int64_t count) {
+  if (count <= kMostVectors) return multiply_rest_of<N, kMostVectors>(m, row, apart, v, count);
+  multiply_rows_of<N, kMostVectors, true>(m, row, apart, v);
   int64_t r = kMostVectors;
-  for (; r + kMostVectors <= count; r += kMostVectors) multiply_rows_of<N, kMostVectors, false>(m, row, v.from(r));
-  for (; r < count; ++r) multiply_rows_of<N, 1, false>(m, row, v.from(r));
+  for (; r + kMostVectors <= count; r += kMostVectors) {
+    multiply_rows_of<N, kMostVectors, false>(m, row, apart, v.from(r));
+  }
+  for (; r < count; ++r) multiply_rows_of<N, 1, false>(m, row, apart, v.from(r));
 }
 
 // Rows first .. last - 1 of `count` products.
 template <class W>
 __attribute__((noinline)) void multiply_linear(const Linear<W>& m, int64_t first, int64_t last, const Vectors& v,
                                                int64_t count) {
-  int64_t row = first;
-  if (count <= kFewVectors) {
-    for (; row + kStreams <= last; row += kStreams) multiply_rest_of<kStreams, kFewVectors>(m, row, v, count);
+  const bool few = count <= kFewVectors;
+  const int64_t streams = few ? kStreams : kTogether, apart = (last - first) / streams;
+  for (int64_t row = first; row < first + apart; ++row) {
+    if (few) {
+      multiply_rest_of<kStreams, kFewVectors>(m, row, apart, v, count);
+    } else {
+      multiply_vectors<kTogether>(m, row, apart, v, count);
+    }
   }
-  for (; row + kTogether <= last; row += kTogether) multiply_vectors<kTogether>(m, row, v, count);
-  for (; row < last; ++row) multiply_vectors<1>(m, row, v, count);
+  for (int64_t row = first + streams * apart; row < last; ++row) multiply_vectors<1>(m, row, 1, v, count);
 }
 
 }  // namespace
