@@ -143,16 +143,26 @@ class GPTDecoder:
         )
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append the tokens ids, int64 [B, T], to the cache; gives the logits float32 [B, V] behind the last."""
-        _check_ids(_CLASS, ids, self.vocabulary, self._cache.device)
-        if ids.size(0) != self.batch:
-            raise ValueError(f"{_CLASS}: ids: expected a batch of {self.batch}, got {ids.size(0)}")
-        _check_room(_CLASS, self.length, ids.size(1), self.block)
+        """Begin anew with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        self._check(ids, 0)
+        self.reset()
+        return self.append(ids)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Go on with one token for each sample, int64 [B]; gives logits float32 [B, V]."""
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 1:
+            got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"{_CLASS}: ids: expected int64 [{self.batch}], one token a sample, got {got}")
+        return self.append(ids.unsqueeze(1))
+
+    def append(self, ids: torch.Tensor) -> torch.Tensor:
+        """Go on with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        self._check(ids, self.length)
         if self._changed():
             if self.length:
                 raise RuntimeError(
                     f"{_CLASS}: expected the weights that made the {self.length} tokens of the cache, got changed ones;"
-                    f" begin anew with reset()"
+                    f" begin anew with reset() or prefill()"
                 )
             self.refresh()
         with torch.no_grad():
@@ -161,13 +171,6 @@ class GPTDecoder:
             )
         self.length += ids.size(1)
         return logits
-
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append one token for each sample, int64 [B]; gives logits float32 [B, V]."""
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 1:
-            got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ValueError(f"{_CLASS}: ids: expected int64 [{self.batch}], one token a sample, got {got}")
-        return self.prefill(ids.unsqueeze(1))
 
     def reset(self) -> None:
         """Forget all tokens. Weights that have changed are read anew before the next."""
@@ -178,6 +181,12 @@ class GPTDecoder:
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
         self._read = self._versions()
         self.length = 0
+
+    def _check(self, ids: Any, length: int) -> None:
+        _check_ids(_CLASS, ids, self.vocabulary, self._cache.device)
+        if ids.size(0) != self.batch:
+            raise ValueError(f"{_CLASS}: ids: expected a batch of {self.batch}, got {ids.size(0)}")
+        _check_room(_CLASS, length, ids.size(1), self.block)
 
     def _versions(self) -> int:
         """Grows with every change in place that PyTorch knows of. (Tensors of inference mode count none.)"""
