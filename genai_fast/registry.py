@@ -17,6 +17,7 @@ from genai_fast.kernels.conv_transpose.spec import (
 from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
 from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
 from genai_fast.kernels.gated_act.spec import GATED_ACT
+from genai_fast.kernels.gpt_decode.spec import GPT_DECODE
 from genai_fast.kernels.layer_norm.spec import LAYER_NORM, RMS_NORM
 from genai_fast.kernels.recurrent.spec import GRU, LSTM
 from genai_fast.kernels.reparameterize.spec import REPARAMETERIZE, REPARAMETERIZE_KL
@@ -48,5 +49,6 @@ OPS: dict[str, OpSpec] = {
         LSTM,
         CAUSAL_ATTENTION,
         DECODE_ATTENTION,
+        GPT_DECODE,
     )
 }

@@ -2,13 +2,11 @@
 //
 // Threads stay for the whole sequence, with one barrier a step. Each owns some vectors of hidden units and packs their
 // weights for itself, so that it reads them from its own cache. Every sum has one order, however many threads there are.
-#include <omp.h>
-#include <sched.h>
-
 #include "activations.h"
 #include "kernel.h"
 #include "matmul.h"
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
@@ -16,47 +14,10 @@ constexpr int64_t kRows = 64;    // of the batch, whose products stay in the sec
 constexpr int64_t kDepth = 128;  // of weights that stay in that cache while they meet all rows
 constexpr int64_t kParallelProducts = 1 << 20;  // multiplications of a step that are worth a second thread
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline float* floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, size_t((count + 16) / 16 * 64)));
-}
-
 struct Sizes {
   int64_t steps, batch, hidden;
   int64_t states() const { return batch * hidden; }
   bool parallel() const { return 3 * hidden * states() >= kParallelProducts; }
-};
-
-// Of all threads of a team. It spins for some microseconds and then gives its core away: where others want the cores,
-// OpenMP's own barrier would spin on, for milliseconds each step.
-class Barrier {
- public:
-  void wait() {
-    const int seen = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
-      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation_, seen + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == seen; ++spins) {
-      if (spins >= kSpins) sched_yield();
-    }
-  }
-
- private:
-  static constexpr int kSpins = 2000;
-  int arrived_ = 0, generation_ = 0;
-};
-
-// The vectors of hidden units that are this thread's.
-struct Share {
-  int64_t first, last;
-  explicit Share(int64_t hidden) {
-    const int64_t vectors = whole_vectors(hidden) / kWidth, threads = omp_get_num_threads();
-    first = vectors * omp_get_thread_num() / threads;
-    last = vectors * (omp_get_thread_num() + 1) / threads;
-  }
 };
 
 // As `multiply`, a part of the depth after the other.
@@ -122,7 +83,7 @@ void gru(const float* gates, const float* h0, const float* weight, const float* 
   constexpr int64_t columns = 3 * kWidth;
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
-    const Share mine(hidden);
+    const Share mine(whole_vectors(hidden) / kWidth);  // vectors of hidden units
     float* const packed = floats((mine.last - mine.first) * hidden * columns);
     for (int64_t v = mine.first; v < mine.last; ++v) {
       pack_gates(weight, hidden, v * kWidth, packed + (v - mine.first) * hidden * columns);
@@ -201,7 +162,7 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
   alignas(64) const float zeros[kWidth] = {};
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
-    const Share mine(hidden);
+    const Share mine(whole_vectors(hidden) / kWidth);  // vectors of hidden units
     const int64_t unit = mine.first * kWidth, columns = (mine.last - mine.first) * kWidth;
     const int64_t units = least(columns, hidden - unit);  // below 1 for a thread without any
     float* const packed = floats(3 * hidden * columns);  // a panel after the other, [3 H][its columns]

@@ -1,0 +1,266 @@
+// New tokens through all layers of a GPT-2, in float32 with matrices in float32, bfloat16 or int8.
+//
+// One parallel region a call, in which threads meet four times a layer. Each owns the same share of rows of every matrix;
+// what is short, the layer norms, each computes for itself.
+#include "activations.h"
+#include "kernel.h"
+#include "products.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t kRows = 64;               // tokens that pass through a layer together: a prompt goes in such parts
+constexpr int64_t kUnit = 16;               // rows of a matrix: results of two threads lie in different cache lines
+constexpr int64_t kParallelWeights = 1 << 16;  // weights of a layer that are worth a second thread
+constexpr int64_t kTensors = 12, kMatrices = 4;  // of a layer
+
+struct Sizes {
+  int64_t layers, batch, heads, channels, hidden, vocabulary, room;
+  float eps;
+  int64_t head_dim() const { return channels / heads; }
+  int64_t width() const { return whole_vectors(channels); }
+  int64_t wide() const { return whole_vectors(hidden); }
+};
+
+// Addresses of tensors in the order of layout.py; `scales` has one for each matrix, or is null.
+template <class W>
+struct Weights {
+  const int64_t *tensors, *scales;
+  Sizes size;
+
+  const float* vector(int64_t k) const { return reinterpret_cast<const float*>(tensors[k]); }
+  const float* scale(int64_t k) const { return scales ? reinterpret_cast<const float*>(scales[k]) : nullptr; }
+  const W* matrix(int64_t k) const { return reinterpret_cast<const W*>(tensors[k]); }
+
+  const float* vector(int64_t layer, int64_t k) const { return vector(2 + layer * kTensors + k); }
+  // Matrix j = 0 .. 3 of a layer, whose weight is tensor k and whose bias follows it.
+  Linear<W> linear(int64_t layer, int64_t j, int64_t k, int64_t rows, int64_t depth) const {
+    const int64_t at = 2 + layer * kTensors + k;
+    return {matrix(at), scale(1 + layer * kMatrices + j), vector(at + 1), rows, depth};
+  }
+  Linear<W> qkv(int64_t layer) const { return linear(layer, 0, 2, 3 * size.channels, size.channels); }
+  Linear<W> attention_out(int64_t layer) const { return linear(layer, 1, 4, size.channels, size.channels); }
+  Linear<W> up(int64_t layer) const { return linear(layer, 2, 8, size.hidden, size.channels); }
+  Linear<W> down(int64_t layer) const { return linear(layer, 3, 10, size.channels, size.hidden); }
+  const float* last_norm() const { return vector(2 + size.layers * kTensors); }
+  const float* last_norm_bias() const { return vector(3 + size.layers * kTensors); }
+  Linear<W> head() const {
+    return {matrix(4 + size.layers * kTensors), scale(1 + size.layers * kMatrices), nullptr, size.vocabulary,
+            size.channels};
+  }
+};
+
+void layer_norm(const float* x, const float* weight, const float* bias, int64_t channels, float eps, float* y) {
+  float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < channels; ++i) sum += x[i];
+  const float mean = sum / float(channels);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < channels; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const float rstd = 1.0f / __builtin_sqrtf(squares / float(channels) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < channels; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// out = sum over j < count of p[j] rows[j], rows `width` long and dense.
+void weigh_rows(const float* p, const float* rows, int64_t count, int64_t width, float* out) {
+  const auto vectors = [&](int64_t at, auto number) {
+    constexpr int kVectors = decltype(number)::value;
+    Vector sum[kVectors] = {};
+    for (int64_t j = 0; j < count; ++j) {
+      for (int i = 0; i < kVectors; ++i) sum[i] += p[j] * load(rows + j * width + at + i * kWidth);
+    }
+    for (int i = 0; i < kVectors; ++i) *reinterpret_cast<VectorAt*>(out + at + i * kWidth) = sum[i];
+  };
+  int64_t at = 0;
+  for (; at + 4 * kWidth <= width; at += 4 * kWidth) vectors(at, Count<4>{});
+  for (; at + kWidth <= width; at += kWidth) vectors(at, Count<1>{});
+  for (; at < width; ++at) {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < count; ++j) sum += p[j] * rows[j * width + at];
+    out[at] = sum;
+  }
+}
+
+// softmax(q keys^T / sqrt(D)) values, over the first `count` tokens of one head. `query` and `p` are buffers.
+void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t head_dim, float* query,
+            float* p, float* out) {
+  const float scale = 1.0f / __builtin_sqrtf(float(head_dim));
+  for (int64_t d = 0; d < head_dim; ++d) query[d] = q[d] * scale;
+  multiply_linear(Linear<float>{keys, nullptr, nullptr, count, head_dim}, 0, count, {query, 0, p, 0, false}, 1);
+  float most = p[0], total = 0.0f;
+  for (int64_t j = 1; j < count; ++j) most = p[j] > most ? p[j] : most;
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < count; ++j) {
+    p[j] = exp_fast(p[j] - most);
+    total += p[j];
+  }
+  weigh_rows(p, values, count, head_dim, out);
+  const float share = 1.0f / total;
+  for (int64_t d = 0; d < head_dim; ++d) out[d] *= share;
+}
+
+// Memory of the tokens that are on their way, which all threads share: rows with zeros up to a whole vector.
+struct Shared {
+  float *x, *qkv, *attended, *hidden;
+  explicit Shared(const Sizes& s, int64_t rows) {
+    const int64_t each = 2 * s.width() + whole_vectors(3 * s.channels) + s.wide();
+    x = floats(rows * each);
+    std::memset(x, 0, size_t(rows * each) * sizeof(float));
+    qkv = x + rows * s.width();
+    attended = qkv + rows * whole_vectors(3 * s.channels);
+    hidden = attended + rows * s.width();
+  }
+  Shared(const Shared&) = delete;
+  ~Shared() { std::free(x); }
+};
+
+// Tokens first .. first + tokens - 1 of each sample: row b tokens + t.
+struct Part {
+  int64_t first, tokens;
+};
+
+// What one thread does.
+template <class W>
+class Worker {
+ public:
+  Worker(const Weights<W>& weights, const Shared& shared, Barrier& everyone, float* cache, int64_t rows, int64_t length)
+      : w_(weights), s_(weights.size), shared_(shared), everyone_(everyone), cache_(cache), length_(length) {
+    const int64_t normed = rows * s_.width(), query = whole_vectors(s_.head_dim());
+    normed_ = floats(normed + query + s_.room);
+    query_ = normed_ + normed;
+    scores_ = query_ + query;
+    std::memset(normed_, 0, size_t(normed + query) * sizeof(float));
+  }
+  Worker(const Worker&) = delete;
+  ~Worker() { std::free(normed_); }
+
+  void embed(const int64_t* ids, int64_t ids_row, const Part& part) {
+    const int64_t rows = s_.batch * part.tokens, channels = s_.channels;
+    const Share mine(rows);
+    for (int64_t r = mine.first; r < mine.last; ++r) {
+      const int64_t b = r / part.tokens, t = part.first + r % part.tokens, id = ids[b * ids_row + t];
+      const float scale = w_.scale(0) ? w_.scale(0)[id] : 1.0f;
+      const W* const token = w_.matrix(0) + id * channels;
+      const float* const position = w_.vector(1) + (length_ + t) * channels;
+      float* const x = shared_.x + r * s_.width();
+      for (int64_t i = 0; i < channels; ++i) x[i] = widen(token[i]) * scale + position[i];
+    }
+    everyone_.wait();
+  }
+
+  void layer(int64_t l, const Part& part) {
+    const int64_t rows = s_.batch * part.tokens, width = s_.width(), qkv_row = whole_vectors(3 * s_.channels);
+    norm(rows, w_.vector(l, 0), w_.vector(l, 1));
+    multiply(w_.qkv(l), {normed_, width, shared_.qkv, qkv_row, false}, rows);
+    everyone_.wait();
+    attention(l, part);
+    everyone_.wait();
+    multiply(w_.attention_out(l), {shared_.attended, width, shared_.x, width, true}, rows);
+    everyone_.wait();
+    norm(rows, w_.vector(l, 6), w_.vector(l, 7));
+    const Share mine = multiply(w_.up(l), {normed_, width, shared_.hidden, s_.wide(), false}, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const h = shared_.hidden + r * s_.wide();
+#pragma omp simd
+      for (int64_t i = mine.first; i < mine.last; ++i) h[i] = activate<kGeluTanh>(h[i], 0.0f);
+    }
+    everyone_.wait();
+    multiply(w_.down(l), {shared_.hidden, s_.wide(), shared_.x, width, true}, rows);
+    everyone_.wait();
+  }
+
+  // logits [B, V] of each sample's last token.
+  void head(const Part& part, float* logits) {
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      const float* const x = shared_.x + ((b + 1) * part.tokens - 1) * s_.width();
+      layer_norm(x, w_.last_norm(), w_.last_norm_bias(), s_.channels, s_.eps, normed_ + b * s_.width());
+    }
+    multiply(w_.head(), {normed_, s_.width(), logits, s_.vocabulary, false}, s_.batch);
+  }
+
+ private:
+  void norm(int64_t rows, const float* weight, const float* bias) {
+    for (int64_t r = 0; r < rows; ++r) {
+      layer_norm(shared_.x + r * s_.width(), weight, bias, s_.channels, s_.eps, normed_ + r * s_.width());
+    }
+  }
+
+  Share multiply(const Linear<W>& m, const Vectors& v, int64_t count) {
+    const Share mine(m.rows, kUnit);
+    multiply_linear(m, mine.first, mine.last, v, count);
+    return mine;
+  }
+
+  // Keys and values go to the cache [L][2][B][H][room][D]; then each head attends over what its cache holds.
+  void attention(int64_t l, const Part& part) {
+    const int64_t head_dim = s_.head_dim(), all = s_.batch * s_.heads, row = whole_vectors(3 * s_.channels);
+    const int64_t before = length_ + part.first;
+    const Share mine(all);
+    for (int64_t item = mine.first; item < mine.last; ++item) {
+      const int64_t b = item / s_.heads, at = item % s_.heads * head_dim;
+      float* const keys = cache_ + (2 * l * all + item) * s_.room * head_dim;
+      float* const values = keys + all * s_.room * head_dim;
+      for (int64_t t = 0; t < part.tokens; ++t) {
+        const float* const qkv = shared_.qkv + (b * part.tokens + t) * row + at;
+        std::memcpy(keys + (before + t) * head_dim, qkv + s_.channels, size_t(head_dim) * sizeof(float));
+        std::memcpy(values + (before + t) * head_dim, qkv + 2 * s_.channels, size_t(head_dim) * sizeof(float));
+        float* const out = shared_.attended + (b * part.tokens + t) * s_.width() + at;
+        attend(qkv, keys, values, before + t + 1, head_dim, query_, scores_, out);
+      }
+    }
+  }
+
+  const Weights<W>& w_;
+  const Sizes& s_;
+  const Shared& shared_;
+  Barrier& everyone_;
+  float* const cache_;
+  const int64_t length_;
+  float *normed_, *query_, *scores_;
+};
+
+template <class W>
+void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* logits, int64_t tokens, int64_t length,
+            int threads) {
+  const Sizes& s = weights.size;
+  const int64_t together = s.batch < kRows ? least(tokens, kRows / s.batch) : 1, rows = s.batch * together;
+  const Shared shared(s, rows);
+  Barrier everyone;
+#pragma omp parallel num_threads(threads) if (s.channels * (4 * s.channels + 2 * s.hidden) >= kParallelWeights)
+  {
+    Worker<W> worker(weights, shared, everyone, cache, rows, length);
+    for (int64_t first = 0; first < tokens; first += together) {
+      const Part part{first, least(together, tokens - first)};
+      worker.embed(ids, tokens, part);
+      for (int64_t l = 0; l < s.layers; ++l) worker.layer(l, part);
+      if (first + part.tokens == tokens) worker.head(part, logits);
+    }
+  }
+}
+
+// tensors, scales: addresses, in the order of layout.py (scales: null but for int8). cache [L, 2, B, H, room, D] holds
+// `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last. dtype: of the matrices, 0
+// float32, 1 bfloat16, 2 int8.
+void gpt_decode(const int64_t* tensors, const int64_t* scales, float* cache, const int64_t* ids, float* logits,
+                int64_t layers, int64_t batch, int64_t heads, int64_t channels, int64_t hidden, int64_t vocabulary,
+                int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int threads) {
+  const Sizes size{layers, batch, heads, channels, hidden, vocabulary, room, float(eps)};
+  switch (dtype) {
+    case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
+    case 1: return decode(Weights<uint16_t>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
+    default: return decode(Weights<int8_t>{tensors, scales, size}, cache, ids, logits, tokens, length, threads);
+  }
+}
+
+}  // namespace
+
+GENAI_FAST_TABLE = {
+    Entry<&gpt_decode>::named("gpt_decode"),
+    {},
+};

@@ -1,0 +1,29 @@
+"""gpt_decode on the CPU: one call of cpu_kernel.cpp for all layers."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require
+
+
+def gpt_decode(cache, ids, length, weights, scales, eps):
+    size = require(cache, ids, length, weights, scales)
+    (batch, tokens), (heads, room) = ids.shape, cache.shape[3:5]
+    ids = ids.contiguous()
+    logits = torch.empty((batch, size.vocabulary), dtype=torch.float32, device="cpu")
+    if batch == 0:
+        return logits
+    least, most = (int(x) for x in torch.aminmax(ids))
+    if least < 0 or most >= size.vocabulary:
+        raise ValueError(f"genai_fast: expected ids of 0 to {size.vocabulary - 1}, got {least} to {most}")
+    tensors, factors = array("q", [w.data_ptr() for w in weights]), array("q", [s.data_ptr() for s in scales])
+    cpu_kernels()[0]["gpt_decode"](
+        tensors.buffer_info()[0], factors.buffer_info()[0], cache.data_ptr(), ids.data_ptr(), logits.data_ptr(),
+        size.layers, batch, heads, size.channels, size.hidden, size.vocabulary, room, tokens, length, eps,
+        MATRIX_DTYPES.index(weights[0].dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    return logits
