@@ -103,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.95, help="of so much probability; default: %(default)s")
     generate.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    generate.add_argument(
+        "--weights", default="float32", choices=("float32", "bfloat16", "int8"),
+        help="of a GPT on a CPU: fewer bits are faster and less exact; default: %(default)s",
+    )  # fmt: skip
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
     export = _of_a_run(commands, "export", "write the weights for use in plain PyTorch", run.run_export, draws=False)
     export.add_argument("--out", type=Path, default=Path("weights.safetensors"), help="default: %(default)s")

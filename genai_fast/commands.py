@@ -140,7 +140,7 @@ def run_generate(options: argparse.Namespace) -> int:
     _check_seed(options.seed)
     style = writing.Style(
         options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop),
-        not options.no_repeats,
+        not options.no_repeats, options.weights,
     )  # fmt: skip
     prompts = _prompts(options)
     if options.out is not None:

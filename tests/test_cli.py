@@ -242,7 +242,7 @@ def test_the_flags_are_these():
     assert flags["train text-vae"] == variational | {"--annealing", "--word-dropout"}
     assert flags["generate"] == {
         "--prompt", "--prompts", "--out", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop",
-        "--no-repeats",
+        "--no-repeats", "--weights",
     }  # fmt: skip
 
 

@@ -5,8 +5,10 @@ import warnings
 import pytest
 import torch
 
+from genai_fast import ops, use_backend
+from genai_fast.backends import unavailable
 from genai_fast.models import generation
-from genai_fast.models.generation import Sampler, decoder_for, generate
+from genai_fast.models.generation import CachedGPT, Sampler, decoder_for, generate
 from genai_fast.models.gpt import GPT
 from genai_fast.models.lstm_lm import LSTMLanguageModel
 
@@ -63,6 +65,35 @@ def test_step_by_step_is_the_whole_forward(make, begin):
         torch.testing.assert_close(torch.stack(found, 1), expected[:, begin - 1 :], **TOLERANCE)
 
 
+@pytest.mark.skipif(DEVICE == "cuda" or bool(unavailable("cpu", "cpu")), reason="decoded by C++ on a CPU")
+def test_a_gpt_on_a_cpu_is_decoded_in_one_call():
+    model, x = gpt(), ids(2, 9)
+    expected = forward(model, x)[:, -1]
+    for weights, tolerance in (("float32", 1e-4), ("bfloat16", 0.05), ("int8", 0.1)):
+        decoder = decoder_for(model, 2, weights)
+        assert isinstance(decoder, ops.GPTDecoder)
+        decoder.prefill(x[:, :4])
+        for t in range(4, 9):
+            found = decoder.step(x[:, t])
+        assert (found - expected).norm() < tolerance * expected.norm(), weights
+        assert weights == "float32" or not torch.equal(found, expected)
+    with use_backend("reference"):
+        assert isinstance(decoder_for(model, 2), CachedGPT)
+    model.transformer.h[0].register_forward_hook(lambda *_: None)  # a hook must be called
+    assert isinstance(decoder_for(model, 2), CachedGPT)
+    for rounded in (model, lstm(), gpt().bfloat16()):
+        with pytest.raises(ValueError, match=r"weights: expected 'float32' for .*, got 'int8'"):
+            decoder_for(rounded, 1, "int8")
+
+
+@pytest.mark.parametrize("begin", [1, 5])
+def test_a_gpt_by_its_modules_step_by_step(begin):
+    model, x = gpt(), ids(3, 24)
+    decoder = CachedGPT(model, 3)
+    found = [decoder.prefill(x[:, :begin])] + [decoder.step(x[:, t]) for t in range(begin, 24)]
+    torch.testing.assert_close(torch.stack(found, 1), forward(model, x)[:, begin - 1 :], **TOLERANCE)
+
+
 def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
     """With a recorder in the place of CUDA's graph, which knows the tensors of its capture alone."""
     model, x, captured = gpt(), ids(2, 24), []
@@ -78,7 +109,7 @@ def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
         return replay
 
     monkeypatch.setattr(generation, "_graphed", graphed)
-    decoder, plain = decoder_for(model, 2), decoder_for(model, 2)
+    decoder, plain = CachedGPT(model, 2), CachedGPT(model, 2)
     monkeypatch.setattr(decoder, "_capture", True)
     monkeypatch.setattr(plain, "_capture", False)
     for begin in (3, 9):
@@ -299,7 +330,7 @@ def test_misuse_is_named_at_the_call(options, error, message):
 
 def test_decoders_say_what_does_not_fit():
     model = gpt()
-    decoder = decoder_for(model, 2)
+    decoder = CachedGPT(model, 2)
     with pytest.raises(ValueError, match="step: expected 1 to 23 tokens before this one, got 0; remedy: prefill"):
         decoder.step(ids(2, 1)[:, 0])
     with pytest.raises(ValueError, match="expected at most block=24 tokens, got 25"):

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.backends import choose, forced_backend
+from genai_fast.layers._stock import obstacle
 from genai_fast.models import _check
 from genai_fast.models.gpt import GPT
 from genai_fast.models.latents import evaluating
@@ -41,6 +43,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop_id: int | None = None,
+    weights: str = "float32",
 ) -> Iterator[int]:
     """The tokens that follow the prompt, each as soon as it is drawn.
 
@@ -54,12 +57,13 @@ def generate(
         max_tokens: the most to generate, at least 1.
         temperature, top_k, top_p, seed: as `Sampler` takes them.
         stop_id: a token that ends the text and is not given out; None: none does.
+        weights: as `decoder_for` takes it.
 
     Raises: TypeError, ValueError on arguments that do not fit, at the call.
     """
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check.positive("generate", max_tokens=max_tokens)
-    decoder = decoder_for(model, 1)
+    decoder = decoder_for(model, 1, weights)
     prompt = torch.as_tensor(prompt_ids, device="cpu")
     if prompt.dim() != 1 or not len(prompt):
         raise ValueError(
@@ -164,14 +168,38 @@ class Sampler:
         return drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def decoder_for(model: nn.Module, batch: int) -> Decoder:
-    """What decodes `batch` rows of this model's text (see the module's docstring)."""
+def decoder_for(model: nn.Module, batch: int, weights: str = "float32") -> Decoder:
+    """What decodes `batch` rows of this model's text (see the module's docstring).
+
+    A float32 GPT without hooks on a CPU is decoded by `ops.GPTDecoder`, one C++ call a token, which can round matrices:
+
+    Args:
+        weights: "float32"; there also "bfloat16" or "int8", which are faster and less exact.
+
+    Raises: TypeError, ValueError on arguments that do not fit.
+    """
     _check.positive("decoder_for", batch=batch)
     if isinstance(model, GPT):
+        parameters = list(model.parameters())
+        plain = all(p.is_cpu and p.dtype is torch.float32 for p in parameters)
+        plain = plain and not any(map(obstacle, model.modules()))  # hooks are called by modules alone
+        if plain and choose("gpt_decode", forced_backend(), "cpu")[0] == "cpu":
+            return ops.GPTDecoder(model.state_dict(), model.heads, model.block, batch, weights)
+        _exact(
+            weights, f"a GPT of {parameters[0].dtype} on {parameters[0].device} that modules decode (hooks, no kernel)"
+        )
         return CachedGPT(model, batch)
     if isinstance(model, LSTMLanguageModel):
+        _exact(weights, "an LSTMLanguageModel")
         return CarriedLSTM(model, batch)
     raise TypeError(f"decoder_for: model: expected a GPT or an LSTMLanguageModel, got {type(model).__name__}")
+
+
+def _exact(weights: str, owner: str) -> None:
+    if weights != "float32":
+        raise ValueError(
+            f"decoder_for: weights: expected 'float32' for {owner}, got {weights!r}; only ops.GPTDecoder rounds them"
+        )
 
 
 class CachedGPT:

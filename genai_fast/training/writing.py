@@ -34,6 +34,7 @@ class Style:
     seed: int | None = 1
     stop: tuple[str, ...] = ()
     repeats: bool = True
+    weights: str = "float32"
 
     def __post_init__(self) -> None:
         for name, value, good, expected in (
@@ -74,7 +75,7 @@ def _tokens(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -
     ids, end = tokenizer.encode(prompt), tokenizer.end
     drawn = {"temperature": style.temperature, "top_k": style.top_k, "top_p": style.top_p, "seed": style.seed}
     if isinstance(model, (GPT, LSTMLanguageModel)):
-        return generate(model, ids or [end], max_tokens=style.max_tokens, stop_id=end, **drawn)
+        return generate(model, ids or [end], max_tokens=style.max_tokens, stop_id=end, weights=style.weights, **drawn)
     sampler, most = Sampler(**drawn), style.max_tokens
     given = torch.tensor(ids) if ids else None
     if isinstance(model, VRNN):
