@@ -36,6 +36,8 @@ def lstm(**options):
 
 
 MODELS = {"gpt": gpt, "lstm": lstm}
+# CachedGPT by its name too: decoder_for may take another where there is a faster one.
+DECODERS = {"gpt": (gpt, decoder_for), "gpt, layer by layer": (gpt, CachedGPT), "lstm": (lstm, decoder_for)}
 
 
 def ids(rows, tokens, seed=1):
@@ -53,11 +55,18 @@ def make(request):
     return MODELS[request.param]
 
 
+@pytest.fixture(params=DECODERS)
+def decoding(request):
+    """(what makes a model, what makes its decoder)"""
+    return DECODERS[request.param]
+
+
 @pytest.mark.parametrize("begin", [1, 5, 24])
-def test_step_by_step_is_the_whole_forward(make, begin):
+def test_step_by_step_is_the_whole_forward(decoding, begin):
+    make, decoder_of = decoding
     model, x = make(), ids(3, 24)
     expected = forward(model, x)
-    decoder = decoder_for(model, 3)
+    decoder = decoder_of(model, 3)
     for _ in range(2):  # a second prefill begins anew
         found = [decoder.prefill(x[:, :begin])]
         found += [decoder.step(x[:, t]) for t in range(begin, 24)]
@@ -119,18 +128,20 @@ def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
     assert len(captured) == 1 and captured[0].tolist() == [24, 24]  # what the warm-up must put back
 
 
-def test_rows_are_on_their_own(make):
+def test_rows_are_on_their_own(decoding):
+    make, decoder_of = decoding
     model, x = make(), ids(4, 12)
-    together, alone = decoder_for(model, 4), decoder_for(model, 1)
+    together, alone = decoder_of(model, 4), decoder_of(model, 1)
     many = [together.prefill(x[:, :5])] + [together.step(x[:, t]) for t in range(5, 12)]
     one = [alone.prefill(x[2:3, :5])] + [alone.step(x[2:3, t]) for t in range(5, 12)]
     torch.testing.assert_close(torch.stack(many)[:, 2:3], torch.stack(one), **TOLERANCE)
 
 
-def test_dropout_and_autocast_are_off_and_the_mode_stays(make):
+def test_dropout_and_autocast_are_off_and_the_mode_stays(decoding):
+    make, decoder_of = decoding
     model, plain, x = make(dropout=0.5), make(), ids(1, 6)
     expected = forward(plain, x)[:, -1]
-    decoder = decoder_for(model.train(), 1)
+    decoder = decoder_of(model.train(), 1)
     with torch.autocast(DEVICE, torch.bfloat16):
         decoder.prefill(x[:, :5])
         found = decoder.step(x[:, 5])
@@ -224,11 +235,10 @@ def test_the_stop_token_ends_the_text(make):
     assert list(generate(model, [4], max_tokens=30, seed=3, stop_id=stop)) == text[: text.index(stop)]
 
 
-def test_tokens_come_as_they_are_drawn():
-    model = gpt()
-    calls = []
-    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    tokens = generate(model, [1], max_tokens=10**9)
+def test_tokens_come_as_they_are_drawn(monkeypatch):
+    calls, draw = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, logits: calls.append(1) or draw(self, logits))
+    tokens = generate(gpt(), [1], max_tokens=10**9)
     assert not calls
     for count in range(1, 4):
         next(tokens)
@@ -340,5 +350,8 @@ def test_decoders_say_what_does_not_fit():
     decoder.prefill(ids(2, 24))
     with pytest.raises(ValueError, match="step: expected 1 to 23 tokens before this one, got 24"):
         decoder.step(ids(2, 1)[:, 0])
+    decoder.prefill(ids(2, 3))
+    with pytest.raises(ValueError, match="expected 2 rows, got 1"):
+        decoder.step(ids(1, 1)[:, 0])
     with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
         decoder_for(model, 0)

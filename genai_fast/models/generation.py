@@ -221,8 +221,8 @@ class CachedGPT:
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """Forget all and begin with ids [B, T], T <= block -> logits [B, V] of the next token."""
         ids = ids.to(self._lengths.device)
-        self._model.check_ids(ids)
         _check_rows(ids, self._batch)
+        self._model.check_ids(ids)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._keys[layer, :, :, : k.size(2)] = k
