@@ -37,7 +37,12 @@ def lstm(**options):
 
 MODELS = {"gpt": gpt, "lstm": lstm}
 # CachedGPT by its name too: decoder_for may take another where there is a faster one.
-DECODERS = {"gpt": (gpt, decoder_for), "gpt, layer by layer": (gpt, CachedGPT), "lstm": (lstm, decoder_for)}
+DECODERS = {
+    "gpt": (gpt, decoder_for),
+    "gpt, layer by layer": (gpt, CachedGPT),
+    "lstm": (lstm, decoder_for),
+    "gpt without biases": (lambda **options: gpt(bias=False, **options), decoder_for),
+}
 
 
 def ids(rows, tokens, seed=1):

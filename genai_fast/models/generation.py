@@ -52,7 +52,8 @@ def generate(
     block and a block.
 
     Args:
-        model: on any device; dropout is off while it generates, and it stays in the mode that it is in.
+        model: on any device; dropout is off while it generates, and it stays in the mode that it is in. Its weights
+            must stay too: between two tokens a step of training raises, or mixes what both models have seen.
         prompt_ids: [T], T >= 1, integers in [0, vocabulary).
         max_tokens: the most to generate, at least 1.
         temperature, top_k, top_p, seed: as `Sampler` takes them.
