@@ -23,6 +23,8 @@ from genai_fast.training.step import Step, make_optimizer
 EPOCHS, GAN_EPOCHS, TEXT_EPOCHS = 40, 25, 8
 ROUNDS, GAN_ROUNDS, TEXT_ROUNDS = 100, 20, 10  # of the comparison with eager PyTorch
 
+_BEGINNING = "If the class has"
+
 
 def run(out: Path, epochs: int | None = None) -> Path:
     """Train with 20 latent dimensions, then with 2; measure the speed; returns the run's folder."""
@@ -91,7 +93,15 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
 def run_text(out: Path, epochs: int | None = None) -> Path:
     """Train a small GPT on Python's documentation; measure its step and its writing; returns the run's folder."""
     settings = GPTConfig(
-        layers=4, heads=4, width=256, block=128, dropout=0.0, warmup=50, epochs=epochs or TEXT_EPOCHS, sample_every=2
+        layers=4,
+        heads=4,
+        width=256,
+        block=128,
+        dropout=0.0,
+        warmup=50,
+        epochs=epochs or TEXT_EPOCHS,
+        lr=2e-3,
+        sample_every=2,
     )
     folder = new_folder(out, "demo-text")
     print(f"A GPT of {settings.layers} layers on Python's own documentation, in {folder}; samples/ tells how it learns")
@@ -106,9 +116,10 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
     # Five samples of warm-up: on CUDA, the graph is captured by then.
     comparison = compare({"eager": lambda: plain(*batch), "fused": lambda: step(*batch)}, rounds=TEXT_ROUNDS, warm_up=5)
     figures = trained.record["validation"]
-    text = "".join(writing.write(model, task.tokenizer, "The ", writing.Style(max_tokens=150)))
+    style = writing.Style(max_tokens=150, temperature=0.5, top_k=20, repeats=False)
+    text = _BEGINNING + "".join(writing.write(model, task.tokenizer, _BEGINNING, style))
     print(
-        f"\nThe {text.strip()}\n\n"
+        f"\n{text.strip()}\n\n"
         f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
         f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
