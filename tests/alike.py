@@ -96,3 +96,10 @@ def with_statistics(model, seed=0):
 def plain_of(sequential):
     """nn.Sequential of copies of the children."""
     return nn.Sequential(*copy.deepcopy(list(sequential)))
+
+
+def gradients(model, loss):
+    """Of the loss, by parameter name."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}

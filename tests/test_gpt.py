@@ -5,7 +5,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
-from alike import close, gradients_close
+from alike import close, gradients, gradients_close
 
 from genai_fast.errors import UsageError
 from genai_fast.models import gpt
@@ -37,12 +37,6 @@ def batch(rows=3, tokens=24, seed=1):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(SIZES["vocabulary"], (rows, tokens + 1), generator=generator)
     return ids[:, :-1].clone(), ids[:, 1:].clone()
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def test_keys_are_gpt2s_and_weights_load_both_ways():

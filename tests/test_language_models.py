@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import close, gradients_close
+from alike import close, gradients, gradients_close
 
 from genai_fast.models.lstm_lm import LSTMLanguageModel
 from genai_fast.models.peers_text import EagerLSTMLanguageModel
@@ -36,12 +36,6 @@ def stream(pieces=4, rows=3, tokens=9, seed=1):
         if piece == 2:
             carry[1] = 0
         yield ids[:, start : start + tokens], ids[:, start + 1 : start + tokens + 1], carry
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def test_keys_are_the_usual_ones_and_weights_load_both_ways():
