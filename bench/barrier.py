@@ -21,7 +21,7 @@ from genai_fast.kernels.common.spec import Tensors
 from genai_fast.kernels.recurrent import triton_kernel
 
 NARROW, EXACT = torch.bfloat16, torch.float32
-SIZES = ((128, 256, NARROW), (128, 512, NARROW), (37, 200, NARROW), (128, 256, EXACT))  # samples, hidden units
+SIZES = ((128, 256, NARROW), (128, 512, NARROW), (37, 208, NARROW), (128, 256, EXACT))  # samples, hidden units
 STEPS = 512
 REPEATS = 5
 
@@ -29,10 +29,10 @@ Call = Callable[[], list[torch.Tensor]]
 
 
 def calls(device: str, steps: int = STEPS, sizes: tuple[Any, ...] = SIZES) -> Iterator[tuple[str, Call]]:
-    """Forward and backward of both ops in these sizes, where they run in one launch."""
+    """Forward and backward of both ops in these sizes, where forward (backward may be another matter) is one launch."""
     for batch, hidden, dtype in sizes:
         like = torch.empty(0, dtype=dtype, device=device)
-        if not all(triton_kernel.planned(like, batch, hidden, backward) for backward in (False, True)):
+        if not triton_kernel.planned(like, batch, hidden, False):
             continue
         for op, gates in (("gru", 3), ("lstm", 4)):
             t = Tensors(dtype, device)

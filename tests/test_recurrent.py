@@ -314,7 +314,7 @@ def test_steps_that_are_launched_one_by_one(run, monkeypatch):
     assert len(refused) == 2
 
 
-@pytest.mark.parametrize("hidden", [1, 16, 37, 200, 256, 300, 512])
+@pytest.mark.parametrize("hidden", [1, 16, 37, 208, 256, 304, 512])
 @pytest.mark.parametrize(("size", "exact"), [(2, False), (4, False), (4, True)])
 @pytest.mark.parametrize("backward", [False, True])
 def test_programs_of_a_launch_all_run_at_the_same_time(hidden, size, exact, backward):
@@ -331,15 +331,14 @@ def test_programs_of_a_launch_all_run_at_the_same_time(hidden, size, exact, back
 
 
 def test_which_layers_run_in_one_launch_on_an_h100():
-    def fits(batch, hidden, size):
-        return {
-            bool(tiles.plan(batch, hidden, size, backward, size == 4, 132, 227 * 1024)) for backward in (False, True)
-        }
+    def fits(batch, hidden, size, exact=False):
+        return [bool(tiles.plan(batch, hidden, size, b, exact, 132, 227 * 1024)) for b in (False, True)]
 
-    assert fits(128, 256, 2) == fits(256, 256, 2) == fits(128, 512, 2) == fits(128, 256, 4) == {True}
-    assert (
-        fits(512, 256, 2) == fits(256, 512, 2) == fits(128, 512, 4) == fits(128, 1024, 2) == fits(0, 256, 2) == {False}
-    )
+    for sizes in ((128, 256, 2), (256, 256, 2), (128, 512, 2), (128, 256, 4)):
+        assert fits(*sizes) == [True, True]
+    for sizes in ((512, 256, 2), (256, 512, 2), (128, 512, 4), (128, 1024, 2), (0, 256, 2), (8, 100, 2)):
+        assert fits(*sizes) == [False, False]
+    assert fits(128, 256, 4, exact=True) == [True, False]
 
 
 @pytest.fixture

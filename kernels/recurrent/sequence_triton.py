@@ -247,7 +247,7 @@ def _lstm_sequence_backward(
         f = _load(s + hidden, mask)
         g = _load(s + 2 * hidden, mask)
         o = _load(s + 3 * hidden, mask)
-        a = tanh(_load(s + 4 * hidden, mask))
+        c = _load(s + 4 * hidden, mask)
         before = _load(s + 4 * hidden - batch * 5 * hidden, mask & (t > 0)) + _load(c0_ptr + at, mask & (t == 0))
         grad = tl.zeros([BLOCK_B, UNITS], tl.float32)
         if grad_y_ptr is not None:
@@ -262,9 +262,10 @@ def _lstm_sequence_backward(
         d_g = _gradient(behind + 2 * hidden, 4 * hidden, row, exist, hidden, WIDTH)
         d_o = _gradient(behind + 3 * hidden, 4 * hidden, row, exist, hidden, WIDTH)
         zero = tl.zeros([BLOCK_B, UNITS], tl.float32)
-        products = dot(d_i, weight_i, zero, PRECISION, UPCAST) + dot(d_f, weight_f, zero, PRECISION, UPCAST)
-        products += dot(d_g, weight_g, zero, PRECISION, UPCAST) + dot(d_o, weight_o, zero, PRECISION, UPCAST)
+        products = dot(d_f, weight_f, dot(d_i, weight_i, zero, PRECISION, UPCAST), PRECISION, UPCAST)
+        products += dot(d_o, weight_o, dot(d_g, weight_g, zero, PRECISION, UPCAST), PRECISION, UPCAST)
         grad += tl.where(row < exist, products, 0.0)
+        a = tanh(c)
         carry += grad * o * (1.0 - a * a)
         wide = _at_step(grad_gates_ptr, t, batch * 4 * hidden) + row * 4 * hidden + unit
         _store(wide, carry * g * (i * (1.0 - i)), mask)

@@ -13,14 +13,11 @@ def width(hidden: int) -> int:
     return max(next_power_of_2(hidden), 16)
 
 
-def sequence_tile(hidden: int, size: int, backward: bool, exact: bool, units: int = 0) -> dict[str, int]:
-    """BLOCK_B samples and UNITS hidden units a program.
-
-    `size` of an element in bytes; `exact`: without matrix instructions; `units`: 0 for the rule.
-    """
+def sequence_tile(hidden: int, size: int, backward: bool, units: int = 0) -> dict[str, int]:
+    """BLOCK_B samples and UNITS hidden units a program; `size` of an element in bytes, `units` 0 for the rule."""
     wide = width(hidden)
     units = min(wide, units or 64 // size)
-    warps = 8 if (exact if backward else size == 2) else 4  # with the other number registers spill, or work is doubled
+    warps = 8 if size == 2 and not backward else 4  # with the other number registers spill, or warps do the same twice
     return dict(BLOCK_B=ROWS, UNITS=units, WIDTH=wide, num_warps=warps, num_stages=1)
 
 
@@ -36,11 +33,13 @@ def plan(
 ) -> tuple[tuple[int, int], dict[str, int]] | None:  # fmt: skip
     """Grid and constants of a launch whose programs all run at the same time, one on a multiprocessor; or None.
 
-    `most_shared`: bytes of shared memory that a program may have.
+    `exact`: float32 without matrix instructions, whose backward spills registers; `most_shared`: bytes of shared memory
+    that a program may have.
     """
-    if not batch or hidden * size > MOST_BYTES:
+    odd = hidden % 16 and hidden > 64  # long rows that are read number by number spill, too
+    if not batch or hidden * size > MOST_BYTES or odd or (exact and backward):
         return None
-    tile = sequence_tile(hidden, size, backward, exact, units)
+    tile = sequence_tile(hidden, size, backward, units)
     grid = ceil_div(hidden, tile["UNITS"]), ceil_div(batch, ROWS)
     fits = grid[0] * grid[1] <= multiprocessors and shared_bytes(tile, size, backward) <= most_shared
     return (grid, tile) if fits else None
