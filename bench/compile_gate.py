@@ -130,7 +130,7 @@ def jobs(architectures: Iterable[int]) -> list[Job]:
     found: dict[str, Job] = {}
     for op in registry.OPS.values():
         for case in op.compile_cases:
-            for arch in architectures:
+            for arch in [a for a in architectures if a in (case.architectures or (a,))]:
                 job = Job(op.folder, case, arch)
                 if found.setdefault(str(job), job) != job:
                     raise ValueError(f"{job}: two compile cases have this name; rename one in {op.folder}/spec.py")

@@ -143,6 +143,18 @@ def test_once_leaves_no_kernel_out():
     assert kernels(part) == kernels(every) and len(part) == len(kernels(every))
 
 
+def test_every_case_is_compiled_for_every_architecture():
+    """Where one has a tile of its own, its case stands in for the other's."""
+    found = {}
+    for job in compile_gate.jobs(compile_gate.ARCHITECTURES):
+        assert job.arch in (job.case.architectures or (job.arch,)), str(job)
+        found.setdefault((job.folder, job.case.name), []).append(job.arch)
+    wrong = {name: got for name, got in found.items() if sorted(got) != sorted(compile_gate.ARCHITECTURES)}
+    assert not wrong
+    tiles = {job.case.num_stages for job in compile_gate.jobs((80, 90)) if job.case.name == "grad_keys-64-bf16"}
+    assert len(tiles) == 2
+
+
 def test_a_part_makes_nothing_stale(table):
     jobs = [compile_gate.Job("toy", case, 90) for case in CASES.values()]
     assert compile_gate.violations(jobs[:1], {name("scale"): table[name("scale")]}, table, jobs) == []

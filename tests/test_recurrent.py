@@ -9,8 +9,12 @@ from alike import assert_alike, close, gradients_close, step
 from torch import nn
 
 from genai_fast import FallbackWarning, ops, use_backend
+from genai_fast.backends import unavailable
+from genai_fast.kernels.recurrent import tiles
 from genai_fast.layers import GRU
 from genai_fast.layers import recurrent as layer
+from genai_fast.registry import OPS
+from genai_fast.testing import Run, assert_matches_reference, poisoned_memory
 
 
 @pytest.fixture(autouse=True)
@@ -285,3 +289,80 @@ def test_raw_operators_refuse_what_would_read_foreign_memory():
     ):
         with pytest.raises(ValueError, match="genai_fast: expected"):
             call()
+
+
+# --- one launch for all steps, and one a step
+
+
+ONE_BY_ONE = [
+    Run(op, case, torch.float32, "triton", "cpu")
+    for op in (OPS["gru"], OPS["lstm"])
+    for case in op.cases
+    if case.name in ("no_state", "no_bias", "special_values")
+]
+
+
+@pytest.mark.parametrize("run", ONE_BY_ONE, ids=str)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_steps_that_are_launched_one_by_one(run, monkeypatch):
+    """Where a layer does not fit on chip."""
+    if unavailable("triton", "cpu"):
+        pytest.skip(unavailable("triton", "cpu"))
+    refused = []
+    monkeypatch.setattr(tiles, "plan", lambda *sizes: refused.append(sizes))
+    assert_matches_reference(run)
+    assert len(refused) == 2
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 37, 208, 256, 304, 512])
+@pytest.mark.parametrize(("size", "exact"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_programs_of_a_launch_all_run_at_the_same_time(hidden, size, exact, backward):
+    for batch in (1, 16, 17, 128, 256, 1000):
+        for multiprocessors, shared in ((132, 227 * 1024), (108, 163 * 1024), (170, 99 * 1024), (0, 0)):
+            plan = tiles.plan(batch, hidden, size, backward, exact, multiprocessors, shared)
+            if plan is None:
+                continue
+            (groups, blocks), tile = plan
+            assert groups * blocks <= multiprocessors
+            assert groups * tile["UNITS"] >= hidden and blocks * tile["BLOCK_B"] >= batch and tile["WIDTH"] >= hidden
+            weights = 3 * hidden * min(hidden, tile["UNITS"]) * size
+            assert weights < tiles.shared_bytes(tile, size, backward) <= shared
+
+
+def test_which_layers_run_in_one_launch_on_an_h100():
+    def fits(batch, hidden, size, exact=False):
+        return [bool(tiles.plan(batch, hidden, size, b, exact, 132, 227 * 1024)) for b in (False, True)]
+
+    for sizes in ((128, 256, 2), (256, 256, 2), (128, 512, 2), (128, 256, 4)):
+        assert fits(*sizes) == [True, True]
+    for sizes in ((512, 256, 2), (256, 512, 2), (128, 512, 4), (128, 1024, 2), (0, 256, 2), (8, 100, 2)):
+        assert fits(*sizes) == [False, False]
+    assert fits(128, 256, 4, exact=True) == [True, False]
+
+
+@pytest.fixture
+def barrier():
+    if unavailable("triton", "cpu"):
+        pytest.skip(unavailable("triton", "cpu"))
+    from bench import barrier
+
+    return barrier
+
+
+def test_barrier_check_passes_what_is_right(barrier):
+    checked = dict(barrier.calls("cpu", 3, ((17, 20, torch.float16), (3, 999, torch.float32))))
+    assert list(checked) == ["gru 3x17x20 float16", "lstm 3x17x20 float16"]
+    assert [barrier.wrong(call, repeats=1) for call in checked.values()] == ["", ""]
+
+
+def test_barrier_check_sees_a_state_that_came_too_late(barrier, monkeypatch):
+    """All steps in one launch of two programs, which Triton's interpreter runs one after the other."""
+    from genai_fast.kernels.recurrent import sequence_triton, triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "_room", lambda device: (64, 2**20, 16))
+    monkeypatch.setattr(triton_kernel, "steps_a_launch", lambda steps, grid: steps)
+    monkeypatch.setattr(sequence_triton, "wait", lambda counter, count: None)
+    ((_, call), *_) = barrier.calls("cpu", 3, ((2, 24, torch.float32),))
+    with poisoned_memory():
+        assert "differs from one launch a step" in barrier.wrong(call, repeats=1)

@@ -160,8 +160,8 @@ def gru(
     Gradients: all tensors, through y and h_n, to any order (the second and higher through plain PyTorch; torch.compile
         refuses those). Kept for backward: 8 H numbers a row of x.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The products with x and the weights'
-        gradients are PyTorch's. On CUDA a step is two launches; cuDNN's nn.GRU may well be faster, but has no second
-        derivatives.
+        gradients are PyTorch's. On CUDA the whole sequence is one launch where the weights fit on chip (README of
+        kernels/recurrent), else a step is two; cuDNN's nn.GRU may well be faster, but has no second derivatives.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Cho et al. 2014, arXiv:1406.1078, with the reset gate applied as nn.GRU does.
     """
@@ -205,7 +205,7 @@ def lstm(
 
     Gradients: all tensors, through all results, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
-    Backends: torch.lstm (CPU, where oneDNN's is fast), Triton (CUDA, two launches a step; cuDNN's nn.LSTM may well be
+    Backends: torch.lstm (CPU, where oneDNN's is fast), Triton (CUDA, launched as gru is; cuDNN's nn.LSTM may well be
         faster, but has no second derivatives), reference (elsewhere).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000.

@@ -9,6 +9,7 @@ from genai_fast.kernels.common.spec import CompileCase
 
 _BACKWARD = "causal_attention.backward_triton"
 _LONG = 1024  # queries
+_CAPABILITIES = (80, 90, 100, 120)
 _STRIDES = {f"{x}_{of}": "i32" for x in "qkv" for of in ("batch", "head", "row")}
 _GRAD_STRIDES = {f"grad_{of}": "i32" for of in ("batch", "head", "row")}
 _OUT_STRIDES = {f"out_{of}": "i32" for of in ("batch", "head", "row")}
@@ -62,17 +63,17 @@ def _forward(name, dtype, channels, precision="tf32", queries=_LONG, **more):
     return _case(name, "_causal_attention_forward", dtype, pointers, channels, tile, precision, lse_ptr="*fp32", **more)
 
 
-def _grad_queries(name, dtype, channels, precision="tf32", **more):
+def _grad_queries(name, dtype, channels, precision="tf32", capability=90, **more):
     pointers = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr")
-    tile = queries_tile(_size(dtype), channels, _extra(**more))
+    tile = queries_tile(_size(dtype), channels, _extra(**more), capability)
     more = dict(**_ROWS, **_GRAD_STRIDES, out_scale="fp32", **more)
     case = _case(name, "_causal_attention_grad_queries", dtype, pointers, channels, tile, precision, **more)
     return replace(case, module=_BACKWARD)
 
 
-def _grad_keys(name, dtype, channels, precision="tf32", **more):
+def _grad_keys(name, dtype, channels, precision="tf32", capability=90, **more):
     pointers = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_k_ptr", "grad_v_ptr")
-    tile = keys_tile(_size(dtype), channels, _extra(**more))
+    tile = keys_tile(_size(dtype), channels, _extra(**more), capability)
     more = dict(**_ROWS, **_GRAD_STRIDES, out_scale="fp32", **more)
     case = _case(name, "_causal_attention_grad_keys", dtype, pointers, channels, tile, precision, **more)
     return replace(case, module=_BACKWARD)
@@ -99,18 +100,45 @@ def _ones(case):
     return replace(case, name=f"{case.name}-ones", signature=signature, wide_loads=False)
 
 
-_KERNELS = (("forward", _forward), ("grad_queries", _grad_queries), ("grad_keys", _grad_keys))
+def _each(make):
+    """As many cases as there are tiles: each for the architectures that have it."""
 
-COMPILE_CASES = (
-    *(make(name, "*bf16", channels) for name, make in _KERNELS for channels in (64, 128, 256)),
-    *(make(name, "*fp16", 64) for name, make in _KERNELS),
-    *(make(name, "*fp32", 64, precision) for name, make in _KERNELS for precision in ("tf32", "ieee")),
-    *(make(name, "*fp32", 128, "ieee") for name, make in _KERNELS),
-    *(make(name, "*fp32", 256, "ieee") for name, make in _KERNELS[:2]),  # grad_keys spills 264 bytes there
-    *(make(f"{name}_{variant}", "*bf16", 64, **more) for name, make in _KERNELS for variant, more in _VARIANTS.items()),
-    *(make(f"{name}_dropout", "*bf16", 128, **_DROPPED) for name, make in _KERNELS),
-    _forward("forward_short", "*bf16", 64, queries=64),
-    _summary("*bf16", 64),
-    *(_ones(make(name, "*bf16", 20)) for name, make in _KERNELS),
-    *(_ones(make(f"{name}_packed_dropout", "*bf16", 20, **_VARIANTS["packed_dropout"])) for name, make in _KERNELS),
-)
+    def cases(*arguments, **more):
+        found = {}
+        for capability in _CAPABILITIES:
+            case = make(*arguments, capability=capability, **more)
+            tile = case.signature["BLOCK_M"], case.signature["BLOCK_N"], case.num_warps, case.num_stages
+            found.setdefault(tile, (case, []))[1].append(capability)
+        return [replace(case, architectures=tuple(some)) for case, some in found.values()]
+
+    return cases
+
+
+def _alike(make):
+    """A case of that one tile for all architectures, as `_each` gives it."""
+    return lambda *arguments, **more: [make(*arguments, **more)]
+
+
+_KERNELS = (("forward", _alike(_forward)), ("grad_queries", _each(_grad_queries)), ("grad_keys", _each(_grad_keys)))
+
+
+def _cases():
+    for name, make in _KERNELS:
+        for channels in (64, 128, 256):
+            yield from make(name, "*bf16", channels)
+        yield from make(name, "*fp16", 64)
+        for precision in ("tf32", "ieee"):
+            yield from make(name, "*fp32", 64, precision)
+        yield from make(name, "*fp32", 128, "ieee")
+        if name != "grad_keys":  # which spills 264 bytes there
+            yield from make(name, "*fp32", 256, "ieee")
+        for variant, more in _VARIANTS.items():
+            yield from make(f"{name}_{variant}", "*bf16", 64, **more)
+        yield from make(f"{name}_dropout", "*bf16", 128, **_DROPPED)
+        yield from map(_ones, make(name, "*bf16", 20))
+        yield from map(_ones, make(f"{name}_packed_dropout", "*bf16", 20, **_VARIANTS["packed_dropout"]))
+    yield _forward("forward_short", "*bf16", 64, queries=64)
+    yield _summary("*bf16", 64)
+
+
+COMPILE_CASES = tuple(_cases())

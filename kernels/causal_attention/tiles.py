@@ -1,4 +1,8 @@
-"""Tile sizes of the GPU kernels, known to the launchers and to the gate that compiles them without a GPU."""
+"""Tile sizes of the GPU kernels, known to the launchers and to the gate that compiles them without a GPU.
+
+Where a `capability` (80, 90, 100, 120: ten times the compute capability) has a tile of its own, the usual one spills
+registers there.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str
     return _tile(rows, columns, rows // 16, 3 if width <= 64 else 2)
 
 
-def queries_tile(size: int, channels: int, extra: int) -> dict[str, int]:
+def queries_tile(size: int, channels: int, extra: int, capability: int) -> dict[str, int]:
     """dQ: BLOCK_M queries a program, BLOCK_N keys a step."""
     width = padded(channels)
     if size == 4:  # mostly without matrix instructions
@@ -34,20 +38,24 @@ def queries_tile(size: int, channels: int, extra: int) -> dict[str, int]:
     if width > 128:
         return _tile(32, 32, 8, 1)
     if width > 64 or extra:
-        return _tile(64 if extra else 128, 32, 8, 2)
+        return _tile(64 if extra else 128, 32, 8, 1 if extra and capability >= 120 else 2)
     return _tile(128, 64 if channels % 8 == 0 else 32, 8, 2)  # other rows are read number by number
 
 
-def keys_tile(size: int, channels: int, extra: int) -> dict[str, int]:
+def keys_tile(size: int, channels: int, extra: int, capability: int) -> dict[str, int]:
     """dK, dV: BLOCK_N keys a program, BLOCK_M queries a step."""
     width = padded(channels)
     if size == 4:  # mostly without matrix instructions
         return _tile(32, 32, 8, 1) if width <= 64 else _tile(16, 16, 8, 1)
     if width > 128:
         return _tile(32, 32, 8, 1)
-    if width > 64 or extra:
-        return _tile(32, 64, 8, 1 if extra > 1 else 2 if extra else 3)
-    return _tile(32, 128, 8, 3)
+    if width > 64 and extra and capability >= 120:
+        return _tile(32, 32, 8, 2)
+    if extra:
+        return _tile(32, 64, 8, 1 if extra > 1 or width > 64 or capability >= 120 else 2)
+    if width > 64 or channels % 8:
+        return _tile(32, 64, 8, 3)
+    return _tile(32, 128, 8, 1 if capability < 90 else 3)
 
 
 def summary_rows(channels: int) -> int:

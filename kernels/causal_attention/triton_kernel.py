@@ -38,7 +38,7 @@ from genai_fast.kernels.causal_attention.tiles_triton import (
 from genai_fast.kernels.common.activations_triton import tanh
 from genai_fast.kernels.common.dot_triton import dot
 from genai_fast.kernels.common.extension import interpreting
-from genai_fast.kernels.common.launch import ceil_div
+from genai_fast.kernels.common.launch import capability, ceil_div
 from genai_fast.kernels.common.philox import scale as grown
 from genai_fast.kernels.common.philox import threshold
 
@@ -246,7 +246,7 @@ def causal_attention_backward(
     sequences, most_q, most_k = _sizes(q, k, starts_q, most_q, most_k)
     sizes = heads, heads // key_heads, q.size(2), k.size(2)
     shared = (starts_q, starts_k, seed, *(s for x in strides for s in x), *sizes)
-    kind = q.element_size(), channels, _extra(seed, starts_q, softcap)
+    kind = q.element_size(), channels, _extra(seed, starts_q, softcap), capability(q.device)
     tile = queries_tile(*kind)
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_grad_queries[(tiles * heads * sequences,)](

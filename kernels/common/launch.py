@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -15,3 +19,12 @@ def row_tile(columns: int, elements: int, least: int = 4) -> tuple[int, int, int
     """(ROWS, BLOCK, splits): a program handles ROWS x BLOCK elements of [batch, columns], a row takes `splits`."""
     block = min(max(next_power_of_2(columns), least), elements)
     return elements // block, block, max(ceil_div(columns, block), 1)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Ten times the compute capability: 90 for an H100, and for what has none (interpreted kernels)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

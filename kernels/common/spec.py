@@ -128,6 +128,7 @@ class CompileCase:
     tensor_cores: bool = False
     wide_loads: bool = False  # must load 16 bytes at a time
     module: str = ""  # that holds it, below genai_fast.kernels; the folder's triton_kernel by default
+    architectures: tuple[int, ...] = ()  # that it is launched on (80, 90, ...); all by default
 
 
 @dataclass(frozen=True)

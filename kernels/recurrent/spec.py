@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.recurrent.compile_cases import compile_cases
 
 
 def _saved(like, keep, *shape):
@@ -202,43 +203,6 @@ def _wrong(name, good, message, error=ValueError, **change):
 
 
 _CELL = dict(states=("h0", "c0"))
-_SIZES = dict(hidden="i32", BLOCK=256)
-
-
-def _compile_case(kernel, dtype, pointers, **more):
-    """The launch for 256 hidden units; float32 pointers keep what is not rounded."""
-    kept = ("state_ptr", "saved_ptr", "cell_ptr", "grad_ptr")
-    signature = {p: "*fp32" if p in kept else dtype for p in pointers}
-    if kernel == "_lstm_step_backward":
-        signature |= {"before_ptr": "*fp32", "before_stride": "i32"}
-    return CompileCase(
-        f"{kernel[1:]}-{dtype[1:]}", kernel, {**signature, **_SIZES, **more}, elements=256,
-        max_instructions_per_element=220,
-    )  # fmt: skip
-
-
-_POINTERS = {
-    "_gru_step": ("gates_ptr", "products_ptr", "bias_ptr", "state_ptr", "y_ptr", "saved_ptr"),
-    "_gru_step_backward": (
-        "grad_y_ptr", "products_ptr", "saved_ptr", "before_ptr", "grad_ptr", "grad_gates_ptr", "grad_n_ptr",
-        "factor_ptr",
-    ),
-    "_lstm_step": ("gates_ptr", "products_ptr", "cell_ptr", "y_ptr", "saved_ptr"),
-    "_lstm_step_backward": (
-        "grad_y_ptr", "products_ptr", "saved_ptr", "before_ptr", "before_stride", "grad_ptr", "grad_gates_ptr",
-    ),
-}  # fmt: skip
-
-
-def _compile_cases(op):
-    return tuple(
-        _compile_case(kernel, dtype, pointers)
-        for kernel, pointers in _POINTERS.items()
-        if kernel.startswith(f"_{op}_")
-        for dtype in ("*fp32", "*bf16")
-    )
-
-
 _GRU_CASES, _LSTM_CASES = _cases(3), _cases(4, **_CELL)
 
 GRU = OpSpec(
@@ -258,7 +222,7 @@ GRU = OpSpec(
     peers={"eager": _eager_gru},
     compiled=False,
     cost=_sequence_cost(4),
-    compile_cases=_compile_cases("gru"),
+    compile_cases=compile_cases("gru"),
 )
 LSTM = OpSpec(
     name="lstm",
@@ -278,6 +242,6 @@ LSTM = OpSpec(
     peers={"eager": _eager_lstm},
     compiled=False,
     cost=_sequence_cost(5),
-    compile_cases=_compile_cases("lstm"),
+    compile_cases=compile_cases("lstm"),
     backends=("reference", "triton"),
 )

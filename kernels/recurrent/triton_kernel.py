@@ -1,14 +1,27 @@
-"""gru and lstm on the GPU: each step is PyTorch's matrix product with weight_hh and one kernel for the rest."""
+"""gru and lstm on the GPU: a whole sequence in one launch where the weights fit on chip (sequence_triton.py), else
+each step is PyTorch's matrix product with weight_hh and one kernel for the rest.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
 
 import torch
 import triton
 import triton.language as tl
 
 from genai_fast.kernels.common.activations_triton import sigmoid, tanh
+from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
+from genai_fast.kernels.recurrent import tiles
 from genai_fast.kernels.recurrent.reference import require
+from genai_fast.kernels.recurrent.sequence_triton import (
+    _gru_sequence,
+    _gru_sequence_backward,
+    _lstm_sequence,
+    _lstm_sequence_backward,
+)
 
 MOST_UNITS = 512  # of a program
 NUM_WARPS = 4
@@ -177,12 +190,53 @@ def _of_step(x, t):
     return x if x is None else x[t]
 
 
+@functools.cache
+def _room(device):
+    """(multiprocessors, bytes of shared memory, hidden units) for tiles.plan; none where programs cannot meet."""
+    if device.type != "cuda":
+        return 2**20, 2**30, 128  # interpreted: the fewer programs, the better
+    if torch.version.hip is not None or os.environ.get("GENAI_FAST_SEQUENCE", "1") == "0":
+        return 0, 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, 0
+
+
+def planned(like, batch, hidden, backward):
+    """Grid and constants of one launch for the whole sequence of tensors `like` this, or None."""
+    tf32 = like.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    exact = like.is_cuda and like.dtype is torch.float32 and not tf32
+    found = tiles.plan(batch, hidden, like.element_size(), backward, exact, *_room(like.device))
+    if found is None:
+        return None
+    upcast = interpreting() and like.dtype is torch.bfloat16
+    return found[0], dict(found[1], PRECISION="tf32" if tf32 else "ieee", UPCAST=upcast)
+
+
+def steps_a_launch(steps: int, grid: tuple[int, int]) -> int:
+    """All; but programs that come one after another cannot wait for each other."""
+    return 1 if interpreting() and grid[0] > 1 else steps
+
+
+def _run(kernel, plan, like, tensors, steps, *sizes):
+    """The whole sequence; the barrier's counters are set anew in every launch, also in one of a captured graph."""
+    grid, constants = plan
+    share = steps_a_launch(steps, grid)
+    for first in range(0, steps, share):
+        counters, last = like.new_zeros((grid[1], 32), dtype=torch.int32), min(first + share, steps)
+        kernel[grid](*tensors, counters, first, last, *sizes, **constants, launch_cooperative_grid=True)
+
+
 def gru(gates, h0, weight_hh, bias_n, keep):
     steps, batch, hidden = _sizes(gates, 3, h0, weight_hh)
     require(gates, (gates, (steps, batch, 3 * hidden)), (bias_n, (hidden,)))
-    gates, h, bias_n = _dense(gates), h0, _dense(bias_n)
+    gates, h, bias_n = _dense(gates), _dense(h0), _dense(bias_n)
     y, state = gates.new_empty(steps, batch, hidden), _state(h0, batch, hidden, gates)
     saved = state.new_empty(steps, batch, 4 * hidden) if keep else None
+    plan = planned(gates, batch, hidden, False)
+    if plan:
+        tensors = gates, h, _dense(weight_hh), bias_n, state, y, saved
+        _run(_gru_sequence, plan, gates, tensors, steps, batch, hidden)
+        steps = 0
     grid, constants = _launch(batch, hidden)
     for t in range(steps if batch else 0):
         products = torch.mm(h, weight_hh.t())
@@ -197,6 +251,11 @@ def gru_backward(grad_y, grad_last, saved, y, h0, weight_hh):
     grad_y, saved, y, h0 = map(_dense, (grad_y, saved, y, h0))
     grad_gates, grad_n = y.new_empty(steps, batch, 3 * hidden), torch.empty_like(y)
     grad, factor, products = _state(grad_last, batch, hidden, y), y.new_empty(batch, 3 * hidden), None
+    plan = planned(y, batch, hidden, True)
+    if plan:
+        tensors = grad_y, saved, y, h0, _dense(weight_hh), grad, grad_gates, grad_n
+        _run(_gru_sequence_backward, plan, y, tensors, steps, steps, batch, hidden)
+        products, steps = torch.mm(torch.cat((grad_gates[0, :, : 2 * hidden], grad_n[0]), 1), weight_hh), 0
     grid, constants = _launch(batch, hidden)
     for t in reversed(range(steps if batch else 0)):
         before = y[t - 1] if t else h0
@@ -211,9 +270,14 @@ def gru_backward(grad_y, grad_last, saved, y, h0, weight_hh):
 def lstm(gates, h0, c0, weight_hh, keep):
     steps, batch, hidden = _sizes(gates, 4, h0, weight_hh)
     require(gates, (gates, (steps, batch, 4 * hidden)), (c0, (batch, hidden)))
-    gates, h = _dense(gates), h0
+    gates, h = _dense(gates), _dense(h0)
     y, cell = gates.new_empty(steps, batch, hidden), _state(c0, batch, hidden, gates)
     saved = cell.new_empty(steps, batch, 5 * hidden) if keep else None
+    plan = planned(gates, batch, hidden, False)
+    if plan:
+        tensors = gates, h, _dense(weight_hh), cell, y, saved
+        _run(_lstm_sequence, plan, gates, tensors, steps, batch, hidden)
+        steps = 0
     grid, constants = _launch(batch, hidden)
     for t in range(steps if batch else 0):
         products = torch.mm(h, weight_hh.t())
@@ -229,6 +293,11 @@ def lstm_backward(grad_y, grad_h, grad_c, saved, c0, weight_hh):
     grad_y, saved, c0, products = map(_dense, (grad_y, saved, c0, grad_h))
     grad_gates = weight_hh.new_empty(steps, batch, 4 * hidden)
     grad = _state(grad_c, batch, hidden, weight_hh)
+    plan = planned(weight_hh, batch, hidden, True)
+    if plan:
+        tensors = grad_y, products, saved, c0, _dense(weight_hh), grad, grad_gates
+        _run(_lstm_sequence_backward, plan, grad, tensors, steps, steps, batch, hidden)
+        products, steps = torch.mm(grad_gates[0], weight_hh), 0
     grid, constants = _launch(batch, hidden)
     for t in reversed(range(steps if batch else 0)):
         before, stride = (saved[t - 1, :, 4 * hidden :], 5 * hidden) if t else (c0, hidden)
