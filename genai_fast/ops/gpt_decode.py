@@ -53,17 +53,35 @@ def gpt_decode(
     Source: Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2).
     """
     weights, scales = list(weights), list(scales)
+    # Looking for what is wrong takes longer than a token of a small model.
+    if torch.compiler.is_compiling() or not _fits(cache, ids, length, weights, scales):
+        _check_all(cache, ids, length, weights, scales)
+    if torch.is_grad_enabled() and any([w.requires_grad for w in weights]):
+        name = layout.names(len(weights) // len(layout.LAYER))[[w.requires_grad for w in weights].index(True)]
+        raise ValueError(
+            f"{_OP}: weights: {name}: expected a tensor that needs no gradient, got one that requires it; decode under"
+            f" torch.no_grad()"
+        )
+    with torch.no_grad():
+        return library_call(_OP, cache, ids, length, weights, scales, float(eps), forced_backend())
+
+
+def _fits(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> bool:
+    try:
+        size = layout.require(cache, ids, length, weights, scales)
+        least, most = layout.span(ids) if ids.numel() else (0, 0)
+        return least >= 0 and most < size.vocabulary and type(length) is int
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # whatever was given in their place
+        return False
+
+
+def _check_all(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> None:
     _check.is_floating(_OP, "cache", cache)
     if cache.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{_OP}: cache: expected torch.float32 or torch.float64, got {cache.dtype}; convert it")
     size = _check_weights(_OP, weights, cache.dtype)
     for name, x in zip(layout.names(size.layers), weights, strict=True):
         _check.same_device(_OP, f"weights: {name}", x, "cache", cache)
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(
-                f"{_OP}: weights: {name}: expected a tensor that needs no gradient, got one that requires it; decode"
-                f" under torch.no_grad()"
-            )
     _check_scales(weights, scales, cache.dtype)
     _check_ids(_OP, ids, size.vocabulary, cache.device)
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
@@ -79,8 +97,6 @@ def gpt_decode(
             f" {cache.size(3)} x {cache.size(5)}"
         )
     _check_room(_OP, length, ids.size(1), min(cache.size(4), size.positions))
-    with torch.no_grad():
-        return library_call(_OP, cache, ids, length, weights, scales, float(eps), forced_backend())
 
 
 class GPTDecoder:
@@ -289,7 +305,7 @@ def _check_ids(op: str, ids: Any, vocabulary: int, device: torch.device) -> None
     if ids.device != device:
         raise ValueError(f"{op}: ids: expected device {device} as the cache has, got {ids.device}")
     if not torch.compiler.is_compiling() and ids.numel():
-        least, most = (int(x) for x in torch.aminmax(ids))
+        least, most = layout.span(ids)
         if least < 0 or most >= vocabulary:
             raise ValueError(
                 f"{op}: ids: expected 0 to {vocabulary - 1}, got {least if least < 0 else most}; the tokenizer must be"

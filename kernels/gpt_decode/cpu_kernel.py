@@ -7,7 +7,7 @@ from array import array
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels
-from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require
+from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require, span
 
 
 def gpt_decode(cache, ids, length, weights, scales, eps):
@@ -17,7 +17,7 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
     logits = torch.empty((batch, size.vocabulary), dtype=torch.float32, device="cpu")
     if batch == 0:
         return logits
-    least, most = (int(x) for x in torch.aminmax(ids))
+    least, most = span(ids)
     if least < 0 or most >= size.vocabulary:
         raise ValueError(f"genai_fast: expected ids of 0 to {size.vocabulary - 1}, got {least} to {most}")
     tensors, factors = array("q", [w.data_ptr() for w in weights]), array("q", [s.data_ptr() for s in scales])

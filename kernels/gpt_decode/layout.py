@@ -51,7 +51,14 @@ def matrices(layers: int) -> tuple[int, ...]:
 
 
 # For calls at every token. (torch.compile, which sees the others, warns of caches.)
-_shapes, _matrices = functools.cache(shapes), functools.cache(matrices)
+_matrices = functools.cache(matrices)
+
+
+@functools.cache
+def _expected(size: Sizes, matrix: torch.dtype, wide: torch.dtype) -> tuple[list[torch.Size], list[torch.dtype]]:
+    """Shapes and dtypes of the list."""
+    kinds = [matrix if is_matrix(name) else wide for name in names(size.layers)]
+    return [torch.Size(shape) for shape in shapes(size)], kinds
 
 
 def sizes_of(weights: Sequence[torch.Tensor]) -> Sizes:
@@ -71,15 +78,19 @@ def require(cache, ids, length, weights, scales) -> Sizes:
     size = sizes_of(weights)
     dtype, where, on_cpu = weights[0].dtype, _matrices(size.layers), cache.is_cpu
     wide = torch.float64 if cache.dtype is torch.float64 else torch.float32
-    expected = [wide] * len(weights)
-    for k in where:
-        expected[k] = dtype
-    for w, shape, kind in zip(weights, _shapes(size), expected, strict=True):
-        if w.shape != shape or w.dtype is not kind or w.is_cpu != on_cpu or not w.is_contiguous():
-            raise ValueError(
-                f"genai_fast: expected contiguous {kind} {shape} on {cache.device}, got {w.dtype} {tuple(w.shape)} on"
-                f" {w.device}"
-            )
+    expected, kinds = _expected(size, dtype, wide)
+    if (
+        [w.shape for w in weights] != expected or [w.dtype for w in weights] != kinds
+        or not all([w.is_cpu == on_cpu and w.is_contiguous() for w in weights])
+    ):  # fmt: skip
+        wrong = next(
+            k for k, w in enumerate(weights)
+            if w.shape != expected[k] or w.dtype is not kinds[k] or w.is_cpu != on_cpu or not w.is_contiguous()
+        )  # fmt: skip
+        raise ValueError(
+            f"genai_fast: expected contiguous {kinds[wrong]} {tuple(expected[wrong])} on {cache.device}, got"
+            f" {weights[wrong].dtype} {tuple(weights[wrong].shape)} on {weights[wrong].device}"
+        )
     if len(scales) != (len(where) if dtype is torch.int8 else 0):
         raise ValueError(f"genai_fast: expected a scale for each of {len(where)} int8 matrices, got {len(scales)}")
     for k, s in zip(where, scales, strict=False):
@@ -99,6 +110,14 @@ def require(cache, ids, length, weights, scales) -> Sizes:
             f" {tuple(cache.shape)}"
         )
     return size
+
+
+def span(ids: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest."""
+    if ids.numel() == 1:
+        return (one := ids.item()), one
+    least, most = torch.aminmax(ids)
+    return least.item(), most.item()
 
 
 def narrowed(
