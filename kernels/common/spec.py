@@ -152,7 +152,7 @@ class OpSpec:
     double_backward: bool = True
     mutates: tuple[str, ...] = ()  # arguments that the op and its reference update in place
     extra_tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)  # output or input -> (floor, reason)
-    compiled: bool = True  # whether the bench has torch.compile of the first peer: a loop over time takes it minutes
+    compiled: bool = True  # whether the bench has torch.compile of the first peer: long loops take it minutes
 
     def __str__(self) -> str:
         return self.name

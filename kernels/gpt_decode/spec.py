@@ -198,6 +198,7 @@ GPT_DECODE = OpSpec(
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
     peers={"eager": _eager},
+    compiled=False,
     cost=_cost,
     dtypes=(torch.float32, torch.bfloat16),
     backends=("reference", "cpu"),
