@@ -99,7 +99,7 @@ def plain_of(sequential):
 
 
 def gradients(model, loss):
-    """Of the loss, by parameter name."""
+    """Of the loss, by name, of every parameter; 0 where there is none."""
     model.zero_grad()
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}

@@ -1,7 +1,7 @@
 """What is asked of every model of sequences."""
 
 import torch
-from alike import close, gradients_close
+from alike import close, gradients, gradients_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -16,20 +16,13 @@ def padded(lengths, vocabulary, end, seed=0, width=0):
     return ids, lengths
 
 
-def gradients(model, loss):
-    """By name, of every parameter, 0 where there is none."""
-    model.zero_grad()
-    loss.backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
 def load_both_ways(ours, peer):
     assert [*ours.state_dict()] == [*peer.state_dict()]
     peer.load_state_dict(ours.state_dict())
     ours.load_state_dict(peer.state_dict())
 
 
-def assert_learns_alike(ours, peer, our_loss, peer_loss, steps=20, lr=5e-3):
+def assert_learns_alike(ours, peer, our_loss, peer_loss, steps=50, lr=5e-3):
     """Loss and gradients, then the losses of a training, from the same weights; our_loss(step) and peer_loss(step)."""
     load_both_ways(ours, peer)
     found, expected = our_loss(0), peer_loss(0)

@@ -110,7 +110,7 @@ def test_it_learns_as_the_peer_does():
         (peer, peer.loss, torch.optim.Adam(peer.parameters(), lr=3e-3)),
     ):
         curve = []
-        for step in range(20):
+        for step in range(50):
             found = loss(*batch(seed=step % 3))
             m.zero_grad()
             found.backward()

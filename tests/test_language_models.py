@@ -66,7 +66,7 @@ def test_it_learns_as_the_peer_does():
         (peer, peer.loss, torch.optim.Adam(peer.parameters(), lr=3e-2)),
     ):
         curve = []
-        for _ in range(6):
+        for _ in range(13):
             for piece in stream():
                 found = loss(*piece)
                 m.zero_grad()

@@ -35,7 +35,7 @@ def test_it_learns_as_its_peer_does(monkeypatch):
         return peer.loss(*samples[step % 2])
 
     assert_learns_alike(model, peer, lambda k: model.training_step(*samples[k % 2], seed=k).loss, theirs)
-    assert model.steps == peer.steps == 21
+    assert model.steps == peer.steps == 51
 
 
 def test_the_terms_are_of_a_sequence():
