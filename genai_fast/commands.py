@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ def run_train(options: argparse.Namespace) -> int:
         if file:
             config.build(kind, file, str(options.config))  # its mistakes in its own name
         settings = config.build(kind, {**file, **flags}, "settings")
+    if settings.init and not Path(settings.init).exists() and (options.out / settings.init).exists():
+        settings = replace(settings, init=str(options.out / settings.init))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
     result = train(options.recipe, settings, folder, resume=options.resume)

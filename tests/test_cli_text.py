@@ -116,12 +116,17 @@ def test_fine_tuning_names_what_does_not_match(here, capsys):
     (here / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     assert train("seq2seq", "before", "--epochs", "1", "--tokenizer", "char") == 0
     capsys.readouterr()
-    assert train("seq2seq", "after", "--epochs", "1", "--init", "runs/before", data="pairs.jsonl") == 0
+    assert train("seq2seq", "after", "--epochs", "1", "--init", "before", data="pairs.jsonl") == 0
     said = capsys.readouterr().err
     assert re.search(r"before.*model\.safetensors: \d+ tensors taken\n", said)
     # Its tokenizer comes along: ids must mean what they meant.
     a, b = (text.read_tokenizer(here / "runs" / name / "tokenizer.json").digest for name in ("before", "after"))
     assert a == b
+
+    # The run that it began with is not needed to go on.
+    (here / "runs" / "before").rename(here / "elsewhere")
+    assert call("train", "seq2seq", "--run", "after", "--resume", "--epochs", "2") == 0
+    (here / "elsewhere").rename(here / "runs" / "before")
 
     deeper = [*NETWORKS["seq2seq"][2:], "--layers", "2", "--block", "16"]
     assert call("train", "seq2seq", "--data", "pairs.jsonl", *QUICK, *deeper, "--epochs", "1", "--init", "runs/before",

@@ -20,7 +20,7 @@ class ImageTask:
 
     packages = ("PIL.Image", "matplotlib.figure")
 
-    def __init__(self, name: str, settings: ImageConfig) -> None:
+    def __init__(self, name: str, settings: ImageConfig, resumed: Path | None = None) -> None:
         images = data.load(settings.data, settings.size or None, strict=settings.strict)
         self.name, self.settings, self.images = name, settings, images
         self.train, self.validation = images.split(settings.validation, settings.seed)

@@ -96,7 +96,7 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    task = kind(name, settings)
+    task = kind(name, settings, folder if resume else None)
     newest = checkpoint.latest(folder) if resume else None
     if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
         raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")

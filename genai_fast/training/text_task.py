@@ -27,28 +27,29 @@ class TextTask:
 
     packages = ()
 
-    def __init__(self, name: str, settings: TextConfig) -> None:
+    def __init__(self, name: str, settings: TextConfig, resumed: Path | None = None) -> None:
         self.name, self.settings, self._kind = name, settings, RECIPES[name].feed
         load = text.load_pairs if self._kind == "pairs" else text.load
         corpus = load(settings.data, strict=settings.strict)
         self.training, self.validation = corpus.split(settings.validation, settings.seed)
         if self._kind == "sequences":
             self.training, self.validation = self.training.passages(), self.validation.passages()
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = self._tokenizer(resumed)
         self.about: dict[str, Any] = {
             "recipe": name, "tokenizer": self.tokenizer.digest, "vocabulary": self.tokenizer.size,
             "documents": len(corpus), "characters": sum(map(len, corpus.documents)),
         }  # fmt: skip
         self._bytes_a_token = 0.0
 
-    def _tokenizer(self) -> Tokenizer:
-        """Of the run whose weights begin this one, else made from the training part."""
-        settings = self.settings
+    def _tokenizer(self, resumed: Path | None) -> Tokenizer:
+        """Of the run that goes on, of the run whose weights begin this one, or made from the training part."""
+        settings, folders = self.settings, [resumed] if resumed else []
         if settings.init:
-            source = Path(settings.init)
-            found = (source if source.is_dir() else source.parent) / TOKENIZER
-            if found.exists():
-                return text.read_tokenizer(found)
+            begun = Path(settings.init)
+            folders.append(begun if begun.is_dir() else begun.parent)
+        for folder in folders:
+            if (folder / TOKENIZER).exists():
+                return text.read_tokenizer(folder / TOKENIZER)
         size = settings.vocabulary if settings.tokenizer == "bpe" else None
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
 
