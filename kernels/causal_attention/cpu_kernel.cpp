@@ -62,6 +62,70 @@ struct Forward {
       store(s, out, sequence, head, sequence.query + query + i, row);
     }
   }
+
+  // A single query without dropout, whose products run along the channels instead.
+  template <bool Capped>
+  void one(const Sequence& sequence, int64_t head, float* memory) const {
+    const int64_t width = s.width(), key_head = head / (s.heads / s.key_heads), position = sequence.shift();
+    const float factor = Capped ? s.scale / s.cap : s.scale;
+    float* const turned = memory;  // q times the factor
+    float* const sum = turned + width;
+    float* const scores = sum + width;
+    float* const buffer = scores + kTile;  // of rows of q and k, then of v
+    const Tile q_row = rows_of(s, q, sequence, head, sequence.query, 1, buffer);
+    for (int64_t c = 0; c < width; ++c) turned[c] = q_row.data[c] * factor, sum[c] = 0.0f;
+    float most = -kInfinity, total = 0.0f;
+    const Span span(s, sequence, 0, 1);
+    for (int64_t key = span.first; key < span.end; key += kTile) {
+      const int64_t keys = span.end - key < kTile ? span.end - key : kTile;
+      const Tile k_rows = rows_of(s, k, sequence, key_head, sequence.key + key, keys, buffer);
+      for (int64_t j = 0; j < keys; ++j) {
+        const float* const row = k_rows.data + j * k_rows.row;
+        float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+        for (int64_t c = 0; c < width; ++c) product += turned[c] * row[c];
+        scores[j] = product;
+      }
+      cap_scores<Capped>(scores, keys, s.cap);
+      if (partly(s, position, 1, key, keys)) {
+        for (int64_t j = 0; j < keys; ++j) {
+          const int64_t back = position - (key + j);
+          if (back < s.least || back >= s.most) scores[j] = -kInfinity;
+        }
+      }
+      float larger = most;
+      for (int64_t j = 0; j < keys; ++j) larger = scores[j] > larger ? scores[j] : larger;
+      const float shift = larger == -kInfinity ? 0.0f : larger, shrunk = exp_fast(most - shift);
+      float weight = 0.0f;
+#pragma omp simd reduction(+ : weight)
+      for (int64_t j = 0; j < keys; ++j) {
+        scores[j] = exp_fast(scores[j] - shift);
+        weight += scores[j];
+      }
+      most = larger, total = total * shrunk + weight;
+      const Tile v_rows = rows_of(s, v, sequence, key_head, sequence.key + key, keys, buffer + kTile * width);
+      int64_t c = 0;
+      for (; c + 4 * kWidth <= width; c += 4 * kWidth) add_rows<4>(v_rows, scores, keys, shrunk, c, sum);
+      for (; c < width; c += kWidth) add_rows<1>(v_rows, scores, keys, shrunk, c, sum);
+    }
+    const float nothing = sequence.keys < 0 ? __builtin_nanf("") : 0.0f;  // what a query that sees no key gets
+    lse[(sequence.batch * s.heads + head) * s.queries + sequence.query] = most + __builtin_logf(total) + nothing;
+    const float share = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t c = 0; c < s.channels; ++c) sum[c] = span.first < span.end ? sum[c] * share : nothing;
+    store(s, out, sequence, head, sequence.query, sum);
+  }
+
+  // sum = shrunk sum + weights times rows, in some vectors of channels from `at` on.
+  template <int Vectors>
+  static void add_rows(const Tile& rows, const float* weights, int64_t count, float shrunk, int64_t at, float* sum) {
+    Vector added[Vectors];
+    for (int i = 0; i < Vectors; ++i) added[i] = shrunk * *reinterpret_cast<const VectorAt*>(sum + at + i * kWidth);
+    for (int64_t j = 0; j < count; ++j) {
+      const float* const row = rows.data + j * rows.row + at;
+      for (int i = 0; i < Vectors; ++i) added[i] += weights[j] * *reinterpret_cast<const VectorAt*>(row + i * kWidth);
+    }
+    for (int i = 0; i < Vectors; ++i) *reinterpret_cast<VectorAt*>(sum + at + i * kWidth) = added[i];
+  }
 };
 
 // Which tile of queries the n-th job is: those with the most keys first.
@@ -226,7 +290,9 @@ void attend(const Forward& forward, const Sequences& all, int64_t sequences, int
 #pragma omp for schedule(dynamic, 1)
       for (int64_t n = 0; n < count; ++n) {
         const Job& job = jobs[n];
-        if (few) {
+        if (all.lengths && all.queries == 1) {
+          forward.template one<kCapped>(all[job.sequence], job.head, scratch.data);
+        } else if (few) {
           forward.template run<kCapped, kWidth>(all[job.sequence], job.head, job.query, scratch.data);
         } else {
           forward.template run<kCapped, kTile>(all[job.sequence], job.head, job.query, scratch.data);
