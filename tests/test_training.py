@@ -21,6 +21,7 @@ from genai_fast.models.autoencoder import AutoencoderLoss
 from genai_fast.training import Step, TrainingInterrupted, TrainingStopped, checkpoint, fit, loop, make_optimizer
 from genai_fast.training import step as step_module
 from genai_fast.training.feed import ImageFeed
+from genai_fast.training.meter import Meter, Progress
 from genai_fast.training.schedule import Schedule
 from genai_fast.training.settings import VAEConfig
 
@@ -191,8 +192,8 @@ def test_metrics_and_lines(tmp_path):
 
 
 def test_the_wait_for_data_goes_on_across_a_resume():
-    at = loop.Progress(batch=3, step=3, seconds=100.0, waited=40.0, sums=[1.0, 1.0])
-    meter = loop._Meter(at, 0)
+    at = Progress(batch=3, step=3, seconds=100.0, waited=40.0, sums=[1.0, 1.0])
+    meter = Meter(at, 0)
     assert meter.wait() == pytest.approx(0.4, abs=1e-3)
 
     def slow():

@@ -1,0 +1,117 @@
+"""What a training run measures of itself: losses, rates, waits; and metrics.jsonl, where they are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from genai_fast.training.feed import Feed
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next batch; `sums`: of the epoch's losses times batch sizes, and of those sizes."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # spent on this epoch's steps
+    waited: float = 0.0  # of those, for data
+    skipped: int = 0  # updates in this epoch left out because a loss was not finite
+    sums: list[float] = field(default_factory=list)
+
+
+class Meter:
+    """An epoch's clock, and its losses, summed on the device over the samples of steps that were finite."""
+
+    def __init__(self, at: Progress, skipped: int) -> None:
+        self._sums = torch.tensor(at.sums, dtype=torch.float64) if at.sums else None
+        self._before, self._since = (at.seconds, at.waited), time.perf_counter()
+        self._samples, self._waited, self._skipped = 0, 0.0, at.skipped - skipped
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with the clock on whoever makes them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, losses: Any, samples: int) -> None:
+        self._names, self._latest = losses._fields, torch.stack(tuple(losses)).double()
+        counted = F.pad(self._latest, (0, 1), value=1.0) * samples
+        counted = torch.where(self._latest.isfinite().all(), counted, 0.0)
+        self._sums = counted if self._sums is None else self._sums.to(counted.device) + counted
+        self._samples += samples
+
+    def latest(self) -> dict[str, float]:
+        return dict(zip(self._names, self._latest.tolist(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        return dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
+
+    def rate(self) -> float:
+        """Samples a second."""
+        return self._samples / (time.perf_counter() - self._since)
+
+    def wait(self) -> float:
+        """Share of the epoch's time so far spent waiting for data."""
+        return (self._before[1] + self._waited) / (self._before[0] + time.perf_counter() - self._since)
+
+    def store(self, at: Progress, skipped: int) -> None:
+        at.sums, at.skipped = self._sums.tolist(), self._skipped + skipped
+        at.seconds = self._before[0] + time.perf_counter() - self._since
+        at.waited = self._before[1] + self._waited
+
+
+def rates(feed: Feed, samples: float) -> dict[str, float]:
+    """Samples a second, and of running text tokens a second."""
+    tokens = getattr(feed, "block", 0)
+    return {"samples_per_second": samples} | ({"tokens_per_second": samples * tokens} if tokens else {})
+
+
+class Metrics:
+    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line + "\n")
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def _finite(x: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
