@@ -1,43 +1,36 @@
 """Whole training steps against the plain PyTorch scripts that people write, as `bench.systems` lists them.
 
-Each side runs in a process of its own, in turn (A B A B ...): settings of the allocator belong to a process,
-and so do its habits. Every side is measured with the stock allocator and with one that keeps its memory, so
-that nobody takes an allocator for a kernel. No side changes the library of matrix products.
+Each side runs in a process of its own, in turn (A B A B ...): settings of the allocator and of the library of matrix
+products belong to a process, and so do its habits. Every side is measured as PyTorch comes and under
+`genai_fast.tune_cpu()`, so that nobody takes an allocator or another library for a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import ctypes
 import functools
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import genai_fast
 from bench import record
 from bench.points import DEVICE, FUSED
 from bench.systems import SYSTEMS
 from genai_fast.profiling import ForeignLoad, compare
 
-TURNS = 2
-ROUNDS, SECONDS = 4, 1.0  # of clocking in each process, at least
+TURNS = 3
+ROUNDS, SECONDS = 3, 1.0  # of clocking in each turn, at least
 EAGER = "eager"
-ALLOCATORS = ("stock allocator", "memory kept")
-
-
-def keep_memory() -> None:
-    """Tell glibc to hand no freed memory back to the system, which clears it before it gives it out again."""
-    libc = ctypes.CDLL(None)
-    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        if not libc.mallopt(option, 1 << 30):
-            raise RuntimeError(f"mallopt({option}, 1 << 30) was refused")
+STOCK, TUNED = "stock process", "tuned process"
 
 
 def make_step(system: str, side: str, device: str) -> Callable[[], Any]:
@@ -63,25 +56,56 @@ def red(system: str, device: str) -> str:
     return f"losses: expected about {plain.tolist()}, got {fused.tolist()}" if wrong.any() else ""
 
 
-def in_a_process(system: str, side: str, allocator: str, device: str) -> float:
-    """Median seconds a step."""
-    command = [sys.executable, "-m", "bench.bench_training", system, side, allocator, device]
-    done = subprocess.run(command, cwd=record.ROOT, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+class Worker:
+    """A process that holds one side's step, warmed up, and clocks it when asked."""
+
+    def __init__(self, system: str, side: str, setting: str, device: str) -> None:
+        command = [sys.executable, "-m", "bench.bench_training", system, side, setting, device]
+        self._process = subprocess.Popen(
+            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read()
+
+    def clock(self) -> float:
+        """Median seconds a step."""
+        self._process.stdin.write("clock\n")
+        self._process.stdin.flush()
+        return self._read()["seconds"]
+
+    def _read(self) -> dict[str, float]:
+        for line in self._process.stdout:  # a library may print something first
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{' '.join(self._process.args)}: ended with {self._process.wait()}, its message is above")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def workers(system: str, device: str) -> Iterator[dict[tuple[str, str], Worker]]:
+    """One for each side and setting; they warm up one after the other."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for setting in (STOCK, TUNED):
+            for side in (EAGER, FUSED):
+                found[side, setting] = stack.enter_context(contextlib.closing(Worker(system, side, setting, device)))
+        yield found
 
 
 @functools.cache
 def figures(system: str, device: str) -> tuple[dict[str, Any], ...]:
-    """One figure for each allocator on both sides, and one of plain eager against everything that helps."""
+    """One figure for each setting of both sides, and one of plain eager against everything that helps."""
     load = ForeignLoad()
-    pairs = [(side, allocator) for allocator in ALLOCATORS for side in (EAGER, FUSED)]
-    times: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
-    for _ in range(TURNS):
-        for pair in pairs:
-            times[pair].append(in_a_process(system, *pair, device))
+    with workers(system, device) as sides:
+        times: dict[tuple[str, str], list[float]] = {pair: [] for pair in sides}
+        for _ in range(TURNS):
+            for pair, worker in sides.items():
+                times[pair].append(worker.clock())
     seconds = {pair: statistics.median(values) for pair, values in times.items()}
-    stock, kept = ALLOCATORS
-    compared = {f"{a}": (a, a) for a in ALLOCATORS} | {"eager stock, fused kept": (stock, kept)}
+    compared = {STOCK: (STOCK, STOCK), TUNED: (TUNED, TUNED), "eager stock, fused tuned": (STOCK, TUNED)}
     chosen, found = SYSTEMS[system], []
     for name, (theirs, ours) in compared.items():
         variants = {EAGER: seconds[EAGER, theirs], FUSED: seconds[FUSED, ours]}
@@ -106,22 +130,26 @@ def test_training_step(benchmark, figures_of_session, system):
     if not benchmark.disabled:
         found = figures(system, DEVICE)
         figures_of_session.extend(copy.deepcopy(found))
-        benchmark.extra_info.update(found[0], allocators=[f["ratio"] for f in found])
+        benchmark.extra_info.update(found[0], settings=[f["ratio"] for f in found])
     benchmark(make_step(system, FUSED, DEVICE))
 
 
 def main() -> None:
-    """What `in_a_process` starts."""
+    """What a `Worker` starts: says when it is ready, then clocks the step for each line that it reads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("side", choices=(EAGER, FUSED))
-    parser.add_argument("allocator", choices=ALLOCATORS)
+    parser.add_argument("setting", choices=(STOCK, TUNED))
     parser.add_argument("device")
     options = parser.parse_args()
-    if options.allocator == ALLOCATORS[1]:
-        keep_memory()
+    if options.setting == TUNED:
+        genai_fast.tune_cpu()
     step = make_step(options.system, options.side, options.device)
-    print(json.dumps({"seconds": compare({"step": step}, rounds=ROUNDS, seconds=SECONDS).timings["step"].median}))
+    compare({"step": step}, rounds=2)
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        seconds = compare({"step": step}, rounds=ROUNDS, seconds=SECONDS, warm_up=1).timings["step"].median
+        print(json.dumps({"seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

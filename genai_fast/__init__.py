@@ -2,11 +2,12 @@
 
 from genai_fast import layers, ops, optim
 from genai_fast.backends import FallbackWarning, use_backend
+from genai_fast.cpu import tune_cpu
 from genai_fast.fuse import explain, fuse, unfuse
 from genai_fast.sdpa import enable_sdpa
 
 __version__ = "0.1.0"
 __all__ = [
-    "FallbackWarning", "__version__", "enable_sdpa", "explain", "fuse", "layers", "ops", "optim", "unfuse",
+    "FallbackWarning", "__version__", "enable_sdpa", "explain", "fuse", "layers", "ops", "optim", "tune_cpu", "unfuse",
     "use_backend",
 ]  # fmt: skip

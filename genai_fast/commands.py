@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from genai_fast import data
+from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
 from genai_fast.training import checkpoint, config, pictures, writing
@@ -38,7 +39,8 @@ def run_train(options: argparse.Namespace) -> int:
         settings = replace(settings, init=str(options.out / settings.init))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
-    result = train(options.recipe, settings, folder, resume=options.resume)
+    with tune_cpu():
+        result = train(options.recipe, settings, folder, resume=options.resume)
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
     print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
@@ -235,21 +237,24 @@ def run_doctor(options: argparse.Namespace) -> int:
 def run_demo(options: argparse.Namespace) -> int:
     from genai_fast import demo
 
-    demo.run(options.out, options.epochs)
+    with tune_cpu():
+        demo.run(options.out, options.epochs)
     return 0
 
 
 def run_demo_gan(options: argparse.Namespace) -> int:
     from genai_fast import demo
 
-    demo.run_gan(options.out, options.epochs)
+    with tune_cpu():
+        demo.run_gan(options.out, options.epochs)
     return 0
 
 
 def run_demo_text(options: argparse.Namespace) -> int:
     from genai_fast import demo
 
-    demo.run_text(options.out, options.epochs)
+    with tune_cpu():
+        demo.run_text(options.out, options.epochs)
     return 0
 
 

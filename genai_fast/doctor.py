@@ -7,12 +7,13 @@ import json
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from genai_fast import __version__, backends, paths
+from genai_fast import __version__, backends, cpu, paths
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.registry import OPS
@@ -34,6 +35,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "cpu": _cpu(),
+        "training on a CPU": _tuning(),
         "ops": {name: {device: _served(name, device) for device in devices} for name in OPS},
         "caches": _caches(),
         "openmp": backends.mapped_openmp(),
@@ -47,17 +49,18 @@ def as_json(report: dict[str, Any]) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for people: a line a fact, warnings last."""
-    cpu = report["cpu"]
+    kernels = report["cpu"]
     lines = ["versions"]
     lines += [f"  {name:<14}{version}" for name, version in report["versions"].items()]
     lines += [f"  {'platform':<14}{report['platform']}", "devices"]
     lines += [f"  {device:<14}{what}" for device, what in report["devices"].items()]
     lines += [
         "CPU kernels",
-        f"  {'in use':<14}{cpu['in use'] or cpu['reason']}",
-        f"  {'available':<14}{', '.join(cpu['available']) or 'none'}"
-        f" (GENAI_FAST_ISA={cpu['GENAI_FAST_ISA'] or 'unset'})",
+        f"  {'in use':<14}{kernels['in use'] or kernels['reason']}",
+        f"  {'available':<14}{', '.join(kernels['available']) or 'none'}"
+        f" (GENAI_FAST_ISA={kernels['GENAI_FAST_ISA'] or 'unset'})",
         f"  {'threads':<14}{report['threads']}",
+        f"  {'tune_cpu()':<14}{report['training on a CPU']}",
         "ops",
     ]
     for op, by_device in report["ops"].items():
@@ -105,6 +108,14 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def _tuning() -> str:
+    """What training on this CPU is done with: see `tune_cpu`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", backends.FallbackWarning)  # it is in the text
+        with cpu.tune_cpu() as tuning:
+            return str(tuning)
+
+
 def _served(op: str, device: str) -> dict[str, Any]:
     """Which backend serves a public op's float32 tensors on a device, and why each other does not."""
     names = [library.name for library in OPS[op].library]
@@ -145,9 +156,9 @@ def _warnings() -> list[str]:
             f"{len(runtimes)} OpenMP runtimes are mapped and slow each other: {', '.join(runtimes)};"
             f" remedy: import torch first, and no package with an OpenMP of its own beside it"
         )
-    cpu = _cpu()
-    if not cpu["in use"]:
-        found.append(cpu["reason"])
+    kernels = _cpu()
+    if not kernels["in use"]:
+        found.append(kernels["reason"])
     if sys.platform.startswith("linux") and torch.cuda.is_available() and _version("triton") == "not installed":
         found.append("triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton")
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch.nn import attention
 
 from genai_fast.backends import choose
 from genai_fast.ops._function import library_call
+from genai_fast.ops._register import override
 
 _FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
 _CPU_FORWARD, _CPU_BACKWARD = (
@@ -76,30 +75,17 @@ def enable_sdpa() -> SDPASwitch:
 def _register() -> SDPASwitch:
     global _active
     library = torch.library.Library("aten", "IMPL")
-    _override(library, _CPU_FORWARD, "CPU", _cpu_forward)
-    _override(library, _CPU_BACKWARD, "CPU", _cpu_backward)
+    override(library, _CPU_FORWARD, "CPU", _cpu_forward)
+    override(library, _CPU_BACKWARD, "CPU", _cpu_backward)
     priority = None
     if torch.cuda.is_available():
-        _override(library, _FORWARD, "CUDA", _cuda_forward)
-        _override(library, _BACKWARD, "CUDA", _cuda_backward)
+        override(library, _FORWARD, "CUDA", _cuda_forward)
+        override(library, _BACKWARD, "CUDA", _cuda_backward)
         priority = torch._C._get_sdp_priority_order()
         flash = int(attention.SDPBackend.FLASH_ATTENTION)
         torch._C._set_sdp_priority_order([flash, *(b for b in priority if b != flash)])
     _active = SDPASwitch(library, priority)
     return _active
-
-
-def _override(library: torch.library.Library, name: str, key: str, ours: Callable[..., Any]) -> None:
-    """Calls that `ours` answers with NotImplemented go to the kernel that was there."""
-    before = torch.library.get_kernel(f"aten::{name}", key)
-
-    def serve(keys: Any, *arguments: Any, **more: Any) -> Any:
-        result = ours(*arguments, **more)
-        return before.call_boxed(keys, *arguments, **more) if result is NotImplemented else result
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant to be overridden
-        library.impl(name, serve, key, with_keyset=True)
 
 
 def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, is_causal: bool) -> bool:

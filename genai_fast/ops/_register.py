@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from genai_fast.backends import select, survey
@@ -41,3 +45,16 @@ def _fake_seed(like: torch.Tensor) -> torch.Tensor:
 
 LIBRARY.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
 torch.library.register_fake("genai_fast::draw_seed", _fake_seed, lib=LIBRARY)
+
+
+def override(library: torch.library.Library, name: str, key: str, ours: Callable[..., Any]) -> None:
+    """Put `ours` before aten's kernel `name`; what it answers with NotImplemented goes to the kernel that was there."""
+    before = torch.library.get_kernel(f"aten::{name}", key)
+
+    def serve(keys: Any, *arguments: Any, **more: Any) -> Any:
+        result = ours(*arguments, **more)
+        return before.call_boxed(keys, *arguments, **more) if result is NotImplemented else result
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant to be overridden
+        library.impl(name, serve, key, with_keyset=True)

@@ -1,0 +1,222 @@
+"""What makes a whole process train faster on a CPU: the allocator, the library of matrix products, the threads."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genai_fast import paths
+from genai_fast.backends import FallbackWarning
+from genai_fast.ops._register import override
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_KEPT, _DEFAULT = 1 << 30, 128 << 10  # bytes
+_LEAST = 1 << 21  # multiplications of a product that is worth asking for
+_SHAPE = (2048, 384, 1536)  # rows, inputs and outputs of the layer that is measured
+_FORMS = ("output", "input gradient", "weight gradient")  # of a linear layer: x w^T, g w, g^T x
+_FLOOR = 1e-6  # of a product's relative error, in float32
+
+Product = Callable[..., torch.Tensor]
+
+
+class CPUTuning:
+    """What `tune_cpu` did, in words by str(); `remove()` undoes it, and so does leaving it as a context manager.
+
+    Attributes:
+        memory: whether freed memory is kept; and why not, in `notes`.
+        onednn: the forms of matrix products that go to oneDNN: "output", "input gradient", "weight gradient".
+        threads: of PyTorch.
+    """
+
+    def __init__(self) -> None:
+        self.memory, self.onednn, self.notes = False, (), []
+        self.threads = self._threads = torch.get_num_threads()
+        self._library: torch.library.Library | None = None
+
+    def remove(self) -> None:
+        """Everything as it was before, but for glibc's thresholds: those get their defaults, and no longer adapt."""
+        global _active
+        if _active is not self:
+            return
+        _active = None
+        if self._library is not None:
+            self._library._destroy()
+        if self.memory:
+            _set_thresholds(_DEFAULT)
+            ctypes.CDLL(None).malloc_trim(0)
+        torch.set_num_threads(self._threads)
+
+    def __str__(self) -> str:
+        products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
+        parts = [
+            "freed memory kept" if self.memory else "stock allocator", f"matrix products {products}",
+            f"{self.threads} threads", *self.notes,
+        ]  # fmt: skip
+        return "; ".join(parts)
+
+    def __enter__(self) -> CPUTuning:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+_active: CPUTuning | None = None
+
+
+def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) -> CPUTuning:
+    """Settings of the whole process that make training on a CPU faster, whoever's model it is.
+
+    - memory: glibc keeps freed memory instead of handing it back to the system, which clears it before it gives it out
+      again: no page faults in a step that has run before. The process holds on to its peak.
+    - matmul: float32 products go to oneDNN where it is measured faster than PyTorch's library (MKL does not use AVX-512
+      on AMD's processors): each form of a product is measured once on a machine and remembered, as convolutions are
+      (`genai_fast.paths`), and checked against float64 in every process. Deterministic runs stay with PyTorch's.
+    - threads: no more than the cores that this process may use (affinity, a container's quota).
+
+    What cannot be had here is said in a FallbackWarning. Gradients and double backward are untouched: what is replaced
+    stands below autograd. Compiled models keep what they were compiled with: call it before.
+
+    Returns:
+        what was done; a second call returns the first one's until that is removed.
+    """
+    global _active
+    if _active is not None:
+        return _active
+    _active = done = CPUTuning()
+    try:
+        allowed = allowed_cores()
+        if threads and torch.get_num_threads() > allowed:
+            torch.set_num_threads(allowed)
+            done.threads = allowed
+        if memory:
+            reason = _keep_memory()
+            done.memory = not reason
+            if reason:
+                done.notes.append(reason)
+        if matmul:
+            done.onednn, refused = _faster_in_onednn()
+            done.notes += refused
+            if done.onednn:
+                done._library = _route(done.onednn)
+        for note in done.notes:
+            warnings.warn(f"tune_cpu: {note}", FallbackWarning, stacklevel=2)
+    except BaseException:
+        done.remove()
+        raise
+    return done
+
+
+def active() -> CPUTuning | None:
+    """What `tune_cpu` did in this process and nobody has removed."""
+    return _active
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: by its affinity and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return max(cores, 1)
+
+
+def _keep_memory() -> str:
+    """ "" or the reason why the allocator stays as it is."""
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return "the allocator stays as it is: only glibc's can be told to keep memory"
+    if "malloc" in os.environ.get("LD_PRELOAD", ""):
+        return "the allocator stays as it is: LD_PRELOAD names another one"
+    if not _set_thresholds(_KEPT):
+        _set_thresholds(_DEFAULT)
+        return f"the allocator stays as it is: glibc refused thresholds of {_KEPT >> 20} MiB"
+    return ""
+
+
+def _set_thresholds(size: int) -> bool:
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(option, size) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)])
+
+
+def _onednn(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b + bias."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+def _torch(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def _form(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Which of a linear layer's products a b is, by their strides; "" for another."""
+    along = tuple("rows" if x.stride(1) == 1 else "columns" if x.stride(0) == 1 else "neither" for x in (a, b))
+    return {
+        ("rows", "columns"): "output", ("rows", "rows"): "input gradient", ("columns", "rows"): "weight gradient",
+    }.get(along, "")  # fmt: skip
+
+
+def _operands(form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, inputs, outputs = _SHAPE
+    noise = torch.Generator().manual_seed(0)
+    x, w, g = (
+        torch.randn(*shape, generator=noise, device="cpu")
+        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+    )
+    return {"output": (x, w.t()), "input gradient": (g, w), "weight gradient": (g.t(), x)}[form]
+
+
+def _faster_in_onednn() -> tuple[tuple[str, ...], list[str]]:
+    """The forms of products that oneDNN computes faster and as exactly, and what is wrong with those that are not."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return (), ["matrix products stay as they are: this PyTorch has no oneDNN"]
+    faster, wrong = [], []
+    for form in _FORMS:
+
+        def calls(form: str = form) -> tuple[dict[str, paths.Maker], str]:
+            operands = _operands(form)
+            return {
+                "torch": lambda: lambda: _torch(None, *operands), "onednn": lambda: lambda: _onednn(None, *operands)
+            }, "torch"  # fmt: skip
+
+        if paths.choose(("matmul", form, _SHAPE), torch.device("cpu"), calls).path == "torch":
+            continue
+        a, b = _operands(form)
+        exact = a.double() @ b.double()
+        theirs, ours = ((f(None, a, b) - exact).abs().max() / exact.abs().max() for f in (_torch, _onednn))
+        if ours <= 2 * theirs + _FLOOR:
+            faster.append(form)
+        else:
+            wrong.append(f"matrix products ({form}) stay as they are: oneDNN's relative error is {ours:.1e}")
+    return tuple(faster), wrong
+
+
+def _route(forms: tuple[str, ...]) -> torch.library.Library:
+    """Serve aten's float32 products of these forms by oneDNN."""
+
+    def served(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return (
+            a.dtype is torch.float32 and b.dtype is torch.float32
+            and a.size(0) * a.size(1) * b.size(1) >= _LEAST and _form(a, b) in forms
+        )  # fmt: skip
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
+        return _onednn(None, a, b) if served(a, b) else NotImplemented
+
+    def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        fits = beta == 1 and alpha == 1 and bias.dim() == 1 and bias.dtype is torch.float32 and served(a, b)
+        return _onednn(bias, a, b) if fits and len(bias) == b.size(1) else NotImplemented
+
+    library = torch.library.Library("aten", "IMPL")
+    override(library, "mm", "CPU", mm)
+    override(library, "addmm", "CPU", addmm)
+    return library
