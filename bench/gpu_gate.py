@@ -1,170 +1,159 @@
 """The GPU gate: everything that only a GPU can prove, then the figures.
 
-    python -m bench.gpu_gate [--out FILE.json] [--commit HASH]
+    python -m bench.gpu_gate [--minutes 8] [--continue] [--out FILE.json] [--commit HASH] [--jobs N]
 
-First the barrier in gru's and lstm's launches (bench.barrier). For each op: numerics of every case and dtype on
-the device, two runs bitwise equal, capture and replay as a CUDA graph; then a memory check of small cases where
-compute-sanitizer is installed. An op that passes all of it is timed, an op that does not has no figures. One JSON
-record says all, in bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU.
+In this order: the barrier in gru's and lstm's launches (bench.barrier); of each op every case and dtype (bench.checks:
+numerics on the device, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more than 2^31 elements
+(bench.large); fifty steps of training against plain PyTorch (bench.parity); a memory check of small cases where
+compute-sanitizer is installed; and the figures of each op that passed all its checks, first without torch.compile,
+then with it. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all, in
+bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import clock, record, roofs
-from bench.points import DTYPES, Point, figures, fused_backend, points, red
+from bench import isolated, large, parity, record, roofs
+from bench.checks import inputs_of, step_of, tensors
+from bench.points import COMPILED, DTYPES, Point, figures, points, red
 from bench.report import summary
-from genai_fast import ops, registry
-from genai_fast.backends import use_backend
-from genai_fast.kernels.common.spec import OpSpec, Tensors
 from genai_fast.profiling import ForeignLoad
-from genai_fast.testing import Run, assert_matches_reference, every_run
+from genai_fast.testing import Run, every_run
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = 20_000  # elements of the largest input that the memory checker is given: it slows kernels a hundredfold
+_SAVED = 15.0  # seconds from one writing of the record to the next
 
-Step = Callable[[], list[torch.Tensor]]
-Capture = Callable[[Step], tuple[Callable[[], None], list[torch.Tensor]]]
+# A stage asks which of its tasks were done, and gives a process that does the others.
+STAGES = {"runs": "bench.checks", "large": "bench.large", "parity": "bench.parity"}
 
-
-def step_of(run: Run, inputs: dict[str, Any]) -> Step:
-    """Forward and backward of a run on these inputs: outputs, then gradients."""
-    function = getattr(ops, run.op.name)
-    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-
-    def step() -> list[torch.Tensor]:
-        with use_backend(run.forced):
-            outputs = function(**inputs)
-            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-            grads = []
-            if leaves:
-                upstream = [torch.ones_like(y) for y in outputs]
-                grads = list(torch.autograd.grad(outputs, leaves, upstream, allow_unused=True))
-        return [x.detach() for x in (*outputs, *grads) if x is not None]
-
-    return step
+Tasks = dict[str, list[list[str]]]  # by stage, in batches
 
 
-def _inputs(run: Run) -> dict[str, Any]:
-    return run.case.inputs(Tensors(run.dtype, run.device))
+class Gate:
+    """The record of a gate as it grows, on disk and here.
 
-
-def _same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
-    """Bitwise, so that NaN equals NaN."""
-    pairs = list(zip(a, b, strict=True))
-    return all(x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)) for x, y in pairs)
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def numerics(run: Run) -> str:
-    """What is wrong with a run's numbers; "" if nothing."""
-    try:
-        assert_matches_reference(run)
-    except Exception as error:  # an error of the launch is as red as a wrong number
-        return f"{type(error).__name__}: {error}"[:1000]
-    return ""
-
-
-def determinism(run: Run) -> str:
-    """What is wrong when forward and backward run twice on the same inputs; "" if nothing."""
-    try:
-        first, second = (step_of(run, _inputs(run))() for _ in range(2))
-        return "" if _same(first, second) else f"{run}: two runs on the same inputs differ in their bits"
-    except Exception as error:
-        return f"{run}: {type(error).__name__}: {error}"[:1000]
-
-
-def graph_replay(run: Run, capture: Capture = clock.capture) -> str:
-    """What is wrong with the captured graph of a run; "" if nothing.
-
-    New numbers are put into the graph's inputs, so a replay that does nothing is seen.
+    `tasks` are what must be done: stage -> batches of tasks, the tasks of a batch in one process.
     """
-    try:
-        inputs = _inputs(run)
-        replay, outputs = capture(step_of(run, inputs))
-        new = _inputs(run)
-        with torch.no_grad():
-            for static, x in zip(_tensors(inputs), _tensors(new), strict=True):
-                if _writable(x):
-                    static.copy_(x.mul_(0.5) if x.is_floating_point() else x)
-        replay()
-        replayed = [x.clone() for x in outputs]
-        if not _same(replayed, step_of(run, new)()):
-            return f"{run}: the replay's numbers differ from eager's"
-        if "seed" not in inputs or replayed[0].numel() < 2:
-            return ""
-        replay, outputs = capture(step_of(run, {**inputs, "seed": None}))
-        replay()
-        first = outputs[0].clone()
-        replay()
-        if torch.isfinite(first).all() and torch.equal(first, outputs[0]):
-            return f"{run}: with seed=None two replays draw the same numbers"
-    except Exception as error:
-        return f"{run}: {type(error).__name__}: {error}"[:1000]
-    return ""
+
+    def __init__(
+        self, path: Path, content: dict[str, Any], tasks: dict[str, list[list[str]]], todo: list[Point]
+    ) -> None:
+        self.path, self.content, self.tasks, self.todo = path, content, tasks, todo
+        for stage in tasks:
+            content.setdefault(stage, {})
+        content.setdefault("figures", [])
+        content.setdefault("refused", [])
+        self._saved = time.monotonic()
+
+    def run_stage(self, stage: str, device: str, deadline: float, jobs: int) -> None:
+        """Do what is not done yet of a stage, until the deadline."""
+        known = self.content[stage]
+        left = [[task for task in batch if task not in known] for batch in self.tasks[stage]]
+        command = [sys.executable, "-m", STAGES[stage], device]
+
+        def done(task: str, result: dict[str, Any]) -> None:
+            known[task] = result
+            for kind, message in failures(result).items():
+                print(f"RED {task}: {kind}: {message}", flush=True)
+            self.save()
+
+        isolated.run(command, sorted(filter(None, left), key=len, reverse=True), done, jobs=jobs, deadline=deadline)
+        count = sum(len(batch) for batch in self.tasks[stage])
+        bad = sum(bool(failures(result)) for result in known.values())
+        print(f"{stage}: {len(known)} of {count} done, {bad} red", flush=True)
+
+    def measure(
+        self, deadline: float, compiled: bool, measure: Callable[..., dict[str, Any]] = figures,
+        refuse: Callable[[Point], str] = red,
+    ) -> None:  # fmt: skip
+        """Figures of the points whose op is green, until the deadline."""
+        content, names = self.content, {op: self.op_runs(op) for op in {point.op.name for point in self.todo}}
+        for point in self.todo:
+            if time.monotonic() >= deadline:
+                return
+            mine = [f for f in content["figures"] if f["point"] == str(point)]
+            if any(COMPILED in f["variants"] or not compiled for f in mine) or self._refused(point):
+                continue
+            if compiled and not point.op.compiled:
+                continue
+            reason = "" if self.op_green(names[point.op.name]) else f"the gate of {point.op} is red, or not through"
+            try:
+                reason = reason or refuse(point)
+                found = {} if reason else measure(point, compiled=compiled)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:1000]
+            content["figures"] = [f for f in content["figures"] if reason or f["point"] != str(point)]
+            if reason:
+                content["refused"].append({"point": str(point), "reason": reason})
+            else:
+                content["figures"].append({"point": str(point), **found})
+            self.save()
+
+    def _refused(self, point: Point) -> bool:
+        return any(r["point"] == str(point) for r in self.content["refused"])
+
+    def op_runs(self, op: str) -> list[str]:
+        return [task for batch in self.tasks["runs"] for task in batch if task.startswith(f"{op}-")]
+
+    def op_green(self, names: list[str]) -> bool:
+        """Whether an op passed everything, and anything was checked at all."""
+        known = self.content["runs"]
+        return bool(names) and all(name in known and not failures(known[name]) for name in names)
+
+    def through(self) -> bool:
+        """Whether everything was done."""
+        stages = all(
+            task in self.content[s] for s, batches in self.tasks.items() for batch in batches for task in batch
+        )
+        done = {f["point"] for f in self.content["figures"]} | {r["point"] for r in self.content["refused"]}
+        return stages and "memory_check" in self.content and {str(point) for point in self.todo} <= done
+
+    def green(self) -> bool:
+        """Whether everything was done and is right."""
+        content = self.content
+        bad = any(failures(result) for stage in self.tasks for result in content[stage].values())
+        checks = (content.get(name, {}).get("passed", True) for name in ("memory_check", "barrier_check"))
+        return self.through() and not bad and not content["refused"] and all(checks)
+
+    def save(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._saved > _SAVED:
+            self.content["green"], self.content["through"] = self.green(), self.through()
+            record.write_json(self.path, self.content)
+            self._saved = time.monotonic()
 
 
-def _tensors(inputs: dict[str, Any]) -> list[torch.Tensor]:
-    found = [x for value in inputs.values() for x in (value if isinstance(value, list) else [value])]
-    return [x for x in found if isinstance(x, torch.Tensor)]
+def failures(result: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a task, by kind."""
+    found = dict(result.get("failures", {}))
+    return found | ({"died": result["died"]} if "died" in result else {})
 
 
-def _writable(x: torch.Tensor) -> bool:
-    """No two elements share memory, as those of an expanded tensor do."""
-    return all(stride or size < 2 for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def check_op(op: OpSpec, runs: list[Run], capture: Capture = clock.capture) -> dict[str, Any]:
-    """The op's gate: how many checks ran, and every failure."""
-    failures: dict[str, list[str]] = {"numerics": [], "determinism": [], "graph": []}
+def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
+    """Everything to be done on a device: the runs of one op and dtype stay together, as they share kernels."""
+    batches: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
-        failures["numerics"].append(numerics(run))
-    for run in (run for run in runs if run.backend == fused_backend(op, run.device)):
-        failures["determinism"].append(determinism(run))
-        failures["graph"].append(graph_replay(run, capture))
-    checks = {name: len(messages) for name, messages in failures.items()}
-    found = {name: [m for m in messages if m] for name, messages in failures.items()}
-    return {"op": op.name, "checks": checks, "failures": {name: m for name, m in found.items() if m}}
-
-
-def green(check: dict[str, Any]) -> bool:
-    """Whether an op passed everything, and anything was checked at all."""
-    return not check["failures"] and all(check["checks"].values())
-
-
-def gated_figures(
-    checks: dict[str, dict[str, Any]],
-    todo: Iterable[Point],
-    measure: Callable[[Point], dict[str, Any]] = figures,
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Figures of the points that may have some, and for the others why they have none."""
-    found, refused = [], []
-    for point in todo:
-        reason = "" if green(checks[point.op.name]) else f"the gate of {point.op} is red"
-        reason = reason or red(point)
-        if reason:
-            refused.append({"point": str(point), "reason": reason})
-            continue
-        try:
-            found.append(measure(point))
-        except Exception as error:
-            refused.append({"point": str(point), "reason": f"{type(error).__name__}: {error}"[:1000]})
-    return found, refused
+        batches[run.op.name, run.dtype].append(str(run))
+    return {
+        "runs": list(batches.values()),
+        "large": [[name] for name in large.LARGE] if device == "cuda" else [],
+        "parity": [[name] for name in parity.TOLERANCE] if device == "cuda" else [],
+    }
 
 
 def memory_check() -> dict[str, Any]:
@@ -177,12 +166,7 @@ def memory_check() -> dict[str, Any]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
-            [*command, "--small-cases"],
-            cwd=record.ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
+            [*command, "--small-cases"], cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
     except subprocess.TimeoutExpired:
         return {"skipped": "compute-sanitizer took more than 600 s"}
@@ -190,23 +174,17 @@ def memory_check() -> dict[str, Any]:
 
 
 def barrier_check(limit: float = 300.0) -> dict[str, Any]:
-    """bench.barrier in a process of its own, which is ended where it waits for ever.
-
-    Unless it passes, gru and lstm run step by step from then on.
-    """
+    """bench.barrier in a process of its own, which is ended where it waits for ever."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "bench.barrier"], cwd=record.ROOT, capture_output=True, text=True, timeout=limit
         )
-        found = {"passed": done.returncode == 0, "output": (done.stdout + done.stderr)[-2000:]}
-        if done.returncode == 2:
-            found = {"skipped": done.stdout.strip() or "no layer fits in one launch here"}
     except subprocess.TimeoutExpired as expired:
         said = (expired.stdout or b"").decode(errors="replace")
-        found = {"passed": False, "output": f"{said[-2000:]}no end after {limit:g} s"}
-    if not found.get("passed", False):
-        os.environ["GENAI_FAST_SEQUENCE"] = "0"
-    return found
+        return {"passed": False, "output": f"{said[-2000:]}no end after {limit:g} s"}
+    if done.returncode == 2:
+        return {"skipped": done.stdout.strip() or "no layer fits in one launch here"}
+    return {"passed": done.returncode == 0, "output": (done.stdout + done.stderr)[-2000:]}
 
 
 def small_cases() -> None:
@@ -214,8 +192,8 @@ def small_cases() -> None:
     for run in every_run(("cuda",)):
         if run.backend != "triton" or run.dtype is not torch.float32:
             continue
-        inputs = _inputs(run)
-        if max(x.numel() for x in _tensors(inputs)) <= SMALL:
+        inputs = inputs_of(run)
+        if max(x.numel() for x in tensors(inputs)) <= SMALL:
             step_of(run, inputs)()
     torch.cuda.synchronize()
 
@@ -226,46 +204,48 @@ def record_path(device: str, commit: str, dirty: bool | None, day: datetime.date
     return RESULTS / folder / f"{day.isoformat()}-{commit}{'-dirty' if dirty else ''}.json"
 
 
-def gate(device: str, commit: str | None = None, capture: Capture = clock.capture) -> dict[str, Any]:
-    """The whole gate; gives its record."""
+def begin(device: str, commit: str | None) -> dict[str, Any]:
+    """The head of a new record."""
     head, dirty = (commit, None) if commit else record.commit()
-    environment = {**record.environment(device), "roofs": roofs.roofs(device)}
-    barrier = barrier_check() if device == "cuda" else {"skipped": "no GPU"}
-    print(f"barrier: {barrier}", flush=True)
-    load, runs = ForeignLoad(), list(every_run((device,)))
-    checks = {}
-    for op in registry.OPS.values():
-        checks[op.name] = check_op(op, [run for run in runs if run.op is op], capture)
-        print(
-            f"{op.name}: {'green' if green(checks[op.name]) else 'RED'} {checks[op.name]['checks']}",
-            flush=True,
-        )
-        for kind, messages in checks[op.name]["failures"].items():
-            print("".join(f"  {kind}: {message}\n" for message in messages), end="")
-    memory = memory_check() if device == "cuda" else {"skipped": "no GPU"}
-    found, refused = gated_figures(checks, points(device))
-    passed = all(map(green, checks.values())) and not refused
-    passed = passed and memory.get("passed", True) and barrier.get("passed", True)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": head,
         "dirty": dirty,
-        "green": passed,
-        "environment": environment,
+        "environment": {**record.environment(device), "roofs": roofs.roofs(device)},
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in DTYPES[device]],
-        "checks": list(checks.values()),
-        "memory_check": memory,
-        "barrier_check": barrier,
-        "figures": found,
-        "refused": refused,
-        "foreign_load": load.cores(),
     }
+
+
+def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
+    """Whatever is left of the gate, until the minutes are over."""
+    deadline, load, content = time.monotonic() + 60 * minutes, ForeignLoad(), gate.content
+    if "barrier_check" not in content:
+        content["barrier_check"] = barrier_check() if device == "cuda" else {"skipped": "no GPU"}
+        print(f"barrier: {content['barrier_check']}", flush=True)
+    if not content["barrier_check"].get("passed", False):
+        os.environ["GENAI_FAST_SEQUENCE"] = "0"  # gru and lstm go step by step from here on
+    for stage in STAGES:
+        gate.run_stage(stage, device, deadline, jobs)
+    if "memory_check" not in content and time.monotonic() < deadline:
+        content["memory_check"] = memory_check() if device == "cuda" else {"skipped": "no GPU"}
+    for compiled in (False, True):
+        gate.measure(deadline, compiled)
+    content["foreign_load"] = load.cores()
+    gate.save(now=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which it stops; default: %(default)s")
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="with the newest record of this GPU and commit, or --out"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the record (bench/results/<gpu>/...)")
     parser.add_argument("--commit", help="the commit's hash, where the checkout has no .git")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)),
+        help="processes that check ops at a time: most of that time compiles kernels; default here: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -274,16 +254,24 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small_cases:
         small_cases()
         return 0
-    result = gate("cuda", options.commit)
+    head, dirty = (options.commit, None) if options.commit else record.commit()
     today = datetime.datetime.now(datetime.UTC).date()
-    path = options.out or record_path(result["environment"]["device"], result["commit"], result["dirty"], today)
-    record.write_json(path, result)
-    if result["figures"]:
-        print(summary(result["figures"]))
-    for refusal in result["refused"]:
+    path = options.out or record_path(record.device_name("cuda"), head, dirty, today)
+    if options.go_on and not options.out:
+        path = max(path.parent.glob(f"*-{head}{'-dirty' if dirty else ''}.json"), default=path)
+    if options.go_on and not path.exists():
+        parser.error(f"--continue: expected a record of commit {head}, {path} does not exist; remedy: leave it out")
+    content = json.loads(path.read_text()) if options.go_on else begin("cuda", options.commit)
+    if content["commit"] != head:
+        parser.error(f"--continue: expected a record of commit {head}, {path} is of {content['commit']}")
+    gate = Gate(path, content, tasks_of("cuda", every_run(("cuda",))), list(points("cuda")))
+    perform(gate, "cuda", options.minutes, options.jobs)
+    if content["figures"]:
+        print(summary(content["figures"]))
+    for refusal in content["refused"]:
         print(f"no figure for {refusal['point']}: {refusal['reason']}")
-    print(f"{'green' if result['green'] else 'RED'}; written: {path}")
-    return 0 if result["green"] else 1
+    print(f"{'green' if gate.green() else 'not through: --continue' if not gate.through() else 'RED'}; written: {path}")
+    return 0 if gate.green() else 1 if gate.through() else 3
 
 
 if __name__ == "__main__":

@@ -111,15 +111,16 @@ def red(point: Point) -> str:
     return ""
 
 
-def figures(point: Point, seconds: float = SECONDS) -> dict[str, Any]:
+def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) -> dict[str, Any]:
     """All figures of a point, variants interleaved; call only on a green gate.
 
     wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median
     time on the device. ratio: each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s
-    and share of the roof: of the fused op, from what its spec says it must move and do.
+    and share of the roof: of the fused op, from what its spec says it must move and do. `compiled=False` leaves
+    torch.compile out, which may take a minute a point.
     """
     load, steps, skipped = ForeignLoad(), {}, {}
-    for variant in point.variants:
+    for variant in (v for v in point.variants if compiled or v != COMPILED):
         try:
             steps[variant] = point.step(variant)
             steps[variant]()

@@ -1,0 +1,157 @@
+"""What a GPU must prove of one run of one op: its numbers, the same bits twice, and capture as a CUDA graph.
+
+    python -m bench.checks DEVICE < a JSON list of runs
+
+is the process that `bench.gpu_gate` starts, several at a time: most of a gate's time is Triton compiling. It says
+{"begin": run} and {"run": run, "failures": {kind: message}}, a line each. A kernel that breaks the device's context
+breaks it for the whole process: then it ends, and another goes on behind that run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bench import clock
+from bench.points import fused_backend
+from genai_fast import ops
+from genai_fast.backends import use_backend
+from genai_fast.kernels.common.spec import Tensors
+from genai_fast.testing import Run, assert_matches_reference, every_run
+
+Step = Callable[[], list[torch.Tensor]]
+Capture = Callable[[Step], tuple[Callable[[], None], list[torch.Tensor]]]
+
+
+def step_of(run: Run, inputs: dict[str, Any]) -> Step:
+    """Forward and backward of a run on these inputs: outputs, then gradients."""
+    function = getattr(ops, run.op.name)
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def step() -> list[torch.Tensor]:
+        with use_backend(run.forced):
+            outputs = function(**inputs)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            grads = []
+            if leaves:
+                upstream = [torch.ones_like(y) for y in outputs]
+                grads = list(torch.autograd.grad(outputs, leaves, upstream, allow_unused=True))
+        return [x.detach() for x in (*outputs, *grads) if x is not None]
+
+    return step
+
+
+def inputs_of(run: Run) -> dict[str, Any]:
+    return run.case.inputs(Tensors(run.dtype, run.device))
+
+
+def _same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
+    """Bitwise, so that NaN equals NaN."""
+    pairs = list(zip(a, b, strict=True))
+    return all(x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)) for x, y in pairs)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def numerics(run: Run) -> str:
+    """What is wrong with a run's numbers; "" if nothing."""
+    try:
+        assert_matches_reference(run)
+    except Exception as error:  # an error of the launch is as red as a wrong number
+        return f"{type(error).__name__}: {error}"[:1000]
+    return ""
+
+
+def determinism(run: Run) -> str:
+    """What is wrong when forward and backward run twice on the same inputs; "" if nothing."""
+    try:
+        first, second = (step_of(run, inputs_of(run))() for _ in range(2))
+        return "" if _same(first, second) else f"{run}: two runs on the same inputs differ in their bits"
+    except Exception as error:
+        return f"{run}: {type(error).__name__}: {error}"[:1000]
+
+
+def graph_replay(run: Run, capture: Capture = clock.capture) -> str:
+    """What is wrong with the captured graph of a run; "" if nothing.
+
+    New numbers are put into the graph's inputs, so a replay that does nothing is seen.
+    """
+    try:
+        inputs = inputs_of(run)
+        replay, outputs = capture(step_of(run, inputs))
+        new = inputs_of(run)
+        with torch.no_grad():
+            for static, x in zip(tensors(inputs), tensors(new), strict=True):
+                if _writable(x):
+                    static.copy_(x.mul_(0.5) if x.is_floating_point() else x)
+        replay()
+        replayed = [x.clone() for x in outputs]
+        if not _same(replayed, step_of(run, new)()):
+            return f"{run}: the replay's numbers differ from eager's"
+        if "seed" not in inputs or replayed[0].numel() < 2:
+            return ""
+        replay, outputs = capture(step_of(run, {**inputs, "seed": None}))
+        replay()
+        first = outputs[0].clone()
+        replay()
+        if torch.isfinite(first).all() and torch.equal(first, outputs[0]):
+            return f"{run}: with seed=None two replays draw the same numbers"
+    except Exception as error:
+        return f"{run}: {type(error).__name__}: {error}"[:1000]
+    return ""
+
+
+def tensors(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    found = [x for value in inputs.values() for x in (value if isinstance(value, list) else [value])]
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
+def _writable(x: torch.Tensor) -> bool:
+    """No two elements share memory, as those of an expanded tensor do."""
+    return all(stride or size < 2 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def check(run: Run, capture: Capture = clock.capture) -> dict[str, str]:
+    """What is wrong with a run, by kind; what is right is not in it."""
+    found = {"numerics": numerics(run)}
+    if run.backend == fused_backend(run.op, run.device):
+        found |= {"determinism": determinism(run), "graph": graph_replay(run, capture)}
+    return {kind: message for kind, message in found.items() if message}
+
+
+def main() -> int:
+    device, wanted = sys.argv[1], json.load(sys.stdin)
+    known = {str(run): run for run in every_run((device,))}
+    for name in wanted:
+        print(json.dumps({"begin": name}), flush=True)
+        failures = check(known[name], clock.capture if device == "cuda" else _again)
+        try:
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            failures.setdefault("numerics", f"the device's context is lost: {error}"[:1000])
+            print(json.dumps({"run": name, "failures": failures}), flush=True)
+            return 3
+        print(json.dumps({"run": name, "failures": failures}), flush=True)
+    return 0
+
+
+def _again(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """Stands for a capture where there is no GPU: a replay runs the step again, into the same outputs."""
+    outputs = step()
+
+    def replay() -> None:
+        for static, fresh in zip(outputs, step(), strict=True):
+            static.copy_(fresh)
+
+    return replay, outputs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

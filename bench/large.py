@@ -1,0 +1,101 @@
+"""Tensors of more than 2^31 elements: what an op makes of the last rows is what it makes of those rows alone.
+
+    python -m bench.large DEVICE [--elements N]
+
+An index of 32 bits that overflows reads or writes somewhere else, so the last rows come out wrong, forward or
+backward. It is a process of its own, as `bench.checks` is: tasks from stdin, results to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from genai_fast import ops
+
+ELEMENTS = (1 << 31) + (1 << 24)
+_TAIL = 3  # rows that are compared
+
+Op = Callable[[torch.Tensor, int], torch.Tensor]  # of rows [R, ...] and the number of the first of them
+
+
+def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    c = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
+    return c.sin(), c.cos() + 1.5
+
+
+def _batch_norm(x: torch.Tensor, first: int) -> torch.Tensor:
+    return ops.batch_norm_act(x, None, None, *_statistics(x), training=False)
+
+
+def _rotary(x: torch.Tensor, first: int) -> torch.Tensor:
+    angles = torch.arange(x.size(2), device=x.device)[:, None] * torch.linspace(0, 1, x.size(3) // 2, device=x.device)
+    return ops.rotary(x, angles.cos(), angles.sin())
+
+
+def _cross_entropy(x: torch.Tensor, first: int) -> torch.Tensor:
+    targets = torch.arange(first, first + len(x), device=x.device) % x.size(1)
+    return ops.cross_entropy(x, targets, reduction="none")
+
+
+def _sample(x: torch.Tensor, first: int) -> torch.Tensor:
+    return ops.reparameterize(x, x * 0.1, seed=3, offset=first * x[0].numel())
+
+
+# The shape of a row, and what is made of rows.
+LARGE: dict[str, tuple[tuple[int, ...], Op]] = {
+    "reparameterize": ((4096,), _sample),
+    "batch_norm_act": ((64, 32, 32), _batch_norm),
+    "bias_act": ((64, 32, 32), lambda x, first: ops.bias_act(x, _statistics(x)[0].to(x.dtype))),
+    "act_dropout": ((4096,), lambda x, first: ops.act_dropout(x, 0.3, seed=3, offset=first * x[0].numel())),
+    "layer_norm": ((1024,), lambda x, first: ops.layer_norm(x)),
+    "rms_norm": ((1024,), lambda x, first: ops.rms_norm(x)),
+    "gated_act": ((2048,), lambda x, first: ops.gated_act(x)),
+    "cross_entropy": ((50257,), _cross_entropy),
+    "rotary": ((4, 128, 64), _rotary),
+    "causal_attention": ((4, 128, 64), lambda x, first: ops.causal_attention(x, x, x)),
+}
+
+
+def wrong(name: str, device: str, elements: int = ELEMENTS, dtype: torch.dtype = torch.bfloat16) -> str:
+    """What is wrong with an op's last rows; "" if nothing."""
+    shape, op = LARGE[name]
+    rows = max(elements // torch.Size(shape).numel(), _TAIL) + 1
+    # A row that is drawn once, and a factor a row: drawing them all would take as long as the check.
+    row = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    factors = torch.linspace(0.5, 1.5, rows, device=device).view(-1, *(1 for _ in shape)).to(dtype)
+    x = (row * factors).requires_grad_()
+    tail = x.detach()[-_TAIL:].clone().requires_grad_()
+    whole, alone = (
+        (y.detach()[-_TAIL:].clone(), torch.autograd.grad(y, inputs, torch.ones_like(y))[0][-_TAIL:])
+        for y, inputs in ((op(x, 0), x), (op(tail, rows - _TAIL), tail))
+    )
+    for what, a, b in zip(("output", "gradient"), whole, alone, strict=True):
+        if not bool(torch.isfinite(b).all()):
+            return f"{what}: numbers that are not finite"
+        if not torch.equal(a, b):
+            return f"{what}: the last {_TAIL} of {rows} rows differ from those rows alone, at {x.numel()} elements"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("device")
+    parser.add_argument("--elements", type=int, default=ELEMENTS)
+    options = parser.parse_args()
+    for name in json.load(sys.stdin):
+        print(json.dumps({"begin": name}), flush=True)
+        try:
+            message = wrong(name, options.device, options.elements)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"[:1000]
+        print(json.dumps({"run": name, "failures": {"large": message} if message else {}}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

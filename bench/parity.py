@@ -1,0 +1,93 @@
+"""Fifty steps of training, fused (and on CUDA one captured graph) against the plain PyTorch script: the same curve.
+
+    python -m bench.parity DEVICE [--steps N] < a JSON list of systems
+
+Both begin with the same weights and see the same batches. Noise and dropout are other draws, and arithmetic on a GPU
+rounds otherwise, so means over ten steps are compared: they may differ by `TOLERANCE` of the plain curve's, and that is
+a check: an optimizer that does nothing, or a frozen batch, is far outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+
+from bench.systems import SYSTEMS
+
+STEPS, WINDOW, BATCHES = 50, 10, 5
+MOTIFS, SYMBOLS = 8, 64  # of the batches
+# Of the mean loss over a window. Other noise shows where a VAE's loss falls steeply; two networks against each other
+# drift apart.
+TOLERANCE = {"mlp_vae": 0.05, "dcgan_64": 0.25, "gpt_nano": 0.02, "lstm": 0.02}
+
+
+def batches(system: str, device: str) -> list[tuple[torch.Tensor, ...]]:
+    """With something to learn in them: pictures of a few motifs, lines that count in steps."""
+    chosen, found = SYSTEMS[system], []
+    for k in range(BATCHES):
+        first, *rest = chosen.inputs(device)
+        rows = torch.arange(len(first), device=device) + k
+        if first.is_floating_point():
+            motifs = (first[:MOTIFS] > 0.6).to(first.dtype)
+            first = (motifs * 2 - 1 if chosen.signed else motifs)[rows % MOTIFS]
+        else:
+            columns = torch.arange(first.size(1) + 1, device=device)
+            ids = (rows[:, None] + columns * (rows[:, None] % MOTIFS + 1)) % SYMBOLS
+            first, rest[0] = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        found.append((first, *rest))
+    return found
+
+
+def curves(system: str, device: str, steps: int = STEPS) -> dict[str, list[float]]:
+    """The losses of each step, plain and fused."""
+    chosen, fed, found = SYSTEMS[system], batches(system, device), {}
+    for side, make in (("plain", chosen.plain), ("fused", chosen.fused)):
+        torch.manual_seed(0)
+        step, losses = make(device), []
+        for k in range(steps):
+            said = step(*fed[k % BATCHES])
+            first = said[0] if isinstance(said, tuple) else said
+            losses.append(first.detach().float() / (chosen.plain_scale if side == "plain" else 1))
+        found[side] = torch.stack(losses).tolist()
+    return found
+
+
+def wrong(found: dict[str, list[float]], tolerance: float) -> str:
+    """What is wrong with the fused curve; "" if nothing."""
+    plain, fused = ([_mean(losses[k : k + WINDOW]) for k in range(0, len(losses), WINDOW)] for losses in found.values())
+    for k, (a, b) in enumerate(zip(plain, fused, strict=True)):
+        if not math.isfinite(b) or abs(a - b) > tolerance * abs(a):
+            return f"steps {WINDOW * k + 1} to {WINDOW * (k + 1)}: expected a mean loss of {a:.5g}, got {b:.5g}"
+    if abs(plain[-1] - plain[0]) <= tolerance * abs(plain[0]):
+        return f"the plain loss hardly moves ({plain[0]:.5g} to {plain[-1]:.5g}): nothing is proved"
+    return ""
+
+
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("device")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    for system in json.load(sys.stdin):
+        print(json.dumps({"begin": system}), flush=True)
+        result: dict[str, Any] = {}
+        try:
+            result = curves(system, options.device, options.steps)
+            message = wrong(result, TOLERANCE[system])
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"[:1000]
+        print(json.dumps({"run": system, "failures": {"parity": message} if message else {}, **result}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
