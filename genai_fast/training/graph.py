@@ -53,8 +53,10 @@ class Graphs:
     def __call__(self, *batch: torch.Tensor) -> Any:
         settings = self._read_settings()
         if settings != self._settings:
-            if self._captured:
-                _say("Step captures its CUDA graphs anew: a setting of an optimizer other than lr has changed")
+            if self._seen:
+                _say(
+                    "Step captures its CUDA graphs anew, after a warm-up: an optimizer's setting other than lr changed"
+                )
             self._settings = settings
             self._forget()
         shapes = tuple((x.shape, x.dtype) for x in batch)
