@@ -3,8 +3,9 @@
 A run's folder holds `checkpoint-<step>/` with
 
     model.safetensors     the model's state_dict: loads into any tool
-    training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>", and
-                          "carried.<name>": what a recurrent model carries from batch to batch
+    training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>",
+                          "carried.<name>": what a recurrent model carries from batch to batch, and
+                          "step.<name>": the Step's counts and the scale of its loss
     state.json            version, progress, optimizer settings, and where it ran
 
 They are written into a hidden folder, synchronized, and renamed as one: a folder of that name is complete.
@@ -31,6 +32,7 @@ from genai_fast.kernels.common import extension
 VERSION = 1
 _FORMAT = "genai-fast checkpoint"
 _CARRIED = "carried."
+_STEP = "step."
 _NAME = re.compile(r"checkpoint-(\d{9})")
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
@@ -48,12 +50,14 @@ def save(
     progress: dict,
     about: dict,
     keep: int = 2,
+    training_step: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write checkpoint-<step> into folder `run`, and remove all but the `keep` newest.
 
     Args:
         step: optimizer steps done.
         progress, about: anything in JSON that the caller wants back.
+        training_step: `Step.state_dict()`.
     """
     save_file = require("safetensors.torch", "train").save_file
     final = run / f"checkpoint-{step:09d}"
@@ -70,7 +74,8 @@ def save(
         for name, value in values.items()
     }
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
-    save_file(plain({**tensors, **carried, **_generators()}), temporary / "training.safetensors", tag)
+    counts = {f"{_STEP}{name}": x for name, x in (training_step or {}).items()}
+    save_file(plain({**tensors, **carried, **counts, **_generators()}), temporary / "training.safetensors", tag)
     state = {
         "format": _FORMAT,
         "version": VERSION,
@@ -158,7 +163,8 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True) -> dict:
-    """Put back model, optimizer, random generators and (if `threads`) the thread count; returns state.json.
+    """Put back model, optimizer, random generators and (if `threads`) the thread count; returns state.json and,
+    as "training_step", what `Step.load_state_dict` takes, empty if that was not saved.
 
     Warns where this machine differs from the one that wrote it: then the run goes on, but not bit for bit.
     """
@@ -180,6 +186,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             UserWarning,
             stacklevel=2,
         )
+    state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
     return state
 
 

@@ -22,7 +22,7 @@ from genai_fast.training.display import display
 from genai_fast.training.feed import Feed
 from genai_fast.training.meter import Meter, Metrics, Progress, rates
 from genai_fast.training.schedule import Schedule
-from genai_fast.training.step import Step
+from genai_fast.training.step import Step, autocast
 
 METRICS = "metrics.jsonl"
 MOST_SKIPPED = 10  # steps in a row that skipped an update for NaN: then training stops
@@ -56,7 +56,7 @@ def fit(
     epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "skipped", "train": {<losses>},
     "validation": {<losses>}, "warnings": [...]} after it; of running text "tokens_per_second" too. Epochs and steps
     count from 1. data_wait is the share of the time that was spent waiting for data; skipped counts updates left out
-    because a loss was not finite.
+    because a loss or gradient was not finite.
 
     Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
 
@@ -76,14 +76,16 @@ def fit(
         CheckpointError: `resume` is of another kind.
     """
     at = _progress(resume)
-    step = Step(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
+    step = Step(model, optimizer, clip=config.clip, precision=config.precision)
+    if resume is not None and resume["training_step"]:
+        step.load_state_dict(resume["training_step"])
     on_cuda = next(model.parameters()).is_cuda
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
 
     def save() -> None:
-        checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {})
+        checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {}, training_step=step.state_dict())
 
     with (
         Metrics(run / METRICS, at.step) as metrics,
@@ -123,7 +125,9 @@ def fit(
             else:
                 figures, warnings = after_epoch(at.epoch + 1, means)
             if at.skipped:
-                warnings.append(f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss was not finite")
+                warnings.append(
+                    f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
+                )
             record = {
                 "kind": "epoch",
                 "epoch": at.epoch + 1,
@@ -191,7 +195,7 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
         torch.manual_seed(config.seed)
         for batch in feed.all():
             batch = tuple(x.to(device) for x in batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with autocast(device, config.precision):
                 losses = model.training_step(*batch)
             weight = len(batch[0])
             if "targets" in feed.names and "tokens" not in losses._fields:  # losses are means over tokens
@@ -223,7 +227,9 @@ def _check(
     path = run / f"batch-{at.step:09d}.safetensors"
     tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
     require("safetensors.torch", "train").save_file(tensors, path)
-    reason = f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss that is not finite"
+    reason = (
+        f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss or gradient that is not finite"
+    )
     raise TrainingStopped(
         f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {reason}. The batch is in {path.name}, the"
         f" last checkpoint is from before. Remedy: a smaller --lr, or --clip 1"
