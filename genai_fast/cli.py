@@ -109,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
     export = _of_a_run(commands, "export", "write the weights for use in plain PyTorch", run.run_export, draws=False)
-    export.add_argument("--out", type=Path, default=Path("weights.safetensors"), help="default: %(default)s")
+    export.add_argument(
+        "--out", type=Path, default=Path("weights.safetensors"),
+        help="a .safetensors file, or a new folder for weights and a plain PyTorch script; default: %(default)s",
+    )  # fmt: skip
+    export.add_argument("--onnx", action="store_true", help="also as ONNX, in that folder")
 
     tune = commands.add_parser(
         "tune", help="measure the fastest path of each convolution of a model", allow_abbrev=False,
