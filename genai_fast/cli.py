@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from genai_fast import __version__
 from genai_fast.errors import UsageError
+from genai_fast.examples import EXAMPLES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +144,21 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")
         demo.add_argument("--epochs", type=int, default=None, help="fewer or more of them")
         _finish(demo, function)
+    for name, one in commands_of(parser).items():
+        if lines := EXAMPLES.get(name):
+            one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
+            one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
+
+
+def commands_of(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
+    """The parser and all below it, by the words that lead to them: "", "train", "train vae", ..."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items():
+                found |= commands_of(one, f"{name} {word}".strip())
+    return found
 
 
 def _of_a_run(commands: Any, name: str, what: str, function: Any, draws: bool = True) -> argparse.ArgumentParser:
