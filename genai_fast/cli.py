@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from genai_fast import __version__
 from genai_fast.errors import UsageError
+from genai_fast.examples import EXAMPLES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
     export = _of_a_run(commands, "export", "write the weights for use in plain PyTorch", run.run_export, draws=False)
-    export.add_argument("--out", type=Path, default=Path("weights.safetensors"), help="default: %(default)s")
+    export.add_argument(
+        "--out", type=Path, default=Path("weights.safetensors"),
+        help="a .safetensors file, or a new folder for weights and a plain PyTorch script; default: %(default)s",
+    )  # fmt: skip
+    export.add_argument("--onnx", action="store_true", help="also as ONNX, in that folder")
 
     tune = commands.add_parser(
         "tune", help="measure the fastest path of each convolution of a model", allow_abbrev=False,
@@ -139,7 +144,21 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")
         demo.add_argument("--epochs", type=int, default=None, help="fewer or more of them")
         _finish(demo, function)
+    for name, one in commands_of(parser).items():
+        if lines := EXAMPLES.get(name):
+            one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
+            one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
+
+
+def commands_of(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
+    """The parser and all below it, by the words that lead to them: "", "train", "train vae", ..."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items():
+                found |= commands_of(one, f"{name} {word}".strip())
+    return found
 
 
 def _of_a_run(commands: Any, name: str, what: str, function: Any, draws: bool = True) -> argparse.ArgumentParser:

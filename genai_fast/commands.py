@@ -13,7 +13,7 @@ from genai_fast import data
 from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
-from genai_fast.training import checkpoint, config, pictures, writing
+from genai_fast.training import config, pictures, writing
 from genai_fast.training.feed import batch_for
 from genai_fast.training.recipes import RECIPES
 from genai_fast.training.runs import Opened, new_folder, open_run, saved_settings, train
@@ -185,16 +185,28 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    from genai_fast.training import export
+
     _check_parent(options.out)
-    if options.out.suffix != ".safetensors":
-        raise UsageError(f"--out: expected the name of a .safetensors file, got {options.out}")
+    one_file = options.out.suffix == ".safetensors"
+    if options.out.suffix and not one_file:
+        raise UsageError(
+            f"--out: expected the name of a .safetensors file, or of a folder for weights and script, got {options.out}"
+        )
+    if one_file and options.onnx:
+        raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
+    if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
     run = _open(options.folder)
-    network = getattr(run.model, "sampler", run.model)
-    require("safetensors.torch", "train").save_file(checkpoint.plain(network.state_dict()), options.out)
-    print(
-        f"{options.out}: {type(network).__name__} of {run.folder}, {sum(p.numel() for p in network.parameters()):,}"
-        f' parameters; load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
-    )
+    network = export.network_of(run)
+    if one_file:
+        export.write_weights(run, options.out)
+        use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
+    else:
+        export.write_folder(run, options.out, onnx=options.onnx)
+        use = f"next: python {options.out / export.SCRIPT} --help"
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{options.out}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
     return 0
 
 

@@ -204,48 +204,6 @@ def test_doctor(capsys):
     assert "vae_loss" in capsys.readouterr().out
 
 
-def test_the_flags_are_these():
-    """Scripts rely on them: take none away, rename none."""
-    parser = cli._parser()
-    arguments = {
-        "train vae": [], "train dcgan": [], "train wgan-gp": [], "sample": ["x"], "interpolate": ["x"],
-        "inpaint": ["x", "--data", "y"], "export": ["x"], "doctor": [], "demo": [], "demo-gan": [],
-        "demo-text": [], "train gpt": [], "train lstm": [], "train seq2seq": [], "train text-vae": [],
-        "train vrnn": [], "generate": ["x"],
-    }  # fmt: skip
-    flags = {}
-    for command, more in arguments.items():
-        its_parser = parser.parse_known_args([*command.split(), *more])[0].parser
-        flags[command] = {flag for action in its_parser._actions for flag in action.option_strings} - {"-h", "--help"}
-    common = {
-        "--config", "--run", "--out", "--resume", "--data", "--strict", "--no-strict", "--validation", "--init",
-        "--epochs", "--batch-size", "--lr", "--warmup", "--decay", "--beta1", "--beta2", "--weight-decay", "--clip",
-        "--precision", "--seed", "--threads", "--device", "--log-every", "--checkpoint-every",
-    }  # fmt: skip
-    every = common | {
-        "--size", "--flip", "--crop", "--rotate", "--jitter", "--grid-every", "--quality-every", "--latent",
-    }  # fmt: skip
-    assert flags["train vae"] == every | {"--hidden", "--beta", "--likelihood"}
-    gan = every | {"--lr-discriminator", "--smoothing", "--ema"}
-    assert flags["train dcgan"] == gan | {"--network", "--width", "--dropout", "--spectral", "--no-spectral"}
-    assert flags["train wgan-gp"] == gan | {"--n-critic", "--penalty", "--norm", "--width"}
-    drawing = {"--seed", "--class", "--out"}
-    assert flags["sample"] == drawing | {"--count"} and flags["interpolate"] == drawing | {"--pairs", "--steps"}
-    assert flags["inpaint"] == drawing | {"--data", "--count", "--box", "--mask", "--steps"}
-    assert flags["export"] == {"--out"} and flags["doctor"] == {"--json"}
-    assert flags["demo"] == flags["demo-gan"] == flags["demo-text"] == {"--out", "--epochs"}
-    words = common | {"--tokenizer", "--vocabulary", "--block", "--sample-every"}
-    assert flags["train gpt"] == flags["train seq2seq"] == words | {"--layers", "--heads", "--width", "--dropout"}
-    assert flags["train lstm"] == words | {"--embedding", "--hidden", "--layers", "--dropout"}
-    variational = words | {"--embedding", "--hidden", "--latent", "--beta"}
-    assert flags["train vrnn"] == variational
-    assert flags["train text-vae"] == variational | {"--annealing", "--word-dropout"}
-    assert flags["generate"] == {
-        "--prompt", "--prompts", "--out", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop",
-        "--no-repeats", "--weights",
-    }  # fmt: skip
-
-
 LIGHT = """
 import sys, genai_fast
 heavy = [m for m in ("matplotlib", "rich", "PIL", "safetensors", "sklearn", "pandas", "genai_fast.training",

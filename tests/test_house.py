@@ -35,6 +35,7 @@ LAYERS = [
     (
         "genai_fast.doctor",
         "genai_fast.demo",
+        "genai_fast.examples",
         "genai_fast.tune",
         "genai_fast.commands",
         "genai_fast.cli",

@@ -22,15 +22,17 @@ def test_keys_are_the_classic_ones_and_weights_load_both_ways():
     assert sum(p.numel() for p in MLPVAE().parameters()) == 652824  # 784-400-(20, 20)-400-784
 
 
-def test_loss_and_gradients_are_the_authors(monkeypatch):
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_loss_and_gradients_are_the_authors(likelihood, monkeypatch):
     torch.manual_seed(0)
-    model, peer, x = MLPVAE(64, 32, 5).double(), EagerMLPVAE(64, 32, 5).double(), digits().double()
+    model, peer = MLPVAE(64, 32, 5, likelihood=likelihood).double(), EagerMLPVAE(64, 32, 5, likelihood).double()
+    x = digits().double()
     peer.load_state_dict(model.state_dict())
     # One noise for both.
     monkeypatch.setattr(peer, "reparameterize", lambda mu, logvar: ops.reparameterize(mu, logvar, seed=3))
     with use_backend("reference"):  # which serves float64
         recon, mu, logvar = model(x, seed=3)
-        ours = ops.vae_loss(recon, x.flatten(1), mu, logvar, reduction="sum").loss
+        ours = ops.vae_loss(recon, x.flatten(1), mu, logvar, likelihood=likelihood, reduction="sum").loss
         theirs = peer.loss(x)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
         ours.backward()

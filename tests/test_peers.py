@@ -5,23 +5,30 @@ import torch
 from alike import close
 
 from genai_fast.models import (
+    Autoencoder,
+    ConditionalGenerator,
+    ConditionalVAE,
     ConvVAE,
     DCGANDiscriminator,
     DCGANGenerator,
     DenseDiscriminator,
     DenseGenerator,
+    DenseGeneratorK4,
     MLPDiscriminator,
     MLPGenerator,
 )
 from genai_fast.models.peers import (
+    EagerAutoencoder,
     EagerConvVAE,
     EagerDCGANDiscriminator,
     EagerDCGANGenerator,
     EagerDenseDiscriminator,
     EagerDenseGenerator,
+    EagerDenseGeneratorK4,
     EagerMLPDiscriminator,
     EagerMLPGenerator,
 )
+from genai_fast.models.peers_conditional import EagerConditionalGenerator, EagerConditionalVAE
 
 SHAPE, WIDE = (1, 6, 5), (16, 8)
 # Ours, the peer, and the shape of one input: a latent or an image.
@@ -29,8 +36,15 @@ PAIRS = {
     "mlp-generator": (lambda: MLPGenerator(SHAPE, latent=4, widths=WIDE), EagerMLPGenerator, (SHAPE, 4, WIDE), (4,)),
     "mlp-discriminator": (lambda: MLPDiscriminator(SHAPE, widths=WIDE), EagerMLPDiscriminator, (SHAPE, WIDE), SHAPE),
     "dcgan-generator": (lambda: DCGANGenerator(latent=8, width=4), EagerDCGANGenerator, (8, 4), (8, 1, 1)),
+    "dcgan-generator-28": (
+        lambda: DCGANGenerator(28, latent=8, width=4, channels=1),
+        EagerDCGANGenerator,
+        (8, 4, 1, 28),
+        (8,),
+    ),
     "dcgan-discriminator": (lambda: DCGANDiscriminator(width=4), EagerDCGANDiscriminator, (4,), (3, 64, 64)),
     "dense-generator": (lambda: DenseGenerator(8, side=2), EagerDenseGenerator, (8, 1, 2), (8,)),
+    "dense-generator-k4": (lambda: DenseGeneratorK4(8, side=2), EagerDenseGeneratorK4, (8, 1, 2), (8,)),
     "dense-discriminator": (lambda: DenseDiscriminator(8, dropout=0), EagerDenseDiscriminator, (8, 1, 0), (1, 8, 8)),
 }
 FULL = {
@@ -38,7 +52,11 @@ FULL = {
     MLPDiscriminator: EagerMLPDiscriminator,
     DCGANGenerator: EagerDCGANGenerator,
     DCGANDiscriminator: EagerDCGANDiscriminator,
+    ConditionalGenerator: EagerConditionalGenerator,
+    ConditionalVAE: EagerConditionalVAE,
+    Autoencoder: EagerAutoencoder,
     DenseGenerator: EagerDenseGenerator,
+    DenseGeneratorK4: EagerDenseGeneratorK4,
     DenseDiscriminator: EagerDenseDiscriminator,
     ConvVAE: EagerConvVAE,
 }
@@ -81,19 +99,39 @@ def test_the_loss_of_discriminators_is_bce():
         close(p.grad, q.grad, what=name)
 
 
-@pytest.mark.parametrize(("size", "channels", "widths"), [(8, 1, (6, 8)), (28, 3, (4, 6))])
-def test_conv_vaes(size, channels, widths, monkeypatch):
+def test_conditional_generators():
     torch.manual_seed(0)
-    ours = ConvVAE(size, channels=channels, latent=4, widths=widths)
-    peer, x = EagerConvVAE(size, channels, 4, widths), torch.rand(6, channels, size, size) * 2 - 1
+    ours, peer = ConditionalGenerator(3, 28, latent=8, width=4), EagerConditionalGenerator(3, 8, 4, size=28)
     _load_both_ways(ours, peer)
-    eps = torch.randn(6, 4)
-    monkeypatch.setattr(peer, "reparameterize", lambda mu, logvar: mu + eps * torch.exp(0.5 * logvar))
-    monkeypatch.setattr("genai_fast.ops.reparameterize", lambda mu, logvar, seed=None: peer.reparameterize(mu, logvar))
+    z, labels = torch.randn(6, 8), torch.arange(6) % 3
     for training in (True, False):
-        for a, b in zip(ours.train(training)(x), peer.train(training)(x), strict=True):
+        close(ours.train(training)(z, labels), peer.train(training)(z, labels))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "channels", "widths"),
+    [
+        ((ConvVAE, EagerConvVAE), 8, 1, (6, 8)), ((ConvVAE, EagerConvVAE), 28, 3, (4, 6)),
+        ((ConditionalVAE, EagerConditionalVAE), 8, 3, (6, 8)), ((Autoencoder, EagerAutoencoder), 8, 3, (6, 8)),
+    ],
+)  # fmt: skip
+def test_conv_coders(kinds, size, channels, widths, monkeypatch):
+    torch.manual_seed(0)
+    classes = (3,) if kinds[0] is ConditionalVAE else ()
+    ours = kinds[0](*classes, size, channels=channels, latent=4, widths=widths)
+    peer, x = kinds[1](*classes, size, channels, 4, widths), (torch.rand(6, channels, size, size) * 2 - 1,)
+    x += (torch.arange(6) % 3,) if classes else ()
+    _load_both_ways(ours, peer)
+    if kinds[0] is not Autoencoder:
+        eps = torch.randn(6, 4)
+        monkeypatch.setattr(peer, "reparameterize", lambda mu, logvar: mu + eps * torch.exp(0.5 * logvar))
+        monkeypatch.setattr(
+            "genai_fast.ops.reparameterize", lambda mu, logvar, seed=None: peer.reparameterize(mu, logvar)
+        )
+    for training in (True, False):
+        for a, b in zip(ours.train(training)(*x), peer.train(training)(*x), strict=True):
             close(a, b)
-        found, expected = ours.training_step(x).loss, peer.loss(x)
+        found, expected = ours.training_step(*x).loss, peer.loss(*x)
         close(found, expected)
     found.backward()
     expected.backward()

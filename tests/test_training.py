@@ -100,6 +100,9 @@ def test_metrics_and_lines(tmp_path):
         assert set(r["train"]) == set(r["validation"]) == {"loss", "reconstruction", "kl"}
         assert r["validation"]["loss"] == pytest.approx(r["validation"]["reconstruction"] + r["validation"]["kl"])
         assert r["samples_per_second"] > 0 and 0 < r["data_wait"] < 1 and r["skipped"] == 0 and r["warnings"] == []
+        times = r["step_ms"]
+        seconds = 1617 / r["samples_per_second"]
+        assert 0 < times["p50"] <= times["p95"] <= times["max"] < 1e3 * seconds
     assert epochs[1]["train"]["loss"] < epochs[0]["train"]["loss"]
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and lines[1].startswith(f"epoch 2/2  loss {last['train']['loss']:.2f}  validation")

@@ -17,12 +17,15 @@ from torch import nn
 class EagerMLPVAE(nn.Module):
     """The VAE of PyTorch's own examples: the decoder ends in a sigmoid, the loss is summed BCE plus KL.
 
-    Train it with `torch.optim.Adam(model.parameters(), lr=1e-3)` on `loss(x)`.
+    With likelihood "gaussian" there is no sigmoid, and squared error in place of BCE. Train it with
+    `torch.optim.Adam(model.parameters(), lr=1e-3)` on `loss(x)`.
     """
 
-    def __init__(self, input_size: int = 784, hidden: int = 400, latent: int = 20) -> None:
+    def __init__(
+        self, input_size: int = 784, hidden: int = 400, latent: int = 20, likelihood: str = "bernoulli"
+    ) -> None:
         super().__init__()
-        self.input_size = input_size
+        self.input_size, self.likelihood = input_size, likelihood
         self.fc1 = nn.Linear(input_size, hidden)
         self.fc21 = nn.Linear(hidden, latent)
         self.fc22 = nn.Linear(hidden, latent)
@@ -40,7 +43,8 @@ class EagerMLPVAE(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         h3 = F.relu(self.fc3(z))
-        return torch.sigmoid(self.fc4(h3))
+        out = self.fc4(h3)
+        return torch.sigmoid(out) if self.likelihood == "bernoulli" else out
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mu, logvar = self.encode(x.view(-1, self.input_size))
@@ -50,9 +54,9 @@ class EagerMLPVAE(nn.Module):
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         """The negative ELBO, summed over the batch."""
         recon_x, mu, logvar = self(x)
-        bce = F.binary_cross_entropy(recon_x, x.view(-1, self.input_size), reduction="sum")
+        error = F.binary_cross_entropy if self.likelihood == "bernoulli" else F.mse_loss
         kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-        return bce + kld
+        return error(recon_x, x.view(-1, self.input_size), reduction="sum") + kld
 
 
 class EagerMLPGenerator(nn.Module):
@@ -95,26 +99,24 @@ class EagerMLPDiscriminator(nn.Module):
 
 
 class EagerDCGANGenerator(nn.Module):
-    """z [B, nz] or [B, nz, 1, 1] -> image [B, nc, 64, 64], the layers of PyTorch's DCGAN example."""
+    """z [B, nz] or [B, nz, 1, 1] -> image [B, nc, size, size], the layers of PyTorch's DCGAN example.
 
-    def __init__(self, nz: int = 100, ngf: int = 64, nc: int = 3) -> None:
+    size is 28, 32, 64 or 128.
+    """
+
+    def __init__(self, nz: int = 100, ngf: int = 64, nc: int = 3, size: int = 64) -> None:
         super().__init__()
-        self.main = nn.Sequential(
-            nn.ConvTranspose2d(nz, ngf * 8, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(ngf * 8),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf * 8, ngf * 4, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ngf * 4),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf * 4, ngf * 2, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ngf * 2),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf * 2, ngf, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ngf),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False),
-            nn.Tanh(),
-        )
+        side = 7 if size == 28 else 4
+        channels = ngf * size // side // 2
+        layers = [nn.ConvTranspose2d(nz, channels, side, 1, 0, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True)]
+        while channels > ngf:
+            layers += [
+                nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(channels // 2),
+                nn.ReLU(True),
+            ]
+            channels //= 2
+        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z.view(z.size(0), -1, 1, 1))
@@ -169,6 +171,27 @@ class EagerDenseGenerator(nn.Module):
         return self.main(z)
 
 
+class EagerDenseGeneratorK4(nn.Module):
+    """z [B, latent] -> image [B, channels, 4 side, 4 side], by way of a dense layer, with kernels of 4 and no norms."""
+
+    def __init__(self, latent: int = 100, channels: int = 1, side: int = 7) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Linear(latent, 128 * side * side),
+            nn.LeakyReLU(0.2),
+            nn.Unflatten(1, (128, side, side)),
+            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(128, channels, 7, padding=3),
+            nn.Tanh(),
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
 class EagerDenseDiscriminator(nn.Module):
     """Image [B, channels, size, size] -> probability [B]."""
 
@@ -190,6 +213,26 @@ class EagerDenseDiscriminator(nn.Module):
         return self.main(img).squeeze(1)
 
 
+def conv_encoder(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """Images [B, channels, H, W] -> feature maps of half the side for each width."""
+    modules, n_in = [], channels
+    for n_out in widths:
+        conv = nn.Conv2d(n_in, n_out, kernel_size=3, stride=2, padding=1)
+        modules.append(nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU()))
+        n_in = n_out
+    return nn.Sequential(*modules)
+
+
+def conv_decoder(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """The way back, to images [B, channels, H, W] in [-1, 1]."""
+    modules, n_in = [], widths[-1]
+    for n_out in (*widths[-2::-1], widths[0]):
+        conv = nn.ConvTranspose2d(n_in, n_out, kernel_size=3, stride=2, padding=1, output_padding=1)
+        modules.append(nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU()))
+        n_in = n_out
+    return nn.Sequential(*modules, nn.Conv2d(n_in, channels, kernel_size=3, padding=1), nn.Tanh())
+
+
 class EagerConvVAE(nn.Module):
     """Images [B, channels, size, size] in [-1, 1]; the loss is summed squared error plus KL, a mean over the batch."""
 
@@ -202,21 +245,12 @@ class EagerConvVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.widths, self.side = widths, size >> len(widths)
-        modules, n_in = [], channels
-        for n_out in widths:
-            conv = nn.Conv2d(n_in, n_out, kernel_size=3, stride=2, padding=1)
-            modules.append(nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU()))
-            n_in = n_out
-        self.encoder = nn.Sequential(*modules)
-        self.fc_mu = nn.Linear(n_in * self.side**2, latent)
-        self.fc_logvar = nn.Linear(n_in * self.side**2, latent)
-        self.decoder_input = nn.Linear(latent, n_in * self.side**2)
-        modules = []
-        for n_out in (*widths[-2::-1], widths[0]):
-            conv = nn.ConvTranspose2d(n_in, n_out, kernel_size=3, stride=2, padding=1, output_padding=1)
-            modules.append(nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU()))
-            n_in = n_out
-        self.decoder = nn.Sequential(*modules, nn.Conv2d(n_in, channels, kernel_size=3, padding=1), nn.Tanh())
+        flat = widths[-1] * self.side**2
+        self.encoder = conv_encoder(channels, widths)
+        self.fc_mu = nn.Linear(flat, latent)
+        self.fc_logvar = nn.Linear(flat, latent)
+        self.decoder_input = nn.Linear(latent, flat)
+        self.decoder = conv_decoder(channels, widths)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h = torch.flatten(self.encoder(x), start_dim=1)
@@ -241,6 +275,38 @@ class EagerConvVAE(nn.Module):
         error = F.mse_loss(recon_x, x, reduction="sum")
         kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
         return (error + kld) / x.size(0)
+
+
+class EagerAutoencoder(nn.Module):
+    """Images [B, channels, size, size] in [-1, 1] -> a code [B, latent] -> images; the loss is summed squared error."""
+
+    def __init__(
+        self,
+        size: int = 64,
+        channels: int = 3,
+        latent: int = 128,
+        widths: tuple[int, ...] = (32, 64, 128, 256, 512),
+    ) -> None:
+        super().__init__()
+        self.widths, self.side = widths, size >> len(widths)
+        flat = widths[-1] * self.side**2
+        self.encoder = conv_encoder(channels, widths)
+        self.fc = nn.Linear(flat, latent)
+        self.decoder_input = nn.Linear(latent, flat)
+        self.decoder = conv_decoder(channels, widths)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.flatten(self.encoder(x), start_dim=1))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.decoder_input(z).view(-1, self.widths[-1], self.side, self.side))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x))
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean over the batch."""
+        return F.mse_loss(self(x), x, reduction="sum") / x.size(0)
 
 
 RunStep = Callable[[torch.Tensor], Any]

@@ -5,6 +5,8 @@ Each has `loss(*batch)`, a mean: a token for the Transformer, a sequence for the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -69,7 +71,7 @@ class EagerSeq2Seq(nn.Module):
         dropout: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.end = end
+        self.end, self.block = end, block
         self.embed = nn.Embedding(vocabulary, width)
         self.source_positions = nn.Embedding(block, width)
         self.target_positions = nn.Embedding(block, width)
@@ -90,6 +92,21 @@ class EagerSeq2Seq(nn.Module):
         for layer in self.decoder_blocks:
             x = layer(x, None, memory, mask)
         return F.linear(self.decoder_norm(x), self.embed.weight)
+
+    @torch.no_grad()
+    def generate(
+        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """The target's tokens for the source ids, a block at most; pick: logits [V] -> token."""
+        if len(ids) >= self.block:
+            raise ValueError(
+                f"expected at most {self.block - 1} tokens to begin with, got {len(ids)}; shorten the text"
+            )
+        source, written = torch.tensor([[*ids, end]]), [end]
+        lengths = torch.tensor([source.size(1)])
+        for _ in range(self.block):
+            written.append(pick(self(source, lengths, torch.tensor([written]))[0, -1]))
+            yield written[-1]
 
     def loss(
         self, source: torch.Tensor, source_lengths: torch.Tensor, target: torch.Tensor, target_lengths: torch.Tensor
@@ -123,20 +140,49 @@ class EagerTextVAE(nn.Module):
     def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
-    def loss(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def encode(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed = pack_padded_sequence(self.embed(ids), lengths.cpu(), batch_first=True, enforce_sorted=False)
         _, h = self.encoder(packed)
-        mu, logvar = self.fc_mu(h[-1]), self.fc_logvar(h[-1])
+        return self.fc_mu(h[-1]), self.fc_logvar(h[-1])
+
+    def decode(self, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """z [B, latent], tokens [B, T], the first of them `end` -> logits [B, T, V] of the tokens after each."""
+        x = self.embed(ids)
+        x = torch.cat([x, z.unsqueeze(1).expand(-1, x.size(1), -1)], dim=-1)
+        out, _ = self.decoder_gru(x, torch.tanh(self.fc_hidden(z)).unsqueeze(0))
+        return self.head(out)
+
+    def step(self, z: torch.Tensor, ids: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of writing from z [B, latent]: the last tokens ids [B], `end` before the first, and the state before
+        them h [B, hidden], any then -> logits [B, V] of the next token, the state behind."""
+        h = torch.where(ids[:, None] == self.end, torch.tanh(self.fc_hidden(z)), h)
+        out, h = self.decoder_gru(torch.cat([self.embed(ids), z], dim=-1).unsqueeze(1), h.unsqueeze(0))
+        return self.head(out[:, 0]), h[0]
+
+    @torch.no_grad()
+    def generate(
+        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """Tokens of a sequence like ids, or of a z drawn by the generator; pick: logits [V] -> token."""
+        if ids:
+            z, _ = self.encode(torch.tensor([[*ids, end]]), torch.tensor([len(ids) + 1]))
+        else:
+            z = torch.randn(1, self.fc_hidden.in_features, generator=generator)
+        token, h = end, torch.zeros(1, self.fc_hidden.out_features)
+        while True:
+            logits, h = self.step(z, torch.tensor([token]), h)
+            token = pick(logits[0])
+            yield token
+
+    def loss(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        mu, logvar = self.encode(ids, lengths)
         z = self.reparameterize(mu, logvar)
         words = ids[:, :-1]
         if self.training and self.word_dropout > 0:
             drop = torch.rand(words.shape, device=ids.device) < self.word_dropout
             words = words.masked_fill(drop, self.unknown)
         start = torch.full((ids.size(0), 1), self.end, device=ids.device)
-        x = self.embed(torch.cat([start, words], dim=1))
-        x = torch.cat([x, z.unsqueeze(1).expand(-1, x.size(1), -1)], dim=-1)
-        out, _ = self.decoder_gru(x, torch.tanh(self.fc_hidden(z)).unsqueeze(0))
-        logits = self.head(out)
+        logits = self.decode(z, torch.cat([start, words], dim=1))
         padding = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
         labels = ids.masked_fill(padding, -100)
         nats = F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), ignore_index=-100, reduction="sum")
@@ -168,6 +214,39 @@ class EagerVRNN(nn.Module):
 
     def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+    def step(
+        self, ids: torch.Tensor, phi_z: torch.Tensor, h: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step of writing: z is drawn from the prior.
+
+        ids [B], the last tokens, -1 where there is none yet; phi_z [B, embedding] of their z; the state before them
+        h [B, hidden]; noise [B, latent] -> logits [B, V] of the next token, its phi_z, the state before it.
+        """
+        after = self.cell(torch.cat([self.embed(ids.clamp(min=0)), phi_z], dim=1), h)
+        h = torch.where(ids[:, None] < 0, h, after)
+        mu, logvar = self.prior(h).chunk(2, dim=1)
+        phi_z = self.phi_z(mu + torch.exp(0.5 * logvar) * noise)
+        return self.decoder_net(torch.cat([phi_z, h], dim=1)), phi_z, h
+
+    @torch.no_grad()
+    def generate(
+        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """The tokens behind ids, whose z are q's means; the generator draws the others. pick: logits [V] -> token."""
+        h, width, latent = torch.zeros(1, self.hidden), self.embed.embedding_dim, self.phi_z[0].in_features
+        for k, token in enumerate(ids):
+            phi_x = self.embed(torch.tensor([token]))
+            mu, _ = self.encoder(torch.cat([phi_x, h], dim=1)).chunk(2, dim=1)
+            phi_z = self.phi_z(mu)
+            if k < len(ids) - 1:
+                h = self.cell(torch.cat([phi_x, phi_z], dim=1), h)
+        token, phi_z = (ids[-1], phi_z) if ids else (-1, torch.zeros(1, width))
+        while True:
+            noise = torch.randn(1, latent, generator=generator)
+            logits, phi_z, h = self.step(torch.tensor([token]), phi_z, h, noise)
+            token = pick(logits[0])
+            yield token
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.zeros(x.size(0), self.hidden, device=x.device, dtype=self.embed.weight.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ class EagerGPT(nn.Module):
         dropout: float = 0.0, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.block = block
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(vocabulary, width),
@@ -92,6 +93,19 @@ class EagerGPT(nn.Module):
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))
 
+    @torch.no_grad()
+    def generate(
+        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """The tokens behind ids, without an end; pick: logits [V] -> token. Past a block, half of it is kept."""
+        ids = (ids or [end])[-self.block :]
+        while True:
+            token = pick(self(torch.tensor([ids]))[0, -1])
+            yield token
+            ids = [*ids, token]
+            if len(ids) > self.block:
+                ids = ids[-max(self.block // 2, 1) :]
+
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self(idx)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
@@ -121,6 +135,25 @@ class EagerLSTMLanguageModel(nn.Module):
         emb = self.drop(self.encoder(x))
         output, hidden = self.lstm(emb, hidden)
         return self.decoder(self.drop(output)), hidden
+
+    def step(
+        self, ids: torch.Tensor, h: torch.Tensor, c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step of writing: the last tokens ids [B] and the state before them, h and c [layers, B, hidden] -> logits
+        [B, V] of the next token, the state behind."""
+        output, (h, c) = self.lstm(self.drop(self.encoder(ids[:, None])), (h, c))
+        return self.decoder(self.drop(output))[:, 0], h, c
+
+    @torch.no_grad()
+    def generate(
+        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """The tokens behind ids, without an end; pick: logits [V] -> token."""
+        ids, hidden = ids or [end], None
+        while True:
+            logits, hidden = self(torch.tensor([ids]), hidden)
+            ids = [pick(logits[0, -1])]
+            yield ids[0]
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
         if self.hidden is None:

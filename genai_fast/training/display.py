@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from genai_fast.errors import require
 
 _SHORT = {"discriminator": "D", "generator": "G"}
+_SHOWN = (2, 100)  # lines of a sample, and characters of each
 _REDRAW = 0.1  # seconds from one redrawing of the progress bar to the next
 
 
@@ -27,6 +28,13 @@ def _text(terms: dict[str, float], validation: dict[str, float]) -> str:
 def _rate(rates: dict[str, Any]) -> str:
     tokens = rates.get("tokens_per_second")
     return f"{rates['samples_per_second']:,.0f} samples/s" if tokens is None else f"{tokens:,.0f} tokens/s"
+
+
+def _excerpt(text: str) -> list[str]:
+    """A sample's first lines with something in them, none with characters that a terminal obeys."""
+    lines = [line for line in text.splitlines() if line.strip()][: _SHOWN[0]]
+    cut = [line if len(line) <= _SHOWN[1] else line[: _SHOWN[1]] + " ..." for line in lines]
+    return ["  | " + "".join(c if c.isprintable() else "\ufffd" for c in line) for line in cut]
 
 
 class Lines:
@@ -49,6 +57,10 @@ class Lines:
         if "frechet_distance" in validation:
             text += f"  Fréchet distance {validation['frechet_distance']:.2f}"
         self._print(f"epoch {record['epoch']}/{epochs}  {text}  {_rate(record)}")
+
+    def sample(self, text: str) -> None:
+        for line in _excerpt(text):
+            self._print(line)
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -103,6 +115,10 @@ class Bar:
         if record["epoch"] == epochs:
             self._bar.update(self._task, completed=self._bar.tasks[0].total)
         self._bar.refresh()
+
+    def sample(self, text: str) -> None:
+        for line in _excerpt(text):
+            self._bar.console.print(line, markup=False, highlight=False)
 
     def warn(self, message: str) -> None:
         self._bar.console.print(f"warning: {message}", markup=False, highlight=False)

@@ -9,6 +9,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.errors import UsageError
+from genai_fast.training.board import Board
 from genai_fast.training.config import ImageConfig
 from genai_fast.training.feed import Feed, ImageFeed
 from genai_fast.training.recipes import RECIPES, make
@@ -46,8 +47,8 @@ class ImageTask:
     def prepare(self, folder: Path) -> None:
         """What a run's folder holds besides: nothing."""
 
-    def watch(self, model: nn.Module, folder: Path) -> Watch:
-        return Watch(model, self.train, self.validation, self.settings, folder)
+    def watch(self, model: nn.Module, folder: Path, board: Board | None) -> Watch:
+        return Watch(model, self.train, self.validation, self.settings, folder, board)
 
     def finish(self, model: nn.Module, folder: Path) -> None:
         draw(model, self.train, self.validation, folder)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from genai_fast import data
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint
+from genai_fast.training.board import Board
 from genai_fast.training.config import Config
 from genai_fast.training.display import display
 from genai_fast.training.feed import Feed
@@ -36,6 +37,14 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or a termination signal, after the step at hand was finished and a checkpoint written."""
 
 
+class Look(NamedTuple):
+    """What was found when an epoch's end was looked at."""
+
+    figures: dict[str, float]
+    warnings: list[str]
+    text: str = ""  # by the model, to be shown
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -46,25 +55,29 @@ def fit(
     *,
     about: dict[str, Any] | None = None,
     resume: dict[str, Any] | None = None,
-    after_epoch: Callable[[int, dict[str, float]], tuple[dict[str, float], list[str]]] | None = None,
+    after_epoch: Callable[[int, dict[str, float]], Look] | None = None,
+    board: Board | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Train until `config.epochs`; leave metrics.jsonl and checkpoints in folder `run`.
 
     metrics.jsonl holds one JSON object a line, losses in nats a sample: {"kind": "step", "epoch", "step",
     "samples_per_second", "data_wait", <the model's losses>} every `config.log_every` steps and at the end of an
-    epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "skipped", "train": {<losses>},
-    "validation": {<losses>}, "warnings": [...]} after it; of running text "tokens_per_second" too. Epochs and steps
-    count from 1. data_wait is the share of the time that was spent waiting for data; skipped counts updates left out
-    because a loss or gradient was not finite.
+    epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "step_ms": {"p50", "p95", "max"},
+    "skipped", "train": {<losses>}, "validation": {<losses>}, "warnings": [...]} after it; of running text
+    "tokens_per_second" too. Epochs and steps count from 1. data_wait is the share of the time that was spent waiting
+    for data; step_ms are milliseconds from step to step on the host, since the epoch began or went on (on CUDA the host
+    runs ahead and waits at times: medians mean something, single steps little); skipped counts updates left out because
+    a loss or gradient was not finite.
 
     Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
 
     Args:
         about: JSON data stored with each checkpoint.
         resume: what `checkpoint.restore` returned, to go on from there.
-        after_epoch: number of the epoch and its mean losses -> figures for "validation", and warnings; None: those of
-            `evaluate`.
+        after_epoch: number of the epoch and its mean losses -> figures for "validation", warnings, and a text to show;
+            None: the figures of `evaluate`.
+        board: gets all records too.
         stream: where the progress bar goes, or a line an epoch if it is no terminal; None: stderr.
 
     Returns:
@@ -88,7 +101,7 @@ def fit(
         checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {}, training_step=step.state_dict())
 
     with (
-        Metrics(run / METRICS, at.step) as metrics,
+        Metrics(run / METRICS, at.step, board) as metrics,
         display(stream or sys.stderr, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
@@ -121,9 +134,9 @@ def fit(
             _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
             if after_epoch is None:
-                figures, warnings = evaluate(model, validation, config), []
+                figures, warnings, text = Look(evaluate(model, validation, config), [])
             else:
-                figures, warnings = after_epoch(at.epoch + 1, means)
+                figures, warnings, text = after_epoch(at.epoch + 1, means)
             if at.skipped:
                 warnings.append(
                     f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
@@ -134,6 +147,7 @@ def fit(
                 "step": at.step,
                 **rates(train, train.samples / at.seconds),
                 "data_wait": at.waited / at.seconds,
+                "step_ms": meter.step_ms(),
                 "skipped": at.skipped,
                 "train": means,
                 "validation": figures,
@@ -141,6 +155,7 @@ def fit(
             }
             metrics.write(**record)
             screen.epoch(record, config.epochs)
+            screen.sample(text)
             kinds = {message.partition(":")[0]: message for message in warnings}
             for kind in kinds.keys() - warned:  # again only when it has been well meanwhile
                 screen.warn(kinds[kind])

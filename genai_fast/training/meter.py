@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from genai_fast.training.board import Board
 from genai_fast.training.feed import Feed
 
 
@@ -37,6 +38,7 @@ class Meter:
         self._sums = torch.tensor(at.sums, dtype=torch.float64) if at.sums else None
         self._before, self._since = (at.seconds, at.waited), time.perf_counter()
         self._samples, self._waited, self._skipped = 0, 0.0, at.skipped - skipped
+        self._last, self._steps = self._since, []  # seconds from the end of a step to that of the next
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, with the clock on whoever makes them."""
@@ -55,6 +57,9 @@ class Meter:
         counted = torch.where(self._latest.isfinite().all(), counted, 0.0)
         self._sums = counted if self._sums is None else self._sums.to(counted.device) + counted
         self._samples += samples
+        now = time.perf_counter()
+        self._steps.append(now - self._last)
+        self._last = now
 
     def latest(self) -> dict[str, float]:
         return dict(zip(self._names, self._latest.tolist(), strict=True))
@@ -70,6 +75,12 @@ class Meter:
         """Share of the epoch's time so far spent waiting for data."""
         return (self._before[1] + self._waited) / (self._before[0] + time.perf_counter() - self._since)
 
+    def step_ms(self) -> dict[str, float]:
+        """Milliseconds a step took, waiting for data included: median, 95th percentile, and the longest."""
+        seconds = torch.tensor(self._steps, dtype=torch.float64)
+        figures = torch.quantile(seconds, torch.tensor([0.5, 0.95, 1.0], dtype=torch.float64)) * 1e3
+        return dict(zip(("p50", "p95", "max"), figures.tolist(), strict=True))
+
     def store(self, at: Progress, skipped: int) -> None:
         at.sums, at.skipped = self._sums.tolist(), self._skipped + skipped
         at.seconds = self._before[0] + time.perf_counter() - self._since
@@ -83,9 +94,13 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 
 
 class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one."""
+    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one.
 
-    def __init__(self, path: Path, step: int) -> None:
+    A board gets each record too.
+    """
+
+    def __init__(self, path: Path, step: int, board: Board | None = None) -> None:
+        self._board = board
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
@@ -102,6 +117,8 @@ class Metrics:
     def write(self, **record: Any) -> None:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+        if self._board is not None:
+            self._board.record(record)
 
     def __enter__(self) -> Metrics:
         return self

@@ -14,8 +14,11 @@ _SCALE_TO = 32  # pixels: smaller images are enlarged by a whole factor to at le
 _GAP = 2  # pixels between images
 
 
-def grid(images: torch.Tensor, path: Path, columns: int | None = None) -> None:
-    """Write images [N, C, H, W], C 1 or 3, floats clipped to [0, 1], as a grid; square by default."""
+def grid(images: torch.Tensor, path: Path, columns: int | None = None) -> torch.Tensor:
+    """Write images [N, C, H, W], C 1 or 3, floats clipped to [0, 1], as a grid; square by default.
+
+    Returns: the grid's pixels [C, H', W'], uint8.
+    """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows, scale = math.ceil(count / columns), math.ceil(_SCALE_TO / min(height, width))
@@ -26,6 +29,7 @@ def grid(images: torch.Tensor, path: Path, columns: int | None = None) -> None:
         top, left = (i // columns) * height + _GAP, (i % columns) * width + _GAP
         sheet[:, top : top + x.shape[1], left : left + x.shape[2]] = x
     _save(sheet, path)
+    return sheet
 
 
 def single(image: torch.Tensor, path: Path) -> None:

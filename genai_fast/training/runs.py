@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint, config
+from genai_fast.training.board import Board
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
@@ -25,6 +27,7 @@ _NAMED = 8  # tensors that do not match, in a message
 # What a resumed run may change.
 ON_RESUME = (
     "epochs", "threads", "device", "log_every", "checkpoint_every", "grid_every", "quality_every", "sample_every",
+    "tensorboard",
 )  # fmt: skip
 
 
@@ -93,6 +96,8 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     kind = task_of(name)
     for module in ("safetensors.torch", "rich.progress", *kind.packages):
         require(module, "train")  # now rather than after the training
+    if settings.tensorboard:
+        require("tensorboard", "tensorboard")
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -113,8 +118,11 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config.to_toml(settings, name), encoding="utf-8")
     task.prepare(folder)
-    watch = task.watch(model, folder)
-    record = fit(model, optimizer, *feeds, settings, folder, about=task.about, resume=state, after_epoch=watch)
+    with Board(folder, state["step"] if state else 0) if settings.tensorboard else contextlib.nullcontext() as board:
+        about, watch = task.about, task.watch(model, folder, board)
+        record = fit(
+            model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
+        )
     model.eval()
     task.finish(model, folder)
     return Trained(folder, settings, model, task, record)

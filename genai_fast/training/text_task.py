@@ -13,9 +13,10 @@ from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
 from genai_fast.training import writing
+from genai_fast.training.board import Board
 from genai_fast.training.config import TextConfig
 from genai_fast.training.feed import Feed
-from genai_fast.training.loop import evaluate
+from genai_fast.training.loop import Look, evaluate
 from genai_fast.training.recipes import RECIPES
 
 TOKENIZER = "tokenizer.json"
@@ -80,18 +81,19 @@ class TextTask:
         """What a run's folder holds besides: the tokenizer."""
         self.tokenizer.save(folder / TOKENIZER)
 
-    def watch(
-        self, model: nn.Module, folder: Path
-    ) -> Callable[[int, dict[str, float]], tuple[dict[str, float], list[str]]]:
-        """Called at the end of an epoch: writes samples/epoch-<n>.txt; returns figures on held-out text."""
+    def watch(self, model: nn.Module, folder: Path, board: Board | None) -> Callable[[int, dict[str, float]], Look]:
+        """Called at the end of an epoch: writes samples/epoch-<n>.txt, to a board too; gives figures on held-out text,
+        and what was written."""
 
-        def look(epoch: int, train: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-            every = self.settings.sample_every
+        def look(epoch: int, train: dict[str, float]) -> Look:
+            every, sample = self.settings.sample_every, ""
             if every and epoch % every == 0:
-                path = folder / "samples" / f"epoch-{epoch:04d}.txt"
+                path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(model)
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(self.example(model), encoding="utf-8")
-            return per_token(evaluate(model, self._held_out, self.settings), self._bytes()), []
+                path.write_text(sample, encoding="utf-8")
+                if board is not None:
+                    board.text("samples", sample)
+            return Look(per_token(evaluate(model, self._held_out, self.settings), self._bytes()), [], sample)
 
         return look
 

@@ -13,9 +13,10 @@ from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models import GAN, WGANGP, latents
 from genai_fast.training import pictures
+from genai_fast.training.board import Board
 from genai_fast.training.config import ImageConfig
 from genai_fast.training.feed import ImageFeed, batch_for
-from genai_fast.training.loop import evaluate
+from genai_fast.training.loop import Look, evaluate
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
@@ -68,24 +69,27 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
         pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
 
 
-def _reconstructions(model: nn.Module, images: Images, path: Path) -> None:
+def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
     """Images above, what the model makes of them below."""
     batch = batch_for(model, images, slice(0, 12))
     with latents.evaluating(model):
         pair = torch.cat([batch[0], model.reconstruct(*batch)])
-    pictures.grid(shown(model, pair), path, columns=len(batch[0]))
+    return pictures.grid(shown(model, pair), path, columns=len(batch[0]))
 
 
 class Watch:
-    """Called at the end of an epoch: writes grids/epoch-<n>.png; returns figures on held-out images, and warnings."""
+    """Called at the end of an epoch: writes grids/epoch-<n>.png, to a board too; gives figures on held-out images."""
 
-    def __init__(self, model: nn.Module, train: Images, validation: Images, config: ImageConfig, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, train: Images, validation: Images, config: ImageConfig, folder: Path,
+        board: Board | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._train, self._validation = model, train, validation
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._board = config, folder, board
         self._quality: SampleQuality | None = None
         self._before: set[str] = set()
 
-    def __call__(self, epoch: int, train: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+    def __call__(self, epoch: int, train: dict[str, float]) -> Look:
         """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
         model, config = self._model, self._config
         if config.grid_every and epoch % config.grid_every == 0:
@@ -104,7 +108,7 @@ class Watch:
                 said |= {name: quality[name] for name in ("diversity", "coverage")}
         if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
             said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
-        return figures, warnings + self._lasting(warnings_of(figures, **said))
+        return Look(figures, warnings + self._lasting(warnings_of(figures, **said)))
 
     def _lasting(self, warnings: list[str]) -> list[str]:
         """Those whose kind was there the last time too: the first epochs of every GAN look ill."""
@@ -137,6 +141,8 @@ class Watch:
         """Samples, or reconstructions of a model that has no samples."""
         path.parent.mkdir(exist_ok=True)
         if hasattr(self._model, "sample"):
-            pictures.grid(generate(self._model, self._train.shape, _SAMPLES, seed=1), path)
+            name, sheet = "samples", pictures.grid(generate(self._model, self._train.shape, _SAMPLES, seed=1), path)
         else:
-            _reconstructions(self._model, self._validation, path)
+            name, sheet = "reconstructions", _reconstructions(self._model, self._validation, path)
+        if self._board is not None:
+            self._board.picture(name, sheet)

@@ -201,7 +201,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
         self.tokens, self.merges = tuple(tokens), tuple(map(tuple, merges))
         self.end, self.size = len(self.tokens), len(self.tokens) + 1
-        values = {character: value for value, character in enumerate(_alphabet())}
+        values = {character: value for value, character in enumerate(byte_alphabet())}
         self._table = [bytes(values[character] for character in token) for token in self.tokens]
 
     @functools.cached_property
@@ -228,7 +228,7 @@ class BPETokenizer(Tokenizer):
 
 
 @functools.cache
-def _alphabet() -> str:
+def byte_alphabet() -> str:
     """GPT-2's character for each byte: itself if it is printable, else the next one from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(0x100, 0x200))
@@ -303,7 +303,11 @@ def _train(documents: Sequence[str], size: int) -> BPETokenizer:
     package = require("tokenizers", "text")
     encoder = _by_words(package, package.models.BPE())
     trainer = package.trainers.BpeTrainer(
-        vocab_size=size - 1, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=list(_alphabet())
+        vocab_size=size - 1,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=list(byte_alphabet()),
     )
     pieces = (piece for document in documents for piece, _ in _pieces(scalars(document)))
     encoder.train_from_iterator(pieces, trainer)
@@ -363,7 +367,11 @@ def _check_bpe(contents: dict[str, Any]) -> str:
     if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
         return "expected tokens as a list of strings, got others"
     known = set(tokens)
-    if len(known) < len(tokens) or not known.issuperset(_alphabet()) or not set("".join(tokens)) <= set(_alphabet()):
+    if (
+        len(known) < len(tokens)
+        or not known.issuperset(byte_alphabet())
+        or not set("".join(tokens)) <= set(byte_alphabet())
+    ):
         return "expected different tokens of GPT-2's byte alphabet, and each of its 256 characters as one, got others"
     if not isinstance(merges, list) or not all(_is_pair(merge) for merge in merges):
         return "expected merges as a list of pairs of strings, got others"
