@@ -12,10 +12,10 @@ import torch
 from genai_fast import data
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
-from genai_fast.training import checkpoint, config, pictures, writing
+from genai_fast.training import checkpoint, config, distributed, pictures, writing
 from genai_fast.training.feed import batch_for
 from genai_fast.training.recipes import RECIPES
-from genai_fast.training.runs import Opened, new_folder, open_run, saved_settings, train
+from genai_fast.training.runs import Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.training.text_task import TextTask
 from genai_fast.training.watch import decode, generate, shown
 
@@ -38,16 +38,24 @@ def run_train(options: argparse.Namespace) -> int:
         settings = replace(settings, init=str(options.out / settings.init))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
-    result = train(options.recipe, settings, folder, resume=options.resume)
+    with distributed.processes(settings):
+        result = train(options.recipe, settings, folder, resume=options.resume)
+        if distributed.first():
+            _say(options.recipe, result)
+    return 0
+
+
+def _say(recipe: str, result: Trained) -> None:
+    """What has come of it, and what can be done with it."""
+    folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
     print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
     if isinstance(result.task, TextTask):
-        prompt = "" if RECIPES[options.recipe].feed == "sequences" else ' --prompt "The"'
+        prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
         print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
     elif hasattr(result.model, "sample"):
         print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
-    return 0
 
 
 def run_sample(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from torch import nn
 from genai_fast import backends
 from genai_fast.errors import UsageError, require
 from genai_fast.kernels.common import extension
+from genai_fast.training import distributed
 
 VERSION = 1
 _FORMAT = "genai-fast checkpoint"
@@ -169,7 +170,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     optimizer.load_state_dict(restored)
     if hasattr(model, "load_carried"):
         model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
-    if threads:
+    if threads and state["environment"].get("processes", 1) == distributed.size():
         torch.set_num_threads(state["environment"]["threads"])
     _set_generators(checkpoint, tensors)
     now = environment(next(model.parameters()).device)
@@ -193,6 +194,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
         "isa": isa,
         "backends": served,
     }

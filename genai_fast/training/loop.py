@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint
+from genai_fast.training import checkpoint, distributed
 from genai_fast.training.config import Config
 from genai_fast.training.display import display
 from genai_fast.training.feed import Feed
@@ -76,20 +77,27 @@ def fit(
         CheckpointError: `resume` is of another kind.
     """
     at = _progress(resume)
-    step = Step(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
-    on_cuda = next(model.parameters()).is_cuda
+    train.rows = distributed.chooser(getattr(model, "n_critic", 1))
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
 
     def save() -> None:
-        checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {})
+        whole = distributed.gathered(model, optimizer)
+        if distributed.first():
+            checkpoint.save(run, *whole, at.step, asdict(at), about or {})
+        distributed.any_of(False)  # none leaves before it is there
 
+    stream = stream or (sys.stderr if distributed.first() else io.StringIO())
     with (
-        Metrics(run / METRICS, at.step) as metrics,
-        display(stream or sys.stderr, config.epochs * train.samples) as screen,
+        distributed.averaging(model),
+        Metrics(run / METRICS if distributed.first() else None, at.step) as metrics,
+        display(stream, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
+        step = distributed.step_of(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
         while at.epoch < config.epochs:
             model.train()
             screen.begin(at.epoch + 1, config.epochs)
@@ -99,7 +107,11 @@ def fit(
             with contextlib.closing(data.ahead(batches, pin=True) if on_cuda else batches) as fed:
                 for batch in meter.waiting(fed):
                     schedule.set(at.step)
-                    meter.add(step(*batch), len(batch[0]))
+                    samples = (
+                        len(batch[0]) if train.rows is None else min(train.size, train.samples - at.batch * train.size)
+                    )
+                    with distributed.sharing(samples):
+                        meter.add(step(*batch), samples)
                     at.batch, at.step = at.batch + 1, at.step + 1
                     last = at.batch == train.steps
                     if last or at.step % config.log_every == 0:
@@ -109,6 +121,7 @@ def fit(
                         metrics.write(**place, **rates(train, rate), data_wait=wait, **terms)
                         screen.terms(terms, rates(train, rate))
                     screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
+                    _agree(stop)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
                     if (due or stop) and not last:
                         meter.store(at, step.skipped()[0])
@@ -118,6 +131,7 @@ def fit(
             meter.store(at, step.skipped()[0])
             _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
+            distributed.same_buffers(model)
             if after_epoch is None:
                 figures, warnings = evaluate(model, validation, config), []
             else:
@@ -143,6 +157,8 @@ def fit(
             warned = set(kinds)
             at = Progress(epoch=at.epoch + 1, step=at.step)
             save()
+            distributed.same_noise(device)  # the first process may have drawn pictures
+            _agree(stop)
             if at.epoch < config.epochs:
                 _leave(stop, run, at)
     return record
@@ -163,7 +179,8 @@ def _signals() -> Iterator[list[str]]:
 
     def listen(number: int, frame: Any) -> None:
         stop.append(signal.Signals(number).name)
-        restore()
+        if distributed.size() == 1:  # torchrun passes on what the processes may have got from elsewhere already
+            restore()
 
     for name in before:
         signal.signal(name, listen)
@@ -171,6 +188,12 @@ def _signals() -> Iterator[list[str]]:
         yield stop
     finally:
         restore()
+
+
+def _agree(stop: list[str]) -> None:
+    """All processes stop where one of them was asked to."""
+    if distributed.any_of(bool(stop)) and not stop:
+        stop.append("a signal to another process")
 
 
 def _leave(stop: list[str], run: Path, at: Progress) -> None:
@@ -191,15 +214,22 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
         torch.manual_seed(config.seed)
         for batch in feed.all():
             batch = tuple(x.to(device) for x in batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                losses = model.training_step(*batch)
-            weight = len(batch[0])
-            if "targets" in feed.names and "tokens" not in losses._fields:  # losses are means over tokens
-                weight = int((batch[feed.names.index("targets")] >= 0).sum())
+            with distributed.part_of(batch) as own:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    losses = model.training_step(*own)
+                losses = distributed.joint(losses, _weight(own, feed, losses))
+            weight = _weight(batch, feed, losses)
             weighted = torch.stack(tuple(losses)).double() * weight
             sums, samples = weighted if sums is None else sums + weighted, samples + weight
     model.train(training)
     return dict(zip(losses._fields, (sums / samples).tolist(), strict=True))
+
+
+def _weight(batch: tuple[torch.Tensor, ...], feed: Feed, losses: Any) -> int:
+    """What a batch's losses are means over: its samples, or its tokens."""
+    if "targets" in feed.names and "tokens" not in losses._fields:
+        return int((batch[feed.names.index("targets")] >= 0).sum())
+    return len(batch[0])
 
 
 def _progress(resume: dict[str, Any] | None) -> Progress:
@@ -217,12 +247,13 @@ def _check(
 ) -> None:  # fmt: skip
     """Stop if updates are skipped again and again; before saving, also if anything in the model is not finite."""
     _, row = step.skipped()
-    broken = [name for name, x in step.model.state_dict().items() if saving and not x.isfinite().all()]
+    broken = distributed.not_finite(step.model) if saving else []
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"
     tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
-    require("safetensors.torch", "train").save_file(tensors, path)
+    if distributed.first():
+        require("safetensors.torch", "train").save_file(tensors, path)
     reason = f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss that is not finite"
     raise TrainingStopped(
         f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {reason}. The batch is in {path.name}, the"

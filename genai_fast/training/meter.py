@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,15 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 
 
 class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one."""
+    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        if path is None:
+            self._file: TextIO = io.StringIO()
+            return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:

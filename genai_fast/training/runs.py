@@ -12,7 +12,7 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint, config
+from genai_fast.training import checkpoint, config, distributed
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
@@ -84,20 +84,28 @@ def device_of(name: str) -> torch.device:
 def train(name: str, settings: Config, folder: Path, *, resume: bool = False) -> Trained:
     """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints, pictures or texts there.
 
-    With `resume`, goes on from the folder's newest checkpoint.
+    With `resume`, goes on from the folder's newest checkpoint. Of the processes that torchrun started, the first one
+    decides on the folder, writes and speaks.
 
     Raises:
         UsageError: data, device, packages or the folder do not serve; nothing has been written then.
         TrainingStopped, TrainingInterrupted: as `fit` does.
     """
+    with distributed.processes(settings):
+        return _train(name, settings, distributed.agreed(folder), resume)
+
+
+def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
     kind = task_of(name)
     for module in ("safetensors.torch", "rich.progress", *kind.packages):
         require(module, "train")  # now rather than after the training
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    task = kind(name, settings, folder if resume else None)
-    newest = checkpoint.latest(folder) if resume else None
+    with distributed.machine_by_machine():
+        task = kind(name, settings, folder if resume else None)
+    distributed.check_alike(task.about)
+    newest = distributed.agreed(checkpoint.latest(folder)) if resume else None
     if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
         raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")
     if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
@@ -106,17 +114,20 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     model = task.model()
     if settings.init and not resume:
         _begin_with(Path(settings.init), model)
-    model = model.to(device)
+    model = distributed.placed(model, device, settings)
     feeds = task.feeds(model)
     optimizer = make_optimizer(model, settings)
     state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_toml(settings, name), encoding="utf-8")
-    task.prepare(folder)
+    optimizer = distributed.sharded(model, optimizer, device, settings)
+    if distributed.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(config.to_toml(settings, name), encoding="utf-8")
+        task.prepare(folder)
     watch = task.watch(model, folder)
     record = fit(model, optimizer, *feeds, settings, folder, about=task.about, resume=state, after_epoch=watch)
-    model.eval()
-    task.finish(model, folder)
+    model = distributed.whole_model(model, task.model).eval()
+    if distributed.first():
+        task.finish(model, folder)
     return Trained(folder, settings, model, task, record)
 
 
@@ -127,7 +138,8 @@ def _begin_with(source: Path, model: nn.Module) -> None:
     text = f"{path}: {taken} tensors taken"
     if left:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
-    print(text, file=sys.stderr)
+    if distributed.first():
+        print(text, file=sys.stderr)
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from torch import nn
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models import GAN, WGANGP, latents
-from genai_fast.training import pictures
+from genai_fast.training import distributed, pictures
 from genai_fast.training.config import ImageConfig
 from genai_fast.training.feed import ImageFeed, batch_for
 from genai_fast.training.loop import evaluate
@@ -87,13 +87,13 @@ class Watch:
 
     def __call__(self, epoch: int, train: dict[str, float]) -> tuple[dict[str, float], list[str]]:
         """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
-        model, config = self._model, self._config
-        if config.grid_every and epoch % config.grid_every == 0:
+        model, config, draws = self._model, self._config, distributed.first()
+        if draws and config.grid_every and epoch % config.grid_every == 0:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
         figures = {} if hasattr(model, "turns") else self._likelihood()
         said: dict[str, Any] = {"latent": getattr(model, "latent", None), "kl": figures.get("kl")}
         warnings: list[str] = []
-        if config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
+        if draws and config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
             try:
                 quality, samples, real = self._compare()
             except ValueError as error:  # too few images, too small or too large ones, or all alike
