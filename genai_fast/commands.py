@@ -67,7 +67,7 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
     if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options.folder, "sample")
+    run = _open(options, "sample")
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
         pictures.grid(images, options.out)
@@ -84,7 +84,7 @@ def run_interpolate(options: argparse.Namespace) -> int:
     _at_least("--steps", options.steps, 2)
     _check_seed(options.seed)
     _check_png(options.out)
-    run = _open(options.folder, "sample")
+    run = _open(options, "sample")
     a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
     ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
     labels = _labels(run, options.label, options.pairs)
@@ -104,7 +104,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     _check_png(options.out)
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
-    run = _open(options.folder, "inpaint")
+    run = _open(options, "inpaint")
     images = data.load(options.data, run.shape[1])
     if images.shape != run.shape:
         raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
@@ -155,7 +155,7 @@ def run_generate(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     if options.out is not None:
         _check_parent(options.out)
-    run = _open(options.folder)
+    run = _open(options)
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
     records = []
@@ -194,7 +194,7 @@ def run_export(options: argparse.Namespace) -> int:
     _check_parent(options.out)
     if options.out.suffix != ".safetensors":
         raise UsageError(f"--out: expected the name of a .safetensors file, got {options.out}")
-    run = _open(options.folder)
+    run = _open(options)
     network = getattr(run.model, "sampler", run.model)
     require("safetensors.torch", "train").save_file(checkpoint.plain(network.state_dict()), options.out)
     print(
@@ -261,12 +261,12 @@ def run_demo_text(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(name: str, need: str = "") -> Opened:
+def _open(options: argparse.Namespace, need: str = "") -> Opened:
     """A run by its folder, or its name under runs, whose model has method `need`."""
-    folder = Path(name)
+    folder = Path(options.folder)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
-    run = open_run(folder)
+    run = open_run(folder, options.best)
     if need and (run.tokenizer is not None or not hasattr(run.model, need)):
         raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
     return run

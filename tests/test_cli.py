@@ -220,7 +220,7 @@ def test_the_flags_are_these():
     common = {
         "--config", "--run", "--out", "--resume", "--data", "--strict", "--no-strict", "--validation", "--init",
         "--epochs", "--batch-size", "--lr", "--warmup", "--decay", "--beta1", "--beta2", "--weight-decay", "--clip",
-        "--precision", "--seed", "--threads", "--device", "--log-every", "--checkpoint-every",
+        "--precision", "--seed", "--threads", "--device", "--log-every", "--checkpoint-every", "--keep",
     }  # fmt: skip
     every = common | {
         "--size", "--flip", "--crop", "--rotate", "--jitter", "--grid-every", "--quality-every", "--latent",
@@ -229,10 +229,10 @@ def test_the_flags_are_these():
     gan = every | {"--lr-discriminator", "--smoothing", "--ema"}
     assert flags["train dcgan"] == gan | {"--network", "--width", "--dropout", "--spectral", "--no-spectral"}
     assert flags["train wgan-gp"] == gan | {"--n-critic", "--penalty", "--norm", "--width"}
-    drawing = {"--seed", "--class", "--out"}
+    drawing = {"--seed", "--class", "--out", "--best"}
     assert flags["sample"] == drawing | {"--count"} and flags["interpolate"] == drawing | {"--pairs", "--steps"}
     assert flags["inpaint"] == drawing | {"--data", "--count", "--box", "--mask", "--steps"}
-    assert flags["export"] == {"--out"} and flags["doctor"] == {"--json"}
+    assert flags["export"] == {"--out", "--best"} and flags["doctor"] == {"--json"}
     assert flags["demo"] == flags["demo-gan"] == flags["demo-text"] == {"--out", "--epochs"}
     words = common | {"--tokenizer", "--vocabulary", "--block", "--sample-every"}
     assert flags["train gpt"] == flags["train seq2seq"] == words | {"--layers", "--heads", "--width", "--dropout"}
@@ -242,7 +242,7 @@ def test_the_flags_are_these():
     assert flags["train text-vae"] == variational | {"--annealing", "--word-dropout"}
     assert flags["generate"] == {
         "--prompt", "--prompts", "--out", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop",
-        "--no-repeats", "--weights",
+        "--no-repeats", "--weights", "--best",
     }  # fmt: skip
 
 

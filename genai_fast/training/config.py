@@ -50,6 +50,7 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
     checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
+    keep: int = setting(2, "newest checkpoints that are kept; the best on held-out data is kept besides", low=1)
 
     def __post_init__(self) -> None:
         for f in fields(self):

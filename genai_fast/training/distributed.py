@@ -123,13 +123,13 @@ def check_alike(about: dict[str, Any]) -> None:
         )
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is so in any process; all wait for all."""
+def most(number: int) -> int:
+    """The largest of all processes' numbers; all wait for all."""
     if size() == 1:
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 @contextlib.contextmanager
@@ -137,10 +137,10 @@ def machine_by_machine() -> Iterator[None]:
     """Inside comes first one process of each machine, then the others, who find in its cache what it has left there."""
     others = size() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
     if others:
-        any_of(False)
+        most(0)
     yield
     if not others:
-        any_of(False)
+        most(0)
 
 
 def same_noise(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 
+from genai_fast.training import disk
 from genai_fast.training.feed import Feed
 
 
@@ -29,6 +30,9 @@ class Progress:
     waited: float = 0.0  # of those, for data
     skipped: int = 0  # updates in this epoch left out because a loss was not finite
     sums: list[float] = field(default_factory=list)
+    ailing: list[str] = field(default_factory=list)  # kinds of the last epoch's warnings
+    best: int = 0  # step after which held-out data was best so far; 0: none yet
+    lowest: float = 0.0  # what it was then
 
 
 class Meter:
@@ -94,21 +98,23 @@ class Metrics:
             self._file: TextIO = io.StringIO()
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             kept.append(line + "\n")
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        disk.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def synchronize(self) -> None:
+        """Put what is written onto the disk: a checkpoint must not outlive the records before it."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:
         return self

@@ -83,7 +83,6 @@ class Watch:
         self._model, self._train, self._validation = model, train, validation
         self._config, self._folder = config, folder
         self._quality: SampleQuality | None = None
-        self._before: set[str] = set()
 
     def __call__(self, epoch: int, train: dict[str, float]) -> tuple[dict[str, float], list[str]]:
         """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
@@ -104,12 +103,7 @@ class Watch:
                 said |= {name: quality[name] for name in ("diversity", "coverage")}
         if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
             said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
-        return figures, warnings + self._lasting(warnings_of(figures, **said))
-
-    def _lasting(self, warnings: list[str]) -> list[str]:
-        """Those whose kind was there the last time too: the first epochs of every GAN look ill."""
-        before, self._before = self._before, {message.partition(":")[0] for message in warnings}
-        return [m for m in warnings if m.partition(":")[0] in before | {"not finite"}]
+        return figures, warnings + warnings_of(figures, **said)
 
     def _likelihood(self) -> dict[str, float]:
         """Losses on held-out images, and bits per dimension of models with a likelihood."""
