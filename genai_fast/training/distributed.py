@@ -265,10 +265,10 @@ def _shard(model: nn.Module, device: torch.device, bfloat16: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (size(),))
-    # The stream between the blocks stays float32, as under autocast in one process; so do gradients' sums.
+    # Matrices travel as autocast would round them; norms, embeddings and the sums of gradients stay float32.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy if bfloat16 else MixedPrecisionPolicy())
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy if bfloat16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "training_step")
 
@@ -339,6 +339,11 @@ class _TrainingStep(nn.Module):
         return self._step(*batch)
 
 
+class _Parallel(DistributedDataParallel):
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        """PyTorch's refuses SyncBatchNorm on a CPU, where the fused blocks serve it."""
+
+
 @contextlib.contextmanager
 def averaging(model: nn.Module) -> Iterator[None]:
     """Inside, gradients of the model, or of each of its networks, are averaged over the processes."""
@@ -358,7 +363,7 @@ def averaging(model: nn.Module) -> Iterator[None]:
     for name, part in parts.items():
         # Found before the class's or the registered one of this name; so calls pass through it, while state dict, modes
         # and parameters are the model's own. Weights are alike already, by seed or checkpoint.
-        model.__dict__[name] = parallel = DistributedDataParallel(part, init_sync=False)
+        model.__dict__[name] = parallel = _Parallel(part, init_sync=False)
         parallel.broadcast_buffers = False  # the argument of this name is deprecated, its successor not in torch 2.11
     try:
         yield

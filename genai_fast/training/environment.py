@@ -21,7 +21,7 @@ VARIABLES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads, processes, instruction set, each op's backend, and PyTorch's switches; as JSON has it."""
+    """Versions, device, threads, processes, instruction set, each op's backend, PyTorch's switches; as JSON has it."""
     on_cuda = device.type == "cuda"
     served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
     packages = ("genai_fast", "torch", *(("triton",) if "triton" in served.values() else ()))

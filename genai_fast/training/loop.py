@@ -216,8 +216,8 @@ def _asked(stop: list[str]) -> int:
 def _leave(asked: int, run: Path, at: Progress) -> None:
     if asked:
         raise TrainingInterrupted(
-            f"{run}: stopped by {signal.Signals(asked).name} after step {at.step} (epoch {at.epoch + 1}) with a checkpoint;"
-            f" go on with --run {run.name} --resume",
+            f"{run}: stopped by {signal.Signals(asked).name} after step {at.step} (epoch {at.epoch + 1}) with a"
+            f" checkpoint; go on with --run {run.name} --resume",
             signal.Signals(asked),
         )
 
