@@ -11,10 +11,9 @@ from torch import nn
 
 from genai_fast.models import dcgan_init, peers, peers_sequences, peers_text
 from genai_fast.models.peers_text import language_model_step
-from genai_fast.training import settings
+from genai_fast.training import Step, make_optimizer, settings
 from genai_fast.training.config import Config
 from genai_fast.training.recipes import RECIPES, make
-from genai_fast.training.step import Step, make_optimizer
 
 RunStep = Callable[..., Any]
 
@@ -45,8 +44,8 @@ class System:
     def fused(self, device: str) -> Step:
         """What `genai-fast train` runs."""
         model = self.model().to(device)
-        bfloat16 = self.config.precision == "bfloat16"
-        return Step(model, make_optimizer(model, self.config), clip=self.config.clip, bfloat16=bfloat16)
+        optimizer = make_optimizer(model, self.config)
+        return Step(model, optimizer, clip=self.config.clip, precision=self.config.precision)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 import warnings
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"{options.parser.prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+            print(f"{options.parser.prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 

@@ -14,11 +14,10 @@ from genai_fast.models import MLPVAE, peers
 from genai_fast.models.peers import EagerMLPVAE
 from genai_fast.models.peers_text import EagerGPT, language_model_step
 from genai_fast.profiling import Comparison, compare
-from genai_fast.training import writing
+from genai_fast.training import Step, make_optimizer, writing
 from genai_fast.training.environment import environment
 from genai_fast.training.runs import new_folder, train
 from genai_fast.training.settings import DCGANConfig, GPTConfig, VAEConfig
-from genai_fast.training.step import Step, make_optimizer
 
 EPOCHS, GAN_EPOCHS, TEXT_EPOCHS = 40, 25, 8
 ROUNDS, GAN_ROUNDS, TEXT_ROUNDS = 100, 20, 10  # of the comparison with eager PyTorch

@@ -295,7 +295,7 @@ def test_a_turn_that_is_not_finite_is_skipped_alone():
 
 def test_bfloat16_trains():
     gan = make("dcgan", DCGANConfig(width=8, latent=8), (1, 28, 28), 0)
-    step = Step(gan, make_optimizer(gan, DCGANConfig()), bfloat16=True)
+    step = Step(gan, make_optimizer(gan, DCGANConfig()), precision="bfloat16")
     x = torch.rand(8, 1, 28, 28) * 2 - 1
     losses = [step(x) for _ in range(5)]
     assert all(math.isfinite(float(v)) for v in losses[-1]) and step.skipped() == (0, 0)
@@ -313,7 +313,7 @@ def test_a_captured_pair_takes_the_steps_of_a_plain_one_and_skips_what_is_not_fi
         step = Step(gan, make_optimizer(gan, GANConfig(lr=1e-3)), graph=graph)
         torch.manual_seed(1)
         results.append(torch.stack([torch.stack(tuple(step(x))) for _ in range(30)]))
-        assert (step._replay is not None) == graph
+        assert step.captured == graph
     # The generator's state differs after a capture, so noise differs: the course is compared, not each number.
     plain, captured = (losses[-10:, :2].mean(0) for losses in results)
     torch.testing.assert_close(captured, plain, rtol=0.2, atol=0.05)

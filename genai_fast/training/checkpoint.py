@@ -3,8 +3,9 @@
 A run's folder holds `checkpoint-<step>/` with
 
     model.safetensors     the model's state_dict: loads into any tool
-    training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>", and
-                          "carried.<name>": what a recurrent model carries from batch to batch
+    training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>",
+                          "carried.<name>": what a recurrent model carries from batch to batch, and
+                          "step.<name>": the Step's counts and the scale of its loss
     state.json            version, progress, optimizer settings, the best step so far, where it ran and by which paths,
                           and the SHA-256 of the other two and of itself
 
@@ -37,6 +38,7 @@ VERSION = 2
 _FORMAT = "genai-fast checkpoint"
 _MODEL, _TRAINING = "model.safetensors", "training.safetensors"
 _CARRIED = "carried."
+_STEP = "step."
 _NAME = re.compile(r"checkpoint-(\d{9,})")
 _TYPES = {
     "step": int, "best": int, "progress": dict, "about": dict, "optimizer": list, "environment": dict, "routes": dict,
@@ -59,7 +61,7 @@ class DiskError(UsageError):
 
 def save(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict,
-    keep: int = 2, best: int = 0,
+    keep: int = 2, best: int = 0, training_step: dict[str, torch.Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Write checkpoint-<step> into folder `run`; then remove all but the `keep` newest and the best.
 
@@ -67,6 +69,7 @@ def save(
         step: optimizer steps done.
         progress, about: anything in JSON that the caller wants back.
         best: step of the checkpoint that is the best so far, maybe this one; 0 for none.
+        training_step: `Step.state_dict()`.
 
     Raises:
         DiskError: it cannot be written: nothing of it stays, and those before do.
@@ -78,7 +81,7 @@ def save(
             disk.discard(left)
         try:
             temporary.mkdir(parents=True)
-            _write(temporary, model, optimizer, step, progress, about, best)
+            _write(temporary, model, optimizer, step, progress, about, best, training_step or {})
             _remove(final)  # left by an earlier run of the same step
             os.rename(temporary, final)
         except BaseException:
@@ -92,8 +95,9 @@ def save(
 
 
 def _write(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict, best: int
-) -> None:
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict, best: int,
+    training_step: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
     """The files of a checkpoint, synchronized."""
     settings, device = optimizer.state_dict(), next(model.parameters()).device
     moments = {
@@ -102,8 +106,9 @@ def _write(
         for name, value in values.items()
     }
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
+    counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     disk.write_tensors(folder / _MODEL, plain(model.state_dict()))
-    disk.write_tensors(folder / _TRAINING, plain({**moments, **carried, **_generators()}))
+    disk.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
     state = {
         "format": _FORMAT,
         "version": VERSION,
@@ -230,7 +235,8 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True) -> dict:
-    """Put back model, optimizer, random generators, paths and (if `threads`) the thread count; returns state.json.
+    """Put back model, optimizer, random generators, paths and (if `threads`) the thread count; returns state.json and,
+    as "training_step", what `Step.load_state_dict` takes, empty if that was not saved.
 
     Warns where this machine differs from the one that wrote it: then the run goes on, but not bit for bit.
     """
@@ -258,6 +264,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         )
     else:
         paths.take(device, state["routes"])
+    state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
     return state
 
 

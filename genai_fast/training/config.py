@@ -44,7 +44,9 @@ class Config:
     beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)
     weight_decay: float = setting(0.0, "decoupled weight decay (AdamW), of matrices only", low=0)
     clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = setting("float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16"))
+    precision: str = setting(
+        "float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16", "float16")
+    )
     seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")

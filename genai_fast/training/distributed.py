@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from genai_fast.errors import UsageError
 from genai_fast.ops import rows
 from genai_fast.training.config import Config
-from genai_fast.training.step import Step, make_optimizer
+from genai_fast.training.optimizer import make_optimizer
+from genai_fast.training.step import Step
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 _PATIENCE = datetime.timedelta(hours=1)  # with the others, who may wait for one that reads data or draws pictures
@@ -60,7 +61,8 @@ def processes(settings: Config) -> Iterator[None]:
     device = _device(settings, local)
     _check(settings, int(os.environ["WORLD_SIZE"]))
     if not settings.threads:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // beside))
     # What the processes agree on goes over the CPUs: reading it must not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", timeout=_PATIENCE, device_id=device)
     try:
@@ -379,27 +381,27 @@ class JointStep(Step):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
-        super().__init__(model, optimizer, graph=False, **settings)
+        super().__init__(model, optimizer, graph=False, module=model, **settings)
         self._deferred = self._deferred and not is_sharded(model)
-        self._of_loss: torch.Tensor | None = None
+        self._weight = self._joint_loss = torch.ones((), device=self._device)  # of networks in turns: whole batches
 
     def __call__(self, *batch: torch.Tensor) -> Any:
         return joint(super().__call__(*batch), len(batch[0]))
 
-    def _only_turn(self, *batch: torch.Tensor) -> Any:
-        losses = self.model.training_step(*batch)
-        self._of_loss = _weight(losses, "loss", len(batch[0]))
-        yield self._parameters, losses.loss
-        return losses
+    def _take_turn(self, result: Any, parts: list[tuple[tuple[torch.Tensor, ...], float]]) -> Any:
+        self._weight = _weight(result, "loss", len(parts[0][0][0]))
+        return super()._take_turn(result, parts)
 
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
-        weight = torch.ones_like(loss).double() if self._of_loss is None else self._of_loss  # networks: whole batches
+    def _backward(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+        weight = self._weight.double()
         sums = torch.stack([torch.where(weight > 0, loss.detach() * weight, 0.0), weight])
         dist.all_reduce(sums)
-        mean = sums[0] / sums[1]
-        # Gradients are averaged with equal weights. A loss that is not finite in one process is so in all.
-        loss = torch.where(mean.isfinite(), loss * (weight * size() / sums[1]), mean)
-        super()._update(parameters, loss)
+        self._joint_loss = sums[0] / sums[1]
+        # Gradients are averaged with equal weights.
+        super()._backward(parameters, loss * (weight * size() / sums[1]).to(loss.dtype))
+
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+        super()._update(parameters, self._joint_loss)
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Step:

@@ -24,7 +24,7 @@ from genai_fast.training.display import display
 from genai_fast.training.feed import Feed
 from genai_fast.training.meter import Meter, Metrics, Progress, rates
 from genai_fast.training.schedule import Schedule
-from genai_fast.training.step import Step
+from genai_fast.training.step import Step, autocast
 
 METRICS = "metrics.jsonl"
 _HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
@@ -66,7 +66,7 @@ def fit(
     steps count from 1. "best" is the step after which held-out data was best so far (lowest "loss", else Fréchet
     distance): its checkpoint is kept beside the `config.keep` newest. Warnings are of what has lasted two epochs.
     data_wait is the share of the time that was spent waiting for data; skipped counts updates left out
-    because a loss was not finite.
+    because a loss or gradient was not finite.
 
     SIGINT (Ctrl-C), SIGTERM or SIGHUP ends training after the step at hand with a checkpoint; a second one at once.
 
@@ -97,7 +97,9 @@ def fit(
         whole = distributed.gathered(model, optimizer)
         if distributed.first():
             metrics.synchronize()
-            checkpoint.save(run, *whole, at.step, asdict(at), about or {}, config.keep, at.best)
+            checkpoint.save(
+                run, *whole, at.step, asdict(at), about or {}, config.keep, at.best, training_step=step.state_dict()
+            )
         distributed.most(0)  # none leaves before it is there
 
     stream = stream or (sys.stderr if distributed.first() else io.StringIO())
@@ -107,7 +109,9 @@ def fit(
         display(stream, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
-        step = distributed.step_of(model, optimizer, clip=config.clip, bfloat16=config.precision == "bfloat16")
+        step = distributed.step_of(model, optimizer, clip=config.clip, precision=config.precision)
+        if resume is not None and resume["training_step"]:
+            step.load_state_dict(resume["training_step"])
         while at.epoch < config.epochs:
             model.train()
             screen.begin(at.epoch + 1, config.epochs)
@@ -150,7 +154,9 @@ def fit(
             # Only what lasts: the first epochs of every GAN look ill.
             warnings = [m for m, kind in zip(warnings, ailing, strict=True) if kind in (*at.ailing, *_AT_ONCE)]
             if at.skipped:
-                warnings.append(f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss was not finite")
+                warnings.append(
+                    f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
+                )
             best, lowest = _better(figures, at)
             record = {
                 "kind": "epoch",
@@ -233,7 +239,7 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
         for batch in feed.all():
             batch = tuple(x.to(device) for x in batch)
             with distributed.part_of(batch) as own:
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                with autocast(device, config.precision):
                     losses = model.training_step(*own)
                 losses = distributed.joint(losses, _weight(own, feed, losses))
             weight = _weight(batch, feed, losses)
@@ -294,7 +300,9 @@ def _check(
     tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
     if distributed.first():
         require("safetensors.torch", "train").save_file(tensors, path)
-    reason = f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss that is not finite"
+    reason = (
+        f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss or gradient that is not finite"
+    )
     raise TrainingStopped(
         f"{run}: training stopped at step {at.step} (epoch {at.epoch + 1}): {reason}. The batch is in {path.name}, the"
         f" last checkpoint is from before. Remedy: a smaller --lr, or --clip 1"

@@ -16,8 +16,8 @@ from genai_fast.training import checkpoint, config, disk, distributed
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
+from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.recipes import RECIPES
-from genai_fast.training.step import make_optimizer
 from genai_fast.training.text_task import TextTask
 
 CONFIG = "config.toml"

@@ -1,126 +1,183 @@
-"""One optimizer step: plain on the CPU, one captured CUDA graph on a GPU."""
+"""One training step of any model as one call: plain on the CPU, a captured CUDA graph on a GPU."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+import inspect
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from genai_fast.optim import Adam, AdamW
-from genai_fast.training.config import Config
+from genai_fast.errors import UsageError
+from genai_fast.training import losses
+from genai_fast.training.graph import Batch, Graphs
+from genai_fast.training.kept import Kept, modules_of
+from genai_fast.training.optimizer import owners
 
-_WARM_UP = 3  # plain steps before the capture: libraries and the optimizer set themselves up
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the loss in float16, as torch.amp.GradScaler has them: first scale, growth, its interval in steps, backoff.
+_SCALE, _GROWTH, _INTERVAL, _BACKOFF = 2.0**16, 2.0, 2000, 0.5
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of every recipe: Adam in one call; on CUDA torch's, with its step count there for graph capture.
-
-    A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>`
-    if there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not
-    decay.
-    """
-    networks = model.networks() if hasattr(model, "networks") else {"": model}
-    on_cuda, sharded = next(model.parameters()).is_cuda, hasattr(next(model.parameters()), "full_tensor")
-    groups = []
-    for name, network in networks.items():
-        rate = getattr(config, f"lr_{name}", 0.0) or config.lr
-        parameters = list(network.parameters())
-        decaying = [p for p in parameters if p.dim() > 1] if config.weight_decay else []
-        others = [p for p in parameters if p.dim() <= 1] if decaying else parameters
-        for members, decay in ((decaying, config.weight_decay), (others, 0.0)):
-            if members:
-                # A tensor, so that a captured graph reads the rate of the day.
-                lr = torch.tensor(rate, device=members[0].device) if on_cuda else rate
-                groups.append({"params": members, "lr": lr, "weight_decay": decay})
-    options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
-    if on_cuda or sharded:
-        options |= {"fused": True, "capturable": True} if on_cuda else {}
-        return (torch.optim.AdamW if config.weight_decay else torch.optim.Adam)(groups, **options)
-    return (AdamW if config.weight_decay else Adam)(groups, **options)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which losses are computed; `precision` is one of PRECISIONS."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 class Step:
-    """One step of training as one call: zero_grad, forward, backward, clipping and the optimizer's step, for each turn.
+    """One training step of any model as one call: forward, backward, clipping, the optimizer's update.
 
-    `step(*batch)` calls `model.training_step(*batch)`, which returns a NamedTuple of 0-d tensors with a field
-    `loss`, and returns that tuple detached, on the device, without synchronizing. A model with networks that
-    play against each other has `turns(*batch)` instead: a generator that yields (parameters, loss) for each
-    update, in order, and returns the NamedTuple; it goes on when those parameters have been updated. All
-    parameters belong to one optimizer, which updates those that have a gradient.
+        net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+        optimizer = torch.optim.Adam(net.parameters(), fused=True)  # on CUDA: capturable=True too
+        step = Step(lambda x, y: nn.functional.mse_loss(net(x), y), optimizer)
+        for x, y in batches:
+            loss = step(x, y)  # detached, on the device; float(loss) waits for it
 
-    A loss that is infinite or NaN updates nothing: the turn is skipped and counted (`skipped()`).
+    **What is minimised.** A loss function of the batch's tensors. It returns the loss, a 0-d tensor; or several 0-d
+    tensors as a tuple or NamedTuple that begins with it (or has a field `loss`), or as a dict with "loss". `step(...)`
+    returns the same, detached, without waiting for the device. In the place of a function may stand a model with
+    `training_step(*batch)`, which does the same. A batch is tensors: `step(*batch.values())` serves a dict.
 
-    On CUDA the whole step becomes one graph. The first three steps of a shape run plainly on a side stream:
-    they warm up, and they count. Then the step is captured, and each further call copies its batch into the
-    graph's inputs and replays it. Random numbers are fresh in each replay, as the graph advances the device's
-    default generator. A batch of another shape (an epoch's last one) runs plainly. What the step reads
-    besides the batch (weights, optimizer state, schedules) may change only in place; so restore a checkpoint
-    before the first step.
+    **Networks in turns.** A generator function, or a model's `turns(*batch)`, yields (parameters, loss) for each
+    update, in order, and goes on when those parameters have been updated. What it returns is the step's result; if
+    nothing, that is the tuple of its losses.
+
+        def turns(real):
+            fake = generator(torch.randn(len(real), 100, device=real.device))
+            yield critic.parameters(), critic(fake.detach()).mean() - critic(real).mean()
+            yield generator.parameters(), -critic(fake).mean()
+
+        step = Step(turns, [critic_optimizer, generator_optimizer])
+
+    A turn computes gradients of its own parameters only, and steps the optimizers that have them.
+
+    **What is not finite.** If the loss or the norm of the turn's gradients is infinite or NaN, the turn updates
+    nothing and is counted (`skipped()`). After such a step the buffers (batch norm's statistics) are as before it,
+    too, and a model's `after_step()` (a moving average), which follows each step, has changed nothing.
+
+    **CUDA graphs.** The first three steps of a shape run plainly on a side stream: they warm up, and they count.
+    Then the step is captured, and each further call copies its batch into the graph's inputs and replays it. Random
+    numbers are fresh in each replay. What a step reads besides the batch may change only in place: weights, optimizer
+    state, buffers, tensors (a weight beta of a loss: `beta.fill_(0.5)`); Python numbers are frozen. Rates are the
+    exception: lr becomes a tensor that torch's schedulers fill. Restore checkpoints before the first step. Gradients
+    are not kept. If the capture fails (something waits for the device: `item()`, a print), all steps run plainly from
+    then on, that batch's too, with a FallbackWarning that names the error.
 
     Args:
-        model: has `training_step` or `turns`; `after_step()`, if it has that, is called at the end.
-        optimizer: for a graph it must be capturable and fused: `torch.optim.Adam(..., fused=True, capturable=True)`.
+        model: the loss function, or a model that has `training_step` or `turns`.
+        optimizer: one, or several whose parameters are disjoint. For a graph fused, and capturable where it has that
+            option: `torch.optim.Adam(..., fused=True, capturable=True)`.
         clip: largest 2-norm of the gradient over the parameters of a turn; 0 for none.
-        bfloat16: compute the losses under autocast to bfloat16.
-        graph: capture a CUDA graph; None: where the parameters are on CUDA.
+        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast. In float16 the loss is scaled
+            by a factor that halves when gradients overflow, which skips the update, and doubles after 2000 steps
+            without; a gradient that the loss itself computes (a penalty) is not scaled.
+        accumulate: the batch is cut along its first dimension into so many parts, differing in size by 1 at most,
+            whose gradients are summed before the one update: less memory, and the same as the whole batch within
+            rounding if the loss is a mean over it. What is returned is the mean, weighted by size. 0-d tensors go to
+            each part; random numbers are drawn, and batch norm's statistics taken, for each part by itself.
+        graph: capture CUDA graphs; None: where the parameters are on CUDA.
+        graphs: most shapes of batch that get a graph, in one pool of memory; batches of further shapes run plainly.
+        module: of a loss function, whose buffers and `after_step` are meant above; several: an nn.ModuleList. None: of
+            the modules that the function's variables, or its object's attributes, are, the buffers.
 
     Raises:
-        ValueError: a graph is wanted and the optimizer or the model's device cannot serve.
+        UsageError (a ValueError): arguments, batch or loss are not as told here.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: nn.Module | Callable[..., Any],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         clip: float = 0.0,
-        bfloat16: bool = False,
+        precision: str = "float32",
+        accumulate: int = 1,
         graph: bool | None = None,
+        graphs: int = 4,
+        module: nn.Module | None = None,
     ) -> None:
-        self.model, self.optimizer, self.clip, self.bfloat16 = model, optimizer, clip, bfloat16
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._graphed = all(p.is_cuda for p in self._parameters) if graph is None else graph
-        for need in ("capturable", "fused") if self._graphed else ():
-            if not all(group.get(need) for group in optimizer.param_groups):
-                raise ValueError(
-                    f"Step: optimizer: a CUDA graph needs a capturable and fused one, got {need}=False;"
-                    f" remedy: torch.optim.Adam(..., fused=True, capturable=True) or graph=False"
-                )
+        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self._owner = owners(self._optimizers)
+        self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        self._function = getattr(model, "turns", None) or getattr(model, "training_step", None) or model
+        _check_arguments(self._function, precision, accumulate, clip, graphs)
+        if accumulate > 1 and (hasattr(model, "turns") or inspect.isgeneratorfunction(model)):
+            raise UsageError(_NO_TURNS)
+        if accumulate > 1 and hasattr(model, "carried"):
+            raise UsageError(
+                f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to"
+                f" batch, got {accumulate}"
+            )
+        self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
         self._device = self._parameters[0].device
         images = [p for p in self._parameters if p.dim() == 4 and not p.is_contiguous()]
         last = any(p.is_contiguous(memory_format=torch.channels_last) for p in images)
         self._layout = torch.channels_last if last else torch.preserve_format
-        self._turns = model.turns if hasattr(model, "turns") else self._only_turn
-        self._after = getattr(model, "after_step", None)
+
+        groups = [group for o in self._optimizers for group in o.param_groups]
+        graphed = all(p.is_cuda for p in self._parameters) if graph is None else graph
+        for need in ("capturable", "fused") if graphed else ():
+            if not all(group.get(need, need == "capturable") for group in groups):  # SGD has no state to be captured
+                raise UsageError(
+                    f"Step: optimizer: a CUDA graph needs a capturable and fused one, got {need}=False;"
+                    f" remedy: torch.optim.Adam(..., fused=True, capturable=True) or graph=False"
+                )
+        self._graphs: Graphs | None = None
+        if graphed:
+            self._graphs = Graphs(self._plain, self._placed, self._ready, self._optimizers, self._device, graphs)
+        self._deferred = _can_defer(self._device, groups)
+        self._met: set[int] = set()  # numbers of optimizers that a turn was about,
+        self._begun: set[int] = set()  # and of those that have stepped
+
+        modules = modules_of(model) if module is None else [module]
+        self._after = getattr(model if module is None else module, "after_step", None)
+        self._kept = Kept(modules, modules if self._after and self._deferred else (), self._parameters)
         self._skipped = torch.zeros(2, device=self._device)  # turns in all, steps in a row
-        # torch's fused Adam decides on the device whether to update, as in mixed precision: asking would wait.
-        self._deferred = self._device.type == "cuda" and all(g.get("fused") for g in optimizer.param_groups)
-        self._plain_steps: Counter[tuple] = Counter()  # by the batch's shapes
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._replay: Callable[[], Any] | None = None
+        self._scale = torch.full((), _SCALE, device=self._device) if precision == "float16" else None
+        self._growth = torch.zeros((), dtype=torch.int32, device=self._device)  # steps since the scale changed
 
     def __call__(self, *batch: torch.Tensor) -> Any:
-        if self._replay is not None and _shapes(batch) == _shapes(self._inputs):
-            for static, x in zip(self._inputs, batch, strict=True):
-                static.copy_(x, non_blocking=True)
-            return self._replay()
-        batch = tuple(self._placed(x) for x in batch)
-        if not self._graphed or self._replay is not None:
-            return self._plain(*batch)
-        self._plain_steps[_shapes(batch)] += 1
-        if self._plain_steps[_shapes(batch)] <= _WARM_UP:
-            with _side_stream(self._device):
-                return self._plain(*batch)
-        self._inputs = tuple(x.clone() for x in batch)  # in the layout that they have
-        # Gradients must be born inside the graph, in memory that only it uses.
-        self.optimizer.zero_grad(set_to_none=True)
-        self._replay = _capture(lambda: self._plain(*self._inputs))
-        return self._replay()
+        for number, x in enumerate(batch):
+            if not isinstance(x, torch.Tensor):
+                raise UsageError(
+                    f"Step: batch: expected tensors, got {type(x).__name__} as number {number}; remedy: step(*tensors),"
+                    f" of a dict step(*batch.values()), and a loss function that takes them one by one"
+                )
+        if self._graphs is not None:
+            return self._graphs(*batch)
+        return self._plain(*(self._placed(x) for x in batch))
+
+    def skipped(self) -> tuple[int, int]:
+        """Turns skipped so far, and steps in a row up to now that skipped one; waits for the device."""
+        total, row = self._skipped.tolist()
+        return int(total), int(row)
+
+    @property
+    def captured(self) -> int:
+        """Shapes of batch that have a CUDA graph by now."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs beside model, optimizers and generators: counts, and the scale in float16."""
+        return {name: x.clone() for name, x in self._state().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave.
+
+        Raises:
+            UsageError: names or shapes are others than a Step of this precision has; nothing is changed then.
+        """
+        mine = self._state()
+        wanted, got = ({name: tuple(x.shape) for name, x in s.items()} for s in (mine, state))
+        if wanted != got:
+            raise UsageError(f"Step: state: expected {wanted} for precision {self.precision}, got {got}")
+        for name, x in mine.items():
+            x.copy_(state[name])  # in place: a captured graph knows the memory
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        scaling = {} if self._scale is None else {"scale": self._scale, "growth": self._growth}
+        return {"skipped": self._skipped, **scaling}
 
     def _placed(self, x: torch.Tensor) -> torch.Tensor:
         """On the model's device, images in the memory layout of its convolutions."""
@@ -128,77 +185,175 @@ class Step:
             return x.to(self._device, non_blocking=True, memory_format=self._layout)
         return x.to(self._device, non_blocking=True)
 
-    def skipped(self) -> tuple[int, int]:
-        """Turns skipped so far, and steps in a row up to now that skipped one; waits for the device."""
-        total, row = self._skipped.tolist()
-        return int(total), int(row)
+    def _ready(self) -> bool:
+        return self._met <= self._begun
 
     def _plain(self, *batch: torch.Tensor) -> Any:
-        turns = self._turns(*batch)
+        self._kept.take()
         total, row = self._skipped
         before = total.clone()
+        parts = _parts(batch, self.accumulate)
+        with autocast(self._device, self.precision):
+            result = self._function(*parts[0][0])
+        in_turns = isinstance(result, Generator)
+        result = self._take_turns(result) if in_turns else self._take_turn(result, parts)
+        bad = total > before
+        row.add_(1).mul_(bad)
+        if self._scale is not None:
+            torch._amp_update_scale_(self._scale, self._growth, bad.float(), _GROWTH, _BACKOFF, _INTERVAL)
+        if self._deferred:
+            if self._after is not None:
+                self._after()
+            self._kept.put_back_where(bad)
+        elif bad:
+            self._kept.put_back()
+        elif self._after is not None:
+            self._after()
+        return result
+
+    def _take_turn(self, result: Any, parts: list[tuple[Batch, float]]) -> Any:
+        """The only turn, whose first part has been computed; returns the mean of the results."""
+        self._drop_gradients()
+        sums: list[torch.Tensor] = []
+        for number, (part, share) in enumerate(parts):
+            if number:
+                with autocast(self._device, self.precision):
+                    result = self._function(*part)
+            loss, values = losses.differentiable(losses.minimised(result)), [x.detach() for x in losses.entries(result)]
+            if len(parts) > 1:
+                loss, values = loss * share, [x * share for x in values]
+            self._backward(self._parameters, loss)
+            sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
+        means = losses.like(result, sums)
+        self._update(self._parameters, losses.minimised(means))
+        return means
+
+    def _take_turns(self, turns: Generator) -> Any:
+        if self.accumulate > 1:
+            raise UsageError(_NO_TURNS)
+        yielded: list[torch.Tensor] = []
         while True:
             try:
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bfloat16):
-                    parameters, loss = next(turns)
+                with autocast(self._device, self.precision):
+                    turn = next(turns)
             except StopIteration as end:
-                losses = end.value
-                break
-            self._update(parameters, loss)
-        row.add_(1).mul_(total > before)
-        if self._after is not None:
-            self._after()
-        return type(losses)(*(x.detach() for x in losses))
+                if not yielded:
+                    raise UsageError("Step: turns: expected (parameters, loss) to be yielded, got nothing") from None
+                result = tuple(yielded) if end.value is None else end.value
+                return losses.like(result, [x.detach() for x in losses.entries(result)])
+            parameters, loss = self._checked(turn)
+            self._drop_gradients()
+            self._backward(parameters, loss)
+            yielded.append(loss.detach())
+            self._update(parameters, yielded[-1])
 
-    def _only_turn(self, *batch: torch.Tensor) -> Generator[tuple[list[nn.Parameter], torch.Tensor], None, Any]:
-        losses = self.model.training_step(*batch)
-        yield self._parameters, losses.loss
-        return losses
+    def _checked(self, turn: Any) -> tuple[list[nn.Parameter], torch.Tensor]:
+        expected = "Step: turns: expected (parameters, loss) to be yielded, parameters an iterable of an optimizer's"
+        if not isinstance(turn, tuple) or len(turn) != 2:
+            raise UsageError(f"{expected}, got {_described(turn)}")
+        if isinstance(turn[0], torch.Tensor) or not isinstance(turn[0], Iterable):
+            raise UsageError(f"{expected}, got {_described(turn[0])} as parameters")
+        given = list(turn[0])
+        trained = [x for x in given if not isinstance(x, torch.Tensor) or x.requires_grad]
+        strange = [x for x in trained if id(x) not in self._owner]
+        if strange or not trained:
+            got = _described(strange[0]) + " that no optimizer has" if strange else "none that is trained"
+            raise UsageError(f"{expected}, got {got}")
+        return trained, losses.differentiable(turn[1])
 
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+    def _drop_gradients(self) -> None:
         for p in self._parameters:
             p.grad = None
-        bad = (~loss.detach().isfinite()).float()
+
+    def _backward(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+        if self._scale is not None:
+            loss = loss.float() * self._scale
+        # Of a turn's own parameters only: a generator's turn needs no gradients of the discriminator's weights.
+        loss.backward(inputs=None if parameters is self._parameters else parameters)
+
+    @torch.no_grad()
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+        given = [p for p in parameters if p.grad is not None]
+        if not given:
+            raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one of others only")
+        gradients = [_dense(p) for p in given]
+        # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
+        # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.
+        norm, factor = nn.utils.get_total_norm(gradients), None
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
+            norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]
+        if self._scale is not None:
+            factor = self._scale.reciprocal()  # exact: a power of two
+            norm = norm * factor
+        bad = ~(norm.isfinite() & loss.isfinite())
         self._skipped[0] += bad
-        if not self._deferred and bad:
+        optimizers = {self._owner[id(p)] for p in given}
+        self._met |= optimizers
+        # The first update sets up an optimizer's state, which a fused SGD that skips it would leave to chance.
+        deferred = self._deferred and optimizers <= self._begun
+        if not deferred and bad:
             return
-        loss.backward()
         if self.clip:
-            nn.utils.clip_grad_norm_(parameters, self.clip)
-        if self._deferred:
-            self.optimizer.found_inf = bad
-        self.optimizer.step()
+            limit = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = limit if factor is None else factor * limit
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
+        for number in sorted(optimizers):
+            optimizer = self._optimizers[number]
+            if deferred:
+                optimizer.found_inf = bad.float()
+            optimizer.step()
+            if deferred:
+                del optimizer.found_inf
+        self._begun |= optimizers
 
 
-def _shapes(batch: tuple[torch.Tensor, ...]) -> tuple:
-    return tuple((x.shape, x.dtype) for x in batch)
+_NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy: a smaller batch"
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one only: each stream keeps memory of its own
+def _check_arguments(function: Any, precision: str, accumulate: int, clip: float, graphs: int) -> None:
+    if not callable(function):
+        raise UsageError(
+            f"Step: model: expected a loss function or a model with training_step or turns, got {_described(function)}"
+        )
+    if precision not in PRECISIONS:
+        raise UsageError(f"Step: precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"Step: accumulate: expected an integer >= 1, got {accumulate!r}")
+    if not clip >= 0 or graphs < 0:
+        raise UsageError(f"Step: expected clip >= 0 and graphs >= 0, got {clip} and {graphs}")
 
 
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run on another stream, in order with this one: capture asks for a warm-up off the default stream."""
-    current, side = torch.cuda.current_stream(device), _stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield
-    current.wait_stream(side)
+def _can_defer(device: torch.device, groups: list[dict[str, Any]]) -> bool:
+    """Fused optimizers decide on the device whether to update, as in mixed precision: asking would wait for it."""
+    return device.type == "cuda" and all(group.get("fused") for group in groups)
 
 
-def _capture(body: Callable[[], Any]) -> Callable[[], Any]:
-    """Record body() as a CUDA graph; what it returns replays it and gives copies of body()'s losses."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (a loader that pins memory) may call CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        losses = body()
-        together = torch.stack(tuple(losses))
+def _described(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"a {type(x).__name__}"
 
-    def replay() -> Any:
-        graph.replay()
-        return type(losses)(*together.clone().unbind())
 
-    return replay
+def _parts(batch: Batch, count: int) -> list[tuple[Batch, float]]:
+    """The batch in `count` parts, fewer if it is smaller, with the share of each in it."""
+    if count == 1:
+        return [(batch, 1.0)]
+    sizes = {len(x) for x in batch if x.dim()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise UsageError(
+            f"Step: accumulate: expected tensors of one first dimension, got {[tuple(x.shape) for x in batch]}"
+        )
+    (size,) = sizes
+    count = min(count, size)
+    cut = zip(*(x.tensor_split(count) if x.dim() else [x] * count for x in batch), strict=True)
+    firsts = next(k for k, x in enumerate(batch) if x.dim())
+    return [(part, len(part[firsts]) / size) for part in cut]
+
+
+def _dense(p: nn.Parameter) -> torch.Tensor:
+    """The gradient's values, in place."""
+    if not p.grad.is_sparse:
+        return p.grad
+    p.grad = p.grad.coalesce()
+    return p.grad.values()
