@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, 2 for the user's mistakes, 130 for an interrupt."""
+    """Run the command line; the exit code is 0, 2 for the user's mistakes, 128 + n for signal n (130 for Ctrl-C)."""
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -42,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"{options.parser.prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+            print(f"{options.parser.prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,6 +168,7 @@ def _of_a_run(commands: Any, name: str, what: str, function: Any, draws: bool = 
     """A command on a run; one that draws has a seed and, for conditional models, a class."""
     parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.add_argument("folder", metavar="RUN", help="a run: its folder, or its name under runs")
+    parser.add_argument("--best", action="store_true", help="its best checkpoint on held-out data, not the newest")
     if draws:
         parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
         parser.add_argument(

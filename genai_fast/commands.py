@@ -13,10 +13,10 @@ from genai_fast import data
 from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
-from genai_fast.training import config, pictures, writing
+from genai_fast.training import config, distributed, pictures, writing
 from genai_fast.training.feed import batch_for
 from genai_fast.training.recipes import RECIPES
-from genai_fast.training.runs import Opened, new_folder, open_run, saved_settings, train
+from genai_fast.training.runs import Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.training.text_task import TextTask
 from genai_fast.training.watch import decode, generate, shown
 
@@ -39,17 +39,24 @@ def run_train(options: argparse.Namespace) -> int:
         settings = replace(settings, init=str(options.out / settings.init))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
-    with tune_cpu():
+    with tune_cpu(), distributed.processes(settings):
         result = train(options.recipe, settings, folder, resume=options.resume)
+        if distributed.first():
+            _say(options.recipe, result)
+    return 0
+
+
+def _say(recipe: str, result: Trained) -> None:
+    """What has come of it, and what can be done with it."""
+    folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
     print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
     if isinstance(result.task, TextTask):
-        prompt = "" if RECIPES[options.recipe].feed == "sequences" else ' --prompt "The"'
+        prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
         print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
     elif hasattr(result.model, "sample"):
         print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
-    return 0
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -61,7 +68,7 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
     if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options.folder, "sample")
+    run = _open(options, "sample")
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
         pictures.grid(images, options.out)
@@ -78,7 +85,7 @@ def run_interpolate(options: argparse.Namespace) -> int:
     _at_least("--steps", options.steps, 2)
     _check_seed(options.seed)
     _check_png(options.out)
-    run = _open(options.folder, "sample")
+    run = _open(options, "sample")
     a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
     ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
     labels = _labels(run, options.label, options.pairs)
@@ -98,7 +105,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     _check_png(options.out)
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
-    run = _open(options.folder, "inpaint")
+    run = _open(options, "inpaint")
     images = data.load(options.data, run.shape[1])
     if images.shape != run.shape:
         raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
@@ -149,7 +156,7 @@ def run_generate(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     if options.out is not None:
         _check_parent(options.out)
-    run = _open(options.folder)
+    run = _open(options)
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
     records = []
@@ -197,7 +204,7 @@ def run_export(options: argparse.Namespace) -> int:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
     if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options.folder)
+    run = _open(options)
     network = export.network_of(run)
     if one_file:
         export.write_weights(run, options.out)
@@ -270,12 +277,12 @@ def run_demo_text(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(name: str, need: str = "") -> Opened:
+def _open(options: argparse.Namespace, need: str = "") -> Opened:
     """A run by its folder, or its name under runs, whose model has method `need`."""
-    folder = Path(name)
+    folder = Path(options.folder)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
-    run = open_run(folder)
+    run = open_run(folder, options.best)
     if need and (run.tokenizer is not None or not hasattr(run.model, need)):
         raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
     return run

@@ -15,7 +15,7 @@ from genai_fast.models.peers import EagerMLPVAE
 from genai_fast.models.peers_text import EagerGPT, language_model_step
 from genai_fast.profiling import Comparison, compare
 from genai_fast.training import Step, make_optimizer, writing
-from genai_fast.training.checkpoint import environment
+from genai_fast.training.environment import environment
 from genai_fast.training.runs import new_folder, train
 from genai_fast.training.settings import DCGANConfig, GPTConfig, VAEConfig
 

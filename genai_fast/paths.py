@@ -38,7 +38,7 @@ Maker = Callable[[], Callable[[], Any]]
 
 
 class PathsWarning(UserWarning):
-    """The file of choices cannot be read or written: they hold for this process alone."""
+    """The file of choices cannot be read or written, so they hold for this process alone; or `take` asked in vain."""
 
 
 class Choice(NamedTuple):
@@ -48,6 +48,7 @@ class Choice(NamedTuple):
 
 _PINNED = "pinned"
 _chosen: dict[str, dict[Key, Choice]] = {}  # by machine, or pinned
+_taken: dict[str, dict[str, str]] = {}  # by machine: text of the key -> path, from another process
 _only_remembered = False
 
 
@@ -68,7 +69,13 @@ def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mappin
         paths, fixed = open_paths()
         unmeasured = Choice(fixed, {})
         alone = fixed_alone or len(paths) == 1
-        found = unmeasured if alone else remembered(here).get(here, {}).get(_text(key))
+        wanted = _taken.get(here, {}).get(_text(key))
+        if wanted in paths:
+            found = Choice(wanted, {})
+        else:
+            if wanted is not None:
+                _warn_once(f"{_text(key)}: went by {wanted} in the run that goes on; here it cannot: not bit for bit")
+            found = unmeasured if alone else remembered(here).get(here, {}).get(_text(key))
         if found is None or found.path not in paths:
             if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return unmeasured
@@ -99,9 +106,22 @@ def chosen(device: torch.device) -> dict[str, Choice]:
     return {_text(key): choice for key, choice in _chosen.get(machine(device), {}).items()}
 
 
+def routes(device: torch.device) -> dict[str, str]:
+    """The path that each key's text takes in this process, for another one that is to compute the same bits."""
+    return _taken.get(machine(device), {}) | {text: choice.path for text, choice in chosen(device).items()}
+
+
+def take(device: torch.device, routes: Mapping[str, str]) -> None:
+    """Take these paths from now on, whatever has been measured; warns of one that is not open, once it is needed."""
+    here = machine(device)
+    _taken[here] = dict(routes)
+    _chosen.pop(here, None)
+
+
 def forget() -> None:
-    """Forget the choices that this process has made or read; those in the file stay."""
+    """Forget the choices that this process has made, read or taken over; those in the file stay."""
     _chosen.clear()
+    _taken.clear()
 
 
 def folder() -> Path:
@@ -128,10 +148,11 @@ def _machine(device: str, index: int, threads: int) -> str:
     if device == "cuda":
         return ", ".join([torch.cuda.get_device_name(index), *parts, f"triton {importlib.metadata.version('triton')}"])
     isa = cpu_kernels()[1] if extension()[0] else "no C++ kernels"
-    return ", ".join([_processor(), *parts, isa, f"{threads} threads"])
+    return ", ".join([processor(), *parts, isa, f"{threads} threads"])
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

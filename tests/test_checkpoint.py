@@ -5,21 +5,18 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-import genai_fast
 from genai_fast import data
 from genai_fast.models import MLPVAE
-from genai_fast.training import CheckpointError, checkpoint, fit, loop, make_optimizer
+from genai_fast.training import CheckpointError, checkpoint, disk, environment, fit, loop, make_optimizer
 from genai_fast.training.feed import ImageFeed
 from genai_fast.training.settings import VAEConfig
 
@@ -103,7 +100,7 @@ def test_a_checkpoint_says_where_it_ran_and_other_places_are_warned_of(tmp_path,
     train(tmp_path, model, optimizer)
     newest = checkpoint.latest(tmp_path)
     state = checkpoint.read_state(newest)
-    assert state["environment"] == checkpoint.environment(torch.device("cpu"))
+    assert state["environment"] == environment.environment(torch.device("cpu"))
     assert set(state["environment"]["backends"]) >= {"reparameterize", "vae_loss_backward"}
     torch.set_num_threads(threads + 1)
     checkpoint.restore(newest, *new())
@@ -112,9 +109,8 @@ def test_a_checkpoint_says_where_it_ran_and_other_places_are_warned_of(tmp_path,
     with pytest.warns(UserWarning, match=rf"not bit for bit: threads: {threads} then, {threads + 1} now$"):
         checkpoint.restore(newest, *new(), threads=False)
     torch.set_num_threads(threads)
-    state["environment"]["isa"] = "sve2"
-    (newest / "state.json").write_text(json.dumps(state))
-    with pytest.warns(UserWarning, match="isa: sve2 then"):
+    edit(environment={**state["environment"], "isa": "sve2", "variables": {"MKL_CBWR": "AVX2"}})(newest)
+    with pytest.warns(UserWarning, match="isa: sve2 then, .* variables: MKL_CBWR: AVX2 then, nothing now"):
         checkpoint.restore(newest, *new())
 
 
@@ -129,12 +125,34 @@ def saved(tmp_path, step=7):
     )
 
 
-def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
+def test_the_newest_and_the_best_are_kept_and_leftovers_go(tmp_path):
     (tmp_path / ".checkpoint-000000001.new").mkdir(parents=True)
-    for step in (5, 40, 300):
-        saved(tmp_path, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000000040", "checkpoint-000000300"]
-    assert checkpoint.latest(tmp_path).name == "checkpoint-000000300"
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (tmp_path / ".checkpoint-000000002.new").symlink_to(elsewhere)
+    (tmp_path / "checkpoint-000000003").symlink_to(elsewhere)
+    model, optimizer = new()
+    for step, best in ((5, 0), (40, 0), (300, 40), (4000, 40), (10**10, 40)):
+        checkpoint.save(tmp_path, model, optimizer, step, {}, {}, keep=2, best=best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-000000040", "checkpoint-000004000", "checkpoint-10000000000",
+    ]  # fmt: skip
+    assert elsewhere.is_dir()  # a link goes, not what it points to
+    assert checkpoint.latest(tmp_path).name == "checkpoint-10000000000"
+    assert checkpoint.best(tmp_path).name == "checkpoint-000000040"
+    checkpoint.save(tmp_path, model, optimizer, 10**10 + 1, {}, {}, keep=1, best=10**10 + 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10000000001"]  # a new best: the old one goes
+    assert checkpoint.best(tmp_path) == checkpoint.latest(tmp_path)
+
+
+def test_the_best_is_named_or_said_to_be_missing(tmp_path):
+    model, optimizer = new()
+    checkpoint.save(tmp_path, model, optimizer, 5, {}, {})
+    with pytest.raises(CheckpointError, match=r"expected a best checkpoint to be named, got none: .*take the newest"):
+        checkpoint.best(tmp_path)
+    checkpoint.save(tmp_path, model, optimizer, 6, {}, {}, best=4)
+    with pytest.raises(CheckpointError, match="checkpoint-000000004: expected the best checkpoint, got nothing"):
+        checkpoint.best(tmp_path)
 
 
 def test_strided_and_shared_tensors_and_other_dtypes_survive(tmp_path):
@@ -204,52 +222,6 @@ def test_whatever_write_fails_an_older_checkpoint_stands(tmp_path, monkeypatch, 
         pytest.fail("more calls than were made to fail")
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from genai_fast.training.settings import VAEConfig
-from genai_fast.training.runs import train
-settings = VAEConfig(data="digits", epochs=10**6, batch_size=512, hidden=4000,
-                     latent=4, checkpoint_every=1, threads=1)
-train("vae", settings, Path(sys.argv[1]), resume=sys.argv[2] == "resume")
-"""
-
-
-def step_of_newest(run: Path) -> int:
-    return max((int(p.name[-9:]) for p in run.glob("checkpoint-*")), default=0)
-
-
-def test_a_killed_process_leaves_a_checkpoint_from_which_the_next_goes_on(tmp_path):
-    run, before = tmp_path / "run", 0
-    environment = {**os.environ, "PYTHONPATH": str(Path(genai_fast.__file__).parents[1])}
-    for prefix in (".checkpoint", "checkpoint"):  # killed in the midst of a write, and as its result appears
-        mode = "resume" if before else "new"
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(run), mode], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            while process.poll() is None and step_of_newest(run) <= before + 2:
-                time.sleep(0.01)
-            known = {name for name in os.listdir(run) if not name.endswith(".new")}
-            while process.poll() is None:
-                if any(n.startswith(prefix) and n not in known and n[-4:] != ".old" for n in os.listdir(run)):
-                    os.kill(process.pid, signal.SIGSTOP)
-                    time.sleep(0.01)  # it stops a moment later
-                    if prefix == "checkpoint" or list(run.glob(".checkpoint-*.new")):
-                        break
-                    os.kill(process.pid, signal.SIGCONT)
-            os.kill(process.pid, signal.SIGKILL)
-        finally:
-            process.kill()
-            error = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, error
-        newest = checkpoint.latest(run)
-        model = MLPVAE(64, 4000, 4)
-        state = checkpoint.restore(newest, model, make_optimizer(model, CONFIG))
-        assert state["step"] > before + 2 and state["progress"]["step"] == state["step"]
-        before = state["step"]
-
-
 def rewrite(name, change):
     def to(path):
         file = path / name
@@ -259,8 +231,11 @@ def rewrite(name, change):
 
 
 def edit(**values):
+    """Other values in state.json, as one who knows its form would write them."""
+
     def change(raw):
-        return json.dumps({**json.loads(raw), **values}).encode()
+        state = {**json.loads(raw), **values}
+        return json.dumps({**state, "digest": checkpoint._digest(state)}).encode()
 
     return rewrite("state.json", change)
 
@@ -274,69 +249,133 @@ def replace_tensors(name, change):
     def to(path):
         found = safetensors.torch.load_file(path / name)
         change(found)
-        safetensors.torch.save_file(found, path / name, {"genai_fast_step": "7"})
+        safetensors.torch.save_file(found, path / name)
+        state = checkpoint.read_state(path)
+        edit(files={**state["files"], name: disk.digest(path / name)})(path)
 
     return to
 
 
+def group(**values):
+    def to(path):
+        (one,) = checkpoint.read_state(path)["optimizer"]
+        edit(optimizer=[{**one, **values}])(path)
+
+    return to
+
+
+def in_place_of(name, make):
+    def to(path):
+        (path / name).unlink()
+        make(path / name)
+
+    return to
+
+
+def header(length, text):
+    return lambda b: length.to_bytes(8, "little") + text
+
+
+HUGE = b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776], "data_offsets": [0, 8]}}'
+WHOLE, STATE, BELONGS = (
+    "expected a whole safetensors",
+    "expected a checkpoint's state in JSON",
+    "expected the file that",
+)
+MODEL, TRAINING = "model.safetensors", "training.safetensors"
 BROKEN = {
-    "truncated model": (
-        rewrite("model.safetensors", lambda b: b[:-5]),
-        r"model\.safetensors: expected a whole",
+    "truncated model": (rewrite(MODEL, lambda b: b[:-5]), rf"model\.safetensors: {WHOLE}"),
+    "empty model": (rewrite(MODEL, lambda b: b""), rf"model\.safetensors: {WHOLE}"),
+    "truncated optimizer": (rewrite(TRAINING, lambda b: b[:100]), rf"training\.safetensors: {WHOLE}"),
+    "no model": (lambda p: (p / MODEL).unlink(), rf"model\.safetensors: {WHOLE} file, got no such file"),
+    "a pipe": (in_place_of(MODEL, os.mkfifo), rf"model\.safetensors: {WHOLE} file, got something else"),
+    "a link to nothing": (in_place_of(MODEL, lambda p: p.symlink_to("/no/where")), "got no such file"),
+    "a folder": (in_place_of(TRAINING, Path.mkdir), rf"training\.safetensors: {WHOLE}"),
+    "one bit": (rewrite(MODEL, lambda b: b[:-7] + bytes([b[-7] ^ 1]) + b[-6:]), rf"model\.safetensors: {BELONGS}"),
+    "zeros": (rewrite(TRAINING, lambda b: b[:-999] + bytes(999)), rf"training\.safetensors: {BELONGS}"),
+    "a header of 2^63 bytes": (rewrite(MODEL, header(2**63, b"{}")), f"{WHOLE}.*header too large"),
+    "a header of 2^40 bytes": (rewrite(MODEL, header(2**40, b"{}")), f"{WHOLE}.*header too large"),
+    "a header beyond the end": (rewrite(MODEL, header(10**7, b"{}")), f"{WHOLE}.*invalid header length"),
+    "a header of brackets": (rewrite(MODEL, header(10**6, b"[" * 10**6)), f"{WHOLE}.*invalid"),
+    "a tensor of 2^80 elements": (rewrite(MODEL, header(len(HUGE), HUGE + bytes(8))), f"{WHOLE}.*overflow"),
+    "no state": (lambda p: (p / "state.json").unlink(), rf"state\.json: {STATE}, got no such file"),
+    "a device as state": (
+        in_place_of("state.json", lambda p: p.symlink_to("/dev/zero")),
+        f"{STATE}, got something else",
     ),
-    "empty model": (rewrite("model.safetensors", lambda b: b""), r"model\.safetensors: expected a whole"),
-    "truncated optimizer": (
-        rewrite("training.safetensors", lambda b: b[:100]),
-        r"training\.safetensors: expected a whole",
-    ),
-    "no model": (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors: expected a whole"),
-    "no state": (lambda p: (p / "state.json").unlink(), r"state\.json: expected a checkpoint's state"),
-    "truncated state": (rewrite("state.json", lambda b: b[:50]), r"state\.json: expected JSON"),
-    "binary state": (rewrite("state.json", lambda b: b"\xff\xfe\x00"), r"state\.json: expected JSON"),
+    "truncated state": (rewrite("state.json", lambda b: b[:50]), rf"state\.json: {STATE}"),
+    "binary state": (rewrite("state.json", lambda b: b"\xff\xfe\x00"), rf"state\.json: {STATE}"),
+    "nested state": (rewrite("state.json", lambda b: b"[" * 10**5), rf"state\.json: {STATE}"),
+    "NaN": (rewrite("state.json", lambda b: b.replace(b'"best": 0', b'"best": NaN')), "got NaN, which JSON does not"),
+    "one figure": (rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 0.002')), "was changed since"),
     "foreign state": (rewrite("state.json", lambda b: b'{"model": 1}'), "expected a genai-fast checkpoint"),
     "list": (rewrite("state.json", lambda b: b"[1]"), "expected a genai-fast checkpoint"),
-    "newer version": (edit(version=99), "expected version 1, got 99; remedy"),
-    "no optimizer": (
-        rewrite("state.json", lambda b: b.replace(b'"optimizer"', b'"o"')),
-        "expected optimizer in it",
-    ),
-    "pickled model": (
-        rewrite("model.safetensors", lambda b: pickle.dumps(Evil())),
-        "expected a whole safetensors file",
-    ),
-    "pickled state": (rewrite("state.json", lambda b: pickle.dumps(Evil())), "expected JSON"),
-    "foreign tensors": (
-        lambda p: safetensors.torch.save_file({"a": torch.ones(1)}, p / "model.safetensors"),
-        "expected tensors of step 7, got step None",
-    ),
-    "other step": (edit(step=8), "expected tensors of step 8, got step 7"),
+    "newer version": (edit(version=99), "expected version 2, got 99; remedy: read it with the genai_fast that"),
+    "no optimizer": (edit(optimizer=None), "expected optimizer: list, got None"),
+    "step in words": (edit(step="7"), "expected step: int, got 7"),
+    "step of another": (edit(step=8), "got something that was changed since"),
+    "best before all": (edit(best=-1), "expected steps >= 0"),
+    "threads": (edit(environment={"threads": 10**9}), "threads: 1 to 4096, got 1000000000"),
+    "threads in words": (edit(environment={"threads": "all"}), "threads: 1 to 4096, got all"),
+    "paths": (edit(routes={"a": ["b"]}), "names of paths"),
+    "pickled model": (rewrite(MODEL, lambda b: pickle.dumps(Evil())), WHOLE),
+    "pickled state": (rewrite("state.json", lambda b: pickle.dumps(Evil())), STATE),
+    "foreign tensors": (lambda p: safetensors.torch.save_file({"a": torch.ones(1)}, p / MODEL), BELONGS),
     "missing weight": (
-        replace_tensors("model.safetensors", lambda t: t.pop("fc1.bias")),
-        r"fc1\.bias: expected \(32,\) as MLPVAE has, got nothing",
+        replace_tensors(MODEL, lambda t: t.pop("fc1.bias")),
+        r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got nothing",
+    ),
+    "dtype": (
+        replace_tensors(MODEL, lambda t: t.update({"fc1.bias": t["fc1.bias"].double()})),
+        r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got \(32,\) of float64",
+    ),
+    "a way out": (
+        replace_tensors(MODEL, lambda t: t.update({"../../fc1.bias": t.pop("fc1.bias")})),
+        r"\.\./\.\./fc1\.bias: expected nothing as MLPVAE has",
     ),
     "moment's shape": (
-        replace_tensors("training.safetensors", lambda t: t.update({"optimizer.1.exp_avg": torch.ones(3)})),
-        r"optimizer\.1\.exp_avg: expected \(32,\), got \(3,\)",
+        replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(3)})),
+        r"optimizer\.1\.exp_avg: \(32,\), got \(3,\)",
     ),
     "moment of none": (
-        replace_tensors("training.safetensors", lambda t: t.update({"optimizer.x.exp_avg": torch.ones(3)})),
-        r"optimizer\.x\.exp_avg: expected no such tensor",
+        replace_tensors(TRAINING, lambda t: t.update({"optimizer.x.exp_avg": torch.ones(3)})),
+        r"optimizer\.x\.exp_avg: no such tensor",
     ),
     "generator": (
-        replace_tensors("training.safetensors", lambda t: t.update({"rng.cpu": torch.ones(3)})),
-        r"rng\.cpu: expected a generator's state",
+        replace_tensors(TRAINING, lambda t: t.update({"rng.cpu": torch.ones(3)})),
+        r"rng\.cpu: a generator's state",
     ),
+    "no generator": (replace_tensors(TRAINING, lambda t: t.pop("rng.cpu")), r"rng\.cpu: a generator's state"),
+    "device's generator": (
+        replace_tensors(TRAINING, lambda t: t.update({"rng.cuda.one": torch.ones(3)})),
+        r"rng\.cuda\.one: a generator's state",
+    ),
+    "rate in words": (group(lr="fast"), "optimizer: lr: such as 0.001, got fast"),
+    "peak rate in words": (group(initial_lr=None), "optimizer: initial_lr: such as 1.0, got None"),
+    "one beta": (group(betas=[0.9]), r"optimizer: betas: such as \(0.9, 0.999\), got \[0.9\]"),
+    "infinite rate": (
+        rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 1e999')),
+        "something that was changed since|such as",
+    ),
+    "groups": (edit(optimizer=[3]), "expected an optimizer of 10 parameters in 1 groups, got 0 in 1"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_and_foreign_checkpoints_are_named(tmp_path, case):
+    saved(tmp_path, 4)
     path, _, _ = saved(tmp_path)
     damage, message = BROKEN[case]
     damage(path)
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.restore(path, *new())
-    assert str(tmp_path) in str(error.value)
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1000
+    if "remedy: remove" in str(error.value):
+        assert re.search(
+            r"remove \S+checkpoint-000000007; then the run goes on from checkpoint-000000004", str(error.value)
+        )
+        shutil.rmtree(path)
+        checkpoint.restore(checkpoint.latest(tmp_path), *new())
 
 
 def test_a_model_of_another_size_is_refused_before_anything_changes(tmp_path):
@@ -359,3 +398,21 @@ def test_other_optimizers_and_empty_folders_are_refused(tmp_path):
         checkpoint.latest(tmp_path)
     with pytest.raises(CheckpointError, match="expected a run with"):
         checkpoint.latest(tmp_path / "nowhere")
+
+
+PROGRESS = {
+    "batch": {"batch": 10**6}, "negative": {"step": -1}, "words": {"epoch": "one"}, "half": {"epoch": 0.5},
+    "sums": {"sums": 3}, "a sum": {"sums": [None]}, "unknown": {"weather": 1}, "another step": {"step": 8},
+    "kinds": {"ailing": [1]}, "best": {"best": True}, "seconds": {"seconds": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", PROGRESS)
+def test_progress_that_cannot_be_is_refused(tmp_path, wrong):
+    model, optimizer = new()
+    good = {"step": 7, "batch": 1, "epoch": 1, "seconds": 0.5, "sums": [1.0, 2.0, 3.0, 4.0]}
+    path = checkpoint.save(tmp_path, model, optimizer, 7, {**good, **PROGRESS[wrong]}, {})
+    before = [x.clone() for x in tensors(model, optimizer)]
+    with pytest.raises(CheckpointError, match=r"progress: expected such as Progress\(.*, batch < 7, got \{"):
+        train(tmp_path, model, optimizer, resume=checkpoint.restore(path, model, optimizer))
+    assert same(tensors(model, optimizer), before)

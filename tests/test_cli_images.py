@@ -185,7 +185,7 @@ def test_a_stopped_process_leaves_a_run_that_goes_on(here, digits, number):
         error = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + number, error
     found = re.search(rf"stopped by {number.name} after step (\d+) .*--run a --resume\n\Z", error)
     assert found and checkpoint.latest(run).name == f"checkpoint-{int(found[1]):09d}"
     assert "Traceback" not in error

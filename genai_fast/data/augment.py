@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,12 @@ import torch.nn.functional as F
 from genai_fast.errors import UsageError
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+
+
+class _Draw(NamedTuple):
+    numbers: np.random.Generator
+    total: int  # rows of the batch
+    rows: slice | np.ndarray  # those that are changed
 
 
 @dataclass(frozen=True)
@@ -44,31 +51,35 @@ class Augment:
         """Whether it does anything."""
         return any((self.flip, self.crop, self.rotate, self.jitter))
 
-    def __call__(self, x: torch.Tensor, seed: int, epoch: int, batch: int) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, seed: int, epoch: int, batch: int, rows: tuple[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """x may be some rows of a batch: (rows of the batch, those of x in it); each is changed as in the whole."""
         if self.crop >= min(x.shape[2:]):
             size = "{} x {}".format(*x.shape[:1:-1])
             raise UsageError(f"crop: expected less than the images' side ({size}), got {self.crop}")
         # One number more than an epoch's order has, and none of them 0: NumPy takes (a, b) and (a, b, 0) for the same.
-        draw = np.random.default_rng((seed, epoch + 1, batch + 1))
+        numbers = np.random.default_rng((seed, epoch + 1, batch + 1))
+        draw = _Draw(numbers, len(x), slice(None)) if rows is None else _Draw(numbers, rows[0], rows[1].numpy())
         if self.flip or self.crop:
             x = self._shifted(x, draw)
         if self.rotate:
             x = self._rotated(x, draw)
         return self._jittered(x, draw) if self.jitter else x
 
-    def _shifted(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+    def _shifted(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
         """Mirrored and cropped: one gather, values as they were."""
         count, channels, height, width = x.shape
-        flips = draw.random((count, 1)) < self.flip
-        down, right = draw.integers(-self.crop, self.crop + 1, (2, count, 1))
+        flips = draw.numbers.random((draw.total, 1))[draw.rows] < self.flip
+        down, right = draw.numbers.integers(-self.crop, self.crop + 1, (2, draw.total, 1))[:, draw.rows]
         columns = np.where(flips, np.arange(width)[::-1], np.arange(width))
         rows, columns = _reflect(np.arange(height) + down, height), _reflect(columns + right, width)
         source = torch.from_numpy(rows[:, :, None] * width + columns[:, None, :]).to(x.device)
         source = source.view(count, 1, -1).expand(-1, channels, -1)
         return x.flatten(2).gather(2, source).view_as(x)
 
-    def _rotated(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
-        angle = np.radians(draw.uniform(-self.rotate, self.rotate, len(x)))
+    def _rotated(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
+        angle = np.radians(draw.numbers.uniform(-self.rotate, self.rotate, draw.total)[draw.rows])
         cos, sin, zero, aspect = np.cos(angle), np.sin(angle), np.zeros(len(x)), x.shape[3] / x.shape[2]
         # Coordinates go from -1 to 1 along both sides: a turn must undo the sides' ratio.
         rows = [[cos, -sin / aspect, zero], [sin * aspect, cos, zero]]
@@ -77,9 +88,9 @@ class Augment:
         turned = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return turned.clamp_(0.0, 1.0)  # weights of four neighbours may sum to a rounding more than 1
 
-    def _jittered(self, x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
-        factors = torch.from_numpy(draw.uniform(1 - self.jitter, 1 + self.jitter, (3, len(x), 1, 1, 1)))
-        brightness, contrast, saturation = factors.to(x)
+    def _jittered(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
+        factors = draw.numbers.uniform(1 - self.jitter, 1 + self.jitter, (3, draw.total, 1, 1, 1))[:, draw.rows]
+        brightness, contrast, saturation = torch.from_numpy(factors).to(x)
         if x.shape[1] == 3:
             grey = (x * x.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
             x = torch.lerp(grey, x, saturation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -126,6 +126,7 @@ def batches(
     labels: bool = False,
     augment: Augment | None = None,
     whole: bool = False,
+    rows: Callable[[int], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """An epoch's batches from number `start` on.
 
@@ -137,6 +138,7 @@ def batches(
         labels: with the labels.
         augment: what is done to each image at random.
         whole: leave a smaller last batch out.
+        rows: number of a batch's images -> [B] int64, which of them to give, as they are in the whole; None: all.
 
     Returns:
         An iterator over (x,) or (x, labels): x [B, C, H, W] float32, labels [B] int64.
@@ -153,19 +155,22 @@ def batches(
             f"{images.name}: fewer images than a batch: expected at least {size} images, got {len(images)};"
             f" remedy: a smaller --batch-size"
         )
-    return _batches(images, size, seed, epoch, start, signed, labels, augment, whole)
+    return _batches(images, size, seed, epoch, start, signed, labels, augment, whole, rows)
 
 
 def _batches(
     images: Images, size: int, seed: int, epoch: int, start: int, signed: bool, labels: bool, augment: Augment | None,
-    whole: bool,
+    whole: bool, rows: Callable[[int], torch.Tensor] | None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:  # fmt: skip
     order = epoch_order(len(images), seed, epoch)
     end = len(images) // size * size if whole else len(images)
     for number, first in enumerate(range(start * size, end, size), start):
-        chosen = order[first : min(first + size, end)]
+        chosen, taken = order[first : min(first + size, end)], None
+        if rows:
+            taken = len(chosen), rows(len(chosen))
+            chosen = chosen[taken[1]]
         if augment:
-            x = augment(images.batch(chosen), seed, epoch, number)
+            x = augment(images.batch(chosen), seed, epoch, number, taken)
             x = to_signed(x) if signed else x
         else:
             x = images.batch(chosen, signed=signed)

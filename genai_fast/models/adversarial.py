@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from genai_fast.models import latents
+from genai_fast.ops import rows
 
 Turns = Generator[tuple[list[nn.Parameter], torch.Tensor], None, "GANLosses"]
 
@@ -125,8 +126,10 @@ class GAN(nn.Module):
 
     def _generate(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """As many images as x has, and the labels that were drawn for them."""
-        z = torch.randn(len(x), self.latent, device=x.device)
-        labels = (torch.randint(self.classes, (len(x),), device=x.device),) if self.classes else ()
+        z = rows.drawn(lambda n: torch.randn(n, self.latent, device=x.device), len(x))
+        labels = ()
+        if self.classes:
+            labels = (rows.drawn(lambda n: torch.randint(self.classes, (n,), device=x.device), len(x)),)
         return self.generator(z, *labels), labels
 
     def _judge(
@@ -190,7 +193,7 @@ class WGANGP(GAN):
         return GANLosses(loss, generator_loss, (at_real > at_fake).float().mean())
 
     def _gradient_penalty(self, real: torch.Tensor, fake: torch.Tensor, labels: list[torch.Tensor]) -> torch.Tensor:
-        share = torch.rand(len(real), *(1 for _ in real.shape[1:]), device=real.device)
+        share = rows.drawn(lambda n: torch.rand(n, *(1 for _ in real.shape[1:]), device=real.device), len(real))
         between = torch.lerp(fake.to(real.dtype), real, share).requires_grad_()
         (gradient,) = torch.autograd.grad(self.discriminator(between, *labels).sum(), between, create_graph=True)
         return (gradient.flatten(1).norm(2, dim=1) - 1).square().mean()

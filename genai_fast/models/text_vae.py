@@ -11,6 +11,7 @@ from genai_fast import ops
 from genai_fast.layers import GRU
 from genai_fast.models import _check, _sequences, latents
 from genai_fast.models._sequences import SequenceLosses
+from genai_fast.ops import rows
 
 
 class TextVAE(nn.Module):
@@ -84,7 +85,8 @@ class TextVAE(nn.Module):
         z, kl = ops.reparameterize_kl(mu, logvar, seed=seed)
         given = _sequences.delayed(ids, self.end)
         if self.training and self.word_dropout:
-            dropped = torch.rand(given.shape, device=given.device) < self.word_dropout
+            share = rows.drawn(lambda n: torch.rand(n, given.size(1), device=given.device), len(given))
+            dropped = share < self.word_dropout
             dropped[:, 0] = False  # where a sequence begins is no word
             given = given.masked_fill(dropped, self.vocabulary)
         return self.logits(z, given), kl, _sequences.targets(ids, lengths).t()

@@ -6,7 +6,7 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.act_dropout import reference
-from genai_fast.ops import _check
+from genai_fast.ops import _check, rows
 from genai_fast.ops._function import KernelFunction, library_call
 
 _OP = "act_dropout"
@@ -83,6 +83,8 @@ def act_dropout(
     _check.activation(_OP, activation, negative_slope)
     _check.offset(_OP, offset)
     from_output = _check.saves_output(_OP, activation, negative_slope, save_output, ("relu",))
+    if seed is None and not offset:
+        offset = rows.offset(x.numel())
     seed = _check.seed(_OP, seed, "x", x) if training and p > 0 else None
     p = float(p) if seed is not None else 0.0
     return _ActDropout.call(x, seed, p, offset, activation, float(negative_slope), from_output, forced_backend())

@@ -10,7 +10,7 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.causal_attention import reference
-from genai_fast.ops import _check
+from genai_fast.ops import _check, rows
 from genai_fast.ops._function import KernelFunction, library_call
 
 _OP = "causal_attention"
@@ -126,6 +126,8 @@ def causal_attention(
             f"{_OP}: k: expected at least {most_q} positions as q has, got {most_k}: the first queries would see none;"
             f" set causal=False"
         )
+    if seed is None and not offset:
+        offset = rows.offset(q.numel() // max(q.size(-1), 1))
     seed = _check.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, bool(causal), float(dropout), offset,

@@ -6,7 +6,7 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.reparameterize import reference
-from genai_fast.ops import _check
+from genai_fast.ops import _check, rows
 from genai_fast.ops._function import KernelFunction, library_call
 
 
@@ -42,6 +42,8 @@ def _call(op, mu, logvar, seed, offset, with_kl):
     _check.has_batch(op, "mu", mu)
     _check.matches(op, "logvar", logvar, "mu", mu)
     _check.offset(op, offset)
+    if seed is None and not offset:
+        offset = rows.offset(mu.numel())
     seed = _check.seed(op, seed, "mu", mu)
     if mu.dtype is not logvar.dtype:  # under autocast only
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
@@ -61,6 +63,7 @@ def reparameterize(
             (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew).
         offset: elements of the global tensor that come before this one, so that data-parallel ranks that share
             a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
+            Without it and a seed: what `ops.rows` says.
 
     Returns:
         z, shape and dtype of mu (the wider one's under autocast), contiguous.

@@ -6,127 +6,201 @@ A run's folder holds `checkpoint-<step>/` with
     training.safetensors  "optimizer.<parameter>.<name>", the random generators' states "rng.<device>",
                           "carried.<name>": what a recurrent model carries from batch to batch, and
                           "step.<name>": the Step's counts and the scale of its loss
-    state.json            version, progress, optimizer settings, and where it ran
+    state.json            version, progress, optimizer settings, the best step so far, where it ran and by which paths,
+                          and the SHA-256 of the other two and of itself
 
 They are written into a hidden folder, synchronized, and renamed as one: a folder of that name is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import math
 import os
-import platform
 import re
-import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from genai_fast import backends
-from genai_fast.errors import UsageError, require
-from genai_fast.kernels.common import extension
+from genai_fast import paths
+from genai_fast.errors import UsageError
+from genai_fast.training import disk, distributed
+from genai_fast.training.environment import environment
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "genai-fast checkpoint"
+_MODEL, _TRAINING = "model.safetensors", "training.safetensors"
 _CARRIED = "carried."
 _STEP = "step."
-_NAME = re.compile(r"checkpoint-(\d{9})")
+_NAME = re.compile(r"checkpoint-(\d{9,})")
+_TYPES = {
+    "step": int, "best": int, "progress": dict, "about": dict, "optimizer": list, "environment": dict, "routes": dict,
+    "files": dict, "digest": str,
+}  # fmt: skip
+_LONGEST_STATE = 1 << 26  # bytes of a state.json
+_MOST_THREADS = 4096
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that is missing, truncated, foreign or does not fit; the message names file and remedy."""
+    """A checkpoint that is missing, damaged, foreign or does not fit; the message names file and remedy."""
+
+
+class DiskError(UsageError):
+    """A run cannot be written to its disk; the message names the disk, and the checkpoint that stands."""
 
 
 def save(
-    run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    progress: dict,
-    about: dict,
-    keep: int = 2,
-    training_step: dict[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write checkpoint-<step> into folder `run`, and remove all but the `keep` newest.
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict,
+    keep: int = 2, best: int = 0, training_step: dict[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write checkpoint-<step> into folder `run`; then remove all but the `keep` newest and the best.
 
     Args:
         step: optimizer steps done.
         progress, about: anything in JSON that the caller wants back.
+        best: step of the checkpoint that is the best so far, maybe this one; 0 for none.
         training_step: `Step.state_dict()`.
+
+    Raises:
+        DiskError: it cannot be written: nothing of it stays, and those before do.
     """
-    save_file = require("safetensors.torch", "train").save_file
-    final = run / f"checkpoint-{step:09d}"
+    final = _folder(run, step)
     temporary = run / f".{final.name}.new"
-    for left in run.glob(".checkpoint-*"):  # by a process that was killed
-        shutil.rmtree(left)
-    temporary.mkdir(parents=True)
-    tag = {"format": "pt", "genai_fast_step": str(step)}
-    save_file(plain(model.state_dict()), temporary / "model.safetensors", tag)
-    settings = optimizer.state_dict()
-    tensors = {
+    with writing(run):
+        for left in run.glob(".checkpoint-*"):  # by a process that was killed
+            disk.discard(left)
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary, model, optimizer, step, progress, about, best, training_step or {})
+            _remove(final)  # left by an earlier run of the same step
+            os.rename(temporary, final)
+        except BaseException:
+            disk.discard(temporary)
+            raise
+        disk.synchronize(run)
+        for old in found(run)[keep:]:
+            if old != _folder(run, best):
+                _remove(old)
+    return final
+
+
+def _write(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict, best: int,
+    training_step: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    """The files of a checkpoint, synchronized."""
+    settings, device = optimizer.state_dict(), next(model.parameters()).device
+    moments = {
         f"optimizer.{index}.{name}": value
         for index, values in settings["state"].items()
         for name, value in values.items()
     }
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
-    counts = {f"{_STEP}{name}": x for name, x in (training_step or {}).items()}
-    save_file(plain({**tensors, **carried, **counts, **_generators()}), temporary / "training.safetensors", tag)
+    counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
+    disk.write_tensors(folder / _MODEL, plain(model.state_dict()))
+    disk.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
     state = {
         "format": _FORMAT,
         "version": VERSION,
         "step": step,
+        "best": best,
         "progress": progress,
         "about": about,
         "optimizer": [{k: _number(v) for k, v in group.items()} for group in settings["param_groups"]],
-        "environment": environment(next(model.parameters()).device),
+        "environment": environment(device),
+        "routes": paths.routes(device),
+        "files": {name: disk.digest(folder / name) for name in (_MODEL, _TRAINING)},
     }
-    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _synchronize(path)
-    _remove(final)  # left by an earlier run of the same step
-    os.rename(temporary, final)
-    _synchronize(run)
-    for old in _all(run)[keep:]:
-        _remove(old)
-    return final
+    state["digest"] = _digest(state)
+    (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        disk.synchronize(path)
+
+
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Around what writes into folder `run`: a disk that is full, read-only or broken gets a message of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        stand = found(run)
+        raise DiskError(
+            f"{run}: cannot be written to: {error.strerror} ({disk.room(run)});"
+            f" {f'{stand[0].name} stands' if stand else 'there is no checkpoint yet'}; remedy: make room there or mend"
+            f" it, then go on with --run {run.name} --resume"
+        ) from error
+
+
+def found(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    named = [(m, p) for p in run.iterdir() if (m := _NAME.fullmatch(p.name))] if run.is_dir() else []
+    return [p for _, p in sorted(named, key=lambda pair: int(pair[0][1]), reverse=True)]
 
 
 def latest(run: Path) -> Path:
     """The newest checkpoint of a run."""
-    found = _all(run)
-    if not found:
+    stand = found(run)
+    if not stand:
         raise CheckpointError(f"{run}: expected a run with checkpoint-<step> folders, got none; remedy: train it first")
-    return found[0]
+    return stand[0]
+
+
+def best(run: Path) -> Path:
+    """The checkpoint that the newest one names as the best on held-out data."""
+    newest = latest(run)
+    step = read_state(newest)["best"]
+    if not step:
+        raise CheckpointError(
+            f"{newest}: expected a best checkpoint to be named, got none: no epoch has ended with a validation loss or"
+            f" a Fréchet distance; remedy: take the newest"
+        )
+    path = _folder(run, step)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected the best checkpoint, got nothing; remedy: take the newest")
+    return path
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json, checked."""
     path = checkpoint / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() or path.stat().st_size > _LONGEST_STATE:
+            raise ValueError("no such file" if not path.exists() else "something else")
+        state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: expected JSON, got {error}; remedy: remove it; the one before serves"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(checkpoint, path, "a checkpoint's state in JSON", str(error)) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: expected a {_FORMAT}, got another kind of file")
+        raise _damaged(checkpoint, path, f"a {_FORMAT}", "another kind of file")
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: expected version {VERSION}, got {state.get('version')};"
             f" remedy: read it with the genai_fast that wrote it"
         )
-    missing = {"step", "progress", "about", "optimizer", "environment"} - state.keys()
-    if missing:
-        raise CheckpointError(
-            f"{path}: expected {', '.join(sorted(missing))} in it; remedy: remove it; the one before serves"
-        )
+    for key, kind in _TYPES.items():
+        if type(state.get(key)) is not kind:
+            raise _damaged(checkpoint, path, f"{key}: {kind.__name__}", _short(state.get(key)))
+    named = _NAME.fullmatch(checkpoint.name)
+    if state["digest"] != _digest(state) or (named and int(named[1]) != state["step"]):
+        raise _damaged(checkpoint, path, "what was saved", "something that was changed since")
+    threads, texts = state["environment"].get("threads"), [*state["routes"].values(), *state["files"].values()]
+    if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
+        raise _damaged(checkpoint, path, f"environment: threads: 1 to {_MOST_THREADS}", _short(threads))
+    if not all(isinstance(x, str) for x in texts) or min(state["step"], state["best"]) < 0:
+        raise _damaged(checkpoint, path, "steps >= 0, and names of paths and digests", "others")
     return state
 
 
@@ -141,11 +215,9 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
     Raises:
         CheckpointError: the file cannot be read, or nothing in it fits.
     """
-    safetensors = require("safetensors", "train")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, safetensors.SafetensorError) as error:
+        tensors = disk.read_tensors(path)
+    except ValueError as error:
         raise CheckpointError(f"{path}: expected a whole safetensors file, got {error}") from error
     wanted = model.state_dict()
     fitting = {k: v for k, v in tensors.items() if k in wanted and wanted[k].shape == v.shape}
@@ -163,52 +235,45 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, threads: bool = True) -> dict:
-    """Put back model, optimizer, random generators and (if `threads`) the thread count; returns state.json and,
+    """Put back model, optimizer, random generators, paths and (if `threads`) the thread count; returns state.json and,
     as "training_step", what `Step.load_state_dict` takes, empty if that was not saved.
 
     Warns where this machine differs from the one that wrote it: then the run goes on, but not bit for bit.
     """
     state = read_state(checkpoint)
-    tensors = _tensors(checkpoint / "training.safetensors", state["step"])
+    tensors = _tensors(checkpoint, _TRAINING, state)
     restored = _optimizer_state(checkpoint, optimizer, state["optimizer"], tensors)
     _fill_model(checkpoint, model, state)
     optimizer.load_state_dict(restored)
     if hasattr(model, "load_carried"):
-        model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
-    if threads:
+        try:
+            model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint / _TRAINING}: {error}; remedy: {_remedy(checkpoint)}") from error
+    if threads and state["environment"].get("processes", 1) == distributed.size():
         torch.set_num_threads(state["environment"]["threads"])
     _set_generators(checkpoint, tensors)
-    now = environment(next(model.parameters()).device)
-    different = [f"{k}: {v} then, {now.get(k)} now" for k, v in state["environment"].items() if now.get(k) != v]
+    device = next(model.parameters()).device
+    now = environment(device)
+    different = "; ".join(_differences(state["environment"], now))
     if different:
         warnings.warn(
-            f"{checkpoint}: the run goes on, but not bit for bit: {'; '.join(different)}",
+            f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}",
             UserWarning,
             stacklevel=2,
         )
+    else:
+        paths.take(device, state["routes"])
     state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
     return state
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What decides the bits of a result on this machine."""
-    on_cuda = device.type == "cuda"
-    served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
-    isa = extension.cpu_kernels()[1] if "cpu" in served.values() else "none"
-    return {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
-        "threads": torch.get_num_threads(),
-        "isa": isa,
-        "backends": served,
-    }
-
-
-def _all(run: Path) -> list[Path]:
-    """Newest first."""
-    found = run.iterdir() if run.is_dir() else ()
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from _differences(then.get(key, "nothing"), now.get(key, "nothing"), f"{name}: {key}".lstrip(": "))
+    elif then != now:
+        yield f"{name}: {then} then, {now} now"
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -225,41 +290,60 @@ def _generators() -> dict[str, torch.Tensor]:
 
 
 def _set_generators(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    for name, value in tensors.items():
-        if not name.startswith("rng."):
-            continue
+    for name, value in {"rng.cpu": None, **tensors}.items():
         index = name.removeprefix("rng.cuda.")
         try:
             if name == "rng.cpu":
                 torch.set_rng_state(value)
-            elif int(index) < torch.cuda.device_count():
+            elif index != name and int(index) in range(torch.cuda.device_count()):
                 torch.cuda.set_rng_state(value, int(index))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint}: {name}: expected a generator's state, got {error}") from error
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(checkpoint, checkpoint / _TRAINING, f"{name}: a generator's state", str(error)) from error
 
 
-def _tensors(path: Path, step: int) -> dict[str, torch.Tensor]:
-    safetensors = require("safetensors", "train")
+def _tensors(checkpoint: Path, name: str, state: dict) -> dict[str, torch.Tensor]:
+    """A file of tensors, which must be the one that was written with the state."""
+    path = checkpoint / name
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("genai_fast_step")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {error}; remedy: remove it; the one before serves"
-        ) from error
-    if found != str(step):
-        raise CheckpointError(
-            f"{path}: expected tensors of step {step}, got step {found}; the files do not belong together"
-        )
+        tensors = disk.read_tensors(path)
+    except ValueError as error:
+        raise _damaged(checkpoint, path, "a whole safetensors file", str(error)) from error
+    if disk.digest(path) != state["files"].get(name):
+        raise _damaged(checkpoint, path, "the file that belongs to state.json", "another, or a damaged one")
     return tensors
 
 
+def _digest(state: dict[str, Any]) -> str:
+    """SHA-256 of all that state.json says besides."""
+    rest = {key: value for key, value in state.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(checkpoint: Path, path: Path, expected: str, got: str) -> CheckpointError:
+    return CheckpointError(f"{path}: expected {expected}, got {got}; remedy: {_remedy(checkpoint)}")
+
+
+def _remedy(checkpoint: Path) -> str:
+    """What to do about a damaged one."""
+    everything = found(checkpoint.parent)
+    before = everything[everything.index(checkpoint) + 1 :] if checkpoint in everything else []
+    then = f"the run goes on from {before[0].name}" if before else "there is none before it, so the run begins anew"
+    return f"remove {checkpoint}; then {then}"
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which JSON does not know")
+
+
+def _short(x: Any, most: int = 60) -> str:
+    text = str(x)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
 def _fill_model(checkpoint: Path, model: nn.Module, state: dict) -> None:
-    path = checkpoint / "model.safetensors"
-    tensors = _tensors(path, state["step"])
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in tensors.items()}
+    path = checkpoint / _MODEL
+    tensors = _tensors(checkpoint, _MODEL, state)
+    wanted, got = ({k: _kind(v) for k, v in x.items()} for x in (model.state_dict(), tensors))
     for key in sorted(wanted.keys() | got.keys()):
         if wanted.get(key) != got.get(key):
             raise CheckpointError(
@@ -269,14 +353,20 @@ def _fill_model(checkpoint: Path, model: nn.Module, state: dict) -> None:
     model.load_state_dict(tensors)
 
 
+def _kind(x: torch.Tensor) -> str:
+    return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+
+
 def _optimizer_state(
     checkpoint: Path, optimizer: torch.optim.Optimizer, groups: list[dict], tensors: dict[str, torch.Tensor]
 ) -> dict:
     present = optimizer.state_dict()["param_groups"]
-    if [g["params"] for g in groups] != [g["params"] for g in present]:
+    members = [g.get("params") if isinstance(g, dict) else None for g in groups]
+    if members != [g["params"] for g in present]:
+        count = sum(len(x) for x in members if isinstance(x, list))
         raise CheckpointError(
             f"{checkpoint}: expected an optimizer of {sum(len(g['params']) for g in present)} parameters in"
-            f" {len(present)} groups, got {sum(len(g['params']) for g in groups)} in {len(groups)}"
+            f" {len(present)} groups, got {count} in {len(groups)}"
         )
     parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -286,13 +376,16 @@ def _optimizer_state(
         index, _, name = key.removeprefix("optimizer.").partition(".")
         shape = parameters[int(index)].shape if index.isdecimal() and int(index) in parameters else None
         if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
-            raise CheckpointError(
-                f"{checkpoint}: {key}: expected {'no such tensor' if shape is None else tuple(shape)},"
-                f" got {tuple(value.shape)}; remedy: remove it; the one before serves"
-            )
+            wanted = "no such tensor" if shape is None else str(tuple(shape))
+            raise _damaged(checkpoint, checkpoint / _TRAINING, f"{key}: {wanted}", str(tuple(value.shape)))
         state.setdefault(int(index), {})[name] = value
     merged = []
     for old, new in zip(groups, present, strict=True):
+        examples = {"initial_lr": 1.0, **new}  # which a schedule of the rate adds
+        for k, v in old.items():
+            if k in examples and k not in _EXECUTION and not _alike(v, _number(examples[k])):
+                expected = f"optimizer: {k}: such as {examples[k]}"
+                raise _damaged(checkpoint, checkpoint / "state.json", expected, _short(v))
         settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
         if isinstance(new["lr"], torch.Tensor):
             settings["lr"] = torch.full_like(new["lr"], settings["lr"])
@@ -300,26 +393,28 @@ def _optimizer_state(
     return {"state": state, "param_groups": merged}
 
 
+def _alike(value: Any, example: Any) -> bool:
+    """Whether a value from JSON may stand for the example."""
+    if isinstance(example, list | tuple):
+        return isinstance(value, list) and len(value) == len(example) and all(map(_alike, value, example))
+    if isinstance(example, bool | str | None):
+        return type(value) is type(example)
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _number(x: Any) -> Any:
     """JSON has no tensors: a rate that is one becomes a number."""
     return x.item() if isinstance(x, torch.Tensor) else x
 
 
+def _folder(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step:09d}"
+
+
 def _remove(folder: Path) -> None:
     """Remove a checkpoint so that at no time half of one carries its name."""
-    if folder.exists():
+    if os.path.lexists(folder):
         doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
+        disk.discard(doomed)
         os.rename(folder, doomed)
-        shutil.rmtree(doomed)
-
-
-def _synchronize(path: Path) -> None:
-    """fsync a file or a folder."""
-    if os.name == "nt" and path.is_dir():  # Windows has no such call
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.discard(doomed)

@@ -36,7 +36,7 @@ class Config:
     validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
     init: str = setting("", "a run whose weights to begin with, for fine-tuning; layers that do not match are named")
     epochs: int = setting(50, "passes over the data", low=1)
-    batch_size: int = setting(128, "samples a step", low=1)
+    batch_size: int = setting(128, "samples a step, of all processes together", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
     warmup: int = setting(0, "steps over which the learning rate rises", low=0)
     decay: str = setting("none", "fall of the learning rate to a tenth at the end", choices=("none", "cosine"))
@@ -52,6 +52,7 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
     checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
+    keep: int = setting(2, "newest checkpoints that are kept; the best on held-out data is kept besides", low=1)
     tensorboard: bool = setting(False, "write figures, grids and texts for TensorBoard too, in the run's tensorboard/")
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class ImageConfig(Config):
     crop: int = setting(0, "pixels by which an image may be shifted", low=0)
     rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
     jitter: float = setting(0.0, "strength of changes of brightness, contrast and saturation", low=0, high=1)
+    sync_bn: bool = setting(False, "batch norm over the batches of all processes together, not of each by itself")
     grid_every: int = setting(1, "epochs from one grid of samples in grids/ to the next; 0: none", low=0)
     quality_every: int = setting(
         1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -22,6 +22,8 @@ class Feed(Protocol):
     names: tuple[str, ...]  # of a batch's tensors, in messages and files
     samples: int  # in an epoch
     steps: int  # batches in an epoch
+    size: int  # samples of a batch; an epoch's last one may have fewer
+    rows: Callable[[int], torch.Tensor] | None  # a batch's samples -> which of them `epoch` gives; None: all
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's batches from number `start` on; their order is a function of the seed and `epoch` alone."""
@@ -40,20 +42,21 @@ class ImageFeed:
     """
 
     names = ("images", "labels")
+    rows: Callable[[int], torch.Tensor] | None = None
 
     def __init__(self, model: nn.Module, images: Images, config: ImageConfig) -> None:
         self._images, self._config, self._model = images, config, model
-        self._size = config.batch_size * getattr(model, "n_critic", 1)
+        self.size = config.batch_size * getattr(model, "n_critic", 1)
         self._whole = hasattr(model, "turns")
-        self.steps = len(images) // self._size if self._whole else math.ceil(len(images) / self._size)
-        self.samples = self.steps * self._size if self._whole else len(images)
+        self.steps = len(images) // self.size if self._whole else math.ceil(len(images) / self.size)
+        self.samples = self.steps * self.size if self._whole else len(images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         config = self._config
         return data.batches(
-            self._images, self._size, config.seed, epoch, start, signed=getattr(self._model, "signed", False),
+            self._images, self.size, config.seed, epoch, start, signed=getattr(self._model, "signed", False),
             labels=bool(getattr(self._model, "classes", 0)), whole=self._whole,
-            augment=Augment(config.flip, config.crop, config.rotate, config.jitter),
+            augment=Augment(config.flip, config.crop, config.rotate, config.jitter), rows=self.rows,
         )  # fmt: skip
 
     def all(self) -> Iterator[Batch]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint
+from genai_fast.training import checkpoint, distributed
 from genai_fast.training.board import Board
 from genai_fast.training.config import Config
 from genai_fast.training.display import display
@@ -26,6 +28,8 @@ from genai_fast.training.schedule import Schedule
 from genai_fast.training.step import Step, autocast
 
 METRICS = "metrics.jsonl"
+_HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
+_AT_ONCE = ("not finite", "no comparison of samples with held-out images")  # kinds of warnings that need not last
 MOST_SKIPPED = 10  # steps in a row that skipped an update for NaN: then training stops
 
 
@@ -34,7 +38,11 @@ class TrainingStopped(UsageError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or a termination signal, after the step at hand was finished and a checkpoint written."""
+    """A signal to stop (`number`), after the step at hand was finished and a checkpoint written."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Look(NamedTuple):
@@ -64,13 +72,15 @@ def fit(
     metrics.jsonl holds one JSON object a line, losses in nats a sample: {"kind": "step", "epoch", "step",
     "samples_per_second", "data_wait", <the model's losses>} every `config.log_every` steps and at the end of an
     epoch, and {"kind": "epoch", "epoch", "step", "samples_per_second", "data_wait", "step_ms": {"p50", "p95", "max"},
-    "skipped", "train": {<losses>}, "validation": {<losses>}, "warnings": [...]} after it; of running text
-    "tokens_per_second" too. Epochs and steps count from 1. data_wait is the share of the time that was spent waiting
-    for data; step_ms are milliseconds from step to step on the host, since the epoch began or went on (on CUDA the host
-    runs ahead and waits at times: medians mean something, single steps little); skipped counts updates left out because
-    a loss or gradient was not finite.
+    "skipped", "train": {<losses>}, "validation": {<losses>}, "best", "warnings": [...]} after it; of running text
+    "tokens_per_second" too. Epochs and steps count from 1. "best" is the step after which held-out data was best so far
+    (lowest "loss", else Fréchet distance): its checkpoint is kept beside the `config.keep` newest. Warnings are of what
+    has lasted two epochs. data_wait is the share of the time that was spent waiting for data; step_ms are milliseconds
+    from step to step on the host, since the epoch began or went on (on CUDA the host runs ahead and waits at times:
+    medians mean something, single steps little); skipped counts updates left out because a loss or gradient was not
+    finite.
 
-    Ctrl-C, or a termination signal, ends training after the step at hand with a checkpoint; a second one at once.
+    SIGINT (Ctrl-C), SIGTERM or SIGHUP ends training after the step at hand with a checkpoint; a second one at once.
 
     Args:
         about: JSON data stored with each checkpoint.
@@ -88,23 +98,33 @@ def fit(
         TrainingInterrupted: by a signal; a checkpoint of the last step is in folder `run`.
         CheckpointError: `resume` is of another kind.
     """
-    at = _progress(resume)
-    step = Step(model, optimizer, clip=config.clip, precision=config.precision)
-    if resume is not None and resume["training_step"]:
-        step.load_state_dict(resume["training_step"])
-    on_cuda = next(model.parameters()).is_cuda
+    at = _progress(resume, train.steps)
+    train.rows = distributed.chooser(getattr(model, "n_critic", 1))
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
 
     def save() -> None:
-        checkpoint.save(run, model, optimizer, at.step, asdict(at), about or {}, training_step=step.state_dict())
+        whole = distributed.gathered(model, optimizer)
+        if distributed.first():
+            metrics.synchronize()
+            checkpoint.save(
+                run, *whole, at.step, asdict(at), about or {}, config.keep, at.best, training_step=step.state_dict()
+            )
+        distributed.most(0)  # none leaves before it is there
 
+    stream = stream or (sys.stderr if distributed.first() else io.StringIO())
     with (
-        Metrics(run / METRICS, at.step, board) as metrics,
-        display(stream or sys.stderr, config.epochs * train.samples) as screen,
+        distributed.averaging(model),
+        Metrics(run / METRICS if distributed.first() else None, at.step, board) as metrics,
+        display(stream, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
+        step = distributed.step_of(model, optimizer, clip=config.clip, precision=config.precision)
+        if resume is not None and resume["training_step"]:
+            step.load_state_dict(resume["training_step"])
         while at.epoch < config.epochs:
             model.train()
             screen.begin(at.epoch + 1, config.epochs)
@@ -114,7 +134,11 @@ def fit(
             with contextlib.closing(data.ahead(batches, pin=True) if on_cuda else batches) as fed:
                 for batch in meter.waiting(fed):
                     schedule.set(at.step)
-                    meter.add(step(*batch), len(batch[0]))
+                    samples = (
+                        len(batch[0]) if train.rows is None else min(train.size, train.samples - at.batch * train.size)
+                    )
+                    with distributed.sharing(samples):
+                        meter.add(step(*batch), samples)
                     at.batch, at.step = at.batch + 1, at.step + 1
                     last = at.batch == train.steps
                     if last or at.step % config.log_every == 0:
@@ -124,23 +148,29 @@ def fit(
                         metrics.write(**place, **rates(train, rate), data_wait=wait, **terms)
                         screen.terms(terms, rates(train, rate))
                     screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
+                    asked = _asked(stop)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
-                    if (due or stop) and not last:
+                    if (due or asked) and not last:
                         meter.store(at, step.skipped()[0])
                         _check(step, batch, train.names, at, run, saving=True)
                         save()
-                        _leave(stop, run, at)
+                        _leave(asked, run, at)
             meter.store(at, step.skipped()[0])
             _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
+            distributed.same_buffers(model)
             if after_epoch is None:
                 figures, warnings, text = Look(evaluate(model, validation, config), [])
             else:
                 figures, warnings, text = after_epoch(at.epoch + 1, means)
+            ailing = [message.partition(":")[0] for message in warnings]
+            # Only what lasts: the first epochs of every GAN look ill.
+            warnings = [m for m, kind in zip(warnings, ailing, strict=True) if kind in (*at.ailing, *_AT_ONCE)]
             if at.skipped:
                 warnings.append(
                     f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
                 )
+            best, lowest = _better(figures, at)
             record = {
                 "kind": "epoch",
                 "epoch": at.epoch + 1,
@@ -151,19 +181,22 @@ def fit(
                 "skipped": at.skipped,
                 "train": means,
                 "validation": figures,
+                "best": best or None,
                 "warnings": warnings,
             }
             metrics.write(**record)
+            at = Progress(epoch=at.epoch + 1, step=at.step, ailing=ailing, best=best, lowest=lowest)
+            save()
             screen.epoch(record, config.epochs)
             screen.sample(text)
             kinds = {message.partition(":")[0]: message for message in warnings}
             for kind in kinds.keys() - warned:  # again only when it has been well meanwhile
                 screen.warn(kinds[kind])
             warned = set(kinds)
-            at = Progress(epoch=at.epoch + 1, step=at.step)
-            save()
+            distributed.same_noise(device)  # the first process may have drawn pictures
+            asked = _asked(stop)
             if at.epoch < config.epochs:
-                _leave(stop, run, at)
+                _leave(asked, run, at)
     return record
 
 
@@ -174,29 +207,39 @@ def _signals() -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
         yield stop
         return
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, _HANGUP) if n is not None]
+    before = {number: signal.getsignal(number) for number in numbers}
+    if before.get(_HANGUP) == signal.SIG_IGN:  # under nohup
+        del before[_HANGUP]
 
     def restore() -> None:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def listen(number: int, frame: Any) -> None:
         stop.append(signal.Signals(number).name)
-        restore()
+        if distributed.size() == 1:  # torchrun passes on what the processes may have got from elsewhere already
+            restore()
 
-    for name in before:
-        signal.signal(name, listen)
+    for number in before:
+        signal.signal(number, listen)
     try:
         yield stop
     finally:
         restore()
 
 
-def _leave(stop: list[str], run: Path, at: Progress) -> None:
-    if stop:
+def _asked(stop: list[str]) -> int:
+    """The signal by which this process, or any that trains with it, was asked to stop; 0: none."""
+    return distributed.most(int(signal.Signals[stop[0]]) if stop else 0)
+
+
+def _leave(asked: int, run: Path, at: Progress) -> None:
+    if asked:
         raise TrainingInterrupted(
-            f"{run}: stopped by {stop[0]} after step {at.step} (epoch {at.epoch + 1}) with a checkpoint;"
-            f" go on with --run {run.name} --resume"
+            f"{run}: stopped by {signal.Signals(asked).name} after step {at.step} (epoch {at.epoch + 1}) with a"
+            f" checkpoint; go on with --run {run.name} --resume",
+            signal.Signals(asked),
         )
 
 
@@ -210,24 +253,53 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
         torch.manual_seed(config.seed)
         for batch in feed.all():
             batch = tuple(x.to(device) for x in batch)
-            with autocast(device, config.precision):
-                losses = model.training_step(*batch)
-            weight = len(batch[0])
-            if "targets" in feed.names and "tokens" not in losses._fields:  # losses are means over tokens
-                weight = int((batch[feed.names.index("targets")] >= 0).sum())
+            with distributed.part_of(batch) as own:
+                with autocast(device, config.precision):
+                    losses = model.training_step(*own)
+                losses = distributed.joint(losses, _weight(own, feed, losses))
+            weight = _weight(batch, feed, losses)
             weighted = torch.stack(tuple(losses)).double() * weight
             sums, samples = weighted if sums is None else sums + weighted, samples + weight
     model.train(training)
     return dict(zip(losses._fields, (sums / samples).tolist(), strict=True))
 
 
-def _progress(resume: dict[str, Any] | None) -> Progress:
+def _better(figures: dict[str, float], at: Progress) -> tuple[int, float]:
+    """Step and figure of the best epoch so far, by the loss on held-out data, or without one by Fréchet distance."""
+    figure = figures.get("loss", figures.get("frechet_distance", math.nan))
+    if math.isfinite(figure) and (not at.best or figure < at.lowest):
+        return at.step, figure
+    return at.best, at.lowest
+
+
+def _weight(batch: tuple[torch.Tensor, ...], feed: Feed, losses: Any) -> int:
+    """What a batch's losses are means over: its samples, or its tokens."""
+    if "targets" in feed.names and "tokens" not in losses._fields:
+        return int((batch[feed.names.index("targets")] >= 0).sum())
+    return len(batch[0])
+
+
+def _progress(resume: dict[str, Any] | None, steps: int) -> Progress:
+    """Where a run goes on whose epochs have so many steps."""
     if resume is None:
         return Progress()
+    given = resume["progress"]
     try:
-        return Progress(**resume["progress"])
-    except TypeError as error:
-        raise checkpoint.CheckpointError(f"checkpoint: progress: expected {Progress()}, got {error}") from error
+        at = Progress(**given)
+        sound = (
+            all(type(x) is int and x >= 0 for x in (at.epoch, at.batch, at.step, at.skipped, at.best))
+            and all(type(x) in (int, float) and math.isfinite(x) for x in (at.seconds, at.waited, at.lowest, *at.sums))
+            and all(isinstance(x, str) for x in at.ailing)
+            and at.batch < steps
+            and at.step == resume["step"]
+        )
+    except TypeError:
+        sound = False
+    if not sound:
+        raise checkpoint.CheckpointError(
+            f"state.json: progress: expected such as {Progress(step=resume['step'])}, batch < {steps}, got {given}"
+        )
+    return at
 
 
 def _check(
@@ -236,12 +308,13 @@ def _check(
 ) -> None:  # fmt: skip
     """Stop if updates are skipped again and again; before saving, also if anything in the model is not finite."""
     _, row = step.skipped()
-    broken = [name for name, x in step.model.state_dict().items() if saving and not x.isfinite().all()]
+    broken = distributed.not_finite(step.model) if saving else []
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"
     tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
-    require("safetensors.torch", "train").save_file(tensors, path)
+    if distributed.first():
+        require("safetensors.torch", "train").save_file(tensors, path)
     reason = (
         f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss or gradient that is not finite"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,11 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
 
+from genai_fast.training import disk
 from genai_fast.training.board import Board
 from genai_fast.training.feed import Feed
 
@@ -29,6 +31,9 @@ class Progress:
     waited: float = 0.0  # of those, for data
     skipped: int = 0  # updates in this epoch left out because a loss was not finite
     sums: list[float] = field(default_factory=list)
+    ailing: list[str] = field(default_factory=list)  # kinds of the last epoch's warnings
+    best: int = 0  # step after which held-out data was best so far; 0: none yet
+    lowest: float = 0.0  # what it was then
 
 
 class Meter:
@@ -96,22 +101,23 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 class Metrics:
     """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one.
 
-    A board gets each record too.
+    Without a path nothing is written. A board gets each record too.
     """
 
-    def __init__(self, path: Path, step: int, board: Board | None = None) -> None:
+    def __init__(self, path: Path | None, step: int, board: Board | None = None) -> None:
         self._board = board
+        if path is None:
+            self._file: TextIO = io.StringIO()
+            return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             kept.append(line + "\n")
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        disk.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
@@ -119,6 +125,10 @@ class Metrics:
         self._file.flush()
         if self._board is not None:
             self._board.record(record)
+
+    def synchronize(self) -> None:
+        """Put what is written onto the disk: a checkpoint must not outlive the records before it."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Metrics:
         return self

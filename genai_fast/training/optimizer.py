@@ -20,7 +20,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     decay.
     """
     networks = model.networks() if hasattr(model, "networks") else {"": model}
-    on_cuda = next(model.parameters()).is_cuda
+    on_cuda, sharded = next(model.parameters()).is_cuda, hasattr(next(model.parameters()), "full_tensor")
     groups = []
     for name, network in networks.items():
         rate = getattr(config, f"lr_{name}", 0.0) or config.lr
@@ -33,8 +33,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
                 lr = torch.tensor(rate, device=members[0].device) if on_cuda else rate
                 groups.append({"params": members, "lr": lr, "weight_decay": decay})
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
-    if on_cuda:
-        options |= {"fused": True, "capturable": True}
+    if on_cuda or sharded:
+        options |= {"fused": True, "capturable": True} if on_cuda else {}
         return (torch.optim.AdamW if config.weight_decay else torch.optim.Adam)(groups, **options)
     return (AdamW if config.weight_decay else Adam)(groups, **options)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint, config
+from genai_fast.training import checkpoint, config, disk, distributed
 from genai_fast.training.board import Board
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
@@ -26,8 +26,8 @@ CONFIG = "config.toml"
 _NAMED = 8  # tensors that do not match, in a message
 # What a resumed run may change.
 ON_RESUME = (
-    "epochs", "threads", "device", "log_every", "checkpoint_every", "grid_every", "quality_every", "sample_every",
-    "tensorboard",
+    "epochs", "threads", "device", "log_every", "checkpoint_every", "keep", "grid_every", "quality_every",
+    "sample_every", "tensorboard",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's newest model, on the CPU and in evaluation mode."""
+    """A run's model, on the CPU and in evaluation mode."""
 
     folder: Path
     recipe: str
@@ -87,12 +87,19 @@ def device_of(name: str) -> torch.device:
 def train(name: str, settings: Config, folder: Path, *, resume: bool = False) -> Trained:
     """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints, pictures or texts there.
 
-    With `resume`, goes on from the folder's newest checkpoint.
+    With `resume`, goes on from the folder's newest checkpoint; begins anew, and says so, if there is none yet.
+    Of the processes that torchrun started, the first one decides on the folder, writes and speaks.
 
     Raises:
         UsageError: data, device, packages or the folder do not serve; nothing has been written then.
+        DiskError: the folder cannot be written to, or no longer; the last checkpoint stands.
         TrainingStopped, TrainingInterrupted: as `fit` does.
     """
+    with distributed.processes(settings):
+        return _train(name, settings, distributed.agreed(folder), resume)
+
+
+def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
     kind = task_of(name)
     for module in ("safetensors.torch", "rich.progress", *kind.packages):
         require(module, "train")  # now rather than after the training
@@ -101,30 +108,40 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    task = kind(name, settings, folder if resume else None)
-    newest = checkpoint.latest(folder) if resume else None
+    with distributed.machine_by_machine():
+        task = kind(name, settings, folder if resume else None)
+    distributed.check_alike(task.about)
+    newest = distributed.agreed(next(iter(checkpoint.found(folder)), None)) if resume else None
     if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
         raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")
     if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
     model = task.model()
-    if settings.init and not resume:
+    if resume and not newest and distributed.first():
+        print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
+    if settings.init and not newest:
         _begin_with(Path(settings.init), model)
-    model = model.to(device)
+    model = distributed.placed(model, device, settings)
     feeds = task.feeds(model)
     optimizer = make_optimizer(model, settings)
     state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_toml(settings, name), encoding="utf-8")
-    task.prepare(folder)
-    with Board(folder, state["step"] if state else 0) if settings.tensorboard else contextlib.nullcontext() as board:
+    optimizer = distributed.sharded(model, optimizer, device, settings)
+    with checkpoint.writing(folder), contextlib.ExitStack() as stack:
+        board = None
+        if distributed.first():
+            folder.mkdir(parents=True, exist_ok=True)
+            disk.write_text(folder / CONFIG, config.to_toml(settings, name))
+            task.prepare(folder)
+            if settings.tensorboard:
+                board = stack.enter_context(Board(folder, state["step"] if state else 0))
         about, watch = task.about, task.watch(model, folder, board)
         record = fit(
             model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
         )
-    model.eval()
-    task.finish(model, folder)
+        model = distributed.whole_model(model, task.model).eval()
+        if distributed.first():
+            task.finish(model, folder)
     return Trained(folder, settings, model, task, record)
 
 
@@ -135,7 +152,8 @@ def _begin_with(source: Path, model: nn.Module) -> None:
     text = f"{path}: {taken} tensors taken"
     if left:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
-    print(text, file=sys.stderr)
+    if distributed.first():
+        print(text, file=sys.stderr)
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
@@ -150,15 +168,15 @@ def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     return config.build(RECIPES[name].config, {**config.read(path, name), **changes}, str(path))
 
 
-def open_run(folder: Path) -> Opened:
-    """The newest model of a run."""
-    newest = checkpoint.latest(folder)
-    about = checkpoint.read_state(newest)["about"]
+def open_run(folder: Path, best: bool = False) -> Opened:
+    """The newest model of a run, or the best on held-out data."""
+    chosen = checkpoint.best(folder) if best else checkpoint.latest(folder)
+    about = checkpoint.read_state(chosen)["about"]
     try:
         name = about["recipe"]
         settings = config.build(RECIPES[name].config, config.read(folder / CONFIG, name), str(folder / CONFIG))
         model, said = task_of(name).open(name, settings, about, folder)
     except (KeyError, TypeError) as error:
-        raise UsageError(f"{newest}: expected a run of {', '.join(RECIPES)}, got {about}") from error
-    checkpoint.load_model(newest, model)
+        raise UsageError(f"{chosen}: expected a run of {', '.join(RECIPES)}, got {about}") from error
+    checkpoint.load_model(chosen, model)
     return Opened(folder, name, settings, model.eval(), **said)

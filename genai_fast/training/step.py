@@ -280,6 +280,8 @@ class Step:
         # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
         # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.
         norm, factor = nn.utils.get_total_norm(gradients), None
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
+            norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]
         if self._scale is not None:
             factor = self._scale.reciprocal()  # exact: a power of two
             norm = norm * factor

@@ -12,7 +12,7 @@ from torch import nn
 from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
-from genai_fast.training import writing
+from genai_fast.training import distributed, writing
 from genai_fast.training.board import Board
 from genai_fast.training.config import TextConfig
 from genai_fast.training.feed import Feed
@@ -88,9 +88,11 @@ class TextTask:
         def look(epoch: int, train: dict[str, float]) -> Look:
             every, sample = self.settings.sample_every, ""
             if every and epoch % every == 0:
-                path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(model)
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(sample, encoding="utf-8")
+                shown = distributed.whole_model(model, self.model)
+                if distributed.first():
+                    path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(shown)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(sample, encoding="utf-8")
                 if board is not None:
                     board.text("samples", sample)
             return Look(per_token(evaluate(model, self._held_out, self.settings), self._bytes()), [], sample)

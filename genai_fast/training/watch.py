@@ -12,7 +12,7 @@ from torch import nn
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models import GAN, WGANGP, latents
-from genai_fast.training import pictures
+from genai_fast.training import distributed, pictures
 from genai_fast.training.board import Board
 from genai_fast.training.config import ImageConfig
 from genai_fast.training.feed import ImageFeed, batch_for
@@ -87,17 +87,16 @@ class Watch:
         self._model, self._train, self._validation = model, train, validation
         self._config, self._folder, self._board = config, folder, board
         self._quality: SampleQuality | None = None
-        self._before: set[str] = set()
 
     def __call__(self, epoch: int, train: dict[str, float]) -> Look:
         """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
-        model, config = self._model, self._config
-        if config.grid_every and epoch % config.grid_every == 0:
+        model, config, draws = self._model, self._config, distributed.first()
+        if draws and config.grid_every and epoch % config.grid_every == 0:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
         figures = {} if hasattr(model, "turns") else self._likelihood()
         said: dict[str, Any] = {"latent": getattr(model, "latent", None), "kl": figures.get("kl")}
         warnings: list[str] = []
-        if config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
+        if draws and config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
             try:
                 quality, samples, real = self._compare()
             except ValueError as error:  # too few images, too small or too large ones, or all alike
@@ -108,12 +107,7 @@ class Watch:
                 said |= {name: quality[name] for name in ("diversity", "coverage")}
         if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
             said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
-        return Look(figures, warnings + self._lasting(warnings_of(figures, **said)))
-
-    def _lasting(self, warnings: list[str]) -> list[str]:
-        """Those whose kind was there the last time too: the first epochs of every GAN look ill."""
-        before, self._before = self._before, {message.partition(":")[0] for message in warnings}
-        return [m for m in warnings if m.partition(":")[0] in before | {"not finite"}]
+        return Look(figures, warnings + warnings_of(figures, **said))
 
     def _likelihood(self) -> dict[str, float]:
         """Losses on held-out images, and bits per dimension of models with a likelihood."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -27,10 +27,14 @@ _POOL = 32  # batches whose samples are sorted by length together
 
 
 class Feed(ABC):
-    """What all feeds share. names: of a batch's tensors; size: samples a batch."""
+    """What all feeds share. names: of a batch's tensors; size: samples a batch.
+
+    rows: size -> [B] int64, which of a batch's samples `epoch` gives; None: all.
+    """
 
     names: ClassVar[tuple[str, ...]]
     size: int
+    rows: Callable[[int], torch.Tensor] | None = None
 
     @property
     @abstractmethod
@@ -52,7 +56,11 @@ class Feed(ABC):
         Raises:
             DataError: there is too little text for one batch; at the call.
         """
-        return self._epoch(epoch, start, self.steps)
+        batches = self._epoch(epoch, start, self.steps)
+        if self.rows is None:
+            return batches
+        rows = self.rows(self.size)
+        return (tuple(x[rows] for x in batch) for batch in batches)
 
     @abstractmethod
     def _epoch(self, epoch: int, start: int, steps: int) -> Iterator[Batch]: ...

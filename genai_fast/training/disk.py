@@ -1,0 +1,92 @@
+"""Files that are whole or not there at all, whenever the process dies."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from genai_fast.errors import require
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that at no time half of it carries its name; if it cannot be written, the old one stays."""
+    hidden = path.with_name(f".{path.name}.new")
+    try:
+        hidden.write_text(text, encoding="utf-8")
+        synchronize(hidden)
+        os.replace(hidden, path)
+    except BaseException:
+        discard(hidden)
+        raise
+    synchronize(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file of contiguous tensors on the CPU.
+
+    Raises: OSError.
+    """
+    write, error_of = require("safetensors.torch", "train").save_file, require("safetensors", "train").SafetensorError
+    try:
+        write(tensors, path, {"format": "pt"})
+    except error_of as error:
+        number = re.search(r"os error (\d+)", str(error))
+        reason = (int(number[1]), os.strerror(int(number[1]))) if number else (errno.EIO, str(error))
+        raise OSError(*reason, str(path)) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises: ValueError, which says what is there instead.
+    """
+    safetensors = require("safetensors", "train")
+    if not path.is_file():
+        raise ValueError("something else" if path.exists() else "no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(str(error)) from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def synchronize(path: Path) -> None:
+    """fsync a file or a folder."""
+    if os.name == "nt" and path.is_dir():  # Windows has no such call
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Take away a folder with all that is in it, a file, or a link but not what it points to; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def room(path: Path) -> str:
+    """How much is free on the disk that holds `path`, in words."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    while not place.is_mount():
+        place = place.parent
+    return f"{free / 1e6:,.1f} MB free on the disk at {place}"

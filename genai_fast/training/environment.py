@@ -1,0 +1,57 @@
+"""What decides the bits of a result on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from genai_fast import backends, paths
+from genai_fast.kernels.common import extension
+from genai_fast.training import distributed
+
+# They choose other arithmetic; what OMP_NUM_THREADS and GENAI_FAST_ISA do shows in "threads" and "isa".
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "GENAI_FAST_SEQUENCE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_MAX_CPU_ISA", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET",
+)  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, threads, processes, instruction set, each op's backend, PyTorch's switches; as JSON has it."""
+    on_cuda = device.type == "cuda"
+    served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
+    packages = ("genai_fast", "torch", *(("triton",) if "triton" in served.values() else ()))
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "processor": paths.processor(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
+        "isa": extension.cpu_kernels()[1] if "cpu" in served.values() else "none",
+        "backends": served,
+        "precision": _precision(on_cuda),
+        "deterministic": {
+            "paths": paths.pinned(),
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
+            **({"cudnn": torch.backends.cudnn.deterministic} if on_cuda else {}),
+        },
+        "libraries": {
+            "mkldnn": torch.backends.mkldnn.enabled,
+            **({"cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.enabled else False} if on_cuda else {}),
+        },
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _precision(on_cuda: bool) -> dict[str, str]:
+    """Of float32 products: "ieee", "tf32", "bf16", or "none" for what the library does by itself."""
+    kinds = torch.backends
+    switches = {"mkldnn.matmul": kinds.mkldnn.matmul, "mkldnn.conv": kinds.mkldnn.conv, "mkldnn.rnn": kinds.mkldnn.rnn}
+    if on_cuda:
+        switches = {"cuda.matmul": kinds.cuda.matmul, "cudnn.conv": kinds.cudnn.conv, "cudnn.rnn": kinds.cudnn.rnn}
+    return {name: switch.fp32_precision for name, switch in switches.items()}
