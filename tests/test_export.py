@@ -17,8 +17,8 @@ from genai_fast.data import text
 from genai_fast.models import latents
 from genai_fast.models._sequences import delayed
 from genai_fast.training import checkpoint, config, export, runs, standalone, watch, writing
+from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.recipes import RECIPES
-from genai_fast.training.step import make_optimizer
 
 WORDS = "While it is so, nothing else is; if it were not, all would be as before. "
 SMALL = {"layers": 1, "heads": 2, "width": 16}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from genai_fast import backends, paths
+from genai_fast import backends, cpu, paths
 from genai_fast.kernels.common import extension
 from genai_fast.training import distributed
 
@@ -42,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "libraries": {
             "mkldnn": torch.backends.mkldnn.enabled,
+            "products by oneDNN": list(tuning.onednn) if (tuning := cpu.active()) else [],  # see tune_cpu
             **({"cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.enabled else False} if on_cuda else {}),
         },
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
