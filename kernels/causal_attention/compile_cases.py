@@ -57,9 +57,9 @@ def _extra(seed_ptr=None, starts_q_ptr=None, CAPPED=False, **more):
     return (1 if starts_q_ptr is None else 2) if seed_ptr else int(CAPPED)
 
 
-def _forward(name, dtype, channels, precision="tf32", queries=_LONG, **more):
+def _forward(name, dtype, channels, precision="tf32", queries=_LONG, capability=90, **more):
     pointers = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
-    tile = forward_tile(_size(dtype), channels, queries, _extra(**more))
+    tile = forward_tile(_size(dtype), channels, queries, _extra(**more), capability)
     return _case(name, "_causal_attention_forward", dtype, pointers, channels, tile, precision, lse_ptr="*fp32", **more)
 
 
@@ -114,12 +114,7 @@ def _each(make):
     return cases
 
 
-def _alike(make):
-    """A case of that one tile for all architectures, as `_each` gives it."""
-    return lambda *arguments, **more: [make(*arguments, **more)]
-
-
-_KERNELS = (("forward", _alike(_forward)), ("grad_queries", _each(_grad_queries)), ("grad_keys", _each(_grad_keys)))
+_KERNELS = (("forward", _each(_forward)), ("grad_queries", _each(_grad_queries)), ("grad_keys", _each(_grad_keys)))
 
 
 def _cases():
@@ -137,7 +132,7 @@ def _cases():
         yield from make(f"{name}_dropout", "*bf16", 128, **_DROPPED)
         yield from map(_ones, make(name, "*bf16", 20))
         yield from map(_ones, make(f"{name}_packed_dropout", "*bf16", 20, **_VARIANTS["packed_dropout"]))
-    yield _forward("forward_short", "*bf16", 64, queries=64)
+    yield from _each(_forward)("forward_short", "*bf16", 64, queries=64)
     yield _summary("*bf16", 64)
 
 

@@ -18,7 +18,7 @@ def _tile(rows: int, columns: int, warps: int, stages: int) -> dict[str, int]:
     return dict(BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
 
 
-def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str, int]:
+def forward_tile(size: int, channels: int, queries: int, extra: int, capability: int) -> dict[str, int]:
     """BLOCK_M queries a program, BLOCK_N keys a step. `size` of an element in bytes; `extra`: see the launcher."""
     width = padded(channels)
     if size == 4:  # mostly without matrix instructions
@@ -27,7 +27,8 @@ def forward_tile(size: int, channels: int, queries: int, extra: int) -> dict[str
         return _tile(64, 32, 8, 2)
     rows = 128 if queries > 64 else 64
     columns = 32 if extra else 64
-    return _tile(rows, columns, rows // 16, 3 if width <= 64 else 2)
+    warps = 8 if capability == 100 else rows // 16
+    return _tile(rows, columns, warps, 3 if width <= 64 else 1 if extra and capability < 90 else 2)
 
 
 def queries_tile(size: int, channels: int, extra: int, capability: int) -> dict[str, int]:
@@ -52,10 +53,11 @@ def keys_tile(size: int, channels: int, extra: int, capability: int) -> dict[str
     if width > 64 and extra and capability >= 120:
         return _tile(32, 32, 8, 2)
     if extra:
-        return _tile(32, 64, 8, 1 if extra > 1 or width > 64 or capability >= 120 else 2)
+        alone = extra > 1 and capability != 100
+        return _tile(32, 64, 8, 1 if alone or width > 64 or capability >= 120 else 2)
     if width > 64 or channels % 8:
         return _tile(32, 64, 8, 3)
-    return _tile(32, 128, 8, 1 if capability < 90 else 3)
+    return _tile(32, 128, 8, {80: 1, 100: 2}.get(capability, 3))
 
 
 def summary_rows(channels: int) -> int:

@@ -209,7 +209,7 @@ def causal_attention(
     seed, values, constants = _settings(q, k.size(2), starts_q, seed, scale, window, softcap, causal, share, offset)
     heads, sizes = q.size(1), (q.size(2), k.size(2))
     sequences, most_q, _ = _sizes(q, k, starts_q, most_q, most_k)
-    tile = forward_tile(q.element_size(), q.size(3), most_q, _extra(seed, starts_q, softcap))
+    tile = forward_tile(q.element_size(), q.size(3), most_q, _extra(seed, starts_q, softcap), capability(q.device))
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_forward[(tiles * heads * sequences,)](
         q, k, v, out, lse, starts_q, starts_k, seed, *q_strides, *k_strides, *v_strides,
