@@ -27,7 +27,7 @@ def forward_tile(size: int, channels: int, queries: int, extra: int, capability:
         return _tile(64, 32, 8, 2)
     rows = 128 if queries > 64 else 64
     columns = 32 if extra else 64
-    warps = 8 if capability == 100 else rows // 16
+    warps = 8 if 100 <= capability < 120 else rows // 16
     return _tile(rows, columns, warps, 3 if width <= 64 else 1 if extra and capability < 90 else 2)
 
 
@@ -53,11 +53,11 @@ def keys_tile(size: int, channels: int, extra: int, capability: int) -> dict[str
     if width > 64 and extra and capability >= 120:
         return _tile(32, 32, 8, 2)
     if extra:
-        alone = extra > 1 and capability != 100
+        alone = extra > 1 and not 100 <= capability < 120
         return _tile(32, 64, 8, 1 if alone or width > 64 or capability >= 120 else 2)
     if width > 64 or channels % 8:
         return _tile(32, 64, 8, 3)
-    return _tile(32, 128, 8, {80: 1, 100: 2}.get(capability, 3))
+    return _tile(32, 128, 8, 1 if capability < 90 else 2 if 100 <= capability < 120 else 3)
 
 
 def summary_rows(channels: int) -> int:
