@@ -23,8 +23,8 @@ import torch
 
 from bench import record
 from bench.points import DEVICE, FUSED
-from bench.systems import SYSTEMS
 from genai_fast.profiling import ForeignLoad, compare
+from genai_fast.profiling.systems import SYSTEMS
 
 TURNS = 2
 ROUNDS, SECONDS = 4, 1.0  # of clocking in each process, at least

@@ -211,7 +211,7 @@ def test_the_flags_are_these():
         "train vae": [], "train dcgan": [], "train wgan-gp": [], "sample": ["x"], "interpolate": ["x"],
         "inpaint": ["x", "--data", "y"], "export": ["x"], "doctor": [], "demo": [], "demo-gan": [],
         "demo-text": [], "train gpt": [], "train lstm": [], "train seq2seq": [], "train text-vae": [],
-        "train vrnn": [], "generate": ["x"],
+        "train vrnn": [], "generate": ["x"], "profile": ["x"],
     }  # fmt: skip
     flags = {}
     for command, more in arguments.items():
@@ -233,6 +233,9 @@ def test_the_flags_are_these():
     assert flags["sample"] == drawing | {"--count"} and flags["interpolate"] == drawing | {"--pairs", "--steps"}
     assert flags["inpaint"] == drawing | {"--data", "--count", "--box", "--mask", "--steps"}
     assert flags["export"] == {"--out"} and flags["doctor"] == {"--json"}
+    assert flags["profile"] == {
+        "--compare", "--batch", "--precision", "--data", "--device", "--seconds", "--out", "--json",
+    }  # fmt: skip
     assert flags["demo"] == flags["demo-gan"] == flags["demo-text"] == {"--out", "--epochs"}
     words = common | {"--tokenizer", "--vocabulary", "--block", "--sample-every"}
     assert flags["train gpt"] == flags["train seq2seq"] == words | {"--layers", "--heads", "--width", "--dropout"}
