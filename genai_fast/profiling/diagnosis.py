@@ -114,8 +114,8 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
     if not cuda and name in (EAGER, LOOP) and outside - wait > 0.3:
         say(
             outside - wait,
-            f"{outside - wait:.0%} of the step passes outside PyTorch's operators ({found['operator_calls']:.0f} calls):"
-            f" a larger batch, or torch.compile",
+            f"{outside - wait:.0%} of the step passes outside PyTorch's operators, between"
+            f" {found['operator_calls']:.0f} calls of them: a larger batch, or torch.compile",
         )
     cores, threads = _cores(), report["environment"]["threads"]
     if not cuda and 2 * threads < cores:
