@@ -44,6 +44,7 @@ class PeakMemory:
 
     def reset(self) -> None:
         if self._cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self._retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
             return

@@ -119,7 +119,7 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
         )
     cores, threads = _cores(), report["environment"]["threads"]
     if not cuda and 2 * threads < cores:
-        say(0.5, f"{threads} threads on {cores} cores: torch.set_num_threads({cores // 2})")
+        say(0.5, f"{threads} of {cores} cores in use: torch.set_num_threads({cores // 2})")
     said.sort(key=lambda item: -item[0])
     lines = [text for _, text in said]
     if name == FUSED and report["left_alone"]:

@@ -67,6 +67,7 @@ def _variant(
     amount = steps if variant.samples is None else variant.samples * (subject.block or 1)
     unit = "steps" if variant.samples is None else "tokens" if subject.block else "samples"
     count = measurement.flops or variant.flops
+    own = variant.flops or measurement.flops  # the layout and the precision that this one has
     flops = count.total if count is not None and count.total else None
     rate = None if flops is None else flops * steps / variant.wall
     joules = variant.joules
@@ -85,13 +86,14 @@ def _variant(
         "kernels": traced.kernels,
         "launches": traced.launches,
         "flops": flops,
-        "flops_not_counted": sorted(count.unknown) if count is not None else [],
+        "flops_not_counted": ["what torch.compile compiled"] if count is None else sorted(count.unknown),
         "flops_per_second": rate,
         "flops_share_of_peak": None if rate is None or peak is None else rate / peak["flops_per_second"],
-        "arithmetic": {str(k).removeprefix("torch."): v / count.total for k, v in count.by_dtype.items()}
-        if flops else {},
-        "convolutions": count.convolutions[0] if count is not None else None,
-        "convolutions_not_channels_last": count.convolutions[1] if count is not None else None,
+        "arithmetic": {} if own is None else {
+            str(k).removeprefix("torch."): v / own.total for k, v in own.by_dtype.items()
+        },
+        "convolutions": own.convolutions[0] if own is not None else None,
+        "convolutions_not_channels_last": own.convolutions[1] if own is not None else None,
         **variant.memory,
         "page_faults": None if variant.faults is None else variant.faults / steps,
         "joules": None if joules is None else joules / amount,

@@ -25,16 +25,20 @@ _PLAIN = ("aten", "prim", "prims", "genai_fast", "profiler")
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts while it is entered, forward and backward; what runs in a captured graph or a compiled region is not seen.
+    """Counts while it is entered, forward and backward; what a captured graph replays is not seen.
 
     by_dtype: operations by the dtype of the factors; unknown: names of ops seen that have no formula; convolutions:
     of images, (all, those whose input was not channels_last).
+
+    Args:
+        references: run the reference in place of each fused op, and count that; else fused ops are named in unknown.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, references: bool = True) -> None:
         super().__init__()
+        self._references = references
         self.by_dtype: Counter[torch.dtype] = Counter()
         self.unknown: set[str] = set()
         self.convolutions = (0, 0)
@@ -50,7 +54,8 @@ class FlopCount(TorchDispatchMode):
             self.unknown.add(str(func))
             return func(*args, **kwargs)
         packet, name = func._overloadpacket, func._schema.name.partition("::")[2]
-        if func.namespace == "genai_fast" and name in LIBRARIES:
+        fused = func.namespace == "genai_fast" and name in LIBRARIES
+        if fused and self._references:
             device, dtype, _ = survey(args)
             with self:
                 return select(name, "reference", device, dtype)(*args[:-1])
@@ -67,7 +72,7 @@ class FlopCount(TorchDispatchMode):
                 seen, other = self.convolutions
                 last = factor.is_contiguous(memory_format=torch.channels_last)
                 self.convolutions = (seen + 1, other + (not last))
-        elif func.namespace not in _PLAIN or name in _UNKNOWN:
+        elif fused or func.namespace not in _PLAIN or name in _UNKNOWN:
             self.unknown.add(func._schema.name)
         return out
 

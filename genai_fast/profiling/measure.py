@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -87,8 +88,7 @@ def measure(
             say(f"{variant.name}: warming up")
             try:
                 torch.manual_seed(0)
-                if variant.name == COMPILE:
-                    torch._dynamo.utils.counters.clear()
+                _compiled().clear()
                 memory = {on_cuda: PeakMemory(on_cuda) for on_cuda in {False, cuda}}
                 step = subject.make(variant.name)
                 start = time.perf_counter()
@@ -97,6 +97,8 @@ def measure(
                     cuda = torch.cuda.memory_allocated() > 0
                 _synchronize(cuda)
                 variant.first_step_seconds = time.perf_counter() - start
+                # Fused ops have their references counted, which need memory, only where eager is not there to count.
+                variant.flops = None if variant.name == COMPILE else FlopCount(EAGER not in subject.variants)
                 paces[variant.name] = _look_into(variant, step, memory[cuda], cuda, folder)
                 steps[variant.name] = step
             except Exception as error:  # whatever the user's code or a compiler raises
@@ -118,15 +120,20 @@ def measure(
 
 def _look_into(variant: Measured, step: Callable[[], Any], memory: PeakMemory, cuda: bool, folder: Path) -> float:
     """Steps apart from the clock: FLOPs, memory, a trace; returns the seconds that a step takes, roughly."""
-    # The second step: what is made once is made, and no graph is captured yet. A compiler would see the counting.
-    with FlopCount() if variant.name != COMPILE else contextlib.nullcontext() as variant.flops:
+    # The second step: what is made once is made, and no graph is captured yet. But torch.compile stops compiling in a
+    # process in which compiled code has run under a dispatch mode, as counting is one.
+    if _compiled().get("unique_graphs"):
+        variant.flops = None
+    with variant.flops or contextlib.nullcontext():
         step()
     for _ in range(WARM_UP - 2):
         step()
-    _synchronize(cuda)
-    if variant.name == COMPILE and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+    if variant.name == COMPILE and not _compiled().get("unique_graphs"):
         raise RuntimeError("torch.compile found nothing to compile in what `prepare` was called with")
+    _synchronize(cuda)
     memory.reset()
+    step()
+    _synchronize(cuda)
     start = time.perf_counter()
     for _ in range(LOOKED_AT):
         step()
@@ -135,6 +142,12 @@ def _look_into(variant: Measured, step: Callable[[], Any], memory: PeakMemory, c
     variant.memory = memory.read()
     variant.traced = trace(step, TRACED, cuda, folder / f"trace-{variant.name}.json")
     return pace
+
+
+def _compiled() -> dict[str, int]:
+    """torch.compile's own statistics; empty where nobody has used it yet."""
+    used = sys.modules.get("torch._dynamo.utils")
+    return {} if used is None else used.counters["stats"]
 
 
 def _of_eager(subject: Subject, found: list[Measured]) -> FlopCount | None:
@@ -146,8 +159,11 @@ def _of_eager(subject: Subject, found: list[Measured]) -> FlopCount | None:
         return counted
     with contextlib.suppress(Exception):  # where eager does not run, the others say why
         torch.manual_seed(0)
+        _compiled().clear()
         step = subject.make(EAGER)
         step()
+        if _compiled().get("unique_graphs"):
+            return None
         with FlopCount() as counted:
             step()
         return counted

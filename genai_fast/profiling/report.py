@@ -90,7 +90,7 @@ def _remarks(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[st
         said.append(f"resident memory: what libraries set up once is in {next(iter(good))}'s")
     uncounted = sorted({name for v in good.values() for name in v["flops_not_counted"]})
     if uncounted:
-        said.append(f"FLOP not counted, for want of a formula: {', '.join(uncounted)}")
+        said.append(f"FLOP not counted of: {', '.join(uncounted)}")
     if (report["foreign_load"] or 0.0) > 0.2:
         said.append(
             f"other programs kept {report['foreign_load']:.1f} cores busy meanwhile: the figures suffer from it"
