@@ -1,4 +1,4 @@
-"""Whole training steps against the plain PyTorch scripts that people write, as `bench.systems` lists them.
+"""Whole training steps against the plain PyTorch scripts that people write: `genai_fast.profiling.systems` lists them.
 
 Each side runs in a process of its own, in turn (A B A B ...): settings of the allocator and of the library of matrix
 products belong to a process, and so do its habits. Every side is measured as PyTorch comes and under
@@ -24,8 +24,8 @@ import torch
 import genai_fast
 from bench import record
 from bench.points import DEVICE, FUSED
-from bench.systems import SYSTEMS
 from genai_fast.profiling import ForeignLoad, compare
+from genai_fast.profiling.systems import SYSTEMS
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 1.0  # of clocking in each turn, at least

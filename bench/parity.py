@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.systems import SYSTEMS
+from genai_fast.profiling.systems import SYSTEMS
 
 STEPS, WINDOW, BATCHES = 50, 10, 5
 MOTIFS, SYMBOLS = 8, 64  # of the batches

@@ -17,6 +17,23 @@ from genai_fast import __version__
 from genai_fast.errors import UsageError
 from genai_fast.examples import EXAMPLES
 
+_PROFILE = """\
+Clocks the training step of a recipe, or of your own loop, in up to three variants: eager PyTorch, torch.compile and
+genai_fast; says where the time goes and what to change.
+
+Your own loop: FILE.py:FUNCTION, where FUNCTION returns
+  a function that runs one training step, called again and again,
+  or (that function, samples a step),
+  or an iterator that runs one step a next(): a loop like yours needs only `yield` at the end of its step; the loading
+  of its data is inside. It may yield the step's samples, as an int: `yield len(x)`.
+FUNCTION may have these parameters:
+  prepare   model = prepare(model) once, before the optimizer and the first step: as it is for eager, compiled for
+            compile, genai_fast.fuse(model) for fused; --compare needs it. With --precision bf16 the model's forward
+            runs under autocast and gives float32 back.
+  batch     what --batch says
+  device    what --device says, or cuda where there is one
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
@@ -134,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there too, as Markdown")
     _finish(tune, run.run_tune)
 
+    _add_profile(commands, run.run_profile)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend serves which op")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     _finish(doctor, run.run_doctor)
@@ -152,6 +171,30 @@ def _parser() -> argparse.ArgumentParser:
             one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
             one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
+
+
+def _add_profile(commands: Any, run: Any) -> None:
+    what = "where the time of a training step goes: eager, compiled and fused, a recipe's or your own loop's"
+    profile = commands.add_parser(
+        "profile", help=what, description=_PROFILE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    profile.add_argument("model", metavar="MODEL", help="a recipe of `train`, or FILE.py:FUNCTION or MODULE:FUNCTION")
+    profile.add_argument("--compare", metavar="VARIANTS", help="of eager,compile,fused; default: eager,fused")
+    profile.add_argument("--batch", type=int, help="samples a step; default: the recipe's, or your function's")
+    profile.add_argument(
+        "--precision", choices=("float32", "bfloat16", "bf16"), help="default: float32, or as your loop has it"
+    )
+    profile.add_argument("--data", default="", help="a recipe's, as `train` takes it; default: one synthetic batch")
+    profile.add_argument("--device", help="default: cuda if there is one, else cpu")
+    profile.add_argument(
+        "--seconds", type=float, default=10.0, help="on the clock, for each variant; default: %(default)g"
+    )
+    profile.add_argument(
+        "--out", type=Path, metavar="DIR", help="a new folder for the report and its traces; default: profile-NAME"
+    )
+    profile.add_argument("--json", action="store_true", help="print the figures as JSON rather than the table")
+    _finish(profile, run)
 
 
 def commands_of(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:

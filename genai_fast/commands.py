@@ -248,6 +248,12 @@ def run_tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_profile(options: argparse.Namespace) -> int:
+    from genai_fast.profiling import command
+
+    return command.run(options)
+
+
 def run_doctor(options: argparse.Namespace) -> int:
     from genai_fast import doctor
 

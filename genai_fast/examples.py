@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "genai-fast export runs/dcgan-mnist --out generator.safetensors",
         "genai-fast export runs/dcgan-mnist --out digits --onnx",
     ),
+    "profile": (
+        "genai-fast profile dcgan --compare eager,compile,fused --batch 128 --precision bf16",
+        "genai-fast profile gpt --data BOOK.txt",
+        "genai-fast profile train.py:train --out where-the-time-goes",
+    ),
     "tune": (
         "genai-fast tune dcgan-64-generator dcgan-64-discriminator --batch 64",
         "genai-fast tune net.py:make --input 3x64x64 --channels-last --out paths.md",

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
-from genai_fast import paths
+from genai_fast import imports, paths
 from genai_fast.errors import UsageError
 from genai_fast.fuse import fuse
 from genai_fast.models import MODELS
@@ -26,17 +20,13 @@ def load(name: str, sizes: str | None) -> tuple[nn.Module, tuple[int, ...]]:
     if name in MODELS:
         make, shape = MODELS[name]
         return make(), shape if sizes is None else _shape(sizes)
-    source, _, factory = name.rpartition(":")
-    if not source:
+    if ":" not in name:
         raise UsageError(
             f"MODEL: expected one of {', '.join(MODELS)}, or MODULE:FACTORY or FILE.py:FACTORY, got {name!r}"
         )
     if sizes is None:
         raise UsageError("--input: expected the shape of one input without the batch, such as 3x64x64")
-    found = getattr(_module(source), factory, None)
-    if not callable(found):
-        raise UsageError(f"MODEL: expected {factory!r} in {source} to be a class or function that gives a model")
-    model = found()
+    model = imports.load(name)()
     if not isinstance(model, nn.Module):
         raise UsageError(f"MODEL: expected {name} to give an nn.Module, got {type(model).__name__}")
     return model, _shape(sizes)
@@ -50,21 +40,6 @@ def _shape(sizes: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise UsageError(f"--input: expected sizes such as 3x64x64, got {sizes!r}")
     return shape
-
-
-def _module(source: str) -> Any:
-    try:
-        if not source.endswith(".py"):
-            sys.path.insert(0, "")
-            return importlib.import_module(source)
-        if not Path(source).is_file():
-            raise UsageError(f"MODEL: {source}: no such file")
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except ImportError as error:
-        raise UsageError(f"MODEL: {source} cannot be imported: {error}") from error
 
 
 def tune(

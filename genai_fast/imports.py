@@ -1,0 +1,44 @@
+"""What the user's own files and modules define, by name: `MODULE:NAME` or `FILE.py:NAME`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from genai_fast.errors import UsageError
+
+
+def load(name: str) -> Any:
+    """The class or function of that name.
+
+    Raises:
+        UsageError: no such file or module, or no such function in it.
+    """
+    source, _, function = name.rpartition(":")
+    found = getattr(_module(source), function, None)
+    if not callable(found):
+        raise UsageError(f"MODEL: expected {function!r} in {source} to be a class or function")
+    return found
+
+
+def _module(source: str) -> Any:
+    try:
+        if not source.endswith(".py"):
+            sys.path.insert(0, "")
+            return importlib.import_module(source)
+        if not Path(source).is_file():
+            raise UsageError(f"MODEL: {source}: no such file")
+        # As `python FILE.py` does it: the file finds its neighbours, and a loader's workers find what it defines.
+        sys.path.insert(0, str(Path(source).resolve().parent))
+        name = Path(source).stem
+        while name in sys.modules:
+            name += "_"
+        spec = importlib.util.spec_from_file_location(name, source)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise UsageError(f"MODEL: {source} cannot be imported: {error}") from error

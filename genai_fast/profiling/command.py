@@ -1,0 +1,123 @@
+"""What `genai-fast profile` does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genai_fast.errors import UsageError, require
+from genai_fast.profiling import loops, report
+from genai_fast.profiling.figures import figures
+from genai_fast.profiling.loops import COMPILE, LOOP, Subject
+from genai_fast.profiling.measure import Measurement, measure
+from genai_fast.training.recipes import RECIPES
+from genai_fast.training.runs import device_of, new_folder
+
+FILES = "profile.json, profile.txt, profile.png, trace-VARIANT.json (open it at ui.perfetto.dev)"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, and leave a folder."""
+    if not 0 < options.seconds < math.inf:
+        raise UsageError(f"--seconds: expected a number > 0, got {options.seconds:g}")
+    if options.batch is not None and options.batch < 1:
+        raise UsageError(f"--batch: expected at least 1, got {options.batch}")
+    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        require(module, "train")  # now rather than after the measurement
+    subject, device = _subject(options)
+    variants = _variants(options.compare, subject)
+    out = new_folder(Path("."), f"profile-{subject.name}") if options.out is None else options.out
+    with _new(out) as folder, contextlib.redirect_stdout(sys.stderr):  # a loop's own words are not the report
+        measurement = measure(subject, variants, options.seconds, device, folder, _say)
+        _check(subject, measurement)
+        _say("measuring what matrix products reach here")
+        found = figures(subject, measurement)
+        text, data = report.as_text(found), json.dumps(found, indent=1, allow_nan=False)
+        (folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
+        (folder / "profile.json").write_text(data + "\n", encoding="utf-8")
+        report.draw(found, folder / "profile.png")
+    print(data if options.json else f"{text}\n\n{out}: {FILES}")
+    return 0
+
+
+def _subject(options: argparse.Namespace) -> tuple[Subject, torch.device | None]:
+    """What is profiled, and the device that it certainly uses."""
+    name, bf16 = options.model, options.precision in ("bfloat16", "bf16")
+    device = None if options.device is None else device_of(options.device)
+    if device is not None and device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    if ":" in name:
+        if options.data:
+            raise UsageError(f"--data: {name} has its own; remedy: leave it out")
+        return loops.own(name, device, options.batch, bf16), device
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"MODEL: expected {loops.names()}, got {name!r}{hint}")
+    device = device or device_of("auto")
+    precision = "bfloat16" if bf16 else "float32"
+    return loops.recipe(name, device, options.batch, precision, options.data), device
+
+
+def _variants(wanted: str | None, subject: Subject) -> list[str]:
+    if wanted is None:
+        return [name for name in subject.variants if name != COMPILE]
+    variants = wanted.split(",")
+    if unknown := [name for name in variants if name not in loops.VARIANTS]:
+        raise UsageError(f"--compare: expected some of {','.join(loops.VARIANTS)}, got {unknown[0]!r}")
+    if len(set(variants)) < len(variants):
+        raise UsageError(f"--compare: expected each variant once, got {wanted}")
+    if LOOP in subject.variants:
+        raise UsageError(
+            f"--compare: {subject.what} takes no `prepare`; remedy: give it that parameter and call"
+            f" model = prepare(model) in it, once for each network"
+        )
+    if missing := [name for name in variants if name not in subject.variants]:
+        raise UsageError(
+            f"--compare: {subject.name} has no plain script for {missing[0]}; remedy: --compare"
+            f" {','.join(subject.variants)}"
+        )
+    return variants
+
+
+@contextlib.contextmanager
+def _new(out: Path) -> Any:
+    """A folder to write into, which gets its name when all is written; nothing is left otherwise."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
+    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise UsageError(f"--out: {out}: expected a folder that can be made, got {error.strerror}") from error
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(subject: Subject, measurement: Measurement) -> None:
+    """Say what went wrong; stop if nothing went right."""
+    failed = [v for v in measurement.variants if v.failed]
+    if len(failed) < len(measurement.variants):
+        return
+    if failed[0].trace_back:
+        print(failed[0].trace_back, file=sys.stderr, end="")
+    raise UsageError(f"{subject.name}: {failed[0].name}: {failed[0].failed}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

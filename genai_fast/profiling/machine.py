@@ -1,0 +1,129 @@
+"""The machine that is measured on: what it is, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genai_fast.kernels.common.extension import cpu_kernels, extension
+
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+_REPEATS, _SECONDS = 15, 2.0  # of one measurement: this many, or three if that takes so long
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, driver and versions. Clocks and power only where NVIDIA's management library answers."""
+    found: dict[str, Any] = {
+        "device": device_name(device),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": cpu_kernels()[1] if extension()[0] is not None else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{package: _version(package) for package in ("triton", "numpy", "genai-fast")},
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["memory_bytes"] = properties.total_memory
+        found["multiprocessors"] = properties.multi_processor_count
+        found.update(_management())
+    return found
+
+
+def nvml() -> tuple[Any, Any]:
+    """NVIDIA's management library and its handle of the current CUDA device; raises where there is none."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    # By its identity: CUDA_VISIBLE_DEVICES numbers devices anew.
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+
+def _management() -> dict[str, Any]:
+    """Driver, clocks (MHz), power (W) and temperature (degrees Celsius), as they are at this moment."""
+    try:
+        pynvml, handle = nvml()
+        readings = {
+            "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
+            "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "clock_limit_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "power_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "power_limit_watts": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "temperature_celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except Exception as error:  # no library, no driver, no permission: the record says which
+        return {"management": f"{type(error).__name__}: {error}"}
+    found = {}
+    for name, read in readings.items():
+        try:
+            value = read()
+            found[name] = value.decode() if isinstance(value, bytes) else value
+        except pynvml.NVMLError as error:
+            found[name] = str(error)
+    return found
+
+
+def fastest(call: Callable[[], object], device: str) -> float:
+    """Least wall time of a call, in seconds: a roof is what the machine can do, not what it usually does."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    times: list[float] = []
+    while len(times) < _REPEATS and (len(times) < 3 or sum(times) < _SECONDS):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gemm(device: str, precision: str) -> float:
+    """FLOP/s of a product of large random square matrices, in the fastest library that is here.
+
+    Args:
+        precision: float32, bfloat16 or float16; on CUDA also tf32: float32 rounded by the tensor cores.
+    """
+    size, before = GEMM_SIZE[device], torch.backends.cuda.matmul.allow_tf32
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    libraries = [lambda: a @ b]
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        # oneDNN, which uses wider vectors than MKL does on some processors.
+        libraries.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        return max(2 * size**3 / fastest(call, device) for call in libraries)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
