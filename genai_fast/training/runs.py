@@ -12,7 +12,7 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint, config, disk, distributed
+from genai_fast.training import checkpoint, config, disk, distributed, parallel
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
@@ -118,11 +118,11 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
     if settings.init and not newest:
         _begin_with(Path(settings.init), model)
-    model = distributed.placed(model, device, settings)
+    model = parallel.placed(model, device, settings)
     feeds = task.feeds(model)
     optimizer = make_optimizer(model, settings)
     state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
-    optimizer = distributed.sharded(model, optimizer, device, settings)
+    optimizer = parallel.sharded(model, optimizer, device, settings)
     with checkpoint.writing(folder):
         if distributed.first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
             task.prepare(folder)
         watch = task.watch(model, folder)
         record = fit(model, optimizer, *feeds, settings, folder, about=task.about, resume=state, after_epoch=watch)
-        model = distributed.whole_model(model, task.model).eval()
+        model = parallel.whole_model(model, task.model).eval()
         if distributed.first():
             task.finish(model, folder)
     return Trained(folder, settings, model, task, record)
