@@ -29,10 +29,11 @@ def new(config=CONFIG, seed=0):
     return model, make_optimizer(model, config)
 
 
-def train(folder, model, optimizer, resume=None, config=CONFIG):
+def train(folder, model, optimizer, resume=None, config=CONFIG, stream=None, after_epoch=None):
     folder.mkdir(exist_ok=True)
     feeds = [ImageFeed(model, images, config) for images in data.load("digits").split(0.1, seed=0)]
-    return fit(model, optimizer, *feeds, config, folder, resume=resume, stream=io.StringIO())
+    stream = stream or io.StringIO()
+    return fit(model, optimizer, *feeds, config, folder, resume=resume, stream=stream, after_epoch=after_epoch)
 
 
 def tensors(model, optimizer):

@@ -46,7 +46,10 @@ _LONGEST_STATE = 1 << 26  # bytes of a state.json
 _MOST_THREADS = 4096
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_UNWRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EEXIST,
+}  # fmt: skip
 
 
 class CheckpointError(UsageError):
