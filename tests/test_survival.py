@@ -282,7 +282,7 @@ def mounted(folder, options):
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
 def whole(run):
