@@ -31,7 +31,7 @@ from torch import nn
 from genai_fast import paths
 from genai_fast.errors import UsageError
 from genai_fast.training import disk
-from genai_fast.training.environment import environment
+from genai_fast.training.environment import changes, environment
 
 VERSION = 2
 _FORMAT = "genai-fast checkpoint"
@@ -252,7 +252,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     _set_generators(checkpoint, tensors)
     device = next(model.parameters()).device
     now = environment(device)
-    different = "; ".join(_differences(state["environment"], now))
+    different = changes(state["environment"], now)
     if different:
         warnings.warn(
             f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}",
@@ -262,14 +262,6 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     else:
         paths.take(device, state["routes"])
     return state
-
-
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key, "nothing"), now.get(key, "nothing"), f"{name}: {key}".lstrip(": "))
-    elif then != now:
-        yield f"{name}: {then} then, {now} now"
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
