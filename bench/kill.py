@@ -8,6 +8,7 @@ Weights, optimizer, random generators, progress and metrics.jsonl must come out 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pydoc_data.topics
@@ -132,28 +133,25 @@ def _wait(process: subprocess.Popen, run: Path, moment: str, draw: random.Random
     if moment == "time":
         time.sleep(draw.uniform(0.0, taken / 2))
         return process.poll() is None
-    begun, wanted = time.time_ns(), draw.randint(1, 4)
-    seen: set[tuple[str, int]] = set()  # files and folders that came, by name and time
-    while len(seen) < wanted:
+    before, wanted = _written(run, moment), draw.randint(1, 4)
+    came: set[tuple[str, int]] = set()
+    while len(came) < wanted:
         if process.poll() is not None or time.monotonic() > end:
             return False
-        seen |= set(_new(run, moment, begun))
+        came |= _written(run, moment) - before
         time.sleep(0.0005)
     time.sleep(draw.uniform(0.0, 0.02 if moment == "step" else 0.005))
     return process.poll() is None
 
 
-def _new(run: Path, moment: str, begun: int) -> list[tuple[str, int]]:
-    """What has come since `begun`: changes of metrics.jsonl, or checkpoints in the making."""
-    pattern, came = (METRICS if moment == "step" else ".checkpoint-*.new"), []
-    for path in run.glob(pattern):
-        try:
-            stamp = path.stat().st_mtime_ns if moment == "step" else path.stat().st_ino
-            if moment == "save" or stamp > begun:
-                came.append((path.name, stamp))
-        except FileNotFoundError:  # gone meanwhile
-            pass
-    return came
+def _written(run: Path, moment: str) -> set[tuple[str, int]]:
+    """The state of metrics.jsonl (name and time), or the checkpoints in the making (name and number of the folder)."""
+    there = set()
+    for path in run.glob(METRICS if moment == "step" else ".checkpoint-*.new"):
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            status = path.stat()
+            there.add((path.name, status.st_mtime_ns if moment == "step" else status.st_ino))
+    return there
 
 
 def _left(run: Path) -> str:

@@ -81,6 +81,10 @@ BROKEN = {
     "truncated state": (rewrite("state.json", lambda b: b[:50]), rf"state\.json: {STATE}"),
     "binary state": (rewrite("state.json", lambda b: b"\xff\xfe\x00"), rf"state\.json: {STATE}"),
     "nested state": (rewrite("state.json", lambda b: b"[" * 10**5), rf"state\.json: {STATE}"),
+    "deep about": (
+        rewrite("state.json", lambda b: b.replace(b'"about": "this"', b'"about": ' + b"[" * 900 + b"]" * 900)),
+        "state.json: expected",
+    ),
     "NaN": (rewrite("state.json", lambda b: b.replace(b'"best": 0', b'"best": NaN')), "got NaN, which JSON does not"),
     "one figure": (rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 0.002')), "was changed since"),
     "foreign state": (rewrite("state.json", lambda b: b'{"model": 1}'), "expected a genai-fast checkpoint"),

@@ -134,11 +134,10 @@ def writing(run: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE:
             raise
         stand = found(run)
-        raise DiskError(
-            f"{run}: cannot be written to: {error.strerror} ({disk.room(run)});"
-            f" {f'{stand[0].name} stands' if stand else 'there is no checkpoint yet'}; remedy: make room there or mend"
-            f" it, then go on with --run {run.name} --resume"
-        ) from error
+        stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
+        then = f"go on with --run {run.name} --resume" if stand else "begin again"
+        reason = f"{error.strerror} ({disk.room(run)})"
+        raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
 
 
 def found(run: Path) -> list[Path]:
@@ -177,6 +176,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size > _LONGEST_STATE:
             raise ValueError("no such file" if not path.exists() else "something else")
         state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        digest = _digest(state) if isinstance(state, dict) else ""
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -192,7 +192,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if type(state.get(key)) is not kind:
             raise _damaged(checkpoint, path, f"{key}: {kind.__name__}", _short(state.get(key)))
     named = _NAME.fullmatch(checkpoint.name)
-    if state["digest"] != _digest(state) or (named and int(named[1]) != state["step"]):
+    if state["digest"] != digest or (named and int(named[1]) != state["step"]):
         raise _damaged(checkpoint, path, "what was saved", "something that was changed since")
     threads, texts = state["environment"].get("threads"), [*state["routes"].values(), *state["files"].values()]
     if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
