@@ -65,7 +65,7 @@ def killed_at_line(number, work, *modules):
 
     def trace(frame, event, argument):
         nonlocal lines
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename not in files or frame.f_code.co_name[0] == "<":  # comprehensions write nothing
             return None
         lines += event == "line"
         if lines == number:
@@ -109,7 +109,7 @@ def test_at_whatever_line_a_save_is_killed_a_whole_checkpoint_stands(tmp_path):
             checkpoint.save(run, again, adam, 5, {}, {}, best=1)
             assert not list(run.glob(".*"))
         shutil.rmtree(run)
-    assert ends == {(3, 2, 1), (4, 3, 2, 1), (4, 3, 1)} and line > 100
+    assert ends == {(3, 2, 1), (4, 3, 2, 1), (4, 3, 1)} and line > 60
 
 
 @FORKS
@@ -123,12 +123,11 @@ def test_a_run_killed_at_any_line_ends_as_one_never_killed(tmp_path):
         state = checkpoint.restore(newest, model, optimizer) if newest else None
         train(run, model, optimizer, resume=state)
 
-    draw, kills = random.Random(0), 0
-    # Going on takes some 900 lines of these modules, all of the run some 3400.
-    while killed_at_line(draw.randint(1, 3000), go_on, loop, meter, checkpoint, disk):
-        kills += 1
-        assert kills < 50
-    assert kills > 3 and kill.differences(straight, run) == []
+    draw = random.Random(0)
+    kills = sum(killed_at_line(draw.randint(1, 1200), go_on, loop, meter, checkpoint, disk) for _ in range(8))
+    assert kills > 3
+    assert in_child(go_on) == 0
+    assert kill.differences(straight, run) == []
 
 
 @pytest.mark.parametrize(("recipe", "moments"), [("vae", ["save", "step"]), ("lstm", ["step", "save"])])
