@@ -51,6 +51,9 @@ def _say(recipe: str, result: Trained) -> None:
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
     print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
+    best = result.record.get("best")
+    if best and best != result.record["step"]:
+        print(f"best on held-out data after step {best}: kept; the commands below take it with --best")
     if isinstance(result.task, TextTask):
         prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
         print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")

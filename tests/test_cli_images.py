@@ -265,3 +265,30 @@ def test_commands_refuse_what_a_model_cannot(here, digits, capsys):
         assert call(*arguments) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["vae", "conv-vae"])
+def test_fine_tuning_on_other_images_names_what_does_not_match(here, digits, capsys, recipe):
+    """Other pixels for the dense model, other channels for the convolutional one; what matches is taken as it is."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
+    np.save(here / "colours.npy", colours)
+    before, after, expected = {
+        "vae": ("digits", digits, r"fc1\.weight \(expected \(16, 784\), got \(16, 64\)\)"),
+        "conv-vae": (digits, "colours.npy", r"weight \(expected \(\d+, 3, \d, \d\), got \(\d+, 1, \d, \d\)\)"),
+    }[recipe]
+    once = [*NETWORKS[recipe], "--epochs", "1", "--quality-every", "0", "--grid-every", "0"]
+    assert call("train", recipe, "--data", before, *once, "--run", "before") == 0
+    capsys.readouterr()
+    still = ["--lr", "1e-30", "--batch-size", "16"]  # so that what was taken can be seen at the end
+    assert call("train", recipe, "--data", after, *once, *still, "--init", "before", "--run", "after") == 0
+    said = capsys.readouterr().err
+    taken = re.search(r"before.*model\.safetensors: (\d+) tensors taken, these do not match: ", said)
+    assert taken and re.search(expected, said)
+    a, b = (
+        safetensors.torch.load_file(checkpoint.latest(here / "runs" / n) / "model.safetensors")
+        for n in ("before", "after")
+    )
+    matching = [k for k in a if k in b and a[k].shape == b[k].shape]
+    statistics = [k for k in matching if "running" in k or "num_batches" in k]  # these move without a rate
+    assert len(matching) == int(taken[1]) < len(b)
+    assert all(torch.equal(a[k], b[k]) for k in matching if k not in statistics)

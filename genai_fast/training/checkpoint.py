@@ -32,7 +32,7 @@ from torch import nn
 from genai_fast import paths
 from genai_fast.errors import UsageError
 from genai_fast.training import disk, distributed
-from genai_fast.training.environment import environment
+from genai_fast.training.environment import changes, environment
 
 VERSION = 2
 _FORMAT = "genai-fast checkpoint"
@@ -48,7 +48,10 @@ _LONGEST_STATE = 1 << 26  # bytes of a state.json
 _MOST_THREADS = 4096
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_UNWRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EEXIST,
+}  # fmt: skip
 
 
 class CheckpointError(UsageError):
@@ -136,11 +139,10 @@ def writing(run: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE:
             raise
         stand = found(run)
-        raise DiskError(
-            f"{run}: cannot be written to: {error.strerror} ({disk.room(run)});"
-            f" {f'{stand[0].name} stands' if stand else 'there is no checkpoint yet'}; remedy: make room there or mend"
-            f" it, then go on with --run {run.name} --resume"
-        ) from error
+        stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
+        then = f"go on with --run {run.name} --resume" if stand else "begin again"
+        reason = f"{error.strerror} ({disk.room(run)})"
+        raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
 
 
 def found(run: Path) -> list[Path]:
@@ -179,6 +181,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size > _LONGEST_STATE:
             raise ValueError("no such file" if not path.exists() else "something else")
         state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        digest = _digest(state) if isinstance(state, dict) else ""
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -194,7 +197,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if type(state.get(key)) is not kind:
             raise _damaged(checkpoint, path, f"{key}: {kind.__name__}", _short(state.get(key)))
     named = _NAME.fullmatch(checkpoint.name)
-    if state["digest"] != _digest(state) or (named and int(named[1]) != state["step"]):
+    if state["digest"] != digest or (named and int(named[1]) != state["step"]):
         raise _damaged(checkpoint, path, "what was saved", "something that was changed since")
     threads, texts = state["environment"].get("threads"), [*state["routes"].values(), *state["files"].values()]
     if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
@@ -255,7 +258,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     _set_generators(checkpoint, tensors)
     device = next(model.parameters()).device
     now = environment(device)
-    different = "; ".join(_differences(state["environment"], now))
+    different = changes(state["environment"], now)
     if different:
         warnings.warn(
             f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}",
@@ -266,14 +269,6 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         paths.take(device, state["routes"])
     state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
     return state
-
-
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key, "nothing"), now.get(key, "nothing"), f"{name}: {key}".lstrip(": "))
-    elif then != now:
-        yield f"{name}: {then} then, {now} now"
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -51,7 +51,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError("something else" if path.exists() else "no such file")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            # Copies: safetensors maps the file, which a run that goes on for days would hold open.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(str(error)) from error
 

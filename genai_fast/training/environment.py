@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,3 +56,24 @@ def _precision(on_cuda: bool) -> dict[str, str]:
     if on_cuda:
         switches = {"cuda.matmul": kinds.cuda.matmul, "cudnn.conv": kinds.cudnn.conv, "cudnn.rnn": kinds.cudnn.rnn}
     return {name: switch.fp32_precision for name, switch in switches.items()}
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, what has changed from one environment to another; "" if nothing has."""
+    names: dict[str, list[str]] = {}
+    for name, change in _differences(then, now):
+        names.setdefault(change, []).append(name)
+    return "; ".join(f"{_listed(which)}: {change}" for change, which in names.items())
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Names, with a dot at each level, and what has become of each."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from _differences(then.get(key, "nothing"), now.get(key, "nothing"), f"{name}.{key}".lstrip("."))
+    elif then != now:
+        yield name, f"{then} then, {now} now"
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
