@@ -148,15 +148,19 @@ def _begin_with(source: Path, model: nn.Module) -> None:
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
-    """The settings of a run, with the changes that a resumed run may make."""
+    """The settings of a run, with the changes that a resumed run may make.
+
+    A setting said again is no change, so a job that begins with `--resume` may be started again as it is.
+    """
     path = folder / CONFIG
-    fixed = [key for key in changes if key not in ON_RESUME]
+    saved = config.read(path, name) if path.exists() else {}
+    fixed = [key for key, value in changes.items() if key not in ON_RESUME and saved.get(key) != value]
     if fixed:
         flags, allowed = (", ".join(f"--{k.replace('_', '-')}" for k in keys) for keys in (fixed, ON_RESUME))
         raise ConfigError(f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}")
     if not path.exists():
         raise UsageError(f"{folder}: expected a run ({CONFIG} in it), got none; remedy: leave --resume out")
-    return config.build(RECIPES[name].config, {**config.read(path, name), **changes}, str(path))
+    return config.build(RECIPES[name].config, {**saved, **changes}, str(path))
 
 
 def open_run(folder: Path, best: bool = False) -> Opened:
