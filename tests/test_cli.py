@@ -224,6 +224,7 @@ def test_the_flags_are_these():
     }  # fmt: skip
     every = common | {
         "--size", "--flip", "--crop", "--rotate", "--jitter", "--grid-every", "--quality-every", "--latent",
+        "--sync-bn", "--no-sync-bn",
     }  # fmt: skip
     assert flags["train vae"] == every | {"--hidden", "--beta", "--likelihood"}
     gan = every | {"--lr-discriminator", "--smoothing", "--ema"}
@@ -235,7 +236,9 @@ def test_the_flags_are_these():
     assert flags["export"] == {"--out", "--best"} and flags["doctor"] == {"--json"}
     assert flags["demo"] == flags["demo-gan"] == flags["demo-text"] == {"--out", "--epochs"}
     words = common | {"--tokenizer", "--vocabulary", "--block", "--sample-every"}
-    assert flags["train gpt"] == flags["train seq2seq"] == words | {"--layers", "--heads", "--width", "--dropout"}
+    transformer = words | {"--layers", "--heads", "--width", "--dropout"}
+    assert flags["train gpt"] == transformer | {"--shard", "--no-shard"}
+    assert flags["train seq2seq"] == transformer
     assert flags["train lstm"] == words | {"--embedding", "--hidden", "--layers", "--dropout"}
     variational = words | {"--embedding", "--hidden", "--latent", "--beta"}
     assert flags["train vrnn"] == variational
