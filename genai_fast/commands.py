@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from genai_fast import data
 from genai_fast.cpu import tune_cpu
@@ -16,7 +17,7 @@ from genai_fast.models import latents, slerp
 from genai_fast.training import config, distributed, pictures, writing
 from genai_fast.training.feed import batch_for
 from genai_fast.training.recipes import RECIPES
-from genai_fast.training.runs import Opened, Trained, new_folder, open_run, saved_settings, train
+from genai_fast.training.runs import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.training.text_task import TextTask
 from genai_fast.training.watch import decode, generate, shown
 
@@ -24,9 +25,13 @@ from genai_fast.training.watch import decode, generate, shown
 def run_train(options: argparse.Namespace) -> int:
     kind = RECIPES[options.recipe].config
     flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
-    if options.resume:
+    resume = options.resume
+    if resume:
         if options.name is None:
             raise UsageError("--resume: expected the run's name as well; remedy: --run NAME")
+        # torchrun starts the same command again after a failure: the first time there is no run yet.
+        resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
+    if resume:
         if options.config is not None:
             raise UsageError("--resume goes on with the run's own settings; remedy: leave --config out")
         settings = saved_settings(options.recipe, options.out / options.name, flags)
@@ -40,7 +45,7 @@ def run_train(options: argparse.Namespace) -> int:
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
     with tune_cpu(), distributed.processes(settings):
-        result = train(options.recipe, settings, folder, resume=options.resume)
+        result = train(options.recipe, settings, folder, resume=resume)
         if distributed.first():
             _say(options.recipe, result)
     return 0

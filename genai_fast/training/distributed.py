@@ -1,7 +1,6 @@
-"""Training in several processes that torchrun has started, one a device: each has its rows of every batch.
+"""Processes that torchrun has started, one a device: what they agree on, and whose rows of a batch are whose.
 
-Gradients are averaged by PyTorch's DistributedDataParallel, or by FSDP2 (`--shard`). Losses, updates and checkpoints
-are those of one process on the joined batch; DISTRIBUTED.md says where they are not. In one process none of this runs.
+In one process none of this runs. DISTRIBUTED.md says how it is used.
 """
 
 from __future__ import annotations
@@ -11,19 +10,15 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from genai_fast.errors import UsageError
 from genai_fast.ops import rows
 from genai_fast.training.config import Config
-from genai_fast.training.optimizer import make_optimizer
-from genai_fast.training.step import Step
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 _PATIENCE = datetime.timedelta(hours=1)  # with the others, who may wait for one that reads data or draws pictures
@@ -210,200 +205,17 @@ def joint(losses: Any, weight: float) -> Any:
     if size() == 1:
         return losses
     values = torch.stack(tuple(losses)).detach().double()
-    weights = torch.stack([_weight(losses, name, weight) for name in losses._fields])
+    weights = torch.stack([weight_of(losses, name, weight) for name in losses._fields])
     sums = torch.stack([torch.where(weights > 0, values * weights, 0.0), weights])
     dist.all_reduce(sums)
     return type(losses)(*(sums[0] / sums[1]).float())
 
 
-def _weight(losses: Any, name: str, weight: float) -> torch.Tensor:
+def weight_of(losses: Any, name: str, weight: float) -> torch.Tensor:
+    """What this process's part of a loss weighs, if its rows weigh `weight`: 0-d, float64."""
     own = rows.mine()
     weight = torch.full_like(
         losses.loss if hasattr(losses, "loss") else losses[0], 0.0 if own.idle else weight
     ).double()
     # A mean over the tokens of padded texts, of which each process has another number.
     return weight * losses.tokens if name == "loss" and hasattr(losses, "nats") else weight
-
-
-# The model in several processes.
-
-
-def placed(model: nn.Module, device: torch.device, settings: Config) -> nn.Module:
-    """The model on its device, with the batch norm that `sync_bn` wants; one that is to be sharded stays on the CPU."""
-    if size() > 1 and getattr(settings, "sync_bn", False):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model if size() > 1 and getattr(settings, "shard", False) else model.to(device)
-
-
-def sharded(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, settings: Config
-) -> torch.optim.Optimizer:
-    """If `shard` wants it, the model's weights are divided among the processes; returns the optimizer for them, in the
-    old one's state."""
-    if size() == 1 or not getattr(settings, "shard", False):
-        return optimizer
-    from torch.distributed.tensor import distribute_tensor
-
-    before = optimizer.state_dict()
-    _shard(model, device, settings.precision == "bfloat16")
-    optimizer = make_optimizer(model, settings)
-    after = optimizer.state_dict()
-    weights = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    for k, tensors in before["state"].items():
-        p = weights[k]
-        after["state"][k] = {
-            name: distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if x.dim() else x
-            for name, x in tensors.items()
-        }
-    for group, old in zip(after["param_groups"], before["param_groups"], strict=True):
-        group |= {"initial_lr": old["initial_lr"]} if "initial_lr" in old else {}
-    optimizer.load_state_dict(after)
-    return optimizer
-
-
-def _shard(model: nn.Module, device: torch.device, bfloat16: bool) -> None:
-    """A GPT's weights, gradients and optimizer state, block by block."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device.type, (size(),))
-    # Matrices travel as autocast would round them; norms, embeddings and the sums of gradients stay float32.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy if bfloat16 else MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "training_step")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return hasattr(next(model.parameters()), "full_tensor")
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded; all processes must ask."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """The names in its state dict of what is not finite, in any process; all must ask."""
-    state = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in model.state_dict().items()}
-    found = [name for name, x in state.items() if not x.isfinite().all()]
-    if size() == 1:
-        return found
-    each: list[list[str]] = [[] for _ in range(size())]
-    dist.all_gather_object(each, found)
-    return [name for names in each for name in names]
-
-
-def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
-    """For the first process a model that works by itself: itself, or of a sharded one a copy; all must ask."""
-    if not is_sharded(model):
-        return model
-    state = {name: whole(x).cpu() for name, x in model.state_dict().items()}
-    if not first():
-        return model
-    with torch.random.fork_rng([]):
-        copy = build()
-    copy.load_state_dict(state)
-    return copy
-
-
-def gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """Model and optimizer as `checkpoint.save` takes them, with what all processes have of them; all must ask."""
-    if size() == 1:
-        return model, optimizer
-    same_buffers(model)
-    weights = {name: whole(x) for name, x in model.state_dict().items()}
-    settings = optimizer.state_dict()
-    settings["state"] = {k: {name: whole(x) for name, x in s.items()} for k, s in settings["state"].items()}
-    found = SimpleNamespace(state_dict=lambda: weights, parameters=model.parameters)
-    if hasattr(model, "carried"):
-        carried = {name: _joined(x) for name, x in model.carried().items()}
-        found.carried = lambda: carried
-    return found, SimpleNamespace(state_dict=lambda: settings)
-
-
-def _joined(x: torch.Tensor) -> torch.Tensor:
-    """All processes' rows of what a model carries, [layers, rows, ...], each having as many."""
-    parts = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, 1)
-
-
-class _TrainingStep(nn.Module):
-    """DistributedDataParallel wants what is trained to be a `forward`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self._step = model, model.training_step
-
-    def forward(self, *batch: torch.Tensor) -> Any:
-        return self._step(*batch)
-
-
-class _Parallel(DistributedDataParallel):
-    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
-        """PyTorch's refuses SyncBatchNorm on a CPU, where the fused blocks serve it."""
-
-
-@contextlib.contextmanager
-def averaging(model: nn.Module) -> Iterator[None]:
-    """Inside, gradients of the model, or of each of its networks, are averaged over the processes."""
-    if size() == 1:
-        yield
-        return
-    device = next(model.parameters()).device
-    same_noise(device)
-    if is_sharded(model):
-        yield
-        return
-    same_buffers(model)
-    if hasattr(model, "carried"):
-        carried = model.carried().items()
-        model.load_carried({name: x.tensor_split(size(), 1)[dist.get_rank()] for name, x in carried})
-    parts = model.networks() if hasattr(model, "networks") else {"training_step": _TrainingStep(model)}
-    for name, part in parts.items():
-        # Found before the class's or the registered one of this name; so calls pass through it, while state dict, modes
-        # and parameters are the model's own. Weights are alike already, by seed or checkpoint.
-        model.__dict__[name] = parallel = _Parallel(part, init_sync=False)
-        parallel.broadcast_buffers = False  # the argument of this name is deprecated, its successor not in torch 2.11
-    try:
-        yield
-    finally:
-        for name in parts:
-            del model.__dict__[name]
-
-
-class JointStep(Step):
-    """A step of several processes: it returns the losses of the joined batch, and all skip what one would skip.
-
-    It is not captured as a CUDA graph.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
-        super().__init__(model, optimizer, graph=False, module=model, **settings)
-        self._deferred = self._deferred and not is_sharded(model)
-        self._weight = self._joint_loss = torch.ones((), device=self._device)  # of networks in turns: whole batches
-
-    def __call__(self, *batch: torch.Tensor) -> Any:
-        return joint(super().__call__(*batch), len(batch[0]))
-
-    def _take_turn(self, result: Any, parts: list[tuple[tuple[torch.Tensor, ...], float]]) -> Any:
-        self._weight = _weight(result, "loss", len(parts[0][0][0]))
-        return super()._take_turn(result, parts)
-
-    def _backward(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
-        weight = self._weight.double()
-        sums = torch.stack([torch.where(weight > 0, loss.detach() * weight, 0.0), weight])
-        dist.all_reduce(sums)
-        self._joint_loss = sums[0] / sums[1]
-        # Gradients are averaged with equal weights.
-        super()._backward(parameters, loss * (weight * size() / sums[1]).to(loss.dtype))
-
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
-        super()._update(parameters, self._joint_loss)
-
-
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Step:
-    """A `Step`, of this process or of all."""
-    return (Step if size() == 1 else JointStep)(model, optimizer, **settings)

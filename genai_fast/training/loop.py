@@ -18,7 +18,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint, distributed
+from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.board import Board
 from genai_fast.training.config import Config
 from genai_fast.training.display import display
@@ -107,7 +107,7 @@ def fit(
     warned: set[str] = set()
 
     def save() -> None:
-        whole = distributed.gathered(model, optimizer)
+        whole = parallel.gathered(model, optimizer)
         if distributed.first():
             metrics.synchronize()
             checkpoint.save(
@@ -117,12 +117,12 @@ def fit(
 
     stream = stream or (sys.stderr if distributed.first() else io.StringIO())
     with (
-        distributed.averaging(model),
+        parallel.averaging(model),
         Metrics(run / METRICS if distributed.first() else None, at.step, board) as metrics,
         display(stream, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
-        step = distributed.step_of(model, optimizer, clip=config.clip, precision=config.precision)
+        step = parallel.step_of(model, optimizer, clip=config.clip, precision=config.precision)
         if resume is not None and resume["training_step"]:
             step.load_state_dict(resume["training_step"])
         while at.epoch < config.epochs:
@@ -308,7 +308,7 @@ def _check(
 ) -> None:  # fmt: skip
     """Stop if updates are skipped again and again; before saving, also if anything in the model is not finite."""
     _, row = step.skipped()
-    broken = distributed.not_finite(step.model) if saving else []
+    broken = parallel.not_finite(step.model) if saving else []
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"

@@ -13,7 +13,7 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
-from genai_fast.training import checkpoint, config, disk, distributed
+from genai_fast.training import checkpoint, config, disk, distributed, parallel
 from genai_fast.training.board import Board
 from genai_fast.training.config import Config, ConfigError, TextConfig
 from genai_fast.training.image_task import ImageTask
@@ -122,11 +122,11 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
     if settings.init and not newest:
         _begin_with(Path(settings.init), model)
-    model = distributed.placed(model, device, settings)
+    model = parallel.placed(model, device, settings)
     feeds = task.feeds(model)
     optimizer = make_optimizer(model, settings)
     state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
-    optimizer = distributed.sharded(model, optimizer, device, settings)
+    optimizer = parallel.sharded(model, optimizer, device, settings)
     with checkpoint.writing(folder), contextlib.ExitStack() as stack:
         board = None
         if distributed.first():
@@ -139,7 +139,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         record = fit(
             model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
         )
-        model = distributed.whole_model(model, task.model).eval()
+        model = parallel.whole_model(model, task.model).eval()
         if distributed.first():
             task.finish(model, folder)
     return Trained(folder, settings, model, task, record)
@@ -157,15 +157,19 @@ def _begin_with(source: Path, model: nn.Module) -> None:
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
-    """The settings of a run, with the changes that a resumed run may make."""
+    """The settings of a run, with the changes that a resumed run may make.
+
+    A setting said again is no change, so a job that begins with `--resume` may be started again as it is.
+    """
     path = folder / CONFIG
-    fixed = [key for key in changes if key not in ON_RESUME]
+    saved = config.read(path, name) if path.exists() else {}
+    fixed = [key for key, value in changes.items() if key not in ON_RESUME and saved.get(key) != value]
     if fixed:
         flags, allowed = (", ".join(f"--{k.replace('_', '-')}" for k in keys) for keys in (fixed, ON_RESUME))
         raise ConfigError(f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}")
     if not path.exists():
         raise UsageError(f"{folder}: expected a run ({CONFIG} in it), got none; remedy: leave --resume out")
-    return config.build(RECIPES[name].config, {**config.read(path, name), **changes}, str(path))
+    return config.build(RECIPES[name].config, {**saved, **changes}, str(path))
 
 
 def open_run(folder: Path, best: bool = False) -> Opened:

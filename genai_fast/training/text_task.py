@@ -12,7 +12,7 @@ from torch import nn
 from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
-from genai_fast.training import distributed, writing
+from genai_fast.training import distributed, parallel, writing
 from genai_fast.training.board import Board
 from genai_fast.training.config import TextConfig
 from genai_fast.training.feed import Feed
@@ -88,7 +88,7 @@ class TextTask:
         def look(epoch: int, train: dict[str, float]) -> Look:
             every, sample = self.settings.sample_every, ""
             if every and epoch % every == 0:
-                shown = distributed.whole_model(model, self.model)
+                shown = parallel.whole_model(model, self.model)
                 if distributed.first():
                     path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(shown)
                     path.parent.mkdir(exist_ok=True)
