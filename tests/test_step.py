@@ -335,6 +335,13 @@ def turn(what):
     return step_of(turns)
 
 
+def grown():
+    optimizer = new_sgd()
+    step = Step(lambda x, y: mse(plain_net(), x, y), optimizer)
+    optimizer.add_param_group({"params": list(plain_net().parameters())})
+    step(*batches(1)[0])
+
+
 def new_sgd():
     return torch.optim.SGD(plain_net().parameters(), lr=0.1)
 
@@ -371,6 +378,7 @@ MISTAKES = {
         step_of(mse, torch.ones(4, 8), torch.ones(3, 4), accumulate=2), r"first dimension, got \[\(4, 8\), \(3, 4\)\]",
     ),
     "closure": (lambda: Step(mse, torch.optim.LBFGS(plain_net().parameters())), "takes no closure, got LBFGS"),
+    "another group": (grown, "the groups of parameters it began with; remedy: a new Step"),
     "no optimizer": (lambda: Step(mse, []), "expected one with parameters, got none"),
     "shared": (
         lambda: Step(mse, [torch.optim.SGD(net.parameters()) for net in [plain_net()] for _ in range(2)]),

@@ -1,6 +1,7 @@
 """The training step's CUDA graphs: their logic with a recorder in the place of CUDA's, and on a GPU themselves."""
 
 import contextlib
+import copy
 import math
 import warnings
 
@@ -136,6 +137,10 @@ def test_a_captured_step_follows_rates_and_is_captured_anew_for_other_settings(r
     for _ in range(3):
         step(x, y)
     assert step.captured == 1
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # other tensors than the graph knows
+    with pytest.warns(FallbackWarning, match="captures its CUDA graphs anew"):
+        step(x, y)
+    assert step.captured == 0 and optimizer.param_groups[0]["lr"] is rate
 
 
 def test_no_capture_before_every_optimizer_has_begun(recorder):

@@ -18,6 +18,7 @@ from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.models.autoencoder import AutoencoderLoss
 from genai_fast.training import Step, TrainingInterrupted, TrainingStopped, checkpoint, fit, loop, make_optimizer
+from genai_fast.training import step as step_module
 from genai_fast.training.feed import ImageFeed
 from genai_fast.training.meter import Meter, Progress
 from genai_fast.training.schedule import Schedule
@@ -239,8 +240,11 @@ def test_a_checkpoint_never_holds_nan(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("when", ["step", "last step"])
-def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, when):
+@pytest.mark.parametrize("when", ["step", "last step", "step in float16"])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_exactly(tmp_path, when, monkeypatch):
+    config = dataclasses.replace(CONFIG, precision="float16" if "float16" in when else "float32")
+    monkeypatch.setattr(step_module, "_SCALE", 2.0**19)  # so much that the first steps are skipped
+
     class Interrupted(MLPVAE):
         at = 7 if when == "last step" else 5
         steps = 0
@@ -256,15 +260,17 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_exactly(tmp
     optimizer = make_optimizer(model, CONFIG)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted, match=rf"SIGINT after step {model.at} .*checkpoint.*--resume"):
-        fit(model, optimizer, *feeds(model), CONFIG, tmp_path, stream=io.StringIO())
+        fit(model, optimizer, *feeds(model), config, tmp_path, stream=io.StringIO())
     assert signal.getsignal(signal.SIGINT) is before
     (saved,) = tmp_path.glob("checkpoint-*")
     assert saved.name == f"checkpoint-{model.at:09d}"
 
     resumed, its_optimizer = new(seed=9)
     state = checkpoint.restore(saved, resumed, its_optimizer)
-    fit(resumed, its_optimizer, *feeds(resumed), CONFIG, tmp_path, resume=state, stream=io.StringIO())
+    fit(resumed, its_optimizer, *feeds(resumed), config, tmp_path, resume=state, stream=io.StringIO())
     straight, adam = new()
     (tmp_path / "straight").mkdir()
-    fit(straight, adam, *feeds(straight), CONFIG, tmp_path / "straight", stream=io.StringIO())
+    fit(straight, adam, *feeds(straight), config, tmp_path / "straight", stream=io.StringIO())
     assert equal(resumed, straight)
+    if "float16" in when:
+        assert 0 < next(r for r in records(tmp_path) if r["kind"] == "epoch")["skipped"] < model.at

@@ -27,7 +27,7 @@ class Graphs:
         body: a whole step, on tensors that lie where and as `place` puts them.
         ready: whether it may be captured by now.
         optimizers: whose step is in it. Rates that are numbers become tensors, which schedulers fill; if another
-            setting changes, the graphs are captured anew.
+            setting changes, or a state is loaded, the graphs are captured anew.
         limit: shapes that get a graph; batches of further shapes run plainly.
     """
 
@@ -41,8 +41,8 @@ class Graphs:
         limit: int,
     ) -> None:
         self._body, self._place, self._ready, self._device, self._limit = body, place, ready, device, limit
-        self._groups = [(group, o.defaults.keys() - {"lr"}) for o in optimizers for group in o.param_groups]
-        self._rates = [_on_device(group["lr"], device) for group, _ in self._groups]
+        self._optimizers = optimizers
+        self._rates = [_on_device(group["lr"], device) for o in optimizers for group in o.param_groups]
         self._settings = self._read_settings()
         self._refused = False
         self._forget()
@@ -53,8 +53,8 @@ class Graphs:
     def __call__(self, *batch: torch.Tensor) -> Any:
         settings = self._read_settings()
         if settings != self._settings:
-            if self._captured:
-                _say("Step captures its CUDA graphs anew: a setting of an optimizer other than lr has changed")
+            if self._seen:
+                _say("Step captures its CUDA graphs anew, after a warm-up: an optimizer has another state or settings")
             self._settings = settings
             self._forget()
         shapes = tuple((x.shape, x.dtype) for x in batch)
@@ -101,19 +101,22 @@ class Graphs:
         self._pool: Any = None
 
     def _drop_gradients(self) -> None:
-        for group, _ in self._groups:
+        for group in self._groups:
             for p in group["params"]:
                 p.grad = None
 
     def _read_settings(self) -> list[tuple]:
         """What a graph has frozen: numbers by value, tensors by identity. Rates go where graphs read them."""
-        for (group, _), rate in zip(self._groups, self._rates, strict=True):
+        # New ones after load_state_dict, which replaces the state too; held, so that no other gets their ids.
+        self._groups = [group for o in self._optimizers for group in o.param_groups]
+        for group, rate in zip(self._groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
+        names = [o.defaults.keys() - {"lr"} for o in self._optimizers for _ in o.param_groups]
         return [
-            tuple(id(group[k]) if isinstance(group[k], torch.Tensor) else group[k] for k in sorted(keys))
-            for group, keys in self._groups
+            (id(group), {k: id(group[k]) if isinstance(group[k], torch.Tensor) else group[k] for k in keys})
+            for group, keys in zip(self._groups, names, strict=True)
         ]
 
 

@@ -60,9 +60,9 @@ class Step:
     Then the step is captured, and each further call copies its batch into the graph's inputs and replays it. Random
     numbers are fresh in each replay. What a step reads besides the batch may change only in place: weights, optimizer
     state, buffers, tensors (a weight beta of a loss: `beta.fill_(0.5)`); Python numbers are frozen. Rates are the
-    exception: lr becomes a tensor that torch's schedulers fill. Restore checkpoints before the first step. Gradients
-    are not kept. If the capture fails (something waits for the device: `item()`, a print), all steps run plainly from
-    then on, that batch's too, with a FallbackWarning that names the error.
+    exception: lr becomes a tensor that torch's schedulers fill. Another setting of an optimizer, or a state that it
+    loads, begins all this anew. Gradients are not kept. If the capture fails (something waits for the device: `item()`,
+    a print), all steps run plainly from then on, that batch's too, with a FallbackWarning that names the error.
 
     Args:
         model: the loss function, or a model that has `training_step` or `turns`.
@@ -116,6 +116,7 @@ class Step:
         self._layout = torch.channels_last if last else torch.preserve_format
 
         groups = [group for o in self._optimizers for group in o.param_groups]
+        self._group_count = len(groups)
         graphed = all(p.is_cuda for p in self._parameters) if graph is None else graph
         for need in ("capturable", "fused") if graphed else ():
             if not all(group.get(need, need == "capturable") for group in groups):  # SGD has no state to be captured
@@ -144,6 +145,8 @@ class Step:
                     f"Step: batch: expected tensors, got {type(x).__name__} as number {number}; remedy: step(*tensors),"
                     f" of a dict step(*batch.values()), and a loss function that takes them one by one"
                 )
+        if sum(len(o.param_groups) for o in self._optimizers) != self._group_count:
+            raise UsageError("Step: optimizer: expected the groups of parameters it began with; remedy: a new Step")
         if self._graphs is not None:
             return self._graphs(*batch)
         return self._plain(*(self._placed(x) for x in batch))
