@@ -190,7 +190,7 @@ def test_signals_stop_with_their_exit_code_and_only_nohup_is_heeded(here, capsys
 
 def test_what_ails_a_model_twice_is_recorded_in_a_resumed_run_too(tmp_path):
     def after_epoch(epoch, means):
-        return {}, ["mode collapse: again", "not finite: loss"] if epoch < 3 else []
+        return loop.Look({}, ["mode collapse: again", "not finite: loss"] if epoch < 3 else [])
 
     def go(folder, epochs, resume=None):
         model, optimizer = new()
@@ -213,7 +213,7 @@ def test_the_best_epoch_is_the_one_with_the_lowest_figure(tmp_path, figure):
 
     def after_epoch(epoch, means):
         value = next(values)
-        return {} if value is None else {figure: value, "kl": -1.0}, []
+        return loop.Look({} if value is None else {figure: value, "kl": -1.0}, [])
 
     config = dataclasses.replace(CONFIG, epochs=3, checkpoint_every=0, keep=1)
     model, optimizer = new()

@@ -38,7 +38,7 @@ class Config:
     epochs: int = setting(50, "passes over the data", low=1)
     batch_size: int = setting(128, "samples a step, of all processes together", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
-    warmup: int = setting(0, "steps over which the learning rate rises", low=0)
+    warmup: int = setting(0, "steps over which the learning rate rises, a tenth of the run at most", low=0)
     decay: str = setting("none", "fall of the learning rate to a tenth at the end", choices=("none", "cosine"))
     beta1: float = setting(0.9, "decay of Adam's first moment", low=0, high=0.9999)
     beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)

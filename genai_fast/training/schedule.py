@@ -10,7 +10,7 @@ from genai_fast.training.config import Config
 
 
 class Schedule:
-    """Rises linearly over `config.warmup` steps, then stays, or falls to a tenth along a cosine (`config.decay`).
+    """Rises linearly over `config.warmup` steps, a tenth of the run at most, then stays, or falls to a tenth along a cosine (`config.decay`).
 
     Each group keeps its own rate as the peak. A rate that is a tensor is changed in place, as a captured graph asks.
     """
@@ -19,8 +19,8 @@ class Schedule:
         self._groups = optimizer.param_groups
         for group in self._groups:  # the key that torch's own schedulers use; a restored group has it
             group.setdefault("initial_lr", float(group["lr"]))
-        self._warmup, self._cosine, self._steps = config.warmup, config.decay == "cosine", steps
-        self._constant = not config.warmup and not self._cosine
+        self._warmup, self._cosine, self._steps = min(config.warmup, steps // 10), config.decay == "cosine", steps
+        self._constant = not self._warmup and not self._cosine
 
     def factor(self, step: int) -> float:
         """Of the peak, at a step counted from 0."""
