@@ -62,19 +62,20 @@ def test_the_rate_rises_and_falls(kind):
     config = dataclasses.replace(CONFIG, lr=1.0, warmup=4, decay="cosine")
     rate = torch.tensor(1.0) if kind == "tensor" else 1.0
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    schedule, rates = Schedule(optimizer, config, 14), []
-    for step in range(15):
+    schedule, rates = Schedule(optimizer, config, 44), []
+    for step in range(45):
         schedule.set(step)
         rates.append(float(optimizer.param_groups[0]["lr"]))
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
-    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[9] == pytest.approx(0.55)
-    assert rates[14] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[24] == pytest.approx(0.55)
+    assert rates[44] == pytest.approx(0.1)
     if kind == "tensor":
         assert optimizer.param_groups[0]["lr"] is rate  # as a captured graph reads it
     # A run that goes on has the rates of the run that never stopped.
-    again = Schedule(optimizer, config, 14)
+    again = Schedule(optimizer, config, 44)
     again.set(2)
     assert float(optimizer.param_groups[0]["lr"]) == 0.75
+    assert [Schedule(optimizer, config, 20).factor(k) for k in range(3)] == [0.5, 1.0, 1.0]  # a tenth of it
 
 
 def run(tmp_path, config=CONFIG, stream=None, **new_arguments):

@@ -10,7 +10,8 @@ from genai_fast.training.config import Config
 
 
 class Schedule:
-    """Rises linearly over `config.warmup` steps, a tenth of the run at most, then stays, or falls to a tenth along a cosine (`config.decay`).
+    """Rises linearly over `config.warmup` steps, a tenth of the run at most; then stays, or falls to a tenth along a
+    cosine (`config.decay`).
 
     Each group keeps its own rate as the peak. A rate that is a tensor is changed in place, as a captured graph asks.
     """
