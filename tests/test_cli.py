@@ -70,6 +70,28 @@ def test_resuming_is_training_on(here):
         assert (a == b).all(), name
 
 
+def test_a_batch_in_parts_is_one_step(here):
+    """A dense autoencoder would be exact; a VAE's noise is another in each part, so its loss is near."""
+    for name, more in (("whole", []), ("parts", ["--accumulate", "3"])):
+        assert call("train", "vae", *SMALL, "--run", name, *more) == 0
+    whole, parts = (
+        [json.loads(line) for line in (here / "runs" / name / loop.METRICS).read_text().splitlines()]
+        for name in ("whole", "parts")
+    )
+    assert [r["step"] for r in whole] == [r["step"] for r in parts]
+    assert whole != parts and parts[-1]["train"]["loss"] == pytest.approx(whole[-1]["train"]["loss"], rel=0.02)
+
+
+def test_float32_products_are_as_they_were_behind_a_run(monkeypatch):
+    """On CUDA; its switches are there without one."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    monkeypatch.setattr(runs, "device_of", lambda name: torch.device("cuda"))
+    with runs._products(VAEConfig(tf32=True)):
+        assert switch.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert switch.fp32_precision == before
+
+
 def test_pictures_show_what_they_should(here):
     images = data.load("digits")
     train, validation = images.split(0.1, seed=0)
@@ -119,6 +141,11 @@ MISTAKES = {
     "config key": (
         ["train", "vae", "--config", "bad.toml"],
         "bad.toml: unknown key 'epoch'; did you mean epochs?",
+    ),
+    "tf32": (["train", "vae", *SMALL, "--device", "cpu", "--tf32"], "--tf32: expected a CUDA device, got a CPU"),
+    "parts of turns": (
+        ["train", "mlp-gan", "--data", "digits", "--accumulate", "2"],
+        "accumulate: expected 1 for networks in turns, got more",
     ),
     "resume which": (["train", "vae", "--resume"], "--resume: expected the run's name"),
     "resume none": (["train", "vae", "--resume", "--run", "no"], "runs/no: expected a run"),

@@ -47,6 +47,8 @@ class Config:
     precision: str = setting(
         "float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16", "float16")
     )
+    tf32: bool = setting(False, "float32 products in TF32: on CUDA faster, to ten bits of mantissa")
+    accumulate: int = setting(1, "parts in which a step's batch is computed, to save memory; one update", low=1)
     seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")

@@ -122,7 +122,8 @@ def fit(
         display(stream, config.epochs * train.samples) as screen,
         _signals() as stop,
     ):
-        step = parallel.step_of(model, optimizer, clip=config.clip, precision=config.precision)
+        how = {"clip": config.clip, "precision": config.precision, "accumulate": config.accumulate}
+        step = parallel.step_of(model, optimizer, **how)
         if resume is not None and resume["training_step"]:
             step.load_state_dict(resume["training_step"])
         while at.epoch < config.epochs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from genai_fast.training.image_task import ImageTask
 from genai_fast.training.loop import fit
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.recipes import RECIPES
+from genai_fast.training.step import check_accumulates
 from genai_fast.training.text_task import TextTask
 
 CONFIG = "config.toml"
@@ -95,8 +97,27 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
         DiskError: the folder cannot be written to, or no longer; the last checkpoint stands.
         TrainingStopped, TrainingInterrupted: as `fit` does.
     """
-    with distributed.processes(settings):
+    with distributed.processes(settings), _products(settings):
         return _train(name, settings, distributed.agreed(folder), resume)
+
+
+@contextlib.contextmanager
+def _products(settings: Config) -> Iterator[None]:
+    """How float32 products are computed meanwhile."""
+    if not settings.tf32:
+        yield
+        return
+    if device_of(settings.device).type != "cuda":
+        raise ConfigError("--tf32: expected a CUDA device, got a CPU; remedy: leave it out, or --precision bfloat16")
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
@@ -118,6 +139,9 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
     model = task.model()
+    check_accumulates(model, settings.accumulate)
+    if settings.accumulate > 1 and distributed.size() > 1:
+        raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
     if resume and not newest and distributed.first():
         print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
     if settings.init and not newest:

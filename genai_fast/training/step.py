@@ -102,13 +102,7 @@ class Step:
         self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         self._function = getattr(model, "turns", None) or getattr(model, "training_step", None) or model
         _check_arguments(self._function, precision, accumulate, clip, graphs)
-        if accumulate > 1 and (hasattr(model, "turns") or inspect.isgeneratorfunction(model)):
-            raise UsageError(_NO_TURNS)
-        if accumulate > 1 and hasattr(model, "carried"):
-            raise UsageError(
-                f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to"
-                f" batch, got {accumulate}"
-            )
+        check_accumulates(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
         self._device = self._parameters[0].device
         images = [p for p in self._parameters if p.dim() == 4 and not p.is_contiguous()]
@@ -312,6 +306,21 @@ class Step:
 
 
 _NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy: a smaller batch"
+
+
+def check_accumulates(model: nn.Module | Callable[..., Any], count: int) -> None:
+    """Whether a batch may be cut into so many parts.
+
+    Raises:
+        UsageError: it may not: the model's networks take turns, or its rows carry a state.
+    """
+    if count > 1 and (hasattr(model, "turns") or inspect.isgeneratorfunction(model)):
+        raise UsageError(_NO_TURNS)
+    if count > 1 and hasattr(model, "carried"):
+        raise UsageError(
+            f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to batch,"
+            f" got {count}"
+        )
 
 
 def _check_arguments(function: Any, precision: str, accumulate: int, clip: float, graphs: int) -> None:
