@@ -215,7 +215,7 @@ MISTAKES = {
         ["dcgan", "--data", "flat", "--network", "dense", "--spectral"],
         "--spectral: expected --network dcgan",
     ),
-    "precision": (["dcgan", "--precision", "half"], "precision: expected float32 or bfloat16, got 'half'"),
+    "precision": (["dcgan", "--precision", "half"], "precision: expected float32 or bfloat16 or float16, got 'half'"),
 }
 
 
