@@ -10,6 +10,7 @@ import torch
 
 from bench import gpu_gate, memory, points, record, report, roofs
 from genai_fast import ops
+from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +132,17 @@ def test_training_gate(monkeypatch):
     right = ops.vae_loss
     monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
     assert bench_training.red("mlp_vae", "cpu").startswith("losses: expected about")
+
+
+@pytest.mark.parametrize("system", ["mlp_vae", "mlp_gan", "dcgan_64", "dense_dcgan", "conv_vae_64"])
+def test_plain_and_fused_steps_begin_with_the_same_weights(system):
+    chosen, plain = SYSTEMS[system], []
+    torch.manual_seed(0)
+    chosen.plain("cpu", lambda network, method="forward": (plain.append(network), network)[1])
+    torch.manual_seed(0)
+    fused = [p for p in chosen.model().parameters() if p.requires_grad]
+    plain = [p for network in plain for p in network.parameters()]
+    assert len(plain) == len(fused) and all(map(torch.equal, plain, fused))
 
 
 # Records

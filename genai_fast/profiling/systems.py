@@ -100,7 +100,8 @@ def _vae(peer: type[nn.Module]) -> Callable[..., RunStep]:
 
 def _pair(generator: type[nn.Module], discriminator: type[nn.Module], init: Any = as_it_is) -> Callable[..., RunStep]:
     def script(system: System, device: str, prepare: Prepare) -> RunStep:
-        networks = [prepare(init(network()), "forward") for network in (generator, discriminator)]
+        pair = generator(), discriminator()  # both before they are initialised, as `fused` draws them
+        networks = [prepare(init(network), "forward") for network in pair]
         return peers.gan_step(*networks, 100, device)
 
     return script
