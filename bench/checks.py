@@ -2,21 +2,19 @@
 
     python -m bench.checks DEVICE < a JSON list of runs
 
-is the process that `bench.gpu_gate` starts, several at a time: most of a gate's time is Triton compiling. It says
-{"begin": run} and {"run": run, "failures": {kind: message}}, a line each. A kernel that breaks the device's context
-breaks it for the whole process: then it ends, and another goes on behind that run.
+is the process that `bench.gpu_gate` starts, several at a time (bench.isolated): most of a gate's time is Triton's
+compiler's.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from bench import clock
+from bench import clock, isolated
 from bench.points import fused_backend
 from genai_fast import ops
 from genai_fast.backends import use_backend
@@ -126,20 +124,10 @@ def check(run: Run, capture: Capture = clock.capture) -> dict[str, str]:
 
 
 def main() -> int:
-    device, wanted = sys.argv[1], json.load(sys.stdin)
+    device = sys.argv[1]
     known = {str(run): run for run in every_run((device,))}
-    for name in wanted:
-        print(json.dumps({"begin": name}), flush=True)
-        failures = check(known[name], clock.capture if device == "cuda" else _again)
-        try:
-            if device == "cuda":
-                torch.cuda.synchronize()
-        except RuntimeError as error:
-            failures.setdefault("numerics", f"the device's context is lost: {error}"[:1000])
-            print(json.dumps({"run": name, "failures": failures}), flush=True)
-            return 3
-        print(json.dumps({"run": name, "failures": failures}), flush=True)
-    return 0
+    capture = clock.capture if device == "cuda" else _again
+    return isolated.serve(lambda name: {"failures": check(known[name], capture)})
 
 
 def _again(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:

@@ -1,20 +1,21 @@
 """Tensors of more than 2^31 elements: what an op makes of the last rows is what it makes of those rows alone.
 
-    python -m bench.large DEVICE [--elements N]
+    python -m bench.large DEVICE [--elements N] < a JSON list of ops
 
 An index of 32 bits that overflows reads or writes somewhere else, so the last rows come out wrong, forward or
-backward. It is a process of its own, as `bench.checks` is: tasks from stdin, results to stdout.
+backward. `bench.gpu_gate` starts it, as bench.isolated tells.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from bench import isolated
 from genai_fast import ops
 
 ELEMENTS = (1 << 31) + (1 << 24)
@@ -87,14 +88,12 @@ def main() -> int:
     parser.add_argument("device")
     parser.add_argument("--elements", type=int, default=ELEMENTS)
     options = parser.parse_args()
-    for name in json.load(sys.stdin):
-        print(json.dumps({"begin": name}), flush=True)
-        try:
-            message = wrong(name, options.device, options.elements)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"[:1000]
-        print(json.dumps({"run": name, "failures": {"large": message} if message else {}}), flush=True)
-    return 0
+
+    def work(name: str) -> dict[str, Any]:
+        message = wrong(name, options.device, options.elements)
+        return {"failures": {"large": message} if message else {}}
+
+    return isolated.serve(work)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ a check: an optimizer that does nothing, or a frozen batch, is far outside.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from typing import Any
 
 import torch
 
+from bench import isolated
 from genai_fast.profiling.systems import SYSTEMS
 
 STEPS, WINDOW, BATCHES = 50, 10, 5
@@ -77,16 +77,13 @@ def main() -> int:
     parser.add_argument("device")
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    for system in json.load(sys.stdin):
-        print(json.dumps({"begin": system}), flush=True)
-        result: dict[str, Any] = {}
-        try:
-            result = curves(system, options.device, options.steps)
-            message = wrong(result, TOLERANCE[system])
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"[:1000]
-        print(json.dumps({"run": system, "failures": {"parity": message} if message else {}, **result}), flush=True)
-    return 0
+
+    def work(system: str) -> dict[str, Any]:
+        found = curves(system, options.device, options.steps)
+        message = wrong(found, TOLERANCE[system])
+        return {"failures": {"parity": message} if message else {}, **found}
+
+    return isolated.serve(work)
 
 
 if __name__ == "__main__":

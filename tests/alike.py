@@ -15,7 +15,7 @@ def fuse_small(put=setattr):
         put(_worth, name, 0)
 
 
-def close(found, expected, tolerance=2e-5, scale=None, what=""):
+def assert_close(found, expected, tolerance=2e-5, scale=None, what=""):
     """The largest error beside the largest value, so that rounding near 0 does not count."""
     assert found.dtype == expected.dtype and found.shape == expected.shape, what
     scale = expected.detach().abs().max().item() if scale is None else scale
@@ -23,12 +23,17 @@ def close(found, expected, tolerance=2e-5, scale=None, what=""):
     assert error <= tolerance * max(scale, 1e-6), f"{what}: error {error:.3e} beside {scale:.3e}"
 
 
+def assert_near(found, expected, tolerance=1e-5):
+    """Each element, to that share of it or that much."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 def strides(x):
     """Those that mean something: of a single channel PyTorch's own differ with the layout."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
-def gradients_close(found, expected, tolerance=1e-3):
+def assert_gradients_close(found, expected, tolerance=1e-3):
     """In 2-norm, since they flip at the kink of ReLU; beside the largest, since some are 0 but for rounding."""
     floor = 1e-2 * max(g.double().norm().item() for g in expected.values())
     for name, g in expected.items():
@@ -59,10 +64,10 @@ def assert_alike(fused, plain, *inputs, steps=3):
         plain.train(training)
         (found, found_gradients), (expected, expected_gradients) = step(fused, *inputs), step(plain, *inputs)
         for a, b in zip(found, expected, strict=True):
-            close(a, b, 1e-4, what="output")
+            assert_close(a, b, 1e-4, what="output")
             assert strides(a) == strides(b)
         assert [*found_gradients] == [*expected_gradients]
-        gradients_close(found_gradients, expected_gradients)
+        assert_gradients_close(found_gradients, expected_gradients)
         for optimizer in optimizers:
             if training:
                 optimizer.step()
@@ -70,14 +75,14 @@ def assert_alike(fused, plain, *inputs, steps=3):
     with torch.no_grad():
         found, expected = fused(*inputs), plain(*inputs)
     for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (found, expected)), strict=True):
-        close(a, b, what="output in evaluation")
+        assert_close(a, b, what="output in evaluation")
         assert strides(a) == strides(b)
 
 
 def assert_buffers_alike(fused, plain):
     found = dict(fused.named_buffers())
     for name, b in plain.named_buffers():
-        close(found[name], b, 1e-4, what=name)
+        assert_close(found[name], b, 1e-4, what=name)
 
 
 def with_statistics(model, seed=0):

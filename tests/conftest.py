@@ -55,3 +55,12 @@ def quick(monkeypatch):
         raise RuntimeError("no compiler\nand more lines")
 
     monkeypatch.setattr(torch, "compile", fail)
+
+
+@pytest.fixture
+def one_thread():
+    """For small tensors, at which threads would wait for each other; and for forks, which have no other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

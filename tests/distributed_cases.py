@@ -15,7 +15,7 @@ from alike import fuse_small
 
 from genai_fast import data
 from genai_fast.models import MLPVAE
-from genai_fast.training import TrainingInterrupted, distributed, fit, loop, make_optimizer, runs
+from genai_fast.training import TrainingInterrupted, distributed, fit, make_optimizer, runs
 from genai_fast.training.feed import ImageFeed
 from genai_fast.training.recipes import RECIPES
 from genai_fast.training.settings import VAEConfig
@@ -70,10 +70,6 @@ def prepare(folder):
 def train(name, folder, resume=False):
     recipe, settings = RUNS[name]
     return runs.train(recipe, RECIPES[recipe].config(**settings), folder / name, resume=resume)
-
-
-def records(run):
-    return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines()]
 
 
 def without_the_last(run, to):

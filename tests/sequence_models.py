@@ -1,7 +1,7 @@
 """What is asked of every model of sequences."""
 
 import torch
-from alike import close, gradients, gradients_close
+from alike import assert_close, assert_gradients_close, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -26,8 +26,8 @@ def assert_learns_alike(ours, peer, our_loss, peer_loss, steps=50, lr=5e-3):
     """Loss and gradients, then the losses of a training, from the same weights; our_loss(step) and peer_loss(step)."""
     load_both_ways(ours, peer)
     found, expected = our_loss(0), peer_loss(0)
-    close(found, expected, what="loss")
-    gradients_close(gradients(ours, found), gradients(peer, expected), 1e-4)
+    assert_close(found, expected, what="loss")
+    assert_gradients_close(gradients(ours, found), gradients(peer, expected), 1e-4)
     curves = []
     for model, loss_of in ((ours, our_loss), (peer, peer_loss)):
         # A large eps: a gradient that is 0 but for rounding must not become a step of the full length.
@@ -39,7 +39,7 @@ def assert_learns_alike(ours, peer, our_loss, peer_loss, steps=50, lr=5e-3):
             adam.step()
             curve.append(loss.detach())
         curves.append(torch.stack(curve))
-    close(*curves, 2e-4, what="losses of the training")
+    assert_close(*curves, 2e-4, what="losses of the training")
     assert curves[0][-5:].mean() < 0.95 * curves[0][0]
 
 
@@ -63,5 +63,5 @@ def assert_near_in_bfloat16(model, step):
         narrow = step()
     assert not torch.equal(narrow.loss, losses.loss)
     for a, b in zip(narrow, losses, strict=True):
-        close(a, b, 2e-2)
-    gradients_close(gradients(model, narrow.loss), expected, 0.1)
+        assert_close(a, b, 2e-2)
+    assert_gradients_close(gradients(model, narrow.loss), expected, 0.1)

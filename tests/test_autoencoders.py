@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from alike import close, gradients_close, step, strides
+from alike import assert_close, assert_gradients_close, step, strides
 from torch import nn
 
 from genai_fast import data
@@ -63,10 +63,10 @@ def test_autoencoder_is_the_same_as_stock_modules(size, channels):
         for training in (True, False):
             given = x.contiguous(memory_format=layout)
             ((y,), found), ((z,), expected) = (step(m.train(training), given) for m in (model, copied))
-            close(y, z)
+            assert_close(y, z)
             assert strides(y) == strides(z)
-            gradients_close(found, expected)
-    close(model.reconstruct(x), model(x))
+            assert_gradients_close(found, expected)
+    assert_close(model.reconstruct(x), model(x))
     assert not model.reconstruct(x).requires_grad
 
 
@@ -80,7 +80,7 @@ def test_autoencoders_loss_is_the_summed_squared_error():
     found.loss.backward()
     expected.backward()
     for (name, p), q in zip(model.named_parameters(), peer.parameters(), strict=True):
-        close(p.grad.double(), q.grad, 1e-3, scale=max(q.grad.abs().max().item(), 1e-2), what=name)
+        assert_close(p.grad.double(), q.grad, 1e-3, scale=max(q.grad.abs().max().item(), 1e-2), what=name)
 
 
 @pytest.mark.parametrize("make", [Autoencoder, ConditionalVAE])
@@ -108,7 +108,7 @@ def test_conv_vae_is_the_same_as_stock_modules(size, channels):
         for training in (True, False):
             x = x.contiguous(memory_format=layout)
             for a, b in zip(model.train(training)(x, seed=3), copied.train(training)(x, seed=3), strict=True):
-                close(a, b, 1e-4)
+                assert_close(a, b, 1e-4)
 
 
 def test_conditional_vae_is_the_same_as_stock_modules():
@@ -118,15 +118,15 @@ def test_conditional_vae_is_the_same_as_stock_modules():
         for m in (model, copied):
             m.train(training)
         for a, b in zip(model(x, labels, seed=3), copied(x, labels, seed=3), strict=True):
-            close(a, b, 1e-4)
+            assert_close(a, b, 1e-4)
     losses = []
     for m in (model, copied):
         torch.manual_seed(4)  # the draw of z
         losses.append(m.training_step(x, labels).loss)
         losses[-1].backward()
-    close(*losses)
+    assert_close(*losses)
     for (name, p), q in zip(model.named_parameters(), copied.parameters(), strict=True):
-        close(p.grad, q.grad, 1e-4, what=name)
+        assert_close(p.grad, q.grad, 1e-4, what=name)
     assert model.embed.weight.grad.abs().amax(1).nonzero().flatten().tolist() == labels.unique().tolist()
 
 
@@ -199,19 +199,19 @@ def test_an_interpolation_goes_from_one_reconstruction_to_the_other(vae):
     model.eval()
     assert steps.shape == (5, 1, 8, 8)
     ends = model.reconstruct(x)
-    close(steps[[0, -1]], ends)
+    assert_close(steps[[0, -1]], ends)
     way = (steps - ends[0]).flatten(1).norm(dim=1)
     assert (way.diff() > 0).all()
-    close(steps[2:3], model.decode(model.encode(x)[0].mean(0, keepdim=True)))
+    assert_close(steps[2:3], model.decode(model.encode(x)[0].mean(0, keepdim=True)))
 
 
 def test_an_interpolation_between_classes():
     model, (x, labels) = ConditionalVAE(10, 8, **SMALL).eval(), digits(2)
     steps = model.interpolate(x[0], x[1], 5, labels)
     ends = model.reconstruct(x, labels)
-    close(steps[[0, -1]], ends)
+    assert_close(steps[[0, -1]], ends)
     middle = model.encode(x, labels)[0].mean(0, keepdim=True)
-    close(steps[2:3], model.decode(middle, labels[:1]))
+    assert_close(steps[2:3], model.decode(middle, labels[:1]))
     mlp = MLPVAE(64, 16, 3)
     assert mlp.interpolate(x[0], x[1], 4).shape == (4, 1, 8, 8)
 

@@ -2,17 +2,16 @@
 
 import importlib.util
 import io
-import json
 import pydoc_data.topics
 import shutil
 import sys
 
 import numpy as np
 import pytest
+from commands import call, records
 from PIL import Image
 
-from genai_fast import cli
-from genai_fast.training import board, checkpoint, display, loop, text_task
+from genai_fast.training import board, checkpoint, display, text_task
 
 VAE = ["--data", "digits", "--batch-size", "512", "--hidden", "8", "--latent", "2", "--grid-every", "1"]
 LSTM = ["--layers", "1", "--embedding", "8", "--hidden", "16", "--tokenizer", "byte", "--block", "32"]
@@ -23,18 +22,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(text_task, "_SAMPLE", 30)
     return tmp_path
-
-
-def call(*arguments):
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
-
-
-def records(run, kind):
-    lines = map(json.loads, (run / loop.METRICS).read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 def installed():

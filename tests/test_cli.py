@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import cli, data, demo
+from genai_fast import data, demo
 from genai_fast.training import loop, recipes, runs, watch
 from genai_fast.training.settings import VAEConfig
 
@@ -27,13 +28,6 @@ def here(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)
-
-
-def call(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as stop:
-        return stop.code
 
 
 def test_train_sample_and_resume(here, capsys):
@@ -74,10 +68,7 @@ def test_a_batch_in_parts_is_one_step(here):
     """A dense autoencoder would be exact; a VAE's noise is another in each part, so its loss is near."""
     for name, more in (("whole", []), ("parts", ["--accumulate", "3"])):
         assert call("train", "vae", *SMALL, "--run", name, *more) == 0
-    whole, parts = (
-        [json.loads(line) for line in (here / "runs" / name / loop.METRICS).read_text().splitlines()]
-        for name in ("whole", "parts")
-    )
+    whole, parts = (records(here / "runs" / name) for name in ("whole", "parts"))
     assert [r["step"] for r in whole] == [r["step"] for r in parts]
     assert whole != parts and parts[-1]["train"]["loss"] == pytest.approx(whole[-1]["train"]["loss"], rel=0.02)
 

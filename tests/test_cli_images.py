@@ -1,7 +1,6 @@
 """Every recipe on a folder of real pictures: trained, stopped, resumed, sampled, repaired, taken elsewhere."""
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -15,10 +14,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import cli, data
+from genai_fast import data
 from genai_fast.models import peers
 from genai_fast.training import checkpoint, loop
 
@@ -51,18 +51,6 @@ def digits(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments):
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
-
-
-def records(run, kind):
-    lines = map(json.loads, (run / loop.METRICS).read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 def picture(path):

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from commands import call, records
 
-from genai_fast import cli
 from genai_fast.data import text
 from genai_fast.models import peers_text
-from genai_fast.training import checkpoint, loop, runs, text_task, writing
+from genai_fast.training import checkpoint, runs, text_task, writing
 
 NETWORKS = {  # small ones
     "gpt": ["--layers", "1", "--heads", "2", "--width", "16", "--warmup", "2", "--decay", "none"],
@@ -51,21 +51,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(*arguments):
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
-
-
 def train(recipe, name, *more, data="words.txt"):
     # Passages that are longer than a block are cut, and that is said.
     return call("train", recipe, "--data", data, *QUICK, *NETWORKS[recipe], "--run", name, *more)
-
-
-def records(run, kind):
-    lines = map(json.loads, (run / loop.METRICS).read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 def weights(run):

@@ -47,7 +47,7 @@ def _geometry(lines):
     return kernel, dict(stride=stride, padding=padding, output_padding=output_padding)
 
 
-def _close(got, truth, tolerance=3e-6):
+def _assert_close(got, truth, tolerance=3e-6):
     """Relative to the largest number of the truth."""
     truth = truth.detach()
     scale = float(truth.abs().max()) or 1.0
@@ -72,7 +72,7 @@ def test_every_geometry(lines, channels, backend):
         got = _results(ops.conv_transpose2d, *inputs, settings)
     for mine, truth in zip(got, _results(F.conv_transpose2d, *wide, settings), strict=True):
         assert mine.shape == truth.shape
-        _close(mine, truth)
+        _assert_close(mine, truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,7 +169,7 @@ def test_second_derivative_of_a_block(case, backend):
     with use_backend(backend):
         got = penalty(ops.conv_transpose2d_batch_norm_act, given)
     for mine, truth in zip(got, penalty(op.reference, wide), strict=True):
-        _close(mine, truth, 1e-4)
+        _assert_close(mine, truth, 1e-4)
 
 
 def test_autocast_casts_as_for_pytorchs_convolutions():
@@ -200,7 +200,7 @@ def test_what_no_kernel_serves_goes_to_pytorch(change, reason):
         warnings.simplefilter("error", FallbackWarning)  # planned, so there is nothing to warn of
         got = _results(ops.conv_transpose2d, x, weight, bias, settings)
     for mine, truth in zip(got, _results(F.conv_transpose2d, *wide, settings), strict=True):
-        _close(mine, truth)
+        _assert_close(mine, truth)
 
 
 def test_serves_says_which_backend_does_not():

@@ -17,18 +17,12 @@ from genai_fast.kernels.conv_transpose.cpu_kernel import (
 )
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS as FEW
 
-pytestmark = pytest.mark.skipif(extension()[0] is None, reason=extension()[1])
+pytestmark = [
+    pytest.mark.skipif(extension()[0] is None, reason=extension()[1]),
+    pytest.mark.usefixtures("one_thread"),
+]
 ISAS = [isa for isa, here in extension()[0].instruction_sets().items() if here] if extension()[0] else []
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small: threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ISAS)
@@ -59,7 +53,9 @@ def _expected(eager, tensors, settings, times):
     return truths, allowed
 
 
-def _check(x, weight, bias, stride=(2, 2), padding=(1, 1), more=(0, 0), activation="none", slope=0.2, expected=None):
+def _assert_right(
+    x, weight, bias, stride=(2, 2), padding=(1, 1), more=(0, 0), activation="none", slope=0.2, expected=None
+):
     """Twice PyTorch's own error at most, channels last."""
     settings = (stride, padding, more, activation, slope)
     (truth,), (allowed,) = expected or _expected(_eager, (x, weight, bias), settings, 2)
@@ -93,7 +89,7 @@ def _geometries(few):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
 def test_every_geometry(isa, few, layout):
     for settings, x, weight, bias, expected in _geometries(few):
-        _check(x.to(memory_format=layout), weight, bias, *settings, expected=expected)
+        _assert_right(x.to(memory_format=layout), weight, bias, *settings, expected=expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("planes", "last"))
@@ -113,7 +109,7 @@ def test_every_geometry(isa, few, layout):
 def test_planes_of_any_shape(isa, layout, size, kernel, stride, padding, more):
     for few in (1, 3, FEW):
         weight = _normal(20, few, *kernel, seed=2)
-        _check(_normal(2, 20, *size, layout=layout), weight, _normal(few, seed=1), stride, padding, more, "tanh")
+        _assert_right(_normal(2, 20, *size, layout=layout), weight, _normal(few, seed=1), stride, padding, more, "tanh")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -121,7 +117,7 @@ def test_planes_of_any_shape(isa, layout, size, kernel, stride, padding, more):
 def test_activations_and_no_bias(isa, activation, layout):
     x, weight = _normal(2, 16, 6, 9, layout=layout), _normal(16, 3, 4, 4, seed=2)
     for bias in (None, _normal(3, seed=1)):
-        _check(x, weight, bias, activation=activation)
+        _assert_right(x, weight, bias, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -130,7 +126,7 @@ def test_narrow_dtypes(isa, dtype, layout):
     x, weight = _normal(2, 19, 7, 11, dtype=dtype, layout=layout), _normal(19, 3, 4, 4, dtype=dtype, seed=2)
     wide = _normal(3, seed=1)
     for bias in (None, wide, wide.to(dtype)):
-        _check(x, weight, bias, activation="tanh")
+        _assert_right(x, weight, bias, activation="tanh")
 
 
 def test_any_strides(isa):
@@ -146,14 +142,14 @@ def test_any_strides(isa):
         wide.to(torch.bfloat16)[::2, ::2, 1:8, 2:13],
     )
     for x in views:
-        _check(x, weight.to(x.dtype), bias)
+        _assert_right(x, weight.to(x.dtype), bias)
     one = wide[:, 3:4]
-    _check(one, weight[3:4], bias)
-    _check(one.to(memory_format=torch.channels_last), weight[3:4], bias)
+    _assert_right(one, weight[3:4], bias)
+    _assert_right(one.to(memory_format=torch.channels_last), weight[3:4], bias)
 
 
 def test_large_planes_are_read_by_rows(isa):
-    _check(_normal(1, 10, 120, 130), _normal(10, 3, 4, 4, seed=2), None, activation="tanh")
+    _assert_right(_normal(1, 10, 120, 130), _normal(10, 3, 4, 4, seed=2), None, activation="tanh")
 
 
 @pytest.mark.parametrize("batch, layout", list(itertools.product((1, 3, 33), LAYOUTS)))
@@ -209,7 +205,7 @@ def _gradients(grad_y, x, weight, stride, padding, more):
     return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings)[:2]
 
 
-def _check_gradients(grad_y, x, weight, stride=(2, 2), padding=(1, 1), more=(0, 0), expected=None):
+def _assert_gradients_right(grad_y, x, weight, stride=(2, 2), padding=(1, 1), more=(0, 0), expected=None):
     """3 times PyTorch's own error at most."""
     kernel = list(weight.shape[2:])
     grad_x = conv_transpose_grad_input(grad_y, weight, list(x.shape[2:]), stride, padding)
@@ -243,7 +239,7 @@ def _gradient_geometries(few):
 @pytest.mark.parametrize("few", (1, 3, 8))
 def test_gradients_of_every_geometry(isa, few):
     for tensors, settings, expected in _gradient_geometries(few):
-        _check_gradients(*tensors, *settings, expected=expected)
+        _assert_gradients_right(*tensors, *settings, expected=expected)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
@@ -258,10 +254,10 @@ def test_gradients_of_any_layout_and_dtype(isa, layout, dtype):
         x = _normal(3, 32, *size, dtype=dtype, layout=layout)
         weight = _normal(32, 3, *kernel, dtype=dtype, layout=layout, seed=2)
         grad_y = _like_result(x, weight, stride, padding, more, layout=layout)
-        _check_gradients(grad_y, x, weight, stride, padding, more)
-        _check_gradients(grad_y[:, :, :, :1].expand(grad_y.shape), x, weight, stride, padding, more)
+        _assert_gradients_right(grad_y, x, weight, stride, padding, more)
+        _assert_gradients_right(grad_y[:, :, :, :1].expand(grad_y.shape), x, weight, stride, padding, more)
         wide = torch.cat((x, x), 1)
-        _check_gradients(grad_y, wide[:, 16:48], weight, stride, padding, more)
+        _assert_gradients_right(grad_y, wide[:, 16:48], weight, stride, padding, more)
 
 
 @pytest.mark.parametrize("batch", (1, 33))
@@ -271,7 +267,7 @@ def test_threads_do_not_change_a_bit_of_gradients(isa, batch):
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
-        results.append(_check_gradients(grad_y, x, weight, (2, 2), (2, 2), (1, 1)))
+        results.append(_assert_gradients_right(grad_y, x, weight, (2, 2), (2, 2), (1, 1)))
     for grad_x, grad_weight in results[1:]:
         assert torch.equal(grad_x, results[0][0]) and torch.equal(grad_weight, results[0][1])
 

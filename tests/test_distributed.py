@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from commands import records
 
 from genai_fast import ops
 from genai_fast.errors import UsageError
@@ -56,7 +57,7 @@ def folder(tmp_path_factory):
 def _numbers(run):
     """[(kind, step, {losses and figures})] of a run."""
     found = []
-    for record in cases.records(run):
+    for record in records(run):
         figures = {k: x for k, x in record.items() if not k.endswith("_per_second") and isinstance(x, float)}
         for part in ("train", "validation"):
             figures |= {f"{part} {name}": x for name, x in record.get(part, {}).items()}
@@ -65,7 +66,7 @@ def _numbers(run):
     return found
 
 
-def _same(run, expected, tolerance=1e-4, validation=1e-4):
+def _assert_same(run, expected, tolerance=1e-4, validation=1e-4):
     a, b = _numbers(run), _numbers(expected)
     assert [x[:2] for x in a] == [x[:2] for x in b] and len(a) > 2
     for (kind, step, found), (_, _, wanted) in zip(a, b, strict=True):
@@ -79,25 +80,25 @@ def _same(run, expected, tolerance=1e-4, validation=1e-4):
 def test_two_processes_train_as_one_on_the_joined_batch(folder, name):
     # A convolution's bias before batch norm has no gradient but rounding, which Adam makes steps of: only running
     # statistics show it.
-    _same(folder / "two" / name, folder / "one" / name, validation=2e-2 if name == "conv-vae" else 1e-4)
+    _assert_same(folder / "two" / name, folder / "one" / name, validation=2e-2 if name == "conv-vae" else 1e-4)
 
 
 @pytest.mark.parametrize("name", cases.SHARDED)
 def test_fully_sharded_too(folder, name):
-    _same(folder / "two" / name, folder / "one" / cases.SHARDED[name])
+    _assert_same(folder / "two" / name, folder / "one" / cases.SHARDED[name])
 
 
 def test_what_may_differ_is_close(folder):
-    _same(folder / "two" / "bfloat16", folder / "one" / "bfloat16", 1e-2, 1e-2)
-    _same(folder / "two" / "vrnn", folder / "one" / "vrnn", 5e-2, 5e-2)  # other noise
+    _assert_same(folder / "two" / "bfloat16", folder / "one" / "bfloat16", 1e-2, 1e-2)
+    _assert_same(folder / "two" / "vrnn", folder / "one" / "vrnn", 5e-2, 5e-2)  # other noise
     with pytest.raises(AssertionError):  # batch norm of each process by itself is another computation
-        _same(folder / "two" / "local-bn", folder / "one" / "local-bn")
+        _assert_same(folder / "two" / "local-bn", folder / "one" / "local-bn")
 
 
 @pytest.mark.parametrize("name", cases.GO_ON)
 @pytest.mark.parametrize("way", ["one-then-two", "two-then-one"])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(folder, name, way):
-    _same(folder / way / name, folder / "one" / cases.SHARDED.get(name, name))
+    _assert_same(folder / way / name, folder / "one" / cases.SHARDED.get(name, name))
 
 
 def test_one_process_writes_and_all_have_the_same_weights(folder):
@@ -221,11 +222,11 @@ def test_torchrun_restarts_stops_with_a_checkpoint_and_goes_on(tmp_path, monkeyp
     _, said = process.communicate(timeout=180)
     assert process.returncode and said.count("stopped by SIGTERM after step") == 1, said
     stopped = checkpoint.read_state(checkpoint.latest(run))
-    assert stopped["step"] > int(reached[0].name[-9:]) and cases.records(run)[-1]["step"] <= stopped["step"]
+    assert stopped["step"] > int(reached[0].name[-9:]) and records(run)[-1]["step"] <= stopped["step"]
 
     epochs = stopped["progress"]["epoch"] + 1
     process = _torchrun("train", "vae", "--run", run.name, "--resume", "--epochs", str(epochs))
     out, said = process.communicate(timeout=180)
     assert process.returncode == 0 and out.count("validation: loss") == 1, said
-    found = [r for r in cases.records(run) if r["kind"] == "epoch"]
+    found = [r for r in records(run) if r["kind"] == "epoch"]
     assert [(r["epoch"], r["step"]) for r in found] == [(k, 9 * k) for k in range(1, epochs + 1)]

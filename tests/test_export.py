@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from alike import close, with_statistics
+from alike import assert_close, with_statistics
+from commands import call
 from PIL import Image
 
-from genai_fast import cli, models
+from genai_fast import models
 from genai_fast.data import text
 from genai_fast.models import latents
 from genai_fast.models._sequences import delayed
@@ -129,14 +130,14 @@ def test_a_script_draws_what_the_run_draws(exported, elsewhere, name):
     run, _ = exported[name]
     expected = watch.generate(run.model, run.shape, 5, seed=3)
     assert expected.std() > 0.01
-    close(elsewhere[name], expected)
+    assert_close(elsewhere[name], expected)
 
 
 def test_an_autoencoders_script_reconstructs(exported, elsewhere):
     run, folder = exported["autoencoder"]
     pixels = torch.from_numpy(np.array(Image.open(folder.parent / "picture.png"))).permute(2, 0, 1)[None]
-    close(elsewhere["autoencoder"][:1], pixels / 255)
-    close(elsewhere["autoencoder"][1:], watch.shown(run.model, run.model.reconstruct(pixels / 127.5 - 1)), 1e-4)
+    assert_close(elsewhere["autoencoder"][:1], pixels / 255)
+    assert_close(elsewhere["autoencoder"][1:], watch.shown(run.model, run.model.reconstruct(pixels / 127.5 - 1)), 1e-4)
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -195,13 +196,6 @@ def test_scripts_are_plain(exported):
         assert not re.search(r"\bEager(?!\\)", source) and str(folder.parent) not in source
         expected = {"model.py", "weights.safetensors"} | ({"tokenizer.json"} if name in TEXT else set())
         assert {p.name for p in folder.iterdir()} - {"out.pt", "__pycache__"} == expected
-
-
-def call(*arguments):
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code
 
 
 def test_the_command(exported, tmp_path, capsys, monkeypatch):
@@ -264,7 +258,7 @@ def test_onnx_of_a_conditional_model(exported, tmp_path):
     graph = graph_of(run, tmp_path / "a")
     for rows in (1, 5):
         z, labels = latents.normal(rows, 4, 0), torch.arange(rows) % 3
-        close(graph(z=z, labels=labels)[0], run.model.decode(z, labels))
+        assert_close(graph(z=z, labels=labels)[0], run.model.decode(z, labels))
 
 
 @torch.no_grad()
@@ -273,7 +267,7 @@ def test_onnx_of_a_gpt(exported, tmp_path):
     graph = graph_of(run, tmp_path / "a")
     for rows, tokens in ((1, 1), (3, 16)):
         ids = torch.randint(run.tokenizer.size, (rows, tokens))
-        close(graph(ids=ids)[0], run.model(ids), 1e-4)
+        assert_close(graph(ids=ids)[0], run.model(ids), 1e-4)
 
 
 @torch.no_grad()
@@ -284,7 +278,7 @@ def test_onnx_of_a_seq2seq(exported, tmp_path):
         source, ids = (torch.randint(run.tokenizer.size, (rows, n)) for n in (source_tokens, tokens))
         lengths = torch.arange(rows) % source_tokens + 1
         found = graph(source=source, source_lengths=lengths, ids=ids)[0]
-        close(found, run.model(source, lengths, ids), 1e-4)
+        assert_close(found, run.model(source, lengths, ids), 1e-4)
 
 
 @torch.no_grad()
@@ -296,7 +290,7 @@ def test_onnx_of_an_lstm(exported, tmp_path):
     for column in ids.t():
         logits, h, c = graph(ids=column, h=h, c=c)
         found.append(logits)
-    close(torch.stack(found, 1), run.model(ids)[0], 1e-4)
+    assert_close(torch.stack(found, 1), run.model(ids)[0], 1e-4)
 
 
 @torch.no_grad()
@@ -307,7 +301,7 @@ def test_onnx_of_a_text_vae(exported, tmp_path):
     for column in given.t():
         logits, h = graph(z=z, ids=column, h=h)
         found.append(logits)
-    close(torch.stack(found), run.model.logits(z, given), 1e-4)
+    assert_close(torch.stack(found), run.model.logits(z, given), 1e-4)
 
 
 @torch.no_grad()
@@ -319,5 +313,5 @@ def test_onnx_of_a_vrnn(exported, tmp_path):
     for column in ids:
         z = torch.randn(3, 4, generator=noise)
         logits, phi, h = graph(ids=last, phi_z=phi, h=h, noise=z)
-        close(logits, ours.step(None if last[0] < 0 else last), 1e-4)
+        assert_close(logits, ours.step(None if last[0] < 0 else last), 1e-4)
         last = column

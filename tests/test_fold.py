@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from alike import close, plain_of, with_statistics
+from alike import assert_close, plain_of, with_statistics
 from torch import nn
 
 from genai_fast.layers import FusedSequential, _run
@@ -64,7 +64,7 @@ def test_a_folded_norm_is_the_norm(name, options, dtype, folds):
         with torch.inference_mode():
             y, stock, truth = fused(x), plain_of(fused)(x), plain(x.float())
         assert y.stride() == stock.stride()
-        close(y.float(), truth, {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype], what=str(act))
+        assert_close(y.float(), truth, {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype], what=str(act))
     assert folds == [type(conv).__name__] * 9
 
 
@@ -76,7 +76,7 @@ def test_a_fold_with_wild_statistics(factor, folds):
         fused[1].running_mean.mul_(factor)
         with torch.no_grad():
             x = torch.randn(3, 4, 12, 12)
-            close(fused(x).double(), plain_of(fused).double()(x.double()), 1e-5)
+            assert_close(fused(x).double(), plain_of(fused).double()(x.double()), 1e-5)
     assert len(folds) == 2
 
 
@@ -99,7 +99,7 @@ def test_a_fold_sees_every_change_of_the_weights(folds):
         for p in (*fused.parameters(), fused[1].running_mean, fused[1].running_var):
             change(p)
             with torch.no_grad():
-                close(fused(x), plain_of(fused)(x))
+                assert_close(fused(x), plain_of(fused)(x))
     assert len(folds) == 12
 
 
@@ -127,7 +127,7 @@ def test_what_is_not_folded(case, folds, fused_calls):
         plain.requires_grad_(False)
     fused.eval()
     plain.eval()
-    close(fused(case["x"]), plain(case["x"]))
+    assert_close(fused(case["x"]), plain(case["x"]))
     assert not folds and len(fused_calls) == 1
 
 
@@ -163,5 +163,5 @@ def test_output_padding_beyond_the_stride_is_torchs(folds):
     ).eval()
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        close(FusedSequential(*plain).eval()(x), plain(x))
+        assert_close(FusedSequential(*plain).eval()(x), plain(x))
     assert not folds

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import assert_alike, assert_buffers_alike, close, gradients_close, step, with_statistics
+from alike import assert_alike, assert_buffers_alike, assert_close, assert_gradients_close, step, with_statistics
 from fuse_models import MODELS, HandWritten, OneNorm, ResBlock, UNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genai_fast import explain, fuse, ops, unfuse, use_backend
-from genai_fast.layers import ConvBNAct, FusedSequential, _worth
+from genai_fast.layers import ConvBNAct, FusedSequential, RMSNorm, _worth
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_training_goes_on_after_fuse_and_unfuse():
             optimizer.step()
         assert gradients
     for (name, a), b in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
-        close(a, b, 1e-4, what=name)
+        assert_close(a, b, 1e-4, what=name)
 
 
 # --- what stays right later
@@ -145,7 +145,7 @@ def test_instances_of_one_class_are_decided_one_by_one(fused_calls):
     assert type(without) is OneNorm and type(with_norm) is not OneNorm
     assert type(fuse(OneNorm(nn.BatchNorm2d(4)))) is type(with_norm)  # one class for one decision
     for model in both:
-        close(model(x), F.relu(model.norm(model.conv(x))), 1e-4)
+        assert_close(model(x), F.relu(model.norm(model.conv(x))), 1e-4)
     assert fused_calls == ["relu"]
 
 
@@ -170,7 +170,7 @@ def test_what_works_in_place_keeps_its_order(fused_calls):
     assert type(fused) is not _Aliased
     x = torch.randn(4, 3, 6, 6)
     with torch.no_grad():
-        close(fused(x), plain(x), 1e-5)
+        assert_close(fused(x), plain(x), 1e-5)
     assert fused_calls == ["none", "relu"]
 
 
@@ -223,7 +223,9 @@ def test_gru_and_rms_norm_become_ours(monkeypatch, backend):
 
 def test_small_norms_are_pytorchs(monkeypatch):
     monkeypatch.setattr(ops, "rms_norm", lambda *args: pytest.fail("called"))
-    fuse(nn.Sequential(nn.RMSNorm(8)))(torch.randn(4, 8))
+    fused, x = fuse(nn.Sequential(nn.RMSNorm(8))), torch.randn(4, 8)
+    assert type(fused[0]) is RMSNorm
+    assert torch.equal(fused(x), F.rms_norm(x, (8,), fused[0].weight))
 
 
 def test_a_subclass_of_sequential(fused_calls):
@@ -246,8 +248,8 @@ def test_compile(make, training):
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     (y,), found = step(compiled, data)
     (expected,), gradients = step(plain, data)
-    close(y, expected, 1e-4)
-    gradients_close({k.removeprefix("_orig_mod."): g for k, g in found.items()}, gradients)
+    assert_close(y, expected, 1e-4)
+    assert_gradients_close({k.removeprefix("_orig_mod."): g for k, g in found.items()}, gradients)
     assert_buffers_alike(fused, plain)
 
 
@@ -257,7 +259,7 @@ def test_export(strict):
     x = torch.randn(7, 6)
     program = torch.export.export(fused.eval(), (x,), strict=strict)
     assert not any("genai_fast" in str(node.target) for node in program.graph.nodes)
-    close(program.module()(x), plain.eval()(x), 1e-4)
+    assert_close(program.module()(x), plain.eval()(x), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["hand_written", "unet", "resnet_block"])
@@ -268,7 +270,7 @@ def test_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = fused(x), plain(x)
     assert y.dtype is expected.dtype
-    close(y, expected, 6e-2)
+    assert_close(y, expected, 6e-2)
 
 
 def test_checkpointing():
@@ -282,7 +284,7 @@ def test_checkpointing():
     loss = checkpoint(fused, x, use_reentrant=False)
     loss.square().sum().backward()
     plain(x).square().sum().backward()
-    close(fused.conv1.weight.grad, plain.conv1.weight.grad, 1e-3)
+    assert_close(fused.conv1.weight.grad, plain.conv1.weight.grad, 1e-3)
 
 
 def test_gradient_penalty(fused_calls):
@@ -296,7 +298,7 @@ def test_gradient_penalty(fused_calls):
         ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean().backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert fused_calls
-    gradients_close(*results, tolerance=5e-3)
+    assert_gradients_close(*results, tolerance=5e-3)
 
 
 def test_channels_last_stays(fused_calls):

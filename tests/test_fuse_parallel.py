@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from alike import close, fuse_small, gradients_close, with_statistics
+from alike import assert_close, assert_gradients_close, fuse_small, with_statistics
 from fuse_models import HandWritten, UNet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -65,10 +65,10 @@ def _trains_alike(rank, make, shape, wrap):
             found = {name: p.grad for name, p in model.named_parameters()}
             gradients.append({name: getattr(g, "full_tensor", lambda g=g: g)() for name, g in found.items()})
             optimizer.step()
-        close(*outputs, 1e-4)
-        gradients_close(*gradients)
+        assert_close(*outputs, 1e-4)
+        assert_gradients_close(*gradients)
     for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
-        close(*(getattr(t, "full_tensor", lambda t=t: t)() for t in (a, b)), 1e-4, what=name)
+        assert_close(*(getattr(t, "full_tensor", lambda t=t: t)() for t in (a, b)), 1e-4, what=name)
     for model in models:
         model.eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_ddp_and_fsdp2(tmp_path):
     first, second = _in_two_processes(_data_parallel_checks, tmp_path)
     assert len(first) == len(second) == 4
     for (found, expected), (elsewhere, _) in zip(first, second, strict=True):
-        close(found, expected, 1e-4)
+        assert_close(found, expected, 1e-4)
         assert not torch.equal(found, elsewhere)  # each process has data of its own
 
 
@@ -133,19 +133,19 @@ def _sync_checks(rank, sizes, momentum, group):
         (y * weights[mine]).sum().backward()
         (expected * weights).sum().backward()
         if sizes[rank]:
-            close(y, expected[mine], 1e-4)
-            gradients_close({"x": x.grad}, {"x": images.grad[mine]})
+            assert_close(y, expected[mine], 1e-4)
+            assert_gradients_close({"x": x.grad}, {"x": images.grad[mine]})
         gradients = {name: p.grad for name, p in fused.named_parameters()}
         for g in gradients.values():
             dist.all_reduce(g)
-        gradients_close(gradients, {name: p.grad for name, p in plain.named_parameters()})
+        assert_gradients_close(gradients, {name: p.grad for name, p in plain.named_parameters()})
         for (name, a), (_, b) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
-            close(a, b, 1e-4, what=name)
+            assert_close(a, b, 1e-4, what=name)
     fused.eval()
     plain.load_state_dict(fused.state_dict(), strict=True)
     if sizes[rank]:  # alone: evaluation must not wait for the other process
         with torch.no_grad():
-            close(fused(x), plain.eval()(x), 1e-4)
+            assert_close(fused(x), plain.eval()(x), 1e-4)
     return y.detach(), expected.detach()
 
 
@@ -161,4 +161,4 @@ def test_sync_batch_norm_is_batch_norm_on_the_joined_batch(tmp_path):
     assert len(first) == len(second) == 2 * len(SIZES)
     for (a, expected), (b, same) in zip(first, second, strict=True):
         assert torch.equal(expected, same)
-        close(torch.cat((a, b)), expected, 1e-4)
+        assert_close(torch.cat((a, b)), expected, 1e-4)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import close
+from alike import assert_close
 from fuse_models import Branches, Generator, HandWritten, OneNorm, ResBlock, Spectral
 from torch import nn
 
@@ -275,5 +275,5 @@ def test_a_fused_written_forward_can_be_traced_by_fx():
     plain = HandWritten().eval()
     traced = torch.fx.symbolic_trace(fuse(copy.deepcopy(plain)))
     z = torch.randn(2, 6)
-    close(traced(z), plain(z))
+    assert_close(traced(z), plain(z))
     assert {node.target for node in traced.graph.nodes if node.op == "call_module"} >= {"bn1", "bn2", "conv3"}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from alike import assert_alike, close, gradients_close
+from alike import assert_alike, assert_close, assert_gradients_close
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -111,7 +111,7 @@ def test_the_gradients_of_a_gradient_penalty(name):
         grads.update({key: p.grad for key, p in critic.named_parameters() if p.grad is not None})
         grads["x"] = images.grad
     assert [*found] == [*expected] and len(found) > 3
-    gradients_close(found, expected)
+    assert_gradients_close(found, expected)
 
 
 def test_an_instance_normed_score_is_of_its_sample_alone():
@@ -168,7 +168,7 @@ def test_dropout_is_after_every_activation_and_only_in_training():
     assert [type(m).__name__ for m in model.main] == ["Linear", "LeakyReLU", "Dropout"] * 2 + ["Linear"]
     x = torch.randn(3, *SHAPE)
     assert not torch.equal(model(x), model(x))
-    close(model.eval()(x), plain(model)(x))
+    assert_close(model.eval()(x), plain(model)(x))
 
 
 def test_a_label_changes_its_own_sample_alone():
@@ -191,7 +191,7 @@ def test_a_labelled_batch_maps():
     model = ConditionalDiscriminator(CLASSES, 28, width=4, norm="none")
     x, labels = torch.randn(3, *SHAPE), torch.tensor([0, 1, 2])
     alone = torch.func.vmap(lambda image, label: model(image[None], label[None])[0])
-    close(alone(x, labels), model(x, labels))
+    assert_close(alone(x, labels), model(x, labels))
 
 
 @pytest.mark.parametrize("owner", ["ConditionalGenerator", "ConditionalDiscriminator"])

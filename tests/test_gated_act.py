@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from alike import assert_near
 
 from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
@@ -26,9 +27,9 @@ def _gradients(call, *tensors):
     return [y.detach(), *torch.autograd.grad(y, leaves, _normal(*y.shape, seed=7, dtype=y.dtype))]
 
 
-def _alike(got, expected):
+def _assert_alike(got, expected):
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert_near(a, b)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -50,13 +51,13 @@ def backend(request):
 )
 def test_names(backend, call, gate, shape):
     a, b, bias = _normal(*shape), _normal(*shape, seed=2), _normal(2 * shape[-1], seed=3)
-    _alike(_gradients(call, a, b), _gradients(lambda a, b: gate(a) * b, a, b))
+    _assert_alike(_gradients(call, a, b), _gradients(lambda a, b: gate(a) * b, a, b))
 
     def plain(x, bias):
         first, second = (x + bias).chunk(2, -1)
         return gate(first) * second
 
-    _alike(_gradients(lambda x, bias: call(x, None, bias), torch.cat((a, b), -1), bias),
+    _assert_alike(_gradients(lambda x, bias: call(x, None, bias), torch.cat((a, b), -1), bias),
            _gradients(plain, torch.cat((a, b), -1), bias))  # fmt: skip
 
 
@@ -65,8 +66,8 @@ def test_names(backend, call, gate, shape):
 def test_bias_gelu(backend, shape, approximate):
     x, bias = 2.0 * _normal(*shape), _normal(shape[-1], seed=3)
     got = _gradients(lambda x, bias: ops.bias_gelu(x, bias, approximate), x, bias)
-    _alike(got, _gradients(lambda x, bias: F.gelu(x + bias, approximate=approximate), x, bias))
-    _alike(_gradients(lambda x: ops.bias_gelu(x, None, approximate), x),
+    _assert_alike(got, _gradients(lambda x, bias: F.gelu(x + bias, approximate=approximate), x, bias))
+    _assert_alike(_gradients(lambda x: ops.bias_gelu(x, None, approximate), x),
            _gradients(lambda x: F.gelu(x, approximate=approximate), x))  # fmt: skip
     if len(shape) > 2:  # rows that do not lie one after another
         turned = x.transpose(0, 1).contiguous().transpose(0, 1)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
-from alike import close, gradients, gradients_close
+from alike import assert_close, assert_gradients_close, gradients
 
 from genai_fast.errors import UsageError
 from genai_fast.models import gpt
@@ -76,12 +76,12 @@ def test_logits_and_gradients_are_the_peers(bias, tokens):
     model, peer = pair(bias=bias)
     x, y = batch(tokens=tokens)
     y[0, 0] = -100  # does not count
-    close(model(x), peer(x))
+    assert_close(model(x), peer(x))
     losses = model.training_step(x, y)
     expected = peer.loss(x, y)
     assert losses.loss.shape == () and losses.loss.dtype == torch.float32
-    close(losses.loss, expected)
-    gradients_close(gradients(model, losses.loss), gradients(peer, expected))
+    assert_close(losses.loss, expected)
+    assert_gradients_close(gradients(model, losses.loss), gradients(peer, expected))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -98,8 +98,8 @@ def test_many_logits_are_made_by_chunks(autocast, monkeypatch):
             loss = model.training_step(x, y).loss
         found.append((len(heads), loss, gradients(model, loss)))
     assert [heads for heads, _, _ in found] == [1, 0]
-    close(found[1][1], found[0][1], 1e-2 if autocast else 2e-5)
-    gradients_close(found[1][2], found[0][2], 0.1 if autocast else 1e-3)
+    assert_close(found[1][1], found[0][1], 1e-2 if autocast else 2e-5)
+    assert_gradients_close(found[1][2], found[0][2], 0.1 if autocast else 1e-3)
 
 
 def test_it_learns_as_the_peer_does():
@@ -128,9 +128,9 @@ def test_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss, expected = model(x), model.training_step(x, y).loss, peer.loss(x, y)
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    close(logits.float(), exact, 3e-2)
-    close(loss, expected.float(), 1e-2)
-    gradients_close(gradients(model, loss), gradients(peer, expected), 0.1)
+    assert_close(logits.float(), exact, 3e-2)
+    assert_close(loss, expected.float(), 1e-2)
+    assert_gradients_close(gradients(model, loss), gradients(peer, expected), 0.1)
 
 
 def test_in_bfloat16_throughout():
@@ -138,7 +138,7 @@ def test_in_bfloat16_throughout():
     x, y = batch()
     exact = model(x)
     model = model.bfloat16()
-    close(model(x).float(), exact, 5e-2)
+    assert_close(model(x).float(), exact, 5e-2)
     assert all(
         g.dtype == torch.bfloat16 and g.isfinite().all()
         for g in gradients(model, model.training_step(x, y).loss).values()
@@ -175,7 +175,7 @@ def test_used_twice_before_backward():
     single = [gradients(model, model.training_step(*batch(seed=seed)).loss) for seed in (1, 2)]
     first, second = (model.training_step(*batch(seed=seed)).loss for seed in (1, 2))
     together = gradients(model, first + second)
-    gradients_close(together, {name: single[0][name] + single[1][name] for name in together}, 1e-5)
+    assert_gradients_close(together, {name: single[0][name] + single[1][name] for name in together}, 1e-5)
 
 
 def test_under_compile():
@@ -185,8 +185,8 @@ def test_under_compile():
     compiled = torch.compile(lambda x, y: model.training_step(x, y).loss, fullgraph=True, backend="aot_eager")
     expected = model.training_step(x, y).loss
     found = compiled(x, y)
-    close(found, expected)
-    gradients_close(gradients(model, found), gradients(model, expected))
+    assert_close(found, expected)
+    assert_gradients_close(gradients(model, found), gradients(model, expected))
 
 
 def tied(model):

@@ -1,5 +1,6 @@
 """The GPU gate's logic, on the CPU: what it checks, what it survives, where it stops and goes on."""
 
+import io
 import json
 import math
 import sys
@@ -148,6 +149,32 @@ def test_tasks_that_hang_or_die_take_no_others_along():
     assert found["dies"]["died"].startswith("the process ended with 7: chatter")
     assert found["hangs"]["died"] == "no end after 5 s"
     assert gpu_gate.failures(found["wrong"]) == {"numerics": "wrong"}
+
+
+def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeypatch, capsys):
+    def work(task):
+        if task == "raises":
+            raise ValueError("what it is")
+        return {"failures": {"numerics": "wrong"} if task == "wrong" else {}, "figure": 1}
+
+    def serve(*tasks):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(tasks)))
+        code = isolated.serve(work)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["begin"] for line in lines[::2]] == [line["run"] for line in lines[1::2]]
+        return code, {line["run"]: line["failures"] for line in lines[1::2]}
+
+    found = {"a": {}, "raises": {"raised": "ValueError: what it is"}, "wrong": {"numerics": "wrong"}}
+    assert serve("a", "raises", "wrong") == (0, found)
+
+    def lost():
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    code, found = serve("wrong", "b")
+    assert code == 3 and list(found) == ["wrong"] and found["wrong"]["numerics"] == "wrong"
+    assert found["wrong"]["device"] == "the device's context is lost: an illegal memory access"
 
 
 def test_what_is_not_done_in_time_stays_undone():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import close, gradients, gradients_close
+from alike import assert_close, assert_gradients_close, gradients
 
 from genai_fast.models.lstm_lm import LSTMLanguageModel
 from genai_fast.models.peers_text import EagerLSTMLanguageModel
@@ -54,8 +54,8 @@ def test_losses_and_gradients_over_a_stream_are_the_peers(layers):
         y[0, 0] = -100
         losses, expected = model.training_step(x, y, carry), peer.loss(x, y, carry)
         assert losses.loss.dtype == torch.float32 and losses.loss.shape == ()
-        close(losses.loss, expected)
-        gradients_close(gradients(model, losses.loss), gradients(peer, expected))
+        assert_close(losses.loss, expected)
+        assert_gradients_close(gradients(model, losses.loss), gradients(peer, expected))
 
 
 def test_it_learns_as_the_peer_does():
@@ -90,7 +90,7 @@ def test_pieces_are_the_whole_text():
         carried = [model.training_step(*piece, carry).loss for piece in pieces]
         model.forget()
         anew = [model.training_step(*piece, 0 * carry).loss for piece in pieces]
-    close(torch.stack(carried).mean(), whole)
+    assert_close(torch.stack(carried).mean(), whole)
     assert abs(torch.stack(anew).mean() - whole) > 1e-4
 
 
@@ -105,9 +105,9 @@ def test_carry_forgets_its_row_alone():
         found = model.carried()
         _, (h, c) = model(x)
         _, going_on = model(x, (before["h"], before["c"]))
-    close(found["h"][:, 1:], h[:, 1:])
-    close(found["c"][:, 1:], c[:, 1:])
-    close(found["h"][:, :1], going_on[0][:, :1])
+    assert_close(found["h"][:, 1:], h[:, 1:])
+    assert_close(found["c"][:, 1:], c[:, 1:])
+    assert_close(found["h"][:, :1], going_on[0][:, :1])
     assert not torch.equal(found["h"][:, 0], h[:, 0])
 
 
@@ -119,7 +119,7 @@ def test_no_gradient_flows_through_the_carried_state():
     assert not model.h.requires_grad
     alone = small()
     alone.load_carried(model_state_after(pieces[0]))
-    gradients_close(gradients(model, second), gradients(alone, alone.training_step(*pieces[1]).loss), 1e-5)
+    assert_gradients_close(gradients(model, second), gradients(alone, alone.training_step(*pieces[1]).loss), 1e-5)
     first.loss.backward()  # its graph is its own
 
 
@@ -188,7 +188,7 @@ def test_evaluation_leaves_training_alone(guard):
 def test_dropout_is_of_training_alone_and_repeats():
     model, peer = pair(dropout=0.4)
     x, y, carry = next(stream())
-    close(model.eval()(x)[0], peer.eval()(x)[0])
+    assert_close(model.eval()(x)[0], peer.eval()(x)[0])
     model.train()
     losses = []
     for seed in (3, 3, 4):
@@ -204,7 +204,7 @@ def test_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.training_step(*piece).loss
         assert loss.dtype == torch.float32
-        close(loss, peer.loss(*piece), 2e-2)
+        assert_close(loss, peer.loss(*piece), 2e-2)
     assert model.h.dtype == torch.float32
     assert all(g.isfinite().all() for g in gradients(model, loss).values())
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import close
+from alike import assert_close
 
 from genai_fast import data
 from genai_fast.models import MLPVAE, ConditionalVAE, ConvVAE, slerp
@@ -105,9 +105,9 @@ def test_inpainting_changes_the_missing_pixels_alone(name):
     poisoned = torch.where(mask, torch.nan, x)
     assert torch.equal(model.inpaint(poisoned, mask, steps=5, **given), repaired)
     alone = model.inpaint(x[2:3], mask[2:3], steps=5, **{key: v[2:3] for key, v in given.items()})
-    close(alone, repaired[2:3], 1e-4)
+    assert_close(alone, repaired[2:3], 1e-4)
     with torch.inference_mode():
-        close(model.inpaint(x.clone(), mask.clone(), steps=5, **given), repaired)
+        assert_close(model.inpaint(x.clone(), mask.clone(), steps=5, **given), repaired)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import close
+from alike import assert_close
 from torch import nn
 
 from genai_fast import ops, use_backend
@@ -58,7 +58,7 @@ def test_a_block_that_carries_the_sum_on(pair):
         total = outputs[0].square().sum() + outputs[1].sin().sum()
         found.append([*outputs, *torch.autograd.grad(total, [*given, *model.parameters()])])
     for a, b in zip(*found, strict=True):
-        close(a, b, 1e-4)
+        assert_close(a, b, 1e-4)
 
 
 def test_only_the_sum_is_used():
@@ -75,8 +75,8 @@ def test_gradients_of_two_inputs_do_not_share_memory_that_is_written():
     for _ in range(2):  # the second is added in place
         y, total = ops.layer_norm(x, residual=h)
         (y.sum() + 2 * total.sum()).backward()
-    close(x.grad, torch.full((4, 8), 4.0), 1e-5)
-    close(h.grad, torch.full((4, 8), 4.0), 1e-5)
+    assert_close(x.grad, torch.full((4, 8), 4.0), 1e-5)
+    assert_close(h.grad, torch.full((4, 8), 4.0), 1e-5)
 
 
 def test_the_sum_must_stay_until_backward():
@@ -91,7 +91,7 @@ def test_the_sum_must_stay_until_backward():
 def test_rms_norm_takes_the_eps_of_torch():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         x = torch.full((2, 8), 1e-3).to(dtype)
-        close(ops.rms_norm(x).float(), F.rms_norm(x, (8,)).float(), 1e-2)
+        assert_close(ops.rms_norm(x).float(), F.rms_norm(x, (8,)).float(), 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -103,10 +103,10 @@ def test_autocast_on_the_cpu_is_that_of_torch(dtype):
         expected = F.layer_norm(x, (8,), weight, bias)
         sums = ops.layer_norm(x, weight, bias, residual=residual)
         expected_sum = x + residual
-    close(got.float(), expected.float(), 1e-2)
+    assert_close(got.float(), expected.float(), 1e-2)
     assert got.dtype is expected.dtype
     assert sums[0].dtype is sums[1].dtype is expected_sum.dtype is torch.float32
-    close(sums[1], expected_sum, 1e-6)
+    assert_close(sums[1], expected_sum, 1e-6)
 
 
 @pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm])
@@ -117,8 +117,8 @@ def test_autocast_takes_narrow_parameters_beside_a_wider_sum(op):
     with torch.autocast("cpu", torch.bfloat16):
         y, h = op(x, weight, residual=residual)
     expected = op(x.float(), weight.float(), residual=residual)
-    close(y, expected[0], 1e-6)
-    close(h, expected[1], 1e-6)
+    assert_close(y, expected[0], 1e-6)
+    assert_close(h, expected[1], 1e-6)
     assert torch.autograd.grad(y.sum(), weight)[0].dtype is torch.bfloat16
     with pytest.raises(TypeError, match=r"weight.*expected torch\.float32"):
         op(x.float(), weight)
@@ -133,7 +133,7 @@ def test_batched_gradients(op):
     directions = torch.eye(y.numel()).view(-1, *y.shape)
     (batch,) = torch.autograd.grad(y, given, directions, is_grads_batched=True, retain_graph=True)
     alone = torch.stack([torch.autograd.grad(y, given, d, retain_graph=True)[0] for d in directions])
-    close(batch, alone, 1e-5)
+    assert_close(batch, alone, 1e-5)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=_names)
@@ -145,19 +145,19 @@ def test_layers_are_the_stock_ones(pair, shape, affine):
         nn.init.normal_(stock.weight)
     ours.load_state_dict(stock.state_dict())
     x, residual = torch.randn(2, 3, 4, 6)
-    close(ours(x), stock(x), 1e-5)
+    assert_close(ours(x), stock(x), 1e-5)
     y, h = ours(x, residual)
-    close(h, x + residual, 1e-6)
-    close(y, stock(x + residual), 1e-5)
+    assert_close(h, x + residual, 1e-6)
+    assert_close(y, stock(x + residual), 1e-5)
     assert repr(ours) == repr(stock)
     copied = pickle.loads(pickle.dumps(ours))
-    close(copied(x), stock(x), 1e-5)
+    assert_close(copied(x), stock(x), 1e-5)
 
 
 def test_a_layer_norm_without_bias():
     stock, ours = nn.LayerNorm(6, bias=False), LayerNorm(6, bias=False)
     x = torch.randn(3, 6)
-    close(ours(x), stock(x), 1e-5)
+    assert_close(ours(x), stock(x), 1e-5)
     assert [*ours.state_dict()] == [*stock.state_dict()] == ["weight"]
 
 

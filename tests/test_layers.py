@@ -6,7 +6,15 @@ import pickle
 
 import pytest
 import torch
-from alike import assert_alike, assert_buffers_alike, close, gradients_close, plain_of, step, with_statistics
+from alike import (
+    assert_alike,
+    assert_buffers_alike,
+    assert_close,
+    assert_gradients_close,
+    plain_of,
+    step,
+    with_statistics,
+)
 from torch import nn
 
 import genai_fast
@@ -118,7 +126,7 @@ def test_what_is_not_stock_is_called(make, fused_calls):
     fused = FusedSequential(nn.Conv2d(3, 4, 3), make(), nn.ReLU())
     x = torch.randn(4, 3, 8, 8)
     expected = copy.deepcopy(nn.BatchNorm2d(4))(fused[0](x)) + 1.0
-    close(fused(x), expected.relu())
+    assert_close(fused(x), expected.relu())
     assert not fused_calls
 
 
@@ -151,9 +159,9 @@ def test_children_may_be_replaced_at_any_time(fused_calls):
     x = torch.randn(4, 3, 8, 8)
     fused(x)
     fused[1] = nn.InstanceNorm2d(4)
-    close(fused(x), plain_of(fused)(x))
+    assert_close(fused(x), plain_of(fused)(x))
     fused[1] = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=0)
-    close(fused(x), plain_of(fused)(x))
+    assert_close(fused(x), plain_of(fused)(x))
     assert len(fused_calls) == 1
     fused.append(nn.BatchNorm2d(4))
     fused(x)
@@ -166,7 +174,7 @@ def test_a_lazy_norm_runs_once_it_is_made(fused_calls):
     fused(x)
     assert not fused_calls
     plain = plain_of(fused)
-    close(fused(x), plain(x))
+    assert_close(fused(x), plain(x))
     assert fused_calls == ["relu"]
 
 
@@ -179,7 +187,7 @@ def test_dropout_draws_again_in_backward_and_is_none_in_evaluation():
     x = torch.randn(64, 40)
     y, dense = fused(x), plain(x)
     kept = y != 0
-    close(y, torch.where(kept, dense / 0.6, 0.0))
+    assert_close(y, torch.where(kept, dense / 0.6, 0.0))
     assert 0.57 < kept.float().mean() < 0.63
     torch.manual_seed(3)
     first = fused(x)
@@ -187,7 +195,7 @@ def test_dropout_draws_again_in_backward_and_is_none_in_evaluation():
     assert torch.equal(first, fused(x))
     fused.eval()
     plain.load_state_dict({k: v for k, v in fused.state_dict().items()})
-    close(fused(x), plain.eval()(x))
+    assert_close(fused(x), plain.eval()(x))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -202,7 +210,7 @@ def test_activation_and_dropout(inplace, monkeypatch):
     assert made == [("leaky_relu", inplace)]
     kept = y[0] != 0
     _, expected = step(nn.Sequential(plain, _Times(kept * 2.0)), x)
-    gradients_close(found, {name.removeprefix("0."): g for name, g in expected.items()}, 1e-5)
+    assert_gradients_close(found, {name.removeprefix("0."): g for name, g in expected.items()}, 1e-5)
 
 
 class _Times(nn.Module):
@@ -268,14 +276,14 @@ def test_containers_are_sequentials():
     assert type(copy.deepcopy(block)) is ConvBNAct
     loaded = pickle.loads(pickle.dumps(block))
     x = torch.randn(4, 3, 9, 9)
-    close(loaded(x), block(x))
+    assert_close(loaded(x), block(x))
     stream = io.BytesIO()
     torch.save(block, stream)
     stream.seek(0)
     assert type(torch.load(stream, weights_only=False)) is ConvBNAct
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(block)[1]) is nn.SyncBatchNorm
     nn.utils.parametrizations.spectral_norm(block[0])
-    close(block.eval()(x), plain_of(block).eval()(x))
+    assert_close(block.eval()(x), plain_of(block).eval()(x))
 
 
 # --- what traces the modules
@@ -290,8 +298,8 @@ def test_compile(training, fused_calls):
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     (y,), found = step(compiled, x)
     (expected,), gradients = step(plain, x)
-    close(y, expected)
-    gradients_close({k.removeprefix("_orig_mod."): g for k, g in found.items()}, gradients)
+    assert_close(y, expected)
+    assert_gradients_close({k.removeprefix("_orig_mod."): g for k, g in found.items()}, gradients)
     assert_buffers_alike(fused, plain)
 
 
@@ -314,7 +322,7 @@ def test_a_trace_holds_torchs_own_operators(trace):
         y = torch.fx.symbolic_trace(fused)(x)
     else:
         y = torch.vmap(fused)(x[None])[0]
-    close(y, plain.eval()(x))
+    assert_close(y, plain.eval()(x))
 
 
 def test_autocast():
@@ -322,10 +330,10 @@ def test_autocast():
     x = torch.randn(4, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = fused(x), plain(x)
-    close(y, expected, 3e-2)
+    assert_close(y, expected, 3e-2)
     y.float().sum().backward()
     expected.float().sum().backward()
-    close(fused[1].weight.grad, plain[1].weight.grad, 3e-2, scale=fused[0].weight.grad.norm().item())
+    assert_close(fused[1].weight.grad, plain[1].weight.grad, 3e-2, scale=fused[0].weight.grad.norm().item())
     assert_buffers_alike(fused.float(), plain.float())
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from alike import assert_alike, close, with_statistics
+from alike import assert_alike, assert_close, with_statistics
 from torch import nn
 
 from genai_fast import fuse, paths
@@ -182,7 +182,7 @@ def test_an_outer_channels_last_input_stays_so():
     fused.load_state_dict(plain.state_dict())
     with torch.no_grad():
         found, expected = fused(x), plain(x)
-    close(found, expected)
+    assert_close(found, expected)
     assert found.stride() == expected.stride()
 
 
@@ -201,7 +201,7 @@ def test_measuring_leaves_no_trace():
         assert found.shape == expected.shape
     assert torch.equal(results[0][0], results[1][0])
     for found, expected in zip(results[0][1:], results[1][1:], strict=True):
-        close(found, expected, 1e-4, scale=max(1.0, expected.abs().max().item()))
+        assert_close(found, expected, 1e-4, scale=max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("what", ["autocast", "inference", "no_grad", "frozen"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import close
+from alike import assert_close
 
 from genai_fast.models import (
     Autoencoder,
@@ -80,9 +80,9 @@ def test_checkpoints_load_both_ways_and_compute_the_same(name):
     _load_both_ways(ours, peer)
     for training in (True, True, False):
         found, expected = ours.train(training)(x), peer.train(training)(x)
-        close(found.sigmoid() if "discriminator" in name else found, expected)
+        assert_close(found.sigmoid() if "discriminator" in name else found, expected)
     for key, value in peer.state_dict().items():  # running statistics too
-        close(ours.state_dict()[key].float(), value.float(), what=key)
+        assert_close(ours.state_dict()[key].float(), value.float(), what=key)
 
 
 def test_the_loss_of_discriminators_is_bce():
@@ -94,9 +94,9 @@ def test_the_loss_of_discriminators_is_bce():
     expected = torch.nn.functional.binary_cross_entropy(peer(x), real)
     found.backward()
     expected.backward()
-    close(found, expected)
+    assert_close(found, expected)
     for (name, p), q in zip(ours.named_parameters(), peer.parameters(), strict=True):
-        close(p.grad, q.grad, what=name)
+        assert_close(p.grad, q.grad, what=name)
 
 
 def test_conditional_generators():
@@ -105,7 +105,7 @@ def test_conditional_generators():
     _load_both_ways(ours, peer)
     z, labels = torch.randn(6, 8), torch.arange(6) % 3
     for training in (True, False):
-        close(ours.train(training)(z, labels), peer.train(training)(z, labels))
+        assert_close(ours.train(training)(z, labels), peer.train(training)(z, labels))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_conv_coders(kinds, size, channels, widths, monkeypatch):
         )
     for training in (True, False):
         for a, b in zip(ours.train(training)(*x), peer.train(training)(*x), strict=True):
-            close(a, b)
+            assert_close(a, b)
         found, expected = ours.training_step(*x).loss, peer.loss(*x)
-        close(found, expected)
+        assert_close(found, expected)
     found.backward()
     expected.backward()
     for (name, p), q in zip(ours.named_parameters(), peer.named_parameters(), strict=True):
         assert name == q[0]
-        close(p.grad, q[1].grad, 1e-4, what=name)
+        assert_close(p.grad, q[1].grad, 1e-4, what=name)
 
 
 @pytest.mark.parametrize("ours", FULL, ids=lambda cls: cls.__name__)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from alike import assert_alike, close, gradients_close, step
+from alike import assert_alike, assert_close, assert_gradients_close, step
 from torch import nn
 
 from genai_fast import FallbackWarning, ops, use_backend
@@ -73,7 +73,7 @@ def test_a_state_carried_from_part_to_part_is_one_sequence(calls):
         y, h = ours(part, h)
         h = h.detach_()  # truncated backpropagation: h_n is no view of y
         parts.append(y)
-    close(torch.cat(parts), plain(x)[0])
+    assert_close(torch.cat(parts), plain(x)[0])
     assert len(calls) == 3
 
 
@@ -84,7 +84,7 @@ def test_gradient_through_the_last_state_alone():
     for model, kept in ((ours, found), (plain, expected)):
         grads = torch.autograd.grad(model(x)[1].pow(2).sum(), [*model.parameters()])
         kept.update(zip(dict(model.named_parameters()), grads, strict=True))
-    gradients_close(found, expected)
+    assert_gradients_close(found, expected)
 
 
 def test_dropout_between_layers():
@@ -104,7 +104,7 @@ def test_dropout_between_layers():
     between, whole = seen[1], op(x, None, *ours._weights(0, ""))[0]
     kept = between != 0
     assert abs(kept.float().mean().item() - 0.6) < 0.02
-    close(between, torch.where(kept, whole / 0.6, 0.0))
+    assert_close(between, torch.where(kept, whole / 0.6, 0.0))
 
 
 def test_parametrized_weights_are_read_anew(calls):
@@ -115,8 +115,8 @@ def test_parametrized_weights_are_read_anew(calls):
     nn.utils.parametrizations.weight_norm(plain, "weight_hh_l0")
     x = torch.randn(4, 3, 5)
     (found, found_gradients), (expected, expected_gradients) = step(ours, x), step(plain, x)
-    close(found[0], expected[0])
-    gradients_close(found_gradients, expected_gradients)
+    assert_close(found[0], expected[0])
+    assert_gradients_close(found_gradients, expected_gradients)
     assert calls
 
 
@@ -126,7 +126,7 @@ def test_copies_and_pickles():
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), GRU(5, 8, 2)):
         again.load_state_dict(plain.state_dict())
         assert type(again) is GRU
-        close(again(x)[0], plain(x)[0])
+        assert_close(again(x)[0], plain(x)[0])
 
 
 def test_packed_sequences_are_left_to_pytorch(calls):
@@ -184,7 +184,7 @@ def test_autocast_runs_in_the_narrow_dtype(calls):
         found, h_n = ours(x)
         found.float().sum().backward()
     assert found.dtype is h_n.dtype is torch.bfloat16 and ours.weight_hh_l0.grad.dtype is torch.float32
-    close(found.float(), plain(x)[0], 2e-2)
+    assert_close(found.float(), plain(x)[0], 2e-2)
     assert calls
 
 
@@ -197,8 +197,8 @@ def test_compiled_layer(allowed):
     with torch._dynamo.config.patch(allow_rnn=allowed):
         compiled = torch.compile(ours, fullgraph=allowed, backend="aot_eager")
         (found, found_gradients), (expected, expected_gradients) = step(compiled, x), step(plain, x)
-    close(found[0], expected[0])
-    gradients_close({k.removeprefix("_orig_mod."): g for k, g in found_gradients.items()}, expected_gradients)
+    assert_close(found[0], expected[0])
+    assert_gradients_close({k.removeprefix("_orig_mod."): g for k, g in found_gradients.items()}, expected_gradients)
 
 
 def test_transforms_see_pytorchs_operators(calls):
@@ -208,7 +208,7 @@ def test_transforms_see_pytorchs_operators(calls):
     for model in (ours, plain):
         loss = lambda p, m=model: torch.func.functional_call(m, p, (x,))[0].pow(2).sum()  # noqa: E731
         results.append(torch.func.grad(loss)({k: p.detach() for k, p in model.named_parameters()}))
-    gradients_close(*results)
+    assert_gradients_close(*results)
     assert not calls
 
 
@@ -217,7 +217,7 @@ def test_layer_does_as_told_by_use_backend(calls):
     x = torch.randn(4, 3, 5)
     for backend in ("reference", "cpu", "triton"):
         with use_backend(backend):
-            close(ours(x)[0], plain(x)[0])
+            assert_close(ours(x)[0], plain(x)[0])
     assert len(calls) == 3
 
 
@@ -253,7 +253,7 @@ def test_lstm_on_the_cpu_is_pytorchs():
     x, h, c = torch.randn(6, 3, 5), torch.randn(3, 8), torch.randn(3, 8)
     y, (h_n, c_n) = lstm(x, (h[None], c[None]))
     for found, expected in zip(ops.lstm(x, h, c, *lstm._flat_weights), (y, h_n[0], c_n[0]), strict=True):
-        close(found, expected)
+        assert_close(found, expected)
 
 
 def test_second_derivative_of_lstm_on_the_cpu():
@@ -265,7 +265,7 @@ def test_second_derivative_of_lstm_on_the_cpu():
     with use_backend("reference"):
         (gradient,) = torch.autograd.grad(ops.lstm(x, None, None, *weights)[0].sum(), x, create_graph=True)
         (expected,) = torch.autograd.grad(gradient.pow(2).sum(), weights[1])
-    close(found, expected, 1e-4)
+    assert_close(found, expected, 1e-4)
 
 
 def test_raw_operators_refuse_what_would_read_foreign_memory():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import close, gradients_close
+from alike import assert_close, assert_gradients_close
 from sequence_models import (
     assert_capturable,
     assert_learns_alike,
@@ -46,8 +46,8 @@ def test_losses_are_a_token_and_a_sequence():
         torch.nn.functional.cross_entropy(logits[k, :n], target[k, :n], reduction="sum")
         for k, n in enumerate(target_lengths.tolist())
     )
-    close(found.nats, nats / 3)
-    close(found.loss, nats / 11)
+    assert_close(found.nats, nats / 3)
+    assert_close(found.loss, nats / 11)
     assert found.tokens == 11 / 3 and found.tokens.dtype is torch.float32
 
 
@@ -72,8 +72,8 @@ def test_more_padding_changes_nothing(widths):
     losses = [model.training_step(*x) for x in (batch(), batch(widths=widths))]
     expected, found = (gradients(model, loss.loss) for loss in losses)
     for a, b in zip(*losses, strict=True):
-        close(b, a, 1e-6)
-    gradients_close(found, expected, 1e-5)
+        assert_close(b, a, 1e-6)
+    assert_gradients_close(found, expected, 1e-5)
 
 
 def test_each_sample_is_as_it_is_alone():
@@ -82,7 +82,7 @@ def test_each_sample_is_as_it_is_alone():
     together = model(source, source_lengths, target)
     for k, (n, m) in enumerate(zip(source_lengths.tolist(), target_lengths.tolist(), strict=True)):
         alone = model(source[k : k + 1, :n], source_lengths[k : k + 1], target[k : k + 1, :m])
-        close(together[k : k + 1, :m], alone, 1e-5)
+        assert_close(together[k : k + 1, :m], alone, 1e-5)
 
 
 def test_a_later_token_changes_no_earlier_logits_and_the_source_all():
@@ -106,7 +106,7 @@ def test_decoding_by_steps_is_the_whole_forward():
     decoder = model.decoder(model.encode(source, source_lengths))
     model.train()  # a decoder drops nothing
     found = torch.stack([decoder.step(column) for column in ids.t()], 1)
-    close(found, expected.detach(), 1e-5)
+    assert_close(found, expected.detach(), 1e-5)
     assert not found.requires_grad
 
 
@@ -144,7 +144,7 @@ def test_dropout_is_for_training_alone():
     first = model.training_step(*batch()).loss
     torch.manual_seed(3)
     assert torch.equal(first, model.training_step(*batch()).loss)
-    close(model.eval().training_step(*batch()).loss, peer.eval().loss(*batch()))
+    assert_close(model.eval().training_step(*batch()).loss, peer.eval().loss(*batch()))
 
 
 def test_bfloat16_is_near():
@@ -157,8 +157,8 @@ def test_the_encoder_compiles_whole():
     model, (source, lengths, _, _) = Seq2Seq(V, END, 16, 1, 2, 16).eval(), batch()
     compiled = torch.compile(lambda *x: model.encode(*x).states, fullgraph=True, backend="eager")
     found, expected = (states(source, lengths) for states in (compiled, lambda *x: model.encode(*x).states))
-    close(found, expected.detach())
-    gradients_close(gradients(model, found.square().sum()), gradients(model, expected.square().sum()), 1e-4)
+    assert_close(found, expected.detach())
+    assert_gradients_close(gradients(model, found.square().sum()), gradients(model, expected.square().sum()), 1e-4)
 
 
 def test_a_step_can_be_captured(monkeypatch):

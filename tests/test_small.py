@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import assert_alike, close, with_statistics
+from alike import assert_alike, assert_close, with_statistics
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -44,7 +44,7 @@ def test_forward_mode_derivatives_are_torchs():
         x, v = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
         with torch.no_grad(), forward_ad.dual_level():
             found, expected = (forward_ad.unpack_dual(m(forward_ad.make_dual(x, v))).tangent for m in (fused, model))
-        close(found, expected)
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -58,14 +58,14 @@ def test_batched_gradients_are_torchs(training):
     fused.load_state_dict(plain.state_dict())
     x = torch.randn(2, 2, 6, 6)
     jacobians = [torch.autograd.functional.jacobian(m, x, vectorize=True) for m in (fused, plain)]
-    close(*jacobians, 1e-4)
+    assert_close(*jacobians, 1e-4)
     gradients = []
     for model in (fused, plain):
         given = x.clone().requires_grad_()
         y = model(given)
         (batch,) = torch.autograd.grad(y, given, torch.eye(y.numel()).view(-1, *y.shape), is_grads_batched=True)
         gradients.append(batch)
-    close(*gradients, 1e-4)
+    assert_close(*gradients, 1e-4)
 
 
 def test_batched_gradients_with_dropout_are_repeated():
@@ -76,5 +76,5 @@ def test_batched_gradients_with_dropout_are_repeated():
         y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True, retain_graph=True
     )
     (alone,) = torch.autograd.grad(y.sum(), x)
-    close(batch[0], alone)
-    close(batch[1], alone)
+    assert_close(batch[0], alone)
+    assert_close(batch[1], alone)

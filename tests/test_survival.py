@@ -22,17 +22,9 @@ from genai_fast.training import checkpoint, disk, loop, meter, runs
 from genai_fast.training.checkpoint import DiskError
 from genai_fast.training.settings import VAEConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORKS = pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA does not fork")
 SMALL = ["--data", "digits", "--epochs", "3", "--batch-size", "512", "--hidden", "32", "--checkpoint-every", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked process has no other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import close, gradients_close
+from alike import assert_close, assert_gradients_close
 from sequence_models import assert_capturable, assert_learns_alike, assert_near_in_bfloat16, gradients, padded
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -44,9 +44,9 @@ def test_the_terms_are_of_a_sequence():
     found = model.training_step(ids, lengths, seed=1)
     logits, kl, _ = model(ids, lengths, seed=1)
     nats = [torch.nn.functional.cross_entropy(logits[:n, k], ids[k, :n]) * n for k, n in enumerate(lengths.tolist())]
-    close(found.reconstruction, torch.stack(nats).mean())
-    close(found.kl, kl.mean())
-    close(found.loss, found.reconstruction + 0.3 * found.kl)
+    assert_close(found.reconstruction, torch.stack(nats).mean())
+    assert_close(found.kl, kl.mean())
+    assert_close(found.loss, found.reconstruction + 0.3 * found.kl)
     assert found.tokens == 19 / 4
 
 
@@ -62,8 +62,8 @@ def test_what_lies_behind_a_sequence_is_nothing():
     for name, g in gradients(model, found).items():
         assert torch.equal(g, expected_gradients[name]), name
     more = model.training_step(*batch(width=14), seed=2).loss
-    close(more, expected, 1e-6)
-    gradients_close(gradients(model, more), expected_gradients, 1e-5)
+    assert_close(more, expected, 1e-6)
+    assert_gradients_close(gradients(model, more), expected_gradients, 1e-5)
 
 
 def test_a_later_token_changes_no_earlier_logits():
@@ -80,7 +80,7 @@ def test_decoding_by_steps_is_the_whole_forward():
     model, (ids, _), z = make(), batch(), torch.randn(4, 5)
     decoder = model.decoder(z)
     found = torch.stack([decoder.step(column) for column in ids.t()])
-    close(found, model.logits(z, ids).detach(), 1e-5)
+    assert_close(found, model.logits(z, ids).detach(), 1e-5)
     assert not found.requires_grad
 
 
@@ -96,20 +96,20 @@ def test_annealing_rises_to_beta_and_is_a_checkpoints():
     assert again.steps == 6
     fresh = make(beta=0.5, annealing=4).eval()
     found = fresh.training_step(*sample, seed=1)
-    close(found.loss, found.reconstruction + 0.5 * found.kl)  # evaluation is not annealed, and counts nothing
+    assert_close(found.loss, found.reconstruction + 0.5 * found.kl)  # evaluation is not annealed, and counts nothing
     assert fresh.steps == 0
 
 
 def test_free_bits_are_free():
     model, sample = make(free_bits=1e3), batch()
     found = model.training_step(*sample, seed=1)
-    close(found.loss, found.reconstruction + 1e3)
+    assert_close(found.loss, found.reconstruction + 1e3)
     (grad,) = torch.autograd.grad(found.loss - found.reconstruction, [model.fc_mu.weight], allow_unused=True)
     assert grad is None or not grad.any()
     found = model.eval().training_step(*sample, seed=1)
-    close(found.loss, found.reconstruction + found.kl)
+    assert_close(found.loss, found.reconstruction + found.kl)
     found = make(free_bits=1e-6).training_step(*sample, seed=1)
-    close(found.loss, found.reconstruction + found.kl)
+    assert_close(found.loss, found.reconstruction + found.kl)
 
 
 def test_word_dropout_hides_words_in_training_alone():
@@ -119,8 +119,8 @@ def test_word_dropout_hides_words_in_training_alone():
     z = ops.reparameterize(*model.encode(ids, lengths), seed=1)
     hidden = torch.full_like(ids, V)
     hidden[:, 0] = END
-    close(found, model.logits(z, hidden))
-    close(model.eval()(ids, lengths, seed=1)[0], with_words.eval()(ids, lengths, seed=1)[0])
+    assert_close(found, model.logits(z, hidden))
+    assert_close(model.eval()(ids, lengths, seed=1)[0], with_words.eval()(ids, lengths, seed=1)[0])
     half = make(word_dropout=0.5)
     losses = []
     for seed in (5, 5, 6):

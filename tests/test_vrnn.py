@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import close, gradients_close
+from alike import assert_close, assert_gradients_close
 from sequence_models import assert_capturable, assert_learns_alike, assert_near_in_bfloat16, gradients, load_both_ways
 
 from genai_fast import ops, use_backend
@@ -48,8 +48,8 @@ def test_in_float64_loss_and_gradients_are_the_peers(monkeypatch):
     with use_backend("reference"):  # which serves float64
         given_noise(monkeypatch, peer, x, 4)
         found, expected = model.training_step(x, seed=4).loss, peer.loss(x)
-        close(found, expected.float(), 1e-7)
-        gradients_close(gradients(model, found), gradients(peer, expected), 1e-6)
+        assert_close(found, expected.float(), 1e-7)
+        assert_gradients_close(gradients(model, found), gradients(peer, expected), 1e-6)
 
 
 def test_the_recurrences_gradients_are_its_derivatives():
@@ -69,10 +69,10 @@ def test_the_terms_are_those_of_the_outputs():
     found = model.training_step(x, x + 100, seed=1)  # y is not looked at
     logits, posterior, prior = model(x, seed=1)
     q, p = (torch.distributions.Normal(mu, torch.exp(0.5 * logvar)) for mu, logvar in (posterior, prior))
-    close(found.kl, torch.distributions.kl_divergence(q, p).sum() / 5)
+    assert_close(found.kl, torch.distributions.kl_divergence(q, p).sum() / 5)
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.t().flatten(), reduction="sum") / 5
-    close(found.reconstruction, nats)
-    close(found.loss, nats + 0.3 * found.kl)
+    assert_close(found.reconstruction, nats)
+    assert_close(found.loss, nats + 0.3 * found.kl)
     assert found.tokens == 7
 
 
@@ -111,7 +111,7 @@ def test_decoding_by_steps_is_the_whole_forward(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *args, **more: next(noise))
     state = model.decoder(5)
     found = torch.stack([state.step(ids) for ids in (None, *x.t()[:-1])])
-    close(found, model(x, seed=9).logits.detach(), 1e-5)
+    assert_close(found, model(x, seed=9).logits.detach(), 1e-5)
 
 
 def test_samples_follow_what_was_learnt():

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 
+from genai_fast.cpu import allowed_cores
 from genai_fast.data import cache as store
 from genai_fast.data import picture
 from genai_fast.data.images import DataError, DataWarning, Images
@@ -232,8 +233,7 @@ def _in_threads(work: Callable[[int], T], numbers: range) -> list[T | str]:
     def chunk(first: int) -> list[T | str]:
         return [attempt(number) for number in numbers[first : first + _CHUNK]]
 
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(processors)
+    pool = ThreadPoolExecutor(allowed_cores())
     try:
         return [result for results in pool.map(chunk, range(0, len(numbers), _CHUNK)) for result in results]
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 
+from genai_fast.cpu import allowed_cores
 from genai_fast.profiling.loops import EAGER, FUSED, LOOP
 from genai_fast.profiling.trace import OUTSIDE
 
@@ -117,7 +117,7 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f"{outside - wait:.0%} of the step passes outside PyTorch's operators, between"
             f" {found['operator_calls']:.0f} calls of them: a larger batch, or torch.compile",
         )
-    cores, threads = _cores(), report["environment"]["threads"]
+    cores, threads = allowed_cores(), report["environment"]["threads"]
     if not cuda and 2 * threads < cores:
         say(0.5, f"{threads} of {cores} cores in use: torch.set_num_threads({cores // 2})")
     said.sort(key=lambda item: -item[0])
@@ -140,7 +140,3 @@ def _narrow_is_fast(cuda: bool) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,26 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels, extension
+from genai_fast.paths import processor
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 _REPEATS, _SECONDS = 15, 2.0  # of one measurement: this many, or three if that takes so long
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
 
 
 def device_name(device: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from genai_fast.cpu import allowed_cores
 from genai_fast.errors import UsageError
 from genai_fast.ops import rows
 from genai_fast.training.config import Config
@@ -56,8 +57,7 @@ def processes(settings: Config) -> Iterator[None]:
     device = _device(settings, local)
     _check(settings, int(os.environ["WORLD_SIZE"]))
     if not settings.threads:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // beside))
+        torch.set_num_threads(max(1, allowed_cores() // beside))
     # What the processes agree on goes over the CPUs: reading it must not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", timeout=_PATIENCE, device_id=device)
     try:

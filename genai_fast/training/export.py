@@ -21,7 +21,7 @@ from torch import nn
 from genai_fast import __version__
 from genai_fast.errors import UsageError, require
 from genai_fast.models import peers, peers_conditional, peers_sequences, peers_text
-from genai_fast.training import checkpoint, standalone, writing
+from genai_fast.training import checkpoint, disk, standalone, writing
 from genai_fast.training.runs import Opened
 from genai_fast.training.text_task import TOKENIZER
 
@@ -39,8 +39,12 @@ def network_of(run: Opened) -> nn.Module:
 def write_weights(run: Opened, path: Path) -> None:
     """The network's state dict as a safetensors file, whole or not at all."""
     hidden = path.with_name(f".{path.name}.new")
-    require("safetensors.torch", "train").save_file(checkpoint.plain(network_of(run).state_dict()), hidden)
-    os.replace(hidden, path)
+    try:
+        disk.write_tensors(hidden, checkpoint.plain(network_of(run).state_dict()))
+        os.replace(hidden, path)
+    except BaseException:
+        disk.discard(hidden)
+        raise
 
 
 def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
