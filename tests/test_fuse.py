@@ -224,7 +224,7 @@ def test_gru_and_rms_norm_become_ours(monkeypatch, backend):
 def test_small_norms_are_pytorchs(monkeypatch):
     monkeypatch.setattr(ops, "rms_norm", lambda *args: pytest.fail("called"))
     fused, x = fuse(nn.Sequential(nn.RMSNorm(8))), torch.randn(4, 8)
-    assert type(fused[0]) is RMSNorm
+    assert isinstance(fused[0], RMSNorm)  # ours by class, PyTorch's by size
     assert torch.equal(fused(x), F.rms_norm(x, (8,), fused[0].weight))
 
 

@@ -214,7 +214,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_the_figures_say(rule, monkeypatch):
-    monkeypatch.setattr("genai_fast.profiling.diagnosis._cores", lambda: 16)
+    monkeypatch.setattr("genai_fast.profiling.diagnosis.allowed_cores", lambda: 16)
     given, text = RULES[rule]
     (said,) = diagnose(_report(**given), "fused" if rule == "left alone" else "eager")
     assert text in said
