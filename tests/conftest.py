@@ -11,6 +11,29 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure():
+    """Triton's interpreter replaces its whole language anew for each call from a kernel: half of its time, in vain."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    run, replace, replaced = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def run_one(self, *args, **kwargs):
+        replaced.clear()
+        return run(self, *args, **kwargs)
+
+    def replace_once(function):
+        seen = frozenset(id(x) for x in function.__globals__.values() if x is language or x is language.core)
+        if seen in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(seen)
+        return replace(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = run_one, replace_once
+
+
 @pytest.fixture
 def fused_calls(monkeypatch):
     """The activations that ops.batch_norm_act was called with."""

@@ -227,8 +227,18 @@ def test_errors_come_to_the_consumer_in_their_place(error):
         ahead([], depth=0)
 
 
+@pytest.fixture
+def _quick_collections():
+    """Without the many objects that are there already."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("how", ["closed", "dropped", "raised"])
+@pytest.mark.usefixtures("_quick_collections")
 def test_an_abandoned_thread_ends(depth, how):
     closed = []
 

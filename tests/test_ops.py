@@ -132,6 +132,8 @@ def test_second_backward_gives_the_same_numbers(op, case):
 @_parametrize(DIFFERENTIABLE, "latent_20", "long_row", "mnist", "many_rows", "large_plane", "small_planes")
 def test_two_runs_are_bitwise_equal(op, case):
     for backend in _backends(op):
+        if backend == "triton" and DEVICE == "cpu":
+            continue  # the interpreter's programs run one after another: no order could differ
         with use_backend(backend):
             runs = []
             for _ in range(2):

@@ -123,7 +123,7 @@ constexpr int64_t stream_room(int64_t count) { return (count + 3 + kWords - 1) /
 
 // The words at positions position .. position + count - 1 of the seed's stream; they lie at the returned pointer,
 // inside `room` (stream_room(count) words).
-inline const uint32_t* stream(uint32_t* room, uint64_t position, int64_t count, int64_t seed) {
+__attribute__((noinline)) inline const uint32_t* stream(uint32_t* room, uint64_t position, int64_t count, int64_t seed) {
   const uint32_t k0 = uint32_t(uint64_t(seed)), k1 = uint32_t(uint64_t(seed) >> 32);
   const int64_t lead = int64_t(position % 4);
   for (int64_t done = 0; done < lead + count; done += kWords) {
@@ -140,7 +140,7 @@ constexpr int64_t normals_room(int64_t count) { return (count + 3 + kNormals - 1
 
 // The normals at positions position .. position + count - 1 of the seed's stream; they lie at the returned pointer,
 // inside `room` (normals_room(count) floats).
-inline const float* normals(float* room, uint64_t position, int64_t count, int64_t seed) {
+__attribute__((noinline)) inline const float* normals(float* room, uint64_t position, int64_t count, int64_t seed) {
   const uint32_t k0 = uint32_t(uint64_t(seed)), k1 = uint32_t(uint64_t(seed) >> 32);
   const int64_t lead = int64_t(position % 4);
   uint32_t words[4][kCounters];

@@ -6,6 +6,9 @@
 
 namespace {
 
+// For what serves a whole piece at a time: one copy in each kernel file, not one in each of its activations and flags.
+#define GENAI_FAST_ONCE __attribute__((noinline))
+
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline float from_bfloat16(uint16_t bits) {
@@ -88,10 +91,15 @@ struct Rows {
     if (dtype == kFloat32 && (p.rows == 1 || stride == p.columns)) {
       return static_cast<const float*>(data) + p.row * stride + p.column;
     }
+    copy(p, buffer);
+    return buffer;
+  }
+
+ private:
+  GENAI_FAST_ONCE void copy(const Piece& p, float* buffer) const {
     for (int64_t r = 0; r < p.rows; ++r) {
       load_span(data, dtype, (p.row + r) * stride + p.column, p.columns, buffer + r * p.columns);
     }
-    return buffer;
   }
 };
 
@@ -105,6 +113,11 @@ struct DenseOut {
     return dtype == kFloat32 ? static_cast<float*>(data) + p.row * columns + p.column : buffer;
   }
   void end(const Piece& p, const float* values) const {
+    if (dtype != kFloat32) copy(p, values);
+  }
+
+ private:
+  GENAI_FAST_ONCE void copy(const Piece& p, const float* values) const {
     store_span(data, dtype, p.row * columns + p.column, p.count(), values);
   }
 };

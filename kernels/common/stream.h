@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kStreamed = int64_t(1) << 21;  // elements: four tensors of them are 32 MiB, a large cache
 
 // Copies; call `streams_done` on the same thread before another one reads the result.
-inline void stream_span(float* out, const float* in, int64_t count) {
+GENAI_FAST_ONCE inline void stream_span(float* out, const float* in, int64_t count) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
   constexpr int64_t kLanesOfStore = 16;
