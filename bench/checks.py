@@ -126,8 +126,11 @@ def check(run: Run, capture: Capture = clock.capture) -> dict[str, str]:
 def main() -> int:
     device = sys.argv[1]
     known = {str(run): run for run in every_run((device,))}
-    capture = clock.capture if device == "cuda" else _again
-    return isolated.serve(lambda name: {"failures": check(known[name], capture)})
+    return isolated.serve(lambda name: {"failures": check(known[name], capture_on(device))})
+
+
+def capture_on(device: str) -> Capture:
+    return clock.capture if device == "cuda" else _again
 
 
 def _again(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:

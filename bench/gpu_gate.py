@@ -4,8 +4,9 @@
 
 In this order: the barrier in gru's and lstm's launches (bench.barrier); of each op every case and dtype (bench.checks:
 numerics on the device, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more than 2^31 elements
-(bench.large); fifty steps of training against plain PyTorch (bench.parity); a memory check of small cases where
-compute-sanitizer is installed; and the figures of each op that passed all its checks, first without torch.compile,
+(bench.large); fifty steps of training against plain PyTorch (bench.parity); the fastest settings of each launch, which
+go to kernels/<op>/tuned/<gpu>.json (bench.tuning); a memory check of small cases where compute-sanitizer is installed;
+and the figures of each op that passed all its checks, first without torch.compile,
 then with it. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all, in
 bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench import isolated, large, parity, record, roofs
+from bench import isolated, large, parity, record, roofs, tuning
 from bench.checks import inputs_of, step_of, tensors
 from bench.points import COMPILED, DTYPES, Point, figures, points, red
 from bench.report import summary
@@ -40,7 +41,8 @@ SMALL = 20_000  # elements of the largest input that the memory checker is given
 _SAVED = 15.0  # seconds from one writing of the record to the next
 
 # A stage asks which of its tasks were done, and gives a process that does the others.
-STAGES = {"runs": "bench.checks", "large": "bench.large", "parity": "bench.parity"}
+STAGES = {"runs": "bench.checks", "large": "bench.large", "parity": "bench.parity", "tuning": "bench.tuning"}
+CLOCKED = ("tuning",)  # one process at a time
 
 Tasks = dict[str, list[list[str]]]  # by stage, in batches
 
@@ -149,10 +151,14 @@ def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
     batches: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
         batches[run.op.name, run.dtype].append(str(run))
+    searches: dict[str, list[str]] = defaultdict(list)
+    for task, point, _ in tuning.tasks(device) if device == "cuda" else ():
+        searches[point.op.name].append(task)
     return {
         "runs": list(batches.values()),
         "large": [[name] for name in large.LARGE] if device == "cuda" else [],
         "parity": [[name] for name in parity.TOLERANCE] if device == "cuda" else [],
+        "tuning": list(searches.values()),
     }
 
 
@@ -225,7 +231,9 @@ def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
     if not content["barrier_check"].get("passed", False):
         os.environ["GENAI_FAST_SEQUENCE"] = "0"  # gru and lstm go step by step from here on
     for stage in STAGES:
-        gate.run_stage(stage, device, deadline, jobs)
+        gate.run_stage(stage, device, deadline, 1 if stage in CLOCKED else jobs)
+    if device == "cuda":
+        tuning.write(content["tuning"].values(), torch.device("cuda"), content["commit"])
     if "memory_check" not in content and time.monotonic() < deadline:
         content["memory_check"] = memory_check() if device == "cuda" else {"skipped": "no GPU"}
     for compiled in (False, True):

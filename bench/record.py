@@ -28,10 +28,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """Abbreviated hash of the checkout's commit, and whether tracked files differ from it."""
+    """Abbreviated hash of the checkout's commit, and whether tracked files differ from it; a gate's tuned ones may."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD").strip()
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no").strip())
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!kernels/*/tuned")
+        return head, bool(changed.strip())
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
 

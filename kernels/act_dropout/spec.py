@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.act_dropout import reference
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 
 LIBRARY = (
     LibraryOp(
@@ -144,6 +144,8 @@ _COMPILE_CASES = (
     _compile_case("*fp32", "output", "relu"),
 )
 
+_CHOICES = choices_of(BLOCK=(512, 512, 2048, 2048, 4096), num_warps=(2, 4, 4, 8, 8))
+
 ACT_DROPOUT = OpSpec(
     name="act_dropout",
     folder="act_dropout",
@@ -157,4 +159,5 @@ ACT_DROPOUT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices=dict.fromkeys(("act_dropout/forward", "act_dropout/backward"), _CHOICES),
 )

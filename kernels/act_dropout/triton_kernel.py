@@ -13,6 +13,7 @@ from genai_fast.kernels.common.launch import ceil_div
 from genai_fast.kernels.common.philox import scale, threshold
 from genai_fast.kernels.common.philox_triton import words
 from genai_fast.kernels.common.rows import require_alike, require_seed
+from genai_fast.kernels.common.tuned import launch
 
 BLOCK = 1024  # elements a program: 8 a thread, two Philox calls
 NUM_WARPS = 4
@@ -73,7 +74,7 @@ def _act_dropout_backward(
     tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x, seed, p, offset):
+def _launch(name, x, seed, p, offset):
     """Grid, seed or None, (count, offset, bound, scale, share), and the constants; offset and p need a draw."""
     if seed is not None:
         require_seed(seed, x)
@@ -81,8 +82,9 @@ def _launch(x, seed, p, offset):
     if seed is None or not limit:
         seed, offset, limit, p = None, 0, 1, 0.0
     bound = limit - 1 if limit <= 2**31 else limit - 1 - 2**32  # the largest word dropped, as 32 bits
-    grid = (ceil_div(count + offset % 4, BLOCK),)
-    constants = dict(ALIGNED=offset % 4 == 0, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    constants = launch(f"act_dropout/{name}", x, (count,), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    grid = (ceil_div(count + offset % 4, constants["BLOCK"]),)
+    constants["ALIGNED"] = offset % 4 == 0
     return grid, seed, (count, offset, bound, scale(p), 1.0 - p), constants
 
 
@@ -90,7 +92,7 @@ def act_dropout(x, seed, p, offset, activation, slope):
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        grid, seed, sizes, constants = _launch(x, seed, p, offset)
+        grid, seed, sizes, constants = _launch("forward", x, seed, p, offset)
         _act_dropout_forward[grid](x, y, seed, *sizes[:4], slope, ACTIVATION=activation, **constants)
     return y
 
@@ -101,7 +103,7 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
     grad_y = like_layout(grad_y, saved)
     grad_x = torch.empty_like(saved)
     if saved.numel():
-        grid, seed, sizes, constants = _launch(saved, seed, p, offset)
+        grid, seed, sizes, constants = _launch("backward", saved, seed, p, offset)
         _act_dropout_backward[grid](
             grad_y, saved, grad_x, seed, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output,
             **constants,

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.channels import dense_channels, wide
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import (
+    ELEMENTWISE_CHOICES,
+    Case,
+    CompileCase,
+    Cost,
+    ErrorCase,
+    LibraryOp,
+    OpSpec,
+    choices_of,
+)
 
 
 def _wide_dtype(x):
@@ -257,6 +266,11 @@ _COMPILE_CASES = (
     ),
 )  # fmt: skip
 
+_SUM_CHOICES = choices_of(
+    elements=(1024, 2048, 2048, 4096, 4096), channels=(64, 32, 128, 64, 128), groups=(512, 256, 512, 256, 128),
+    num_warps=(4, 8, 8, 8, 16),
+)  # fmt: skip
+
 BATCH_NORM_ACT = OpSpec(
     name="batch_norm_act",
     folder="batch_norm_act",
@@ -271,4 +285,8 @@ BATCH_NORM_ACT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True), "eager (NCHW)": _eager_contiguous},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices={
+        **dict.fromkeys(("batch_norm_act/apply", "batch_norm_act/grad"), ELEMENTWISE_CHOICES),
+        **dict.fromkeys(("batch_norm_act/moments", "batch_norm_act/sums"), _SUM_CHOICES),
+    },
 )

@@ -11,6 +11,7 @@ from genai_fast.kernels.common.channels import dense_channels, extent, like_layo
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.moments_triton import combine_grid, combine_moments
 from genai_fast.kernels.common.rows import require_alike
+from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a tile of the elementwise kernels: 8 elements a thread
 NUM_WARPS = 4
@@ -207,33 +208,38 @@ def _batch_norm_act_grad(
     tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def _matrix(x):
+def _matrix(name, x):
     """(grid, rows, columns, channels, across) of the elementwise kernels and their constants."""
     outer, channels, inner = extent(x)
     rows, columns = (outer, channels) if inner == 1 else (outer * channels, inner)
-    tile_rows, block, across = row_tile(columns, ELEMENTS)
-    constants = dict(LAST=inner == 1, ROWS=tile_rows, BLOCK=block, num_warps=NUM_WARPS)
+    chosen = launch(f"batch_norm_act/{name}", x, (rows, columns), elements=ELEMENTS, num_warps=NUM_WARPS)
+    tile_rows, block, across = row_tile(columns, chosen["elements"])
+    constants = dict(LAST=inner == 1, ROWS=tile_rows, BLOCK=block, num_warps=chosen["num_warps"])
     return (ceil_div(rows, tile_rows) * across,), (rows, columns, channels, across), constants
 
 
-def _sums(x):
+def _sums(name, x):
     """grid, groups, sizes and constants of the summing kernels: their partial sums are [..., groups, channels]."""
     outer, channels, inner = extent(x)
     last = inner == 1
-    columns = min(channels, CHANNELS_A_PROGRAM) if last else inner
-    rows, block, across = row_tile(columns, SUM_ELEMENTS)
+    chosen = launch(
+        f"batch_norm_act/{name}", x, (outer, channels, inner),
+        elements=SUM_ELEMENTS, channels=CHANNELS_A_PROGRAM, groups=MOST_GROUPS, num_warps=SUM_WARPS,
+    )  # fmt: skip
+    columns = min(channels, chosen["channels"]) if last else inner
+    rows, block, across = row_tile(columns, chosen["elements"])
     all_tiles = ceil_div(outer, rows) * (1 if last else across)
-    tiles = max(ceil_div(all_tiles, MOST_GROUPS), 1)
+    tiles = max(ceil_div(all_tiles, chosen["groups"]), 1)
     groups = max(ceil_div(all_tiles, tiles), 1)
     blocks = ceil_div(channels, block) if last else channels
-    constants = dict(LAST=last, ROWS=rows, BLOCK=block, num_warps=SUM_WARPS)
+    constants = dict(LAST=last, ROWS=rows, BLOCK=block, num_warps=chosen["num_warps"])
     return (blocks * groups,), groups, (outer, channels, inner, channels * inner, groups * channels, tiles), constants
 
 
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     x = dense_channels(x)
     require_channels(x, running_mean, running_var, dtype=None)
-    grid, groups, sizes, constants = _sums(x)
+    grid, groups, sizes, constants = _sums("moments", x)
     outer, channels, inner = sizes[:3]
     partial = x.new_empty((3, groups, channels), dtype=torch.float32)
     _batch_norm_moments[grid](x, partial, *sizes, **constants)
@@ -245,7 +251,7 @@ def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     if x.numel():
-        grid, sizes, constants = _matrix(x)
+        grid, sizes, constants = _matrix("apply", x)
         _batch_norm_act_apply[grid](x, y, *parameters, *sizes, slope, ACTIVATION=activation, **constants)
     return y
 
@@ -255,7 +261,7 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     x = dense_channels(x)
     grad_y = like_layout(grad_y, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
-    grid, groups, sizes, constants = _sums(x)
+    grid, groups, sizes, constants = _sums("sums", x)
     channels = x.size(1)
     partial = x.new_empty((2, groups, channels), dtype=torch.float32)
     results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
@@ -276,7 +282,7 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
     parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
     if x.numel():
-        grid, sizes, constants = _matrix(x)
+        grid, sizes, constants = _matrix("grad", x)
         _batch_norm_act_grad[grid](
             grad_y, x, grad_x, *parameters, *sizes, 1.0 / count, slope, ACTIVATION=activation, **constants
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.channels import dense_channels, per_channel, wide
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 
 
 def _fake_backward(grad_y, saved, bias, from_output, with_bias, activation, slope):
@@ -182,4 +182,5 @@ BIAS_ACT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices={"bias_act/forward": ELEMENTWISE_CHOICES, "bias_act/backward": ELEMENTWISE_CHOICES},
 )

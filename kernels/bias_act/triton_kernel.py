@@ -12,6 +12,7 @@ from genai_fast.kernels.common.activations_triton import activate, times_derivat
 from genai_fast.kernels.common.channels import dense_channels, joined_extent, like_layout, require_channels
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.rows import require_alike
+from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a step of a program: 8 elements a thread
 NUM_WARPS = 4
@@ -91,15 +92,17 @@ def _bias_act_backward(
             tl.store(partial_ptr + row * splits + split, tl.sum(total, axis=1), mask=row < rows)
 
 
-def _geometry(x, by_channel):
+def _geometry(name, x, by_channel):
     """(rows, units, channels, splits), and the constants of a launch."""
     (outer, channels, inner), joined = joined_extent(x, by_channel)
     last = by_channel and inner == 1
     rows, columns = (outer, channels) if last else (outer * channels, inner)
-    tile, block, splits = row_tile(columns, ELEMENTS)
+    chosen = launch(f"bias_act/{name}", x, (rows, columns), elements=ELEMENTS, num_warps=NUM_WARPS)
+    tile, block, splits = row_tile(columns, chosen["elements"])
     unit = math.gcd(columns, 8)
     sizes = (rows, columns // unit, channels // joined, splits)
-    return sizes, dict(LAST=last, JOINED=joined > 1, UNIT=unit, ROWS=tile, BLOCK=block, num_warps=NUM_WARPS)
+    warps = chosen["num_warps"]
+    return sizes, dict(LAST=last, JOINED=joined > 1, UNIT=unit, ROWS=tile, BLOCK=block, num_warps=warps)
 
 
 def bias_act(x, bias, activation, slope):
@@ -107,7 +110,7 @@ def bias_act(x, bias, activation, slope):
     (bias,) = require_channels(x, bias)
     y = torch.empty_like(x)
     if x.numel():
-        sizes, constants = _geometry(x, bias is not None)
+        sizes, constants = _geometry("forward", x, bias is not None)
         rows, _, _, splits = sizes
         grid = (ceil_div(rows, constants["ROWS"]) * splits,)
         _bias_act_forward[grid](x, bias, y, *sizes, slope, ACTIVATION=activation, **constants)
@@ -123,7 +126,7 @@ def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, s
     channels = saved.size(1) if with_bias else 0
     if not saved.numel():
         return grad_x, saved.new_zeros(channels, dtype=torch.float32)
-    sizes, constants = _geometry(saved, with_bias or bias is not None)
+    sizes, constants = _geometry("backward", saved, with_bias or bias is not None)
     rows, _, _, splits = sizes
     groups, last = ceil_div(rows, constants["ROWS"]), constants["LAST"]
     steps = ceil_div(groups * splits, PROGRAMS) if last else 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.compile_cases import COMPILE_CASES
 from genai_fast.kernels.causal_attention.layout import empty_alike
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 
 _SETTINGS = "float scale, SymInt window, float softcap, bool causal, float share, SymInt offset, str backend"
 _PACKED = "Tensor? starts_q, Tensor? starts_k, SymInt most_q, SymInt most_k, Tensor? seed"
@@ -213,4 +213,24 @@ CAUSAL_ATTENTION = OpSpec(
     peers={"eager": _sdpa},
     cost=_cost,
     compile_cases=COMPILE_CASES,
+    choices={
+        "causal_attention/forward": choices_of(  # no fewer queries than keys: tiles on the diagonal would be wasted
+            BLOCK_M=(64, 64, 128, 128, 128, 128),
+            BLOCK_N=(64, 32, 32, 64, 128, 128),
+            num_warps=(4, 4, 4, 4, 8, 8),
+            num_stages=(3, 4, 4, 3, 2, 3),
+        ),
+        "causal_attention/grad_queries": choices_of(
+            BLOCK_M=(64, 64, 128, 128),
+            BLOCK_N=(32, 64, 32, 64),
+            num_warps=(4, 4, 8, 8),
+            num_stages=(3, 2, 3, 3),
+        ),
+        "causal_attention/grad_keys": choices_of(
+            BLOCK_M=(32, 32, 64, 64),
+            BLOCK_N=(64, 128, 64, 128),
+            num_warps=(4, 8, 4, 8),
+            num_stages=(3, 2, 2, 2),
+        ),
+    },
 )

@@ -41,6 +41,7 @@ from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import capability, ceil_div
 from genai_fast.kernels.common.philox import scale as grown
 from genai_fast.kernels.common.philox import threshold
+from genai_fast.kernels.common.tuned import launch
 
 LOG2_E = 1.4426950408889634
 MOST_STRIDE = 2**24  # between rows: offsets within a tile have 32 bits
@@ -195,6 +196,12 @@ def _extra(seed, starts_q, softcap):
     return (1 if starts_q is None else 2) if seed is not None else int(softcap > 0)
 
 
+def _launch(name, q, most_q, most_k, extra, tile):
+    """What needs more registers, or no matrix instructions, is tuned apart."""
+    kind = "_float32" if q.element_size() == 4 else "_extra" if extra else ""
+    return launch(f"causal_attention/{name}{kind}", q, (most_q, most_k, q.size(3)), **tile)
+
+
 def causal_attention(
     q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset
 ):  # fmt: skip
@@ -208,8 +215,10 @@ def causal_attention(
     (q, q_strides), (k, k_strides), (v, v_strides) = map(_rows, (q, k, v))
     seed, values, constants = _settings(q, k.size(2), starts_q, seed, scale, window, softcap, causal, share, offset)
     heads, sizes = q.size(1), (q.size(2), k.size(2))
-    sequences, most_q, _ = _sizes(q, k, starts_q, most_q, most_k)
-    tile = forward_tile(q.element_size(), q.size(3), most_q, _extra(seed, starts_q, softcap), capability(q.device))
+    sequences, most_q, most_k = _sizes(q, k, starts_q, most_q, most_k)
+    extra = _extra(seed, starts_q, softcap)
+    tile = forward_tile(q.element_size(), q.size(3), most_q, extra, capability(q.device))
+    tile = _launch("forward", q, most_q, most_k, extra, tile)
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_forward[(tiles * heads * sequences,)](
         q, k, v, out, lse, starts_q, starts_k, seed, *q_strides, *k_strides, *v_strides,
@@ -246,14 +255,15 @@ def causal_attention_backward(
     sequences, most_q, most_k = _sizes(q, k, starts_q, most_q, most_k)
     sizes = heads, heads // key_heads, q.size(2), k.size(2)
     shared = (starts_q, starts_k, seed, *(s for x in strides for s in x), *sizes)
-    kind = q.element_size(), channels, _extra(seed, starts_q, softcap), capability(q.device)
-    tile = queries_tile(*kind)
+    extra = _extra(seed, starts_q, softcap)
+    kind = q.element_size(), channels, extra, capability(q.device)
+    tile = _launch("grad_queries", q, most_q, most_k, extra, queries_tile(*kind))
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_grad_queries[(tiles * heads * sequences,)](
         *tensors, power, delta, gradients[0], *shared, tiles, *values, -scale if negative else scale, INSIDE=inside,
         **constants, **tile,
     )  # fmt: skip
-    tile = keys_tile(*kind)
+    tile = _launch("grad_keys", q, most_q, most_k, extra, keys_tile(*kind))
     tiles = ceil_div(most_k, tile["BLOCK_N"])
     if not tiles:
         return tuple(gradients)

@@ -131,6 +131,15 @@ class CompileCase:
     architectures: tuple[int, ...] = ()  # that it is launched on (80, 90, ...); all by default
 
 
+def choices_of(**settings: Sequence[int]) -> tuple[dict[str, int], ...]:
+    """One dictionary for each position of the sequences."""
+    return tuple(dict(zip(settings, values, strict=True)) for values in zip(*settings.values(), strict=True))
+
+
+# Elements of a program and warps, of kernels that go through memory once.
+ELEMENTWISE_CHOICES = choices_of(elements=(512, 512, 2048, 2048, 4096), num_warps=(2, 4, 4, 8, 8))
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """A public op: `genai_fast.ops.<name>`."""
@@ -147,6 +156,8 @@ class OpSpec:
     peers: dict[str, Callable[..., Any]]  # what people write in eager PyTorch; the first is the one compared with
     cost: Callable[..., Cost]  # of the public arguments
     compile_cases: tuple[CompileCase, ...] = ()
+    # <folder>/<kernel>, as launchers ask kernels.common.tuned -> the settings that a tuner tries beside the default.
+    choices: dict[str, tuple[dict[str, int], ...]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     backends: tuple[str, ...] = ("reference", "cpu", "triton")
     double_backward: bool = True

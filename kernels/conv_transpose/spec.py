@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import activate
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 from genai_fast.kernels.conv_transpose.compile_cases import COMPILE_CASES
 from genai_fast.kernels.conv_transpose.shapes import empty_channels_last, not_served, output_size
 
@@ -328,7 +328,14 @@ BENCH_CASES_BLOCK = (
     Case("dcgan_64-64x512x8x8-256", _block(64, 512, 8, 8, to=256, bias=False, layout="channels_last", **_S2)),
 )
 
-_SHARED = dict(folder="conv_transpose", compile_cases=COMPILE_CASES, backends=("reference", *_KERNELS))
+_CHOICES = choices_of(
+    BLOCK_M=(64, 128, 128, 128, 256), BLOCK_N=(64, 64, 128, 128, 64), BLOCK_K=(64, 32, 32, 64, 32),
+    num_warps=(4, 4, 4, 8, 8), num_stages=(4, 4, 3, 3, 3),
+)  # fmt: skip
+_SHARED = dict(
+    folder="conv_transpose", compile_cases=COMPILE_CASES, backends=("reference", *_KERNELS),
+    choices={f"conv_transpose/{kernel}": _CHOICES for kernel in ("forward", "grad_input", "grad_weight")},
+)  # fmt: skip
 _PHASES = "phases: Shi et al. 2016, arXiv:1609.07009"
 
 CONV_TRANSPOSE2D = OpSpec(

@@ -16,6 +16,7 @@ from genai_fast.kernels.common.dot_triton import dot
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.moments_triton import combine_moments
+from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.conv_transpose.few_triton import _few_grad_input, _few_grad_weight, position
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, channels_last, empty_channels_last, output_size
 
@@ -264,15 +265,19 @@ def _block(size, most):
     return min(max(next_power_of_2(size), 16), most)
 
 
-def _tile(x, rows, columns, reduced, copies=1):
+def _tile(name, x, rows, columns, reduced, copies=1, most_rows=128, stages=NUM_STAGES):
     """BLOCK_M, BLOCK_N, BLOCK_K and how to multiply: 128 x 64 x 64 of 16 bits, less of more bits or of small sizes."""
     multiplier = _multiplier(x)
     block_n, block_k = _block(columns, 64), _block(reduced, 128 // x.element_size())
     programs = copies * ceil_div(rows, 128) * ceil_div(columns, block_n)
-    block_m = 128 if programs >= PROGRAMS // 2 else 64
+    block_m = min(128 if programs >= PROGRAMS // 2 else 64, most_rows)
     if x.dtype is torch.float32 and multiplier["PRECISION"] == "ieee":  # no matrix instructions: smaller tiles
-        block_m, block_n, block_k = 64, min(block_n, 32), 16
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **multiplier)
+        block_m, block_n, block_k, name = 64, min(block_n, 32), 16, f"{name}_ieee"
+    chosen = launch(
+        f"conv_transpose/{name}", x, (rows, columns, reduced),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=NUM_WARPS, num_stages=stages,
+    )  # fmt: skip
+    return chosen | multiplier
 
 
 def _geometry(kernel, stride, padding):
@@ -317,13 +322,14 @@ def _forward(x, weight, bias, stride, padding, output_padding, activation, slope
     phases = stride[0] * stride[1]
     rows = batch * ceil_div(out[0], stride[0]) * ceil_div(out[1], stride[1])
     copies, columns = (1, phases * out_channels) if together else (phases, out_channels)
-    tile = _tile(x, rows, columns, channels, copies)
+    stages = FEW_STAGES if together else NUM_STAGES
+    tile = _tile("few_forward" if together else "forward", x, rows, columns, channels, copies, stages=stages)
     tiles = ceil_div(rows, tile["BLOCK_M"])
     partial = x.new_empty((3, tiles * phases, out_channels), dtype=torch.float32) if with_moments else None
     _conv_transpose_forward[(tiles * ceil_div(columns, tile["BLOCK_N"]) * copies,)](
         x, weight, bias, y, partial, batch, *plane, *out, channels, out_channels, tiles * phases * out_channels, slope,
         **_geometry(kernel, stride, padding), TOGETHER=together, ACTIVATION=activation,
-        EVEN=channels % tile["BLOCK_K"] == 0, **tile, num_stages=FEW_STAGES if together else NUM_STAGES,
+        EVEN=channels % tile["BLOCK_K"] == 0, **tile,
     )  # fmt: skip
     return y, partial
 
@@ -352,7 +358,8 @@ def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
         return grad_x
     kernel, rows = tuple(weight.shape[2:]), batch * size[0] * size[1]
     few = out_channels <= FEW_CHANNELS
-    tile = _tile(grad_y, rows, channels, out_channels * kernel[0] * kernel[1] if few else out_channels)
+    name, taps = ("few_grad_input", kernel[0] * kernel[1]) if few else ("grad_input", 1)
+    tile = _tile(name, grad_y, rows, channels, out_channels * taps)
     even = {} if few else {"EVEN": out_channels % tile["BLOCK_K"] == 0}
     grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(channels, tile["BLOCK_N"]),)
     (_few_grad_input if few else _conv_transpose_grad_input)[grid](
@@ -380,9 +387,9 @@ def _grad_weight(grad, grad_y, x, sizes, stride, padding):
     taps, pixels = kernel[0] * kernel[1], x.numel() // channels
     few = out_channels <= FEW_CHANNELS
     columns = taps * out_channels if few else out_channels
-    tile = _tile(x, channels, columns, pixels, PROGRAMS)
-    if channels <= 64 or x.dtype is torch.float32:
-        tile["BLOCK_M"] = 64
+    most_rows = 64 if channels <= 64 or x.dtype is torch.float32 else 128
+    name = "few_grad_weight" if few else "grad_weight"
+    tile = _tile(name, x, channels, columns, pixels, PROGRAMS, most_rows)
     programs = ceil_div(channels, tile["BLOCK_M"]) * ceil_div(columns, tile["BLOCK_N"]) * (1 if few else taps)
     # The number of splits follows from the sizes alone, so that every run adds in the same order.
     blocks = ceil_div(pixels, tile["BLOCK_K"])

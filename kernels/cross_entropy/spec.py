@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 
 
 def wide_dtype(x):
@@ -265,4 +265,8 @@ CROSS_ENTROPY = OpSpec(
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=COMPILE_CASES,
+    choices={
+        "cross_entropy/forward": choices_of(BLOCK=(2048, 4096, 8192, 8192), num_warps=(4, 16, 8, 16)),
+        "cross_entropy/backward": choices_of(BLOCK=(1024, 2048, 4096, 4096), num_warps=(4, 8, 4, 8)),
+    },
 )

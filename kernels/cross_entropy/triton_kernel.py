@@ -8,6 +8,7 @@ import triton.language as tl
 
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.rows import dense_like
+from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.cross_entropy.layout import as_rows, dense_layout, require_saved, require_targets, upstream
 from genai_fast.kernels.cross_entropy.linear import over_chunks
 
@@ -121,6 +122,12 @@ def _block(columns, most):
     return block, min(max(block // (32 * A_THREAD), 1), 8)
 
 
+def _tile(name, logits, rows, classes, most):
+    block, warps = _block(classes, most)
+    chosen = launch(f"cross_entropy/{name}", logits, (rows, classes), BLOCK=block, num_warps=warps)
+    return chosen | {"BLOCK": min(chosen["BLOCK"], next_power_of_2(classes))}
+
+
 def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reduction):
     require_targets(logits, target)
     x, layout = as_rows(logits)
@@ -130,10 +137,10 @@ def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reducti
     lse = logits.new_empty((2, rows), dtype=torch.float32)
     count = logits.new_empty(() if reduction == "mean" else 0, dtype=torch.float32)
     if rows:
-        block, warps = _block(classes, BLOCK_FORWARD)
+        chosen = _tile("forward", logits, rows, classes, BLOCK_FORWARD)
         _cross_entropy_forward[(rows,)](
             x, t, of_row, lse, rows, classes, *layout, ignore_index, label_smoothing, z_loss,
-            SMOOTH=label_smoothing != 0.0, BLOCK=block, num_warps=warps,
+            SMOOTH=label_smoothing != 0.0, **chosen,
         )  # fmt: skip
     if reduction == "none":
         return of_row, lse, count
@@ -157,12 +164,11 @@ def cross_entropy_backward(
     rows, classes = t.numel(), logits.size(-1)
     grad = logits if inplace else dense_like(logits)
     if rows:
-        block, warps = _block(classes, BLOCK_BACKWARD)
-        splits = ceil_div(classes, block)
+        chosen = _tile("backward", logits, rows, classes, BLOCK_BACKWARD)
+        splits = ceil_div(classes, chosen["BLOCK"])
         _cross_entropy_backward[(rows * splits,)](
             g, x, t, lse, count if reduction == "mean" else None, grad, g_stride, rows, classes, splits, *layout,
-            *(layout if inplace else dense_layout(rows, classes)), ignore_index, label_smoothing, z_loss, BLOCK=block,
-            num_warps=warps,
+            *(layout if inplace else dense_layout(rows, classes)), ignore_index, label_smoothing, z_loss, **chosen,
         )  # fmt: skip
     return grad
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from genai_fast.kernels.common.activations import activate
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 from genai_fast.kernels.gated_act.reference import halves, shifted
 
 
@@ -195,4 +195,5 @@ GATED_ACT = OpSpec(
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices={"gated_act/forward": ELEMENTWISE_CHOICES, "gated_act/backward": ELEMENTWISE_CHOICES},
 )

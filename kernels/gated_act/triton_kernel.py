@@ -8,6 +8,7 @@ import triton.language as tl
 
 from genai_fast.kernels.common.activations_triton import activate, times_derivative
 from genai_fast.kernels.common.launch import ceil_div, row_tile
+from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.gated_act.layout import operands, results
 
 ELEMENTS = 1024  # a step of a program: 8 elements a thread
@@ -77,15 +78,21 @@ def _gated_act_backward(
         tl.store(partial_ptr + columns, tl.sum(up_sum, axis=0), mask=column < columns)
 
 
+def _tile(name, gate):
+    """(ROWS, BLOCK, splits, num_warps)"""
+    chosen = launch(f"gated_act/{name}", gate, tuple(gate.shape), elements=ELEMENTS, num_warps=NUM_WARPS)
+    return *row_tile(gate.size(1), chosen["elements"]), chosen["num_warps"]
+
+
 def gated_act(x, up, bias, activation):
     (gate, linear), bias, _ = operands(x, up, bias)
     y = x.new_empty(gate.shape)
     if y.numel():
         rows, columns = y.shape
-        tile, block, splits = row_tile(columns, ELEMENTS)
+        tile, block, splits, warps = _tile("forward", gate)
         _gated_act_forward[(ceil_div(rows, tile) * splits,)](
             gate, linear, bias, y, rows, columns, gate.stride(0), linear.stride(0), splits,
-            ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=NUM_WARPS,
+            ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y
 
@@ -96,7 +103,7 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     rows, columns = gate.shape
     if not gate.numel():
         return grad_x, grad_up, x.new_zeros(2 * columns if with_bias else 0, dtype=torch.float32)
-    tile, block, splits = row_tile(columns, ELEMENTS)
+    tile, block, splits, warps = _tile("backward", gate)
     groups = ceil_div(rows, tile)
     steps = ceil_div(groups * splits, PROGRAMS) if with_bias else 1
     steps = 1 << (steps - 1).bit_length()  # powers of two: each compiles
@@ -105,6 +112,6 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     _gated_act_backward[(groups * splits,)](
         grad_y, gate, linear, bias, grad_gate, grad_linear, partial, rows, columns, grad_y.stride(0), gate.stride(0),
         linear.stride(0), grad_gate.stride(0), splits, ACTIVATION=activation, STEPS=steps, ROWS=tile, BLOCK=block,
-        num_warps=NUM_WARPS,
+        num_warps=warps,
     )  # fmt: skip
     return grad_x, grad_up, partial.sum(0) if with_bias else x.new_empty(0, dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.common.rows import dense_like
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 
 
 def _wide_dtype(x):
@@ -252,6 +252,8 @@ _COMPILE_CASES = (
     ),
 )  # fmt: skip
 
+_CHOICES = choices_of(elements=(1024, 1024, 2048, 4096), num_warps=(4, 8, 8, 8))
+
 LAYER_NORM = OpSpec(
     name="layer_norm",
     folder="layer_norm",
@@ -265,6 +267,7 @@ LAYER_NORM = OpSpec(
     peers={"eager": _eager_layer_norm},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices=dict.fromkeys(("layer_norm/forward", "layer_norm/backward"), _CHOICES),
 )
 
 RMS_NORM = OpSpec(
@@ -280,4 +283,5 @@ RMS_NORM = OpSpec(
     peers={"eager": _eager_rms_norm},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices=dict.fromkeys(("layer_norm/rms_forward", "layer_norm/rms_backward"), _CHOICES),
 )

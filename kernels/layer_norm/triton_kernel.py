@@ -9,6 +9,7 @@ import triton.language as tl
 from genai_fast.kernels.common.channels import require_channels
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2, row_tile
 from genai_fast.kernels.common.rows import as_matrix, dense_like, require_alike, require_rows
+from genai_fast.kernels.common.tuned import launch
 
 LONGEST = 8192  # columns that a program holds in registers; half of them in layer_norm's backward, whose sums are two
 FORWARD, BACKWARD = 2048, 1024  # elements of 4 warps: backward holds more of each
@@ -259,10 +260,15 @@ def _layer_norm_add(
     tl.store(total_ptr + column, tl.sum(total, axis=0), mask=inside)
 
 
-def _tile(columns, elements, most_warps):
+def _tile(name, matrix, rms, elements, most_warps):
     """ROWS, BLOCK and warps of programs that hold whole rows: `elements` / 128 a thread, more only in the longest."""
-    rows, block, _ = row_tile(columns, max(elements, next_power_of_2(columns)))
-    return dict(ROWS=rows, BLOCK=block, num_warps=min(max(4 * block // elements, 4), most_warps))
+    columns = matrix.size(1)
+    warps = min(max(4 * next_power_of_2(columns) // elements, 4), most_warps)
+    chosen = launch(
+        f"layer_norm/{'rms_' if rms else ''}{name}", matrix, tuple(matrix.shape), elements=elements, num_warps=warps
+    )
+    rows, block, _ = row_tile(columns, max(chosen["elements"], next_power_of_2(columns)))
+    return dict(ROWS=rows, BLOCK=block, num_warps=chosen["num_warps"])
 
 
 def layer_norm(x, residual, weight, bias, rms, eps):
@@ -279,7 +285,7 @@ def layer_norm(x, residual, weight, bias, rms, eps):
         )  # fmt: skip
         sizes = (columns, stride, added_stride, eps)
         if columns <= LONGEST:
-            tile = _tile(columns, FORWARD, 16)
+            tile = _tile("forward", matrix, rms, FORWARD, 16)
             _layer_norm_forward[(ceil_div(rows, tile["ROWS"]),)](*pointers, rows, *sizes, **tile)
         else:
             _layer_norm_forward_long[(rows,)](*pointers, *sizes, BLOCK=BLOCK, num_warps=LONG_WARPS)
@@ -301,7 +307,7 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
     short = columns <= (LONGEST if rms else LONGEST // 2)
     if short:  # layer_norm's of 4096 columns spills with 16 warps in float32, with 8 in narrow dtypes
-        tile = _tile(columns, BACKWARD, 16 if rms or h.dtype is not torch.float32 else 8)
+        tile = _tile("backward", matrix, rms, BACKWARD, 16 if rms or h.dtype is not torch.float32 else 8)
     else:
         tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
     all_tiles = ceil_div(rows, tile["ROWS"])

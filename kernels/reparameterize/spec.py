@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
 from genai_fast.kernels.reparameterize import reference
 
 
@@ -177,6 +177,7 @@ _SHARED = dict(
     bench_cases=BENCH_CASES,
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices={"reparameterize/forward": ELEMENTWISE_CHOICES, "reparameterize/backward": ELEMENTWISE_CHOICES},
 )
 
 REPARAMETERIZE = OpSpec(

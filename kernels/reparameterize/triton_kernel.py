@@ -16,6 +16,7 @@ from genai_fast.kernels.common.rows import (
     require_per_sample,
     require_seed,
 )  # fmt: skip
+from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a program: 8 elements a thread, two Philox calls
 NUM_WARPS = 4
@@ -103,11 +104,13 @@ def _philox_words(out_ptr, seed_ptr, first, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, stream.to(tl.int64), mask=offs < count)
 
 
-def _geometry(batch: int, columns: int, offset: int):
+def _geometry(name: str, x: torch.Tensor, batch: int, columns: int, offset: int):
     """Grid, splits and the constants of a launch."""
     aligned = offset % 4 == 0 and (columns % 4 == 0 or batch == 1)
-    rows, block, splits = row_tile(columns if aligned else columns + 3, ELEMENTS)
-    return (ceil_div(batch, rows) * splits,), splits, dict(ROWS=rows, BLOCK=block, ALIGNED=aligned, num_warps=NUM_WARPS)
+    chosen = launch(f"reparameterize/{name}", x, (batch, columns), elements=ELEMENTS, num_warps=NUM_WARPS)
+    rows, block, splits = row_tile(columns if aligned else columns + 3, chosen["elements"])
+    constants = dict(ROWS=rows, BLOCK=block, ALIGNED=aligned, num_warps=chosen["num_warps"])
+    return (ceil_div(batch, rows) * splits,), splits, constants
 
 
 def reparameterize(mu, logvar, seed, offset, with_kl):
@@ -118,7 +121,7 @@ def reparameterize(mu, logvar, seed, offset, with_kl):
     batch, columns = mu.shape[0], columns_of(mu)
     if not with_kl and m.is_contiguous() and v.is_contiguous():
         batch, columns = min(mu.numel(), 1), mu.numel()  # rows do not matter: one long row needs no masks
-    grid, splits, constants = _geometry(batch, columns, offset)
+    grid, splits, constants = _geometry("forward", mu, batch, columns, offset)
     kl = mu.new_empty((batch, splits), dtype=torch.float32) if with_kl else None
     if batch:
         _reparameterize_forward[grid](
@@ -138,7 +141,7 @@ def reparameterize_backward(grad_z, grad_kl, mu, logvar, seed, offset):
     grad_mu, grad_logvar = dense_like(mu), dense_like(logvar)
     batch, columns = mu.shape[0], columns_of(mu)
     if mu.numel():
-        grid, splits, constants = _geometry(batch, columns, offset)
+        grid, splits, constants = _geometry("backward", mu, batch, columns, offset)
         _reparameterize_backward[grid](
             g, grad_kl, m, v, grad_mu, grad_logvar, seed, batch, columns, g_stride,
             0 if grad_kl is None else grad_kl.stride(0), m_stride, v_stride, offset, splits, **constants,

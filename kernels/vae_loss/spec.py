@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
 from genai_fast.kernels.vae_loss import reference
 
 
@@ -186,6 +186,8 @@ _COMPILE_CASES = (
     ),
 )  # fmt: skip
 
+_CHOICES = choices_of(BLOCK=(512, 2048, 2048, 4096), num_warps=(4, 4, 8, 8))
+
 VAE_LOSS = OpSpec(
     name="vae_loss",
     folder="vae_loss",
@@ -199,4 +201,5 @@ VAE_LOSS = OpSpec(
     peers={"eager": _eager_sigmoid, "eager (logits)": _eager_logits},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    choices=dict.fromkeys(("vae_loss/forward", "vae_loss/backward"), _CHOICES),
 )

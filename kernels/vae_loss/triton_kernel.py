@@ -9,6 +9,7 @@ import triton.language as tl
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.math_triton import exp, log1p_unit
 from genai_fast.kernels.common.rows import as_rows, columns_of, dense_like, require_alike, require_per_sample
+from genai_fast.kernels.common.tuned import launch
 
 BLOCK = 1024  # columns a program, 8 a thread: 16 spill on sm_100
 BLOCK_LATENT = 512
@@ -146,13 +147,20 @@ def _scale(batch, reduction):
     return 1.0 / batch if reduction == "mean" and batch else 1.0
 
 
+def _tile(name, recon, batch, columns):
+    """BLOCK and num_warps, and the blocks of a row."""
+    chosen = launch(f"vae_loss/{name}", recon, (batch, columns), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    chosen["BLOCK"] = min(chosen["BLOCK"], next_power_of_2(columns))
+    return chosen, max(ceil_div(columns, chosen["BLOCK"]), 1)
+
+
 def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction):
     require_alike(recon, target, dtype=False)
     require_alike(mu, logvar)
     require_per_sample(recon, mu)
     (x, x_stride), (t, t_stride), (m, m_stride), (v, v_stride) = map(as_rows, (recon, target, mu, logvar))
     batch, columns, latent = recon.shape[0], columns_of(recon), columns_of(mu)
-    splits = max(ceil_div(columns, BLOCK), 1)
+    chosen, splits = _tile("forward", recon, batch, columns)
     partial = recon.new_empty((batch, splits), dtype=torch.float32)
     kl_rows = recon.new_empty(batch, dtype=torch.float32)
     shape = (batch,) if reduction == "none" else ()
@@ -161,8 +169,7 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
     if batch:
         _vae_loss_forward[(batch * splits,)](
             x, t, m, v, partial, kl_rows, columns, latent, x_stride, t_stride, m_stride, v_stride, splits,
-            BERNOULLI=likelihood == "bernoulli", BLOCK=min(BLOCK, next_power_of_2(columns)),
-            BLOCK_LATENT=min(BLOCK_LATENT, next_power_of_2(latent)), num_warps=NUM_WARPS,
+            BERNOULLI=likelihood == "bernoulli", BLOCK_LATENT=min(BLOCK_LATENT, next_power_of_2(latent)), **chosen,
         )  # fmt: skip
     width = min(next_power_of_2(splits), FINALISE)
     _vae_loss_finalise[(1,)](
@@ -182,7 +189,7 @@ def vae_loss_backward(
     require_per_sample(recon, grad_loss, grad_reconstruction, grad_kl, one=reduction != "none")
     (x, x_stride), (t, t_stride), (m, m_stride), (v, v_stride) = map(as_rows, (recon, target, mu, logvar))
     batch, columns, latent = recon.shape[0], columns_of(recon), columns_of(mu)
-    splits = max(ceil_div(columns, BLOCK), 1)
+    chosen, splits = _tile("backward", recon, batch, columns)
     grads = tuple(dense_like(tensor) for tensor in (recon, mu, logvar))
     upstream = (grad_loss, grad_reconstruction, grad_kl)
     pointer, beta = _beta(beta_tensor, beta, recon.device)
@@ -191,7 +198,6 @@ def vae_loss_backward(
             *upstream, x, t, m, v, pointer, *grads,
             *(g.stride(0) if g is not None and g.dim() else 0 for g in upstream),
             columns, latent, x_stride, t_stride, m_stride, v_stride, splits, beta, _scale(batch, reduction),
-            BERNOULLI=likelihood == "bernoulli", BLOCK=min(BLOCK, next_power_of_2(columns)),
-            BLOCK_LATENT=min(BLOCK_LATENT, next_power_of_2(latent)), num_warps=NUM_WARPS,
+            BERNOULLI=likelihood == "bernoulli", BLOCK_LATENT=min(BLOCK_LATENT, next_power_of_2(latent)), **chosen,
         )  # fmt: skip
     return grads

@@ -1,0 +1,154 @@
+"""The fastest settings of a kernel's launch on this GPU, among those that its spec lists.
+
+    python -m bench.tuning DEVICE < a JSON list of tasks
+
+A task is a bench point and a launch in it. Each setting is timed in the whole of forward and backward, interleaved with
+the default; the best replaces it only if it is faster by `GAIN` and every case of the op, and the point itself, are
+right with it. `bench.gpu_gate` starts it, as bench.isolated tells, and writes what is found (`write`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from bench import clock, isolated, record
+from bench.checks import capture_on, check
+from bench.points import FUSED, INPUT_SETS, Point, fused_backend, points, red
+from genai_fast.kernels.common import tuned
+from genai_fast.kernels.common.launch import capability
+from genai_fast.profiling import compare
+from genai_fast.testing import every_run
+
+GAIN = 1.02
+DEFAULT = "default"
+
+Times = Callable[[dict[str, list[Callable[[], Any]]]], dict[str, float]]
+
+
+def tasks(device: str) -> Iterator[tuple[str, Point, str]]:
+    """(task, point, launch) of all that can be tried."""
+    for point in points(device):
+        for name in point.op.choices:
+            yield f"{point} {name}", point, name
+
+
+def tune(point: Point, name: str, times: Times) -> dict[str, Any]:
+    """The best settings of a launch in a point.
+
+    Returns:
+        kernel, case; and if the point launches it: dtype, shape, default and settings (the best), default_us and
+        best_us of the whole point, tried (microseconds, or why not), kept (not the default), reason.
+    """
+    found: dict[str, Any] = {"kernel": name, "case": str(point), "kept": False}
+    step = point.step(FUSED)
+    with tuned.asked() as launches:
+        step()
+    mine = next((x for x in launches if x.name == name), None)
+    if mine is None:
+        return {**found, "reason": "not launched here"}
+    default = dict(mine.default)
+    ready, failed, settings = {DEFAULT: _sets(point, name, default)}, {}, {DEFAULT: default}
+    for choice in point.op.choices[name]:
+        if choice == default:
+            continue
+        label = ", ".join(f"{key} {value}" for key, value in choice.items())
+        try:
+            calls = _sets(point, name, choice)
+            calls[0]()
+            _wait(point.device)
+        except Exception as error:  # too much shared memory, too many registers: the compiler says
+            failed[label] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        ready[label], settings[label] = calls, choice
+    seconds = times(ready)
+    best = min(seconds, key=seconds.get)
+    if seconds[best] * GAIN > seconds[DEFAULT]:
+        best = DEFAULT
+    reason = "" if best == DEFAULT else wrong(point, name, settings[best])
+    kept = best if not reason else DEFAULT
+    return {
+        **found, "kept": kept != DEFAULT, "reason": reason or ("" if kept != DEFAULT else "the default is as fast"),
+        "dtype": mine.dtype, "shape": list(mine.shape), "default": default, "settings": default | settings[kept],
+        "default_us": round(seconds[DEFAULT] * 1e6, 2), "best_us": round(seconds[kept] * 1e6, 2),
+        "tried": {label: round(t * 1e6, 2) for label, t in seconds.items()} | failed,
+    }  # fmt: skip
+
+
+def wrong(point: Point, name: str, settings: tuned.Settings) -> str:
+    """What is wrong with these settings, in this point or any case of its op and dtype; "" if nothing."""
+    backend = fused_backend(point.op, point.device)
+    with tuned.tried(name, settings):
+        if message := red(point):
+            return message
+        for run in every_run((point.device,)):
+            if run.op is point.op and (run.dtype, run.backend) == (point.dtype, backend):
+                for message in check(run, capture_on(point.device)).values():
+                    return message
+    return ""
+
+
+def _sets(point: Point, name: str, settings: tuned.Settings) -> list[Callable[[], Any]]:
+    """The point's step over several inputs, with these settings."""
+
+    def under(step: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            with tuned.tried(name, settings):
+                return step()
+
+        return call
+
+    return [under(point.step(FUSED, seed)) for seed in range(INPUT_SETS if point.device == "cuda" else 1)]
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_times(ready: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
+    """Seconds on the GPU."""
+    return {name: seconds for name, (seconds, _) in clock.device_times(ready).items()}
+
+
+def wall_times(ready: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
+    """Seconds of the clock."""
+    timings = compare({name: calls[0] for name, calls in ready.items()}, rounds=3).timings
+    return {name: t.median for name, t in timings.items()}
+
+
+def write(results: Iterable[dict[str, Any]], device: torch.device, commit: str) -> list[str]:
+    """kernels/<op>/tuned/<gpu>.json of all that was measured, beside what stands there already; their names.
+
+    A shape at which the default is best is written too: a neighbour's settings would be taken for it otherwise.
+    """
+    device_name, files = record.device_name(device.type), {}
+    for result in results:
+        if "settings" not in result:
+            continue
+        path = tuned.file_of(result["kernel"], device_name)
+        content = files.setdefault(path, tuned.read(path))
+        content |= {"device": device_name, "capability": capability(device), "commit": commit}
+        content.setdefault("launches", {})
+        key = result["dtype"], result["shape"]
+        others = [e for e in content["launches"].get(result["kernel"], []) if (e["dtype"], e["shape"]) != key]
+        entry = {name: result[name] for name in ("dtype", "shape", "settings", "default_us", "best_us")}
+        content["launches"][result["kernel"]] = [*others, entry]
+    for path, content in files.items():
+        record.write_json(path, content)
+    tuned.reload()
+    return [str(path.relative_to(record.ROOT)) for path in files]
+
+
+def main() -> int:
+    device = sys.argv[1]
+    known = {task: (point, name) for task, point, name in tasks(device)}
+    times = device_times if device == "cuda" else wall_times
+    return isolated.serve(lambda task: tune(*known[task], times))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
