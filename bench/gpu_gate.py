@@ -4,10 +4,11 @@
 
 In this order: the barrier in gru's and lstm's launches (bench.barrier); of each op every case and dtype (bench.checks:
 numerics on the device, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more than 2^31 elements
-(bench.large); fifty steps of training against plain PyTorch (bench.parity); a memory check of small cases where
-compute-sanitizer is installed; and the figures of each op that passed all its checks, first without torch.compile,
-then with it. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all, in
-bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
+(bench.large); fifty steps of training against plain PyTorch (bench.parity); the figures of whole training steps
+(bench.training_figures); a memory check of small cases where compute-sanitizer is installed; and the figures of each op
+that passed all its checks, first without torch.compile, then with it. When the minutes are over it stops, and
+`--continue` goes on from there. One JSON record says all, in bench/results/<gpu>/<date>-<commit>.json. Exit code:
+0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench import isolated, large, parity, record, roofs
+from bench import isolated, large, parity, record, roofs, training_figures
 from bench.checks import inputs_of, step_of, tensors
 from bench.points import COMPILED, DTYPES, Point, figures, points, red
 from bench.report import summary
@@ -40,7 +41,9 @@ SMALL = 20_000  # elements of the largest input that the memory checker is given
 _SAVED = 15.0  # seconds from one writing of the record to the next
 
 # A stage asks which of its tasks were done, and gives a process that does the others.
-STAGES = {"runs": "bench.checks", "large": "bench.large", "parity": "bench.parity"}
+STAGES = {
+    "runs": "bench.checks", "large": "bench.large", "parity": "bench.parity", "training": "bench.training_figures",
+}  # fmt: skip
 
 Tasks = dict[str, list[list[str]]]  # by stage, in batches
 
@@ -63,7 +66,10 @@ class Gate:
 
     def run_stage(self, stage: str, device: str, deadline: float, jobs: int) -> None:
         """Do what is not done yet of a stage, until the deadline."""
-        known = self.content[stage]
+        known, silent = self.content[stage], isolated.SILENT
+        if stage == "training":
+            self._refuse_training()
+            jobs, silent = 1, training_figures.SILENT  # figures want a quiet GPU, and compilers their time
         left = [[task for task in batch if task not in known] for batch in self.tasks[stage]]
         command = [sys.executable, "-m", STAGES[stage], device]
 
@@ -73,10 +79,19 @@ class Gate:
                 print(f"RED {task}: {kind}: {message}", flush=True)
             self.save()
 
-        isolated.run(command, sorted(filter(None, left), key=len, reverse=True), done, jobs=jobs, deadline=deadline)
+        left = sorted(filter(None, left), key=len, reverse=True)
+        isolated.run(command, left, done, jobs=jobs, deadline=deadline, silent=silent)
         count = sum(len(batch) for batch in self.tasks[stage])
         bad = sum(bool(failures(result)) for result in known.values())
         print(f"{stage}: {len(known)} of {count} done, {bad} red", flush=True)
+
+    def _refuse_training(self) -> None:
+        """No figures of a training step whose curve is wrong."""
+        curves = self.content.get("parity", {})
+        for task in (task for batch in self.tasks["training"] for task in batch):
+            curve = training_figures.parity_of(task)
+            if failures(curves.get(curve, {})):
+                self.content["training"].setdefault(task, {"failures": {"parity": f"that of {curve} is red"}})
 
     def measure(
         self, deadline: float, compiled: bool, measure: Callable[..., dict[str, Any]] = figures,
@@ -153,6 +168,7 @@ def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
         "runs": list(batches.values()),
         "large": [[name] for name in large.LARGE] if device == "cuda" else [],
         "parity": [[name] for name in parity.TOLERANCE] if device == "cuda" else [],
+        "training": [[name] for name in training_figures.MEASURED] if device == "cuda" else [],
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu_gate, isolated, training_figures
+from bench import gpu_gate, isolated, parity, training_figures
 from genai_fast import ops
 from genai_fast.profiling.loops import COMPILE, EAGER, FUSED
 from genai_fast.training.settings import GPTConfig
@@ -190,3 +190,44 @@ def test_what_only_a_gpu_tells(monkeypatch):
     }
     energy = SimpleNamespace(joules=lambda: None)
     assert training_figures.joules_of(steps[EAGER], 1.5, energy) is None
+
+
+# The gate's stage
+
+
+def test_the_gate_measures_training_alone_and_last(monkeypatch, tmp_path):
+    calls = []
+
+    def run(command, batches, done, *, jobs, deadline, silent):
+        calls.append((command[2], [*batches], jobs, silent))
+        for task in (task for batch in batches for task in batch):
+            done(task, {"failures": {"numerics": "wrong"} if task == "mlp_gan" else {}})
+
+    monkeypatch.setattr(gpu_gate.isolated, "run", run)
+    tasks = {"runs": [], "large": [], "parity": [["lstm"]], "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]]}
+    content = {"parity": {"mlp_vae": {"failures": {"parity": "another curve"}}}, "barrier_check": {"passed": True}}
+    gate = gpu_gate.Gate(tmp_path / "record.json", content, tasks, [])
+    gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
+    assert [call[0] for call in calls] == [*gpu_gate.STAGES.values()] and calls[-1][0] == "bench.training_figures"
+    assert calls[-1][1:] == ([["lstm"], ["mlp_gan"]], 1, training_figures.SILENT)
+    assert calls[-2][2:] == (8, isolated.SILENT)
+    found = gate.content["training"]
+    assert found["mlp_vae"] == {"failures": {"parity": "that of mlp_vae is red"}}
+    assert gate.through() and not gate.green()
+    # What is done stays done, red or not.
+    calls.clear()
+    gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
+    assert calls[-1][1] == []
+    for name in ("mlp_vae", "mlp_gan"):
+        found[name] = {"failures": {}}
+    content["parity"]["mlp_vae"] = {"failures": {}}
+    assert gate.green()
+
+
+def test_tasks_of_the_gate(monkeypatch):
+    assert gpu_gate.tasks_of("cpu", [])["training"] == []
+    assert gpu_gate.tasks_of("cuda", [])["training"] == [[name] for name in MEASURED]
+    found = {name: training_figures.parity_of(name) for name in MEASURED}
+    assert found["dcgan_64_bfloat16_batch128"] == found["dense_dcgan"] == "dcgan_64"
+    assert found["gpt2_bfloat16"] == "gpt_nano" and found["mlp_gan"] is None
+    assert set(found.values()) - {None} == set(parity.TOLERANCE)
