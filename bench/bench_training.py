@@ -24,6 +24,7 @@ import torch
 import genai_fast
 from bench import record
 from bench.points import COMPILED, DEVICE, FUSED
+from bench.training_figures import UNROLLED, red
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.loops import preparing
 from genai_fast.profiling.systems import SYSTEMS
@@ -31,7 +32,6 @@ from genai_fast.profiling.systems import SYSTEMS
 TURNS = 3
 ROUNDS, SECONDS = 3, 1.0  # of clocking in each turn, at least
 EAGER, AUTOCAST = "eager", "eager autocast"
-UNROLLED = ("lstm", "text-vae", "vrnn")  # recipes whose compilation takes many minutes
 STOCK, TUNED = "stock process", "tuned process"
 
 
@@ -48,20 +48,6 @@ def make_step(system: str, side: str, device: str) -> Callable[[], Any]:
         FUSED: lambda: chosen.fused(device),
     }[side]()
     return lambda: step(*batch)
-
-
-def red(system: str, device: str) -> str:
-    """Why the two steps do not compute the same; "" if they do (noise and dropout differ, by little)."""
-    chosen = SYSTEMS[system]
-    batch = chosen.inputs(device)
-    losses = []
-    for make in (chosen.plain, chosen.fused):
-        torch.manual_seed(0)
-        found = make(device)(*batch)
-        losses.append(torch.stack([loss.float() for loss in (found if isinstance(found, tuple) else (found,))]))
-    plain, fused = losses[0] / chosen.plain_scale, losses[1][: len(losses[0])]
-    wrong = (plain - fused).abs() > chosen.tolerance * plain.abs()
-    return f"losses: expected about {plain.tolist()}, got {fused.tolist()}" if wrong.any() else ""
 
 
 class Worker:
@@ -153,7 +139,7 @@ def figures(system: str, device: str) -> tuple[dict[str, Any], ...]:
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.benchmark(group="training step", max_time=0.5, min_rounds=3)
 def test_training_step(benchmark, figures_of_session, system):
-    assert not red(system, DEVICE), "no clock on a red gate"
+    assert not red(SYSTEMS[system], DEVICE), "no clock on a red gate"
     if not benchmark.disabled:
         found = figures(system, DEVICE)
         figures_of_session.extend(copy.deepcopy(found))

@@ -6,9 +6,9 @@ In this order: the barrier in gru's and lstm's launches (bench.barrier); of each
 numerics on the device, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more than 2^31 elements
 (bench.large); fifty steps of training against plain PyTorch (bench.parity); the fastest settings of each launch, which
 go to kernels/<op>/tuned/<gpu>.json (bench.tuning); a memory check of small cases where compute-sanitizer is installed;
-and the figures of each op that passed all its checks, first without torch.compile,
-then with it. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all, in
-bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
+the figures of each op that passed all its checks, those of whole training steps (bench.training_figures), and the ops'
+with torch.compile. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all,
+in bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench import isolated, large, parity, record, roofs, tuning
+from bench import isolated, large, parity, record, roofs, training_figures, tuning
 from bench.checks import inputs_of, step_of, tensors
 from bench.points import COMPILED, DTYPES, Point, figures, points, red
 from bench.report import summary
@@ -41,8 +41,10 @@ SMALL = 20_000  # elements of the largest input that the memory checker is given
 _SAVED = 15.0  # seconds from one writing of the record to the next
 
 # A stage asks which of its tasks were done, and gives a process that does the others.
-STAGES = {"runs": "bench.checks", "large": "bench.large", "parity": "bench.parity", "tuning": "bench.tuning"}
-CLOCKED = ("tuning",)  # one process at a time
+STAGES = {
+    "runs": "bench.checks", "large": "bench.large", "parity": "bench.parity", "tuning": "bench.tuning",
+    "training": "bench.training_figures",
+}  # fmt: skip
 
 Tasks = dict[str, list[list[str]]]  # by stage, in batches
 
@@ -65,7 +67,10 @@ class Gate:
 
     def run_stage(self, stage: str, device: str, deadline: float, jobs: int) -> None:
         """Do what is not done yet of a stage, until the deadline."""
-        known = self.content[stage]
+        known, silent = self.content[stage], isolated.SILENT
+        if stage == "training":
+            self._refuse_training()
+            silent = training_figures.SILENT  # compilers take their time
         left = [[task for task in batch if task not in known] for batch in self.tasks[stage]]
         command = [sys.executable, "-m", STAGES[stage], device]
 
@@ -75,10 +80,19 @@ class Gate:
                 print(f"RED {task}: {kind}: {message}", flush=True)
             self.save()
 
-        isolated.run(command, sorted(filter(None, left), key=len, reverse=True), done, jobs=jobs, deadline=deadline)
+        left = sorted(filter(None, left), key=len, reverse=True)
+        isolated.run(command, left, done, jobs=jobs, deadline=deadline, silent=silent)
         count = sum(len(batch) for batch in self.tasks[stage])
         bad = sum(bool(failures(result)) for result in known.values())
         print(f"{stage}: {len(known)} of {count} done, {bad} red", flush=True)
+
+    def _refuse_training(self) -> None:
+        """No figures of a training step whose curve is wrong."""
+        curves = self.content.get("parity", {})
+        for task in (task for batch in self.tasks["training"] for task in batch):
+            curve = training_figures.parity_of(task)
+            if failures(curves.get(curve, {})):
+                self.content["training"].setdefault(task, {"failures": {"parity": f"that of {curve} is red"}})
 
     def measure(
         self, deadline: float, compiled: bool, measure: Callable[..., dict[str, Any]] = figures,
@@ -159,6 +173,7 @@ def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
         "large": [[name] for name in large.LARGE] if device == "cuda" else [],
         "parity": [[name] for name in parity.TOLERANCE] if device == "cuda" else [],
         "tuning": list(searches.values()),
+        "training": [[name] for name in training_figures.MEASURED] if device == "cuda" else [],
     }
 
 
@@ -230,14 +245,16 @@ def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
         print(f"barrier: {content['barrier_check']}", flush=True)
     if not content["barrier_check"].get("passed", False):
         os.environ["GENAI_FAST_SEQUENCE"] = "0"  # gru and lstm go step by step from here on
-    for stage in STAGES:
-        gate.run_stage(stage, device, deadline, 1 if stage in CLOCKED else jobs)
+    for stage in ("runs", "large", "parity"):
+        gate.run_stage(stage, device, deadline, jobs)
+    gate.run_stage("tuning", device, deadline, 1)
     if device == "cuda":
         tuning.write(content["tuning"].values(), torch.device("cuda"), content["commit"])
     if "memory_check" not in content and time.monotonic() < deadline:
         content["memory_check"] = memory_check() if device == "cuda" else {"skipped": "no GPU"}
-    for compiled in (False, True):
-        gate.measure(deadline, compiled)
+    gate.measure(deadline, compiled=False)
+    gate.run_stage("training", device, deadline, 1)
+    gate.measure(deadline, compiled=True)
     content["foreign_load"] = load.cores()
     gate.save(now=True)
 

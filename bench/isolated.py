@@ -20,6 +20,7 @@ import torch
 
 from bench import record
 
+SILENT = 180.0  # seconds without a word behind which a process is given up
 _BROKEN = 3  # exit code of a process whose device is of no more use
 
 
@@ -50,7 +51,7 @@ def serve(work: Callable[[str], dict[str, Any]]) -> int:
 
 def run(
     command: Sequence[str], batches: Sequence[Sequence[str]], done: Callable[[str, dict[str, Any]], None], *,
-    jobs: int, deadline: float, silent: float = 180.0,
+    jobs: int, deadline: float, silent: float = SILENT,
 ) -> None:  # fmt: skip
     """Give each batch of tasks to a process of `command`, `jobs` at a time.
 

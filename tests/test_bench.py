@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_gate, memory, points, record, report, roofs
+from bench import gpu_gate, memory, points, record, report, roofs, training_figures
 from genai_fast import ops
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
@@ -126,12 +126,10 @@ def test_gate_is_red_on_what_is_wrong(monkeypatch):
 
 
 def test_training_gate(monkeypatch):
-    from bench import bench_training
-
-    assert bench_training.red("mlp_vae", "cpu") == "" == bench_training.red("mlp_gan", "cpu")
+    assert training_figures.red(SYSTEMS["mlp_vae"], "cpu") == "" == training_figures.red(SYSTEMS["mlp_gan"], "cpu")
     right = ops.vae_loss
     monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
-    assert bench_training.red("mlp_vae", "cpu").startswith("losses: expected about")
+    assert training_figures.red(SYSTEMS["mlp_vae"], "cpu").startswith("losses of step 1: expected about")
 
 
 @pytest.mark.parametrize("system", ["mlp_vae", "mlp_gan", "dcgan_64", "dense_dcgan", "conv_vae_64"])

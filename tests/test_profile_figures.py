@@ -71,7 +71,7 @@ def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):
     counters_ = torch._dynamo.utils.counters
     counters_.clear()
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function, mode=mode, backend="eager"))
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     wanted = model(torch.ones(2, 4))
     torch.testing.assert_close(loops.preparing("compile", False)(model)(torch.ones(2, 4)), wanted)

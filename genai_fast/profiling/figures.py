@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from genai_fast.profiling import machine
+from genai_fast.profiling.flops import FlopCount
 from genai_fast.profiling.loops import Subject
 from genai_fast.profiling.measure import Measured, Measurement
 
@@ -21,8 +22,8 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
     found, reason]), "variants": {name: figures or {"failed": reason}}}
     """
     device = "cuda" if measurement.cuda else "cpu"
-    dtype = _arithmetic(measurement)
-    peak = None if dtype is None else _peak(device, dtype)
+    count = _counted(measurement)
+    peak = None if count is None else roof(device, count)
     return {
         "model": subject.name,
         "what": subject.what,
@@ -38,23 +39,23 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _arithmetic(measurement: Measurement) -> torch.dtype | None:
-    """The dtype of most of the multiplications."""
-    for count in (measurement.flops, *(v.flops for v in measurement.variants if not v.failed)):
-        if count is not None and count.total:
-            return max(count.by_dtype, key=lambda dtype: count.by_dtype[dtype])
-    return None
+def _counted(measurement: Measurement) -> FlopCount | None:
+    counts = (measurement.flops, *(v.flops for v in measurement.variants if not v.failed))
+    return next((count for count in counts if count is not None and count.total), None)
 
 
-def _peak(device: str, dtype: torch.dtype) -> dict[str, Any] | None:
-    """What this machine's matrix products reach in that precision, measured now."""
-    precision = str(dtype).removeprefix("torch.")
+def roof(device: str, count: FlopCount) -> dict[str, Any] | None:
+    """What this machine's matrix products reach in the precision of most of those counted, measured now.
+
+    {"precision", "flops_per_second"}; None: nobody measures that precision.
+    """
+    precision = str(max(count.by_dtype, key=lambda dtype: count.by_dtype[dtype])).removeprefix("torch.")
     if precision not in ("float32", "bfloat16", "float16"):
         return None
     if device == "cuda" and precision == "float32":
-        # Convolutions round to TF32 unless they are told not to.
-        rounded = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-        precision = "tf32" if rounded else precision
+        # Convolutions round to TF32 unless they are told not to, products only where they are told to.
+        convolves = count.convolutions[0] > 0 and torch.backends.cudnn.allow_tf32
+        precision = "tf32" if convolves or torch.backends.cuda.matmul.allow_tf32 else precision
     return {"precision": precision, "flops_per_second": machine.gemm(device, precision)}
 
 

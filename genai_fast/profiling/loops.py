@@ -175,10 +175,13 @@ def _stepper(name: str, made: Any) -> Callable[[], int | None]:
     return step
 
 
-def preparing(variant: str, bf16: bool, left_alone: list[Row] | None = None) -> Callable[..., nn.Module]:
+def preparing(
+    variant: str, bf16: bool, left_alone: list[Row] | None = None, mode: str | None = None
+) -> Callable[..., nn.Module]:
     """prepare(model, method="forward") -> the same model, in place what the variant makes of it.
 
-    With `bf16` the method runs under autocast to bfloat16 and gives float32 back: losses outside take that.
+    With `bf16` the method runs under autocast to bfloat16 and gives float32 back: losses outside take that. `mode` is
+    torch.compile's.
     """
 
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
@@ -193,7 +196,7 @@ def preparing(variant: str, bf16: bool, left_alone: list[Row] | None = None) -> 
             _under_autocast(model, method)
         if variant == COMPILE:
             # Not model.compile(): of an nn.Sequential that compiles nothing, and says nothing.
-            _with_method(model, method, torch.compile(getattr(type(model), method)))
+            _with_method(model, method, torch.compile(getattr(type(model), method), mode=mode))
         return model
 
     return prepare

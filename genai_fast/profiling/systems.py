@@ -165,6 +165,17 @@ SYSTEMS = {
     "vrnn": _text(peers_sequences.EagerVRNN, "vrnn", settings.VRNNConfig(**_PLAIN), 32, 64, 256),
 }  # fmt: skip
 
+# What a CPU takes too long for.
+GPU_SYSTEMS = {
+    "dcgan_64_batch128": replace(SYSTEMS["dcgan_64"], batch=128),
+    "dcgan_64_bfloat16_batch128": replace(SYSTEMS["dcgan_64_bfloat16"], batch=128),
+    "gpt2_bfloat16": _text(
+        lambda v: peers_text.EagerGPT(v, 1024, 12, 12, 768), "gpt",
+        settings.GPTConfig(**_GPT, precision="bfloat16", block=1024, layers=12, heads=12, width=768), 8, 1024, 50257,
+        tolerance=0.05,
+    ),
+}  # fmt: skip
+
 
 def of_recipe(name: str, batch: int | None = None, precision: str = "float32") -> System:
     """The system that stands for a recipe; with that many samples a step (None: as the system has it).
