@@ -10,8 +10,8 @@ from typing import Any
 
 from bench import record, records
 from bench.points import COMPILED, FUSED
-from bench.records import Record
-from bench.results_page import best, microseconds, milliseconds, slower, speed, table, title
+from bench.records import Record, ReportError, title
+from bench.results_page import best, microseconds, milliseconds, slower, speed, table
 
 BEGIN, END = "<!-- gpu headline: begin -->", "<!-- gpu headline: end -->"
 # Chosen before any was measured: (op, case, dtype).
@@ -27,13 +27,15 @@ _HEADER = ("forward and backward of", "fused ms", "eager ms", "torch.compile ms"
 
 
 def headline(results: Path) -> str:
-    """Markdown for the README, from results/<gpu>/*.json; made-up records are left out, and stderr says so.
+    """Markdown for the README, from all records below a folder; made-up ones are left out, and stderr says so.
 
     Raises:
-        ReportError: a record is damaged or foreign.
+        ReportError: there is no such folder, or a record is damaged or foreign.
     """
+    if not results.is_dir():
+        raise ReportError(f"{results}: expected a folder of records, got none; remedy: --headline bench/results")
     by_device: dict[str, list[Record]] = defaultdict(list)
-    for path in sorted(results.glob("*/*.json")):
+    for path in sorted(results.rglob("*.json")):
         found = records.read(path)
         if found.sample:
             print(f"report: {path}: left out: a made-up sample is no result", file=sys.stderr)

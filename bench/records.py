@@ -74,7 +74,7 @@ class Record:
         return [f for f in self.content.get("training", {}).values() if "variants" in f]
 
     def wrong(self) -> list[tuple[str, str]]:
-        """(task, what is wrong with it: a line), of everything but refused figures, which follow from it."""
+        """(task, what is wrong with it: a line); refused figures last, as they mostly follow from the rest."""
         found = [
             (task, f"{kind}: {first_line(message)}")
             for stage in STAGES
@@ -99,7 +99,7 @@ class Record:
             "checks of the ops": {p.op.name: 0 for p in todo if not _any_run(p.op.name, content["runs"])},
             "large tensors": [name for name in LARGE if name not in content.get("large", {})],
             "training curves": [name for name in TOLERANCE if name not in content.get("parity", {})],
-            "the rest": [name for name in CHECKS if name not in content],
+            "the rest": [name for name in (*CHECKS, "tuning", "training") if not content.get(name)],
             "figures": [str(p) for p in todo if str(p) not in compiled and str(p) not in refused],
             "figures under torch.compile": [
                 str(p)
@@ -129,12 +129,18 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def title(figure: dict[str, Any]) -> str:
+    """What a figure is of."""
+    name = figure["op"] if "op" in figure else f"training step of {figure['system']}"
+    case = figure.get("case") if figure.get("case") != figure.get("system") else None
+    return " ".join(filter(None, (name, case, figure.get("dtype"))))
+
+
 def notes(figures: Iterable[dict[str, Any]]) -> list[str]:
     """Skipped variants, and what was measured beside other work."""
     found = []
     for figure in figures:
-        words = (figure.get("op") or figure.get("system"), figure.get("case"), figure.get("dtype"))
-        name = " ".join(dict.fromkeys(filter(None, words)))
+        name = title(figure)
         for variant, values in figure["variants"].items():
             if "skipped" in values:
                 found.append(f"{name}: {variant} was skipped: {values['skipped']}")

@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         "paths", type=Path, nargs="*", metavar="FILE or FOLDER", help="figures; with --headline a README"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (here; of records: beside them)")
-    parser.add_argument("--headline", type=Path, metavar="RESULTS", help="the rows of each GPU in RESULTS/<gpu>/*.json")
+    parser.add_argument("--headline", type=Path, metavar="RESULTS", help="the rows of each GPU whose records are there")
     options = parser.parse_args(arguments)
     if options.headline is None and not options.paths:
         parser.error("expected a file or folder of figures, or --headline RESULTS, got nothing")

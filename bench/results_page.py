@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import records
 from bench.points import COMPILED, FUSED
-from bench.records import Record
+from bench.records import Record, title
 from genai_fast.errors import require
 
 SAMPLE = "made-up sample record: these are not measurements"
@@ -59,7 +59,9 @@ def _banner(record: Record) -> list[str]:
         said.append(["**The gate is red**, so no speed-up is shown; the record does not say what is wrong."])
     if not record.through:
         said.append(["**The gate is not through**, so no speed-up is shown. Not reached:", ""])
-        said[-1] += [f"- {what}" for what in record.not_reached()] or ["- nothing that this checkout knows of"]
+        said[-1] += [f"- {what}" for what in record.not_reached()] or [
+            "- parts of a stage: the record does not say which"
+        ]
     return [f"> {line}".rstrip() for k, block in enumerate(said) for line in ([""] if k else []) + block]
 
 
@@ -140,13 +142,6 @@ def slower(record: Record) -> list[tuple[str, str, float]]:
 def _slower(record: Record) -> list[str]:
     lines = [f"- {what}: {ratio:.3f} against {peer}" for what, peer, ratio in slower(record)]
     return _section("Where the fused path is slower", lines or ["Nowhere, of what was measured."])
-
-
-def title(figure: dict[str, Any]) -> str:
-    """What a figure is of."""
-    name = figure["op"] if "op" in figure else f"training step of {figure['system']}"
-    case = figure.get("case") if figure.get("case") != figure.get("system") else None
-    return " ".join(filter(None, (name, case, figure.get("dtype"))))
 
 
 def best(figure: dict[str, Any]) -> tuple[str | None, float | None]:

@@ -375,6 +375,7 @@ def test_headline_of_the_newest_green_record_of_each_gpu(tmp_path, capsys):
     assert "no green gate on a commit yet" in second and "|" not in second
     assert report.main(["--headline", str(results)]) == 0
     assert capsys.readouterr().out in text
+    assert report.main(["--headline", str(tmp_path / "none"), str(readme)]) == 2
     (results / "a" / "2.json").write_text("{")
     assert report.main(["--headline", str(results), str(readme)]) == 2
     assert readme.read_text() == text
