@@ -32,6 +32,7 @@ import torch
 from bench import isolated, large, parity, record, roofs, training_figures, tuning
 from bench.checks import inputs_of, step_of, tensors
 from bench.points import COMPILED, DTYPES, Point, figures, points, red
+from bench.records import failures
 from bench.report import summary
 from genai_fast.profiling import ForeignLoad
 from genai_fast.testing import Run, every_run
@@ -154,12 +155,6 @@ class Gate:
             self._saved = time.monotonic()
 
 
-def failures(result: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with a task, by kind."""
-    found = dict(result.get("failures", {}))
-    return found | ({"died": result["died"]} if "died" in result else {})
-
-
 def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
     """Everything to be done on a device: the runs of one op and dtype stay together, as they share kernels."""
     batches: dict[Any, list[str]] = defaultdict(list)
@@ -239,7 +234,8 @@ def begin(device: str, commit: str | None) -> dict[str, Any]:
 
 def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
     """Whatever is left of the gate, until the minutes are over."""
-    deadline, load, content = time.monotonic() + 60 * minutes, ForeignLoad(), gate.content
+    begun, load, content = time.monotonic(), ForeignLoad(), gate.content
+    deadline = begun + 60 * minutes
     if "barrier_check" not in content:
         content["barrier_check"] = barrier_check() if device == "cuda" else {"skipped": "no GPU"}
         print(f"barrier: {content['barrier_check']}", flush=True)
@@ -256,6 +252,7 @@ def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
     gate.run_stage("training", device, deadline, 1)
     gate.measure(deadline, compiled=True)
     content["foreign_load"] = load.cores()
+    content["minutes"] = round(content.get("minutes", 0.0) + (time.monotonic() - begun) / 60, 1)
     gate.save(now=True)
 
 

@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genai_fast.profiling.machine import device_name, environment, processor
 
-__all__ = ["ROOT", "commit", "device_name", "environment", "processor", "write_json"]
+__all__ = ["ROOT", "commit", "device_name", "environment", "processor", "write_all", "write_json"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_json(path: Path, value: Any) -> None:
     """Written whole or not at all."""
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_all({path: (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()})
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Each file whole, and none where one of them cannot be written; their folders are made."""
+    hidden = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for path, temporary in hidden.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(files[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in hidden.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in hidden.values():
+            temporary.unlink(missing_ok=True)
 
 
 def commit() -> tuple[str, bool | None]:

@@ -1,23 +1,30 @@
-"""Tables and a chart of what was measured.
+"""Tables and plots of what was measured.
 
     python -m bench.report FILE.json [--out DIR]
+    python -m bench.report bench/results/<gpu> [--out DIR]
+    python -m bench.report --headline bench/results [README.md]
 
-FILE is what `pytest bench/ --benchmark-only --benchmark-json=FILE` or `python -m bench.gpu_gate` wrote.
-DIR gets <name>.md and <name>.png.
+FILE.json is what `pytest bench/ --benchmark-only --benchmark-json=FILE.json` wrote: DIR gets <name>.md and <name>.png.
+A folder, or files, of records that `python -m bench.gpu_gate` wrote: README.md and its plots, beside them or in DIR.
+`--headline` prints the few rows of each GPU that the top-level README.md shows, or writes them between its marks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import headline, records, results_page
 from bench.points import COMPILED, FUSED
+from bench.record import write_all
+from bench.records import ReportError, notes
+from bench.results_page import machine_lines, new_figure, png
+from genai_fast.errors import UsageError
+from genai_fast.table import write_between
 
-_REQUIRED = {"op", "case", "dtype", "device", "variants", "ratio"}
 _HEADER = (
     "op",
     "case",
@@ -35,39 +42,24 @@ _HEADER = (
 )
 
 
-class ReportError(ValueError):
-    """The file is not one that this report reads."""
-
-
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine's description and its figures, one a point.
+    """The machine's description and its figures, one a point, of pytest-benchmark's JSON.
 
     Raises:
         ReportError: the file is missing, truncated, foreign, or holds no figures.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ReportError(f"{path}: is not JSON, or was cut off ({error}); measure again") from error
-    if not isinstance(content, dict):
-        content = {}
-    if "benchmarks" in content and "machine_info" in content:  # pytest-benchmark's
-        machine = content["machine_info"].get("genai_fast", {})
-        found = [benchmark.get("extra_info", {}) for benchmark in content["benchmarks"]]
-    elif "figures" in content and "environment" in content:  # the GPU gate's
-        machine, found = content["environment"], content["figures"]
-    else:
+    content = records.read_json(path)
+    if not isinstance(content, dict) or not content.keys() >= {"benchmarks", "machine_info"}:
         raise ReportError(
             f"{path}: expected pytest-benchmark's JSON or a record of bench.gpu_gate, got neither:"
             f" it has no 'benchmarks' and 'machine_info', and no 'figures' and 'environment'"
         )
+    found = [benchmark.get("extra_info", {}) for benchmark in content["benchmarks"]]
     # Each variant of a point carries the point's figures.
-    figures = {(f["op"], f["case"], f["dtype"], f["device"]): f for f in found if f.keys() >= _REQUIRED}
+    figures = {(f["op"], f["case"], f["dtype"], f["device"]): f for f in found if f.keys() >= records.FIGURE}
     if not figures:
         raise ReportError(f"{path}: holds no figures: every benchmark was skipped, refused, or not of this project")
-    return machine, list(figures.values())
+    return content["machine_info"].get("genai_fast", {}), list(figures.values())
 
 
 def _time(variant: dict[str, Any] | None) -> str:
@@ -122,26 +114,10 @@ def summary(figures: Iterable[dict[str, Any]]) -> str:
     return "\n".join([*text, *notes(figures)])
 
 
-def notes(figures: Iterable[dict[str, Any]]) -> list[str]:
-    """Skipped variants, and points that were measured beside other work."""
-    found = []
-    for figure in figures:
-        name = f"{figure['op']} {figure['case']} {figure['dtype']}"
-        for variant, values in figure["variants"].items():
-            if "skipped" in values:
-                found.append(f"{name}: {variant} was skipped: {values['skipped']}")
-        if (figure.get("foreign_load") or 0.0) > 0.1:
-            found.append(f"{name}: other programs kept {figure['foreign_load']:.1f} processors busy meanwhile")
-    return found
-
-
 def markdown(machine: dict[str, Any], figures: list[dict[str, Any]]) -> str:
     """The report's text: machine, table, notes."""
     lines = ["# Forward + backward against eager PyTorch", ""]
-    lines += [f"- {name}: {value}" for name, value in machine.items() if not isinstance(value, dict)]
-    for roof, value in machine.get("roofs", {}).items():
-        unit = "GB/s" if roof == "bytes_per_second" else "GFLOP/s"
-        lines.append(f"- roof, {'copy' if unit == 'GB/s' else roof}: {value / 1e9:.1f} {unit}")
+    lines += machine_lines(machine)
     lines += ["", "| " + " | ".join(_HEADER) + " |", "| " + " | ".join("---" for _ in _HEADER) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(figures)]
     lines += [
@@ -153,13 +129,8 @@ def markdown(machine: dict[str, Any], figures: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"- {note}" for note in notes(figures)), ""])
 
 
-def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) -> None:
+def chart(machine: dict[str, Any], figures: list[dict[str, Any]]) -> Any:
     """Speed against the first eager peer: a group of bars a case, for eager, torch.compile and fused."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bars: dict[str, list[float]] = {"eager": [], "torch.compile": [], "genai_fast": []}
     for figure in figures:
         eager = next(iter(figure["ratio"].values()))
@@ -167,7 +138,8 @@ def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) ->
         bars["torch.compile"].append(eager / figure["ratio"][COMPILED] if COMPILED in figure["ratio"] else 0.0)
         bars["genai_fast"].append(eager)
     labels = [f"{f['op']}\n{f['case']}, {f['dtype']}" for f in figures]
-    plot, axes = pyplot.subplots(figsize=(8.0, 1.2 + 0.6 * len(figures)))
+    plot = new_figure(8.0, 1.2 + 0.6 * len(figures))
+    axes = plot.subplots()
     for k, (name, lengths) in enumerate(bars.items()):
         where = [i + 0.27 * (k - 1) for i in range(len(figures))]
         drawn = axes.barh(where, lengths, 0.25, label=name, color=("#9aa0a6", "#e8a33d", "#2f7ed8")[k])
@@ -179,27 +151,61 @@ def chart(machine: dict[str, Any], figures: list[dict[str, Any]], path: Path) ->
     axes.set_title(machine.get("device", ""), fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    plot.tight_layout()
-    plot.savefig(path, dpi=150)
-    pyplot.close(plot)
+    return plot
+
+
+def report(paths: list[Path], out: Path | None) -> tuple[str, list[Path]]:
+    """What to say, and the files that were written: all of them, or none."""
+    if len(paths) == 1 and not paths[0].is_dir() and not records.is_record(records.read_json(paths[0])):
+        machine, figures = load(paths[0])
+        text, image = ((out or Path()) / f"{paths[0].stem}{suffix}" for suffix in (".md", ".png"))
+        shown = markdown(machine, figures) + f"\n![speed against eager]({image.name})\n"
+        files = {text: shown.encode(), image: png(chart(machine, figures))}
+        write_all(files)
+        return summary(figures), list(files)
+    found = records.read_all(paths)
+    folders = {record.path.parent for record in found}
+    if out is None and len(folders) > 1:
+        raise ReportError(f"expected records of one folder, or --out, got {records.listed(map(str, sorted(folders)))}")
+    folder = out or folders.pop()
+    page = folder / results_page.PAGE
+    if page.exists() and results_page.MARK not in page.read_text():
+        raise ReportError(
+            f"{page}: expected a page of this report, got another's, which is kept; remedy: another --out"
+        )
+    former = {folder / name for name in results_page.IMAGES if page.exists()}
+    made = {folder / name: content for name, content in results_page.page(found).items()}
+    write_all(made)
+    for image in former - made.keys():
+        image.unlink(missing_ok=True)  # bars of a gate that was green
+    return f"{found[0].device}: {', '.join(f'{r.path.name} {r.verdict}' for r in found)}", list(made)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the report (here)")
+    parser.add_argument(
+        "paths", type=Path, nargs="*", metavar="FILE or FOLDER", help="figures; with --headline a README"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (here; of records: beside them)")
+    parser.add_argument("--headline", type=Path, metavar="RESULTS", help="the rows of each GPU whose records are there")
     options = parser.parse_args(arguments)
+    if options.headline is None and not options.paths:
+        parser.error("expected a file or folder of figures, or --headline RESULTS, got nothing")
+    if options.headline and (len(options.paths) > 1 or options.out):
+        parser.error("--headline: expected at most one file to write into, and no --out")
     try:
-        machine, figures = load(options.file)
-    except ReportError as error:
+        if options.headline:
+            rows = headline.headline(options.headline)
+            if not options.paths:
+                print(rows)
+            for path in options.paths:
+                write_between(path, headline.BEGIN, headline.END, rows)
+            return 0
+        said, written = report(options.paths, options.out)
+    except (UsageError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    text, image = (options.out / f"{options.file.stem}{suffix}" for suffix in (".md", ".png"))
-    text.write_text(markdown(machine, figures) + f"\n![speed against eager]({image.name})\n")
-    chart(machine, figures, image)
-    print(summary(figures))
-    print(f"written: {text}, {image}")
+    print(f"{said}\nwritten: {', '.join(map(str, written))}")
     return 0
 
 

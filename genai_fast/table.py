@@ -39,17 +39,21 @@ def _backends(op: OpSpec) -> str:
     return ", ".join(found)
 
 
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Put text between two marks of a file, in place of what stands there."""
+    content = path.read_text()
+    if begin not in content or end not in content:
+        raise SystemExit(f"{path}: expected the marks {begin} and {end} around the table")
+    head, rest = content.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
 def main() -> None:
     if len(sys.argv) == 1:
         print(op_table())
-        return
-    path = Path(sys.argv[1])
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{path}: expected the marks {BEGIN} and {END} around the table")
-    head, rest = text.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    path.write_text(f"{head}{BEGIN}\n{op_table()}\n{END}{tail}")
+    else:
+        write_between(Path(sys.argv[1]), BEGIN, END, op_table())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: collection, clocks, gating of figures on numerics, records, report."""
+"""The benchmarks' machinery: collection, clocks, gating of figures on numerics, records."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_gate, memory, points, record, report, roofs, training_figures
+from bench import gpu_gate, memory, points, record, roofs, training_figures
 from genai_fast import ops
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
@@ -155,101 +155,17 @@ def test_record_is_whole_or_absent(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
+def test_several_files_are_written_all_or_none(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("")
+    for impossible in ("file/b", "taken"):  # no folder, no file
+        with pytest.raises(OSError):
+            record.write_all({tmp_path / impossible: b"b", tmp_path / "a": b"a"})
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
+
+
 def test_record_path():
     import datetime
 
     path = gpu_gate.record_path("NVIDIA H100 80GB HBM3", "abc123", True, datetime.date(2026, 3, 4))
     assert path == ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "2026-03-04-abc123-dirty.json"
-
-
-# Report
-
-FIGURE = {
-    "op": "vae_loss",
-    "case": "mnist",
-    "dtype": "float32",
-    "device": "cpu",
-    "variants": {
-        "eager": {"wall_us": 30.0, "peak_bytes": 3 << 20},
-        "compile": {"skipped": "no compiler"},
-        "fused": {"wall_us": 10.0, "peak_bytes": 2 << 20},
-    },
-    "ratio": {"eager": 3.0},
-    "gigabytes_per_second": 12.34,
-    "share_of_roof": 0.5,
-    "foreign_load": 0.8,
-}
-ON_DEVICE = {
-    **FIGURE,
-    "device": "cuda",
-    "variants": {
-        "eager": {"wall_us": 90.0, "device_us": 8.0, "device_clock": "graph"},
-        "compile": {"wall_us": 50.0, "device_us": 6.0, "device_clock": "graph"},
-        "fused": {"wall_us": 40.0, "device_us": 2.0, "device_clock": "graph"},
-    },
-    "ratio": {"eager": 4.0, "compile": 3.0},
-}
-MACHINE = {"device": "a processor", "roofs": {"bytes_per_second": 4e10, "float32": 1e11}}
-
-
-def from_pytest_benchmark(*figures):
-    benchmarks = [{"extra_info": {**f, "variant": v}} for f in figures for v in f["variants"]]
-    return {"benchmarks": [*benchmarks, {"extra_info": {}}], "machine_info": {"genai_fast": MACHINE}}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [from_pytest_benchmark(FIGURE, ON_DEVICE), {"environment": MACHINE, "figures": [FIGURE, ON_DEVICE]}],
-    ids=["pytest-benchmark", "gpu gate"],
-)
-def test_report(tmp_path, capsys, content):
-    (tmp_path / "run.json").write_text(json.dumps(content))
-    assert report.main([str(tmp_path / "run.json"), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "run.md").read_text()
-    table = [line for line in text.splitlines() if line.startswith("| vae_loss")]
-    assert table == [
-        "| vae_loss | mnist | float32 | eager | 30.0 | - | 10.0 | 3.00 | 12.3 | 50% | 3.0 | 2.0 | wall |",
-        "| vae_loss | mnist | float32 | eager | 8.0 | 6.0 | 2.0 | 4.00 | 12.3 | 50% | - | - | graph |",
-    ]
-    assert "- device: a processor" in text
-    assert "- roof, copy: 40.0 GB/s" in text
-    assert "compile was skipped: no compiler" in text
-    assert "0.8 processors busy" in text
-    assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert "3.00" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        (json.dumps(from_pytest_benchmark(FIGURE))[:-40], "cut off"),
-        ("", "cut off"),
-        ("[1, 2]", "got neither"),
-        ('{"benchmarks": []}', "got neither"),
-        ('{"benchmarks": [{"extra_info": {}}], "machine_info": {}}', "holds no figures"),
-        ('{"environment": {}, "figures": []}', "holds no figures"),
-    ],
-    ids=["missing", "truncated", "empty", "list", "foreign", "all skipped", "no figures"],
-)
-def test_report_refuses_what_it_cannot_read(tmp_path, capsys, content, message):
-    path = tmp_path / "run.json"
-    if content is not None:
-        path.write_text(content)
-    assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"report: {path}")
-    assert message in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_chart_draws_a_group_of_bars_a_case(tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    report.chart(MACHINE, [FIGURE, ON_DEVICE], tmp_path / "chart.png")
-    (axes,) = drawn[0].axes
-    lengths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-    assert lengths["genai_fast"] == [3.0, 4.0]
-    assert lengths["torch.compile"] == [0.0, pytest.approx(4.0 / 3.0)]
-    assert lengths["eager"] == [1.0, 1.0]

@@ -204,13 +204,19 @@ def test_the_gate_measures_training_alone_and_last(monkeypatch, tmp_path):
             done(task, {"failures": {"numerics": "wrong"} if task == "mlp_gan" else {}})
 
     monkeypatch.setattr(gpu_gate.isolated, "run", run)
-    tasks = {"runs": [], "large": [], "parity": [["lstm"]], "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]]}
+    tasks = {
+        "runs": [],
+        "large": [],
+        "parity": [["lstm"]],
+        "tuning": [],
+        "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]],
+    }
     content = {"parity": {"mlp_vae": {"failures": {"parity": "another curve"}}}, "barrier_check": {"passed": True}}
     gate = gpu_gate.Gate(tmp_path / "record.json", content, tasks, [])
     gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
     assert [call[0] for call in calls] == [*gpu_gate.STAGES.values()] and calls[-1][0] == "bench.training_figures"
     assert calls[-1][1:] == ([["lstm"], ["mlp_gan"]], 1, training_figures.SILENT)
-    assert calls[-2][2:] == (8, isolated.SILENT)
+    assert [call[2:] for call in calls[-3:-1]] == [(8, isolated.SILENT), (1, isolated.SILENT)]
     found = gate.content["training"]
     assert found["mlp_vae"] == {"failures": {"parity": "that of mlp_vae is red"}}
     assert gate.through() and not gate.green()
