@@ -17,19 +17,15 @@ BEGIN, END = "<!-- gpu headline: begin -->", "<!-- gpu headline: end -->"
 # Chosen before any was measured: (op, case, dtype).
 OPS = (
     ("reparameterize_kl", "vae_wide-4096x512", "float32"),
-    ("batch_norm_act", "dcgan_64-64x64x32x32", "float32"),
-    ("conv_transpose2d_batch_norm_act", "dcgan_64-64x128x16x16-64", "bfloat16"),
-    ("causal_attention", "gpt2-2x12x1024x64", "bfloat16"),
-    ("cross_entropy", "gpt2-512x50257", "bfloat16"),
+    ("vae_loss", "conv_vae_64-128x12288", "float32"),
+    ("batch_norm_act", "dcgan_64-256x64x32x32-channels_last", "bfloat16"),
+    ("conv_transpose2d_batch_norm_act", "dcgan_64-128x128x16x16-64", "bfloat16"),
+    ("causal_attention", "16x16x1024x64", "bfloat16"),
+    ("cross_entropy", "gpt2-8192x50257", "bfloat16"),
+    ("lstm", "char_rnn-128x128x256-256", "bfloat16"),
 )
-TRAINING = (
-    "mlp_vae",
-    "conv_vae_64",
-    "dcgan_64",
-    "dcgan_64_bfloat16",
-    "gpt_nano_bfloat16",
-    "gpt2_bfloat16",
-)  # any batch
+# At any batch.
+TRAINING = ("mlp_vae", "conv_vae_64", "dcgan_64", "dcgan_64_bfloat16", "gpt_nano", "gpt_nano_bfloat16", "gpt2_bfloat16")
 _HEADER = ("forward and backward of", "fused ms", "eager ms", "torch.compile ms", "eager / fused", "best peer / fused")
 
 

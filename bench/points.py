@@ -23,6 +23,7 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the op's peers
 ROUNDS, SECONDS = 11, 2.0  # of interleaved clocking for one point, at least
 INPUT_SETS = 4  # used in rotation on CUDA
+UNCACHED = 1 << 27  # bytes of a tensor that is more than the caches of a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +44,26 @@ class Point:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        return (*self.op.peers, *([COMPILED] if self.op.compiled else []), FUSED)
+        return (*self.peers, *([COMPILED] if self.op.compiled else []), FUSED)
+
+    @property
+    def peers(self) -> dict[str, Callable[..., Any]]:
+        return self.op.peers | (self.op.gpu_peers if self.device == "cuda" else {})
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         return self.case.inputs(Tensors(self.dtype, self.device, generator))
 
+    @property
+    def input_sets(self) -> int:
+        """Sets that are used in rotation; what no cache holds needs but one."""
+        largest = max(x.nbytes for x in self.inputs().values() if isinstance(x, torch.Tensor))
+        return INPUT_SETS if self.device == "cuda" and largest < UNCACHED else 1
+
     def function(self, variant: str) -> Callable[..., Any]:
         if variant == FUSED:
             return getattr(ops, self.op.name)
-        return _compiled(self) if variant == COMPILED else self.op.peers[variant]
+        return _compiled(self) if variant == COMPILED else self.peers[variant]
 
     def step(self, variant: str, seed: int = 0) -> Callable[[], Any]:
         """Forward, and backward from what the first peer returns (an op may return more), if it has one."""
@@ -86,7 +97,7 @@ def points(device: str) -> Iterator[Point]:
     for op in registry.OPS.values():
         if not any(kernel in library.kernels for library in op.library):
             continue
-        for case in op.bench_cases:
+        for case in (*op.bench_cases, *(op.gpu_cases if device == "cuda" else ())):
             for dtype in DTYPES[device]:
                 if dtype in op.dtypes:
                     yield Point(op, case, dtype, device)
@@ -125,7 +136,7 @@ def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) ->
             steps[variant] = point.step(variant)
             steps[variant]()
         except Exception as error:
-            if variant != COMPILED:
+            if variant != COMPILED and variant not in point.op.gpu_peers:
                 raise
             skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
             steps.pop(variant, None)
@@ -134,7 +145,7 @@ def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) ->
     variants: dict[str, dict[str, Any]] = {name: {"wall_us": round(t * 1e6, 2)} for name, t in wall.items()}
     best = wall
     if point.device == "cuda":
-        sets = {name: [point.step(name, seed) for seed in range(INPUT_SETS)] for name in steps}
+        sets = {name: [point.step(name, seed) for seed in range(point.input_sets)] for name in steps}
         timed = clock.device_times(sets)
         best = {name: t for name, (t, _) in timed.items()}
         for name, (t, how) in timed.items():

@@ -83,7 +83,7 @@ def rows(figures: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
     for figure in figures:
         variants = figure["variants"]
         for peer in variants:
-            if peer in (FUSED, COMPILED):
+            if peer in (FUSED, COMPILED) or "skipped" in variants[peer]:
                 continue
             found.append(
                 (

@@ -17,7 +17,7 @@ import torch
 
 from bench import clock, isolated, record
 from bench.checks import capture_on, check
-from bench.points import FUSED, INPUT_SETS, Point, fused_backend, points, red
+from bench.points import FUSED, Point, fused_backend, points, red
 from genai_fast.kernels.common import tuned
 from genai_fast.kernels.common.launch import capability
 from genai_fast.profiling import compare
@@ -101,7 +101,7 @@ def _sets(point: Point, name: str, settings: tuned.Settings) -> list[Callable[[]
 
         return call
 
-    return [under(point.step(FUSED, seed)) for seed in range(INPUT_SETS if point.device == "cuda" else 1)]
+    return [under(point.step(FUSED, seed)) for seed in range(point.input_sets)]
 
 
 def _wait(device: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import headline, points, record, report, results_page
-from genai_fast.profiling.systems import SYSTEMS
+from bench import headline, points, record, report, results_page, training_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "records" / "sample.json"
@@ -339,7 +338,7 @@ def test_the_readme_shows_what_was_measured():
 
 def test_the_headline_is_of_cases_that_the_gate_measures():
     known = {(p.op.name, p.case.name, p.precision) for p in points.points("cuda")}
-    assert set(headline.OPS) <= known and set(headline.TRAINING) <= set(SYSTEMS)
+    assert set(headline.OPS) <= known and set(headline.TRAINING) <= set(training_figures.MEASURED)
 
 
 def test_headline_before_any_gpu(tmp_path, capsys):
@@ -370,7 +369,7 @@ def test_headline_of_the_newest_green_record_of_each_gpu(tmp_path, capsys):
     first, second = text.split("**other device**")
     assert "| reparameterize_kl vae_wide-4096x512 float32 | 0.100 | 0.300 | 0.200 | 3.00 | 2.00 |" in first
     assert "| training step of gpt_nano float32 | 2.000 | 4.000 | 1.000 | 2.00 | **0.500 slower** |" in first
-    assert "| causal_attention gpt2-2x12x1024x64 bfloat16 | - | - | - | - | - |" in first  # not measured, not hidden
+    assert "| causal_attention 16x16x1024x64 bfloat16 | - | - | - | - | - |" in first  # not measured, not hidden
     assert "Of 5 figures, fused is slower than the best peer in 2: cross_entropy" in first
     assert "no green gate on a commit yet" in second and "|" not in second
     assert report.main(["--headline", str(results)]) == 0

@@ -203,6 +203,10 @@ BENCH_CASES = (
     Case("dcgan_64-32x128x16x16", _inputs(32, 128, 16, 16)),
     Case("dense_to_image-128x6272", _inputs(128, 6272, activation="relu")),
 )
+GPU_CASES = tuple(
+    Case(f"dcgan_64-256x{c}x{n}x{n}-channels_last", _inputs(256, c, n, n, layout="channels_last"))
+    for c, n in ((64, 32), (128, 16), (256, 8), (512, 4))
+)
 
 # The launches of a DCGAN block: [64, 64, 32, 32], channels last and not.
 _LAYOUTS = {
@@ -282,6 +286,7 @@ BATCH_NORM_ACT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    gpu_cases=GPU_CASES,
     peers={"eager": _eager(False), "eager (inplace)": _eager(True), "eager (NCHW)": _eager_contiguous},
     cost=_cost,
     compile_cases=_COMPILE_CASES,

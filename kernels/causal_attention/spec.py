@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.compile_cases import COMPILE_CASES
@@ -49,12 +50,24 @@ def _sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
+def _pinned(backend):
+    """The same by one of PyTorch's kernels, and no other."""
+
+    def sdpa(q, k, v):
+        with sdpa_kernel(backend):
+            return _sdpa(q, k, v)
+
+    return sdpa
+
+
 def _cost(q, k, v, *, causal=True, **more):
     # Two products forward, five backward, over half the scores. Forward reads q, k, v and writes out; backward reads
     # them and the gradient, and writes three.
     b, h, t, d = q.shape
     scores = b * h * t * k.size(2) * (0.5 if causal else 1.0)
     size = q.element_size()
+    if not q.requires_grad:
+        return Cost(flops=int(2 * 2 * scores * d), bytes=size * (2 * q.numel() + 2 * k.numel()))
     return Cost(flops=int(7 * 2 * scores * d), bytes=size * (6 * q.numel() + 6 * k.numel()))
 
 
@@ -200,6 +213,23 @@ BENCH_CASES = (
     Case("gpt2-2x12x1024x64", _projected(2, 12, 1024, 64)),
 )
 
+
+def _without_gradients(make):
+    return lambda t: {name: x.detach() for name, x in make(t).items()}
+
+
+GPU_CASES = tuple(
+    Case(
+        f"{b}x{h}x{n}x{d}{'' if backward else '-forward'}",
+        _inputs(b, h, n, d) if backward else _without_gradients(_inputs(b, h, n, d)),
+    )
+    for b, h, n, d in (
+        (16, 16, 1024, 64), (8, 16, 2048, 64), (2, 16, 4096, 64), (16, 8, 1024, 128), (4, 8, 4096, 128),
+        (1, 2, 16384, 128),
+    )
+    for backward in (False, True)
+)  # fmt: skip
+
 CAUSAL_ATTENTION = OpSpec(
     name="causal_attention",
     folder="causal_attention",
@@ -210,7 +240,13 @@ CAUSAL_ATTENTION = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    gpu_cases=GPU_CASES,
     peers={"eager": _sdpa},
+    gpu_peers={
+        "SDPA (flash)": _pinned(SDPBackend.FLASH_ATTENTION),
+        "SDPA (cuDNN)": _pinned(SDPBackend.CUDNN_ATTENTION),
+        "SDPA (efficient)": _pinned(SDPBackend.EFFICIENT_ATTENTION),
+    },
     cost=_cost,
     compile_cases=COMPILE_CASES,
     choices={

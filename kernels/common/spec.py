@@ -155,6 +155,8 @@ class OpSpec:
     bench_cases: tuple[Case, ...]  # named after the model that they come from
     peers: dict[str, Callable[..., Any]]  # what people write in eager PyTorch; the first is the one compared with
     cost: Callable[..., Cost]  # of the public arguments
+    gpu_cases: tuple[Case, ...] = ()  # bench cases of a GPU's size, on CUDA only
+    gpu_peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # more peers there; one may refuse a case
     compile_cases: tuple[CompileCase, ...] = ()
     # <folder>/<kernel>, as launchers ask kernels.common.tuned -> the settings that a tuner tries beside the default.
     choices: dict[str, tuple[dict[str, int], ...]] = field(default_factory=dict)

@@ -327,6 +327,15 @@ BENCH_CASES_BLOCK = (
     Case("dcgan_64-64x128x16x16-64", _block(64, 128, 16, 16, to=64, bias=False, layout="channels_last", **_S2)),
     Case("dcgan_64-64x512x8x8-256", _block(64, 512, 8, 8, to=256, bias=False, layout="channels_last", **_S2)),
 )
+GPU_CASES_BLOCK = tuple(
+    Case(
+        f"{model}-128x{c}x{n}x{n}-{to}",
+        _block(128, c, n, n, to=to, activation="relu", bias=False, layout="channels_last", **_S2),
+    )
+    for model, c, n, to in (
+        ("dcgan_64", 512, 4, 256), ("dcgan_64", 256, 8, 128), ("dcgan_64", 128, 16, 64), ("dcgan_128", 128, 32, 64)
+    )
+)  # fmt: skip
 
 _CHOICES = choices_of(
     BLOCK_M=(64, 128, 128, 128, 256), BLOCK_N=(64, 64, 128, 128, 64), BLOCK_K=(64, 32, 32, 64, 32),
@@ -387,6 +396,7 @@ CONV_TRANSPOSE2D_BATCH_NORM_ACT = OpSpec(
     cases=CASES_BLOCK,
     error_cases=ERROR_CASES_BLOCK,
     bench_cases=BENCH_CASES_BLOCK,
+    gpu_cases=GPU_CASES_BLOCK,
     peers={"eager": _eager_block, "eager (channels_last)": _channels_last(_eager_block)},
     cost=_cost_block,
     **_SHARED,

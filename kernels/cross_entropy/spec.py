@@ -262,6 +262,7 @@ CROSS_ENTROPY = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    gpu_cases=(Case("gpt2-8192x50257", _inputs(8192, 50257)),),
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=COMPILE_CASES,

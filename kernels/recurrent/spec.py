@@ -239,6 +239,9 @@ LSTM = OpSpec(
         ),
     ),
     bench_cases=(Case("char_rnn-128x32x256-256", _inputs(128, 32, 256, 256, 4, **_CELL, given=False)),),
+    gpu_cases=tuple(
+        Case(f"char_rnn-{t}x128x256-256", _inputs(t, 128, 256, 256, 4, **_CELL, given=False)) for t in (128, 512)
+    ),
     peers={"eager": _eager_lstm},
     compiled=False,
     cost=_sequence_cost(5),

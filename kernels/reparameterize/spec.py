@@ -54,6 +54,8 @@ def _eager(mu, logvar, *, seed=None, offset=0):
 def _cost(mu, logvar, *, seed=None, offset=0):
     # Forward reads mu, logvar and writes z; backward reads mu, logvar, dz and writes two gradients.
     # A normal is about 25 floating-point operations, drawn twice.
+    if not mu.requires_grad:
+        return Cost(flops=33 * mu.numel(), bytes=3 * mu.numel() * mu.element_size())
     return Cost(flops=70 * mu.numel(), bytes=8 * mu.numel() * mu.element_size())
 
 
@@ -134,6 +136,9 @@ BENCH_CASES = (
     Case("vae_wide-4096x512", lambda t: dict(mu=t.normal(4096, 512), logvar=t.normal(4096, 512))),
     Case("latent_diffusion-16x4x32x32", lambda t: dict(mu=t.normal(16, 4, 32, 32), logvar=t.normal(16, 4, 32, 32))),
 )
+GPU_CASES = (
+    Case("wide-131072x512-forward", lambda t: {n: t.normal(131072, 512, grad=False) for n in ("mu", "logvar")}),
+)
 
 # The launches of BENCH_CASES: aligned rows of 512 columns, as ROWS x BLOCK = 2 x 512.
 _SIZES = dict(batch="i32", columns="i32", splits=1, mu_stride="i32", logvar_stride="i32", offset="i64")
@@ -175,6 +180,7 @@ _SHARED = dict(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    gpu_cases=GPU_CASES,
     cost=_cost,
     compile_cases=_COMPILE_CASES,
     choices={"reparameterize/forward": ELEMENTWISE_CHOICES, "reparameterize/backward": ELEMENTWISE_CHOICES},

@@ -198,6 +198,7 @@ VAE_LOSS = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    gpu_cases=(Case("conv_vae_64-128x12288", _inputs((128, 12288), (128,))),),
     peers={"eager": _eager_sigmoid, "eager (logits)": _eager_logits},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
