@@ -1,4 +1,5 @@
-"""What a GPU must prove of one run of one op: its numbers, the same bits twice, and capture as a CUDA graph.
+"""What a GPU must prove of one run of one op: its numbers, those of its second derivative where the case is small, the
+same bits twice, and capture as a CUDA graph.
 
     python -m bench.checks DEVICE < a JSON list of runs
 
@@ -19,7 +20,7 @@ from bench.points import fused_backend
 from genai_fast import ops
 from genai_fast.backends import use_backend
 from genai_fast.kernels.common.spec import Tensors
-from genai_fast.testing import Run, assert_matches_reference, every_run
+from genai_fast.testing import SECOND_ORDER, Run, assert_matches_reference, assert_second_derivative, every_run
 
 Step = Callable[[], list[torch.Tensor]]
 Capture = Callable[[Step], tuple[Callable[[], None], list[torch.Tensor]]]
@@ -57,10 +58,10 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def numerics(run: Run) -> str:
+def numerics(run: Run, right: Callable[[Run], None] = assert_matches_reference) -> str:
     """What is wrong with a run's numbers; "" if nothing."""
     try:
-        assert_matches_reference(run)
+        right(run)
     except Exception as error:  # an error of the launch is as red as a wrong number
         return f"{type(error).__name__}: {error}"[:1000]
     return ""
@@ -118,6 +119,8 @@ def _writable(x: torch.Tensor) -> bool:
 def check(run: Run, capture: Capture = clock.capture) -> dict[str, str]:
     """What is wrong with a run, by kind; what is right is not in it."""
     found = {"numerics": numerics(run)}
+    if run.op.double_backward and run.dtype is torch.float32 and run.case.name in SECOND_ORDER:
+        found["second"] = numerics(run, assert_second_derivative)
     if run.backend == fused_backend(run.op, run.device):
         found |= {"determinism": determinism(run), "graph": graph_replay(run, capture)}
     return {kind: message for kind, message in found.items() if message}

@@ -28,6 +28,11 @@ from genai_fast.kernels.common.spec import (
 )
 from genai_fast.registry import OPS
 
+# Cases that are small enough for derivatives of derivatives.
+SECOND_ORDER = (
+    "odd_rows", "offset_1", "gaussian_none", "target_gradient", "second_order", "second_order_alone",
+    "second_order_eval",
+)  # fmt: skip
 AUTOMATIC = "automatic"  # as a run's backend: whatever serves each part of the op
 
 
@@ -183,3 +188,32 @@ def assert_matches_reference(run: Run) -> None:
         ]
     wrong = [line for line in wrong if line]
     assert not wrong, f"{run}: " + "; ".join(wrong)
+
+
+def assert_second_derivative(run: Run) -> None:
+    """A gradient penalty through the kernels: d/dx |df/dx|^2 in float32, against the float64 reference.
+
+    Raises:
+        AssertionError: a derivative is missing, or differs.
+    """
+    inputs = run.case.inputs(Tensors(torch.float32, run.device))
+    truth = _penalty(run.op.reference, _widen(inputs))
+    with use_backend(run.forced):
+        got = _penalty(getattr(ops, run.op.name), inputs)
+    for name, x in got.items():
+        assert (x is None) == (truth[name] is None), f"{run}: {name}: second derivative: {x} for {truth[name]}"
+        if x is not None:
+            torch.testing.assert_close(x.double(), truth[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{run}: {m}")
+
+
+def _penalty(function: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """The gradient of the sum of the gradient's squares, by input name; nothing where the function is linear in all."""
+    targets = _differentiable(inputs)
+    outputs = [y for y in _flat(function(**inputs)) if y.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    first = torch.autograd.grad(outputs, list(targets.values()), upstream, create_graph=True, allow_unused=True)
+    squares = [(g * g).sum() for g in first if g is not None and g.requires_grad]
+    if not squares:
+        return {}
+    return dict(zip(targets, torch.autograd.grad(sum(squares), list(targets.values()), allow_unused=True), strict=True))

@@ -9,7 +9,14 @@ from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
 from genai_fast.kernels.common.spec import Tensors
 from genai_fast.registry import OPS
-from genai_fast.testing import assert_matches_reference, every_run
+from genai_fast.testing import (
+    AUTOMATIC,
+    SECOND_ORDER,
+    Run,
+    assert_matches_reference,
+    assert_second_derivative,
+    every_run,
+)
 
 DIFFERENTIABLE = [op for op in OPS.values() if op.double_backward]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,13 +74,7 @@ def test_bad_input_is_refused(op, case):
         _call(op, case.inputs(Tensors()))
 
 
-SMALL = (
-    "odd_rows", "offset_1", "gaussian_none", "target_gradient", "second_order", "second_order_alone",
-    "second_order_eval",
-)  # fmt: skip
-
-
-@_parametrize(DIFFERENTIABLE, *SMALL)
+@_parametrize(DIFFERENTIABLE, *SECOND_ORDER)
 @pytest.mark.filterwarnings("ignore::genai_fast.FallbackWarning")
 def test_gradcheck_and_gradgradcheck(op, case):
     inputs = case.inputs(Tensors(torch.float64))
@@ -88,31 +89,9 @@ def test_gradcheck_and_gradgradcheck(op, case):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@_parametrize(DIFFERENTIABLE, *SMALL)
+@_parametrize(DIFFERENTIABLE, *SECOND_ORDER)
 def test_second_derivative_in_float32(op, case):
-    """A gradient penalty through the kernels: d/dx |df/dx|^2 against the float64 reference."""
-
-    def penalty(function, inputs):
-        outputs = function(**inputs)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        first = _gradients(op, inputs, outputs, create_graph=True)
-        second = [g for g in first if g.requires_grad]
-        if not second:  # linear in all: only in gradcheck is there more to see
-            return ()
-        targets = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        return torch.autograd.grad(sum((g * g).sum() for g in second), targets, allow_unused=True)
-
-    inputs = case.inputs(Tensors(torch.float32))
-    wide = {
-        name: x.detach().double().requires_grad_(x.requires_grad)
-        if isinstance(x, torch.Tensor) and x.is_floating_point()
-        else x
-        for name, x in inputs.items()
-    }
-    for got, truth in zip(penalty(getattr(ops, op.name), inputs), penalty(op.reference, wide), strict=True):
-        assert (got is None) == (truth is None)
-        if got is not None:
-            torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+    assert_second_derivative(Run(op, case, torch.float32, AUTOMATIC, DEVICE))
 
 
 @_parametrize(DIFFERENTIABLE, "latent_20", "mnist")
