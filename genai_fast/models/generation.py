@@ -245,8 +245,8 @@ class CachedGPT:
                 f"CachedGPT: step: expected 1 to {self._model.block - 1} tokens before this one, got {self._held};"
                 f" remedy: prefill"
             )
+        _check.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)  # before a GPU has them, where nobody looks
         ids = ids.to(self._lengths.device)
-        _check.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)
         with _as_it_is(self._model):
             if self._capture and self._replay is None:
                 self._replay = _graphed(self._one, ids, self._lengths)
