@@ -245,7 +245,7 @@ class CachedGPT:
                 f"CachedGPT: step: expected 1 to {self._model.block - 1} tokens before this one, got {self._held};"
                 f" remedy: prefill"
             )
-        _check.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)  # before a GPU has them, where nobody looks
+        _check.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)  # nobody looks at a GPU's
         ids = ids.to(self._lengths.device)
         with _as_it_is(self._model):
             if self._capture and self._replay is None:
