@@ -3,12 +3,13 @@
     python -m bench.gpu_gate [--minutes 8] [--continue] [--out FILE.json] [--commit HASH] [--jobs N]
 
 In this order: the barrier in gru's and lstm's launches (bench.barrier); of each op every case and dtype (bench.checks:
-numerics on the device, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more than 2^31 elements
-(bench.large); fifty steps of training against plain PyTorch (bench.parity); the fastest settings of each launch, which
-go to kernels/<op>/tuned/<gpu>.json (bench.tuning); a memory check of small cases where compute-sanitizer is installed;
-the figures of each op that passed all its checks, those of whole training steps (bench.training_figures), and the ops'
-with torch.compile. When the minutes are over it stops, and `--continue` goes on from there. One JSON record says all,
-in bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
+numerics on the device, second derivatives, two runs bitwise equal, capture and replay as a CUDA graph); tensors of more
+than 2^31 elements (bench.large); fifty steps of training against plain PyTorch (bench.parity); the fastest settings of
+each launch, which go to kernels/<op>/tuned/<gpu>.json (bench.tuning); a memory check of small cases where
+compute-sanitizer is installed; the figures of each op that passed all its checks, those of whole training steps
+(bench.training_figures) and of a GPT that writes (bench.decoding), and the ops' with torch.compile. When the minutes
+are over it stops, and `--continue` goes on from there. One JSON record says all, in
+bench/results/<gpu>/<date>-<commit>.json. Exit code: 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench import isolated, large, parity, record, roofs, training_figures, tuning
+from bench import decoding, isolated, large, parity, record, roofs, training_figures, tuning
 from bench.checks import inputs_of, step_of, tensors
 from bench.points import COMPILED, DTYPES, Point, figures, points, red
 from bench.records import failures
@@ -44,7 +45,7 @@ _SAVED = 15.0  # seconds from one writing of the record to the next
 # A stage asks which of its tasks were done, and gives a process that does the others.
 STAGES = {
     "runs": "bench.checks", "large": "bench.large", "parity": "bench.parity", "tuning": "bench.tuning",
-    "training": "bench.training_figures",
+    "training": "bench.training_figures", "decoding": "bench.decoding",
 }  # fmt: skip
 
 Tasks = dict[str, list[list[str]]]  # by stage, in batches
@@ -71,6 +72,7 @@ class Gate:
         known, silent = self.content[stage], isolated.SILENT
         if stage == "training":
             self._refuse_training()
+        if stage in ("training", "decoding"):
             silent = training_figures.SILENT  # compilers take their time
         left = [[task for task in batch if task not in known] for batch in self.tasks[stage]]
         command = [sys.executable, "-m", STAGES[stage], device]
@@ -133,13 +135,19 @@ class Gate:
         known = self.content["runs"]
         return bool(names) and all(name in known and not failures(known[name]) for name in names)
 
+    def left(self) -> dict[str, list[str]]:
+        """What was not done yet, by stage; figures are without torch.compile, for which there may be no time."""
+        content, found = self.content, {}
+        for stage, batches in self.tasks.items():
+            found[stage] = [task for batch in batches for task in batch if task not in content[stage]]
+        done = {f["point"] for f in content["figures"]} | {r["point"] for r in content["refused"]}
+        found["figures"] = [str(point) for point in self.todo if str(point) not in done]
+        found["checks"] = [] if "memory_check" in content else ["memory_check"]
+        return {stage: names for stage, names in found.items() if names}
+
     def through(self) -> bool:
         """Whether everything was done."""
-        stages = all(
-            task in self.content[s] for s, batches in self.tasks.items() for batch in batches for task in batch
-        )
-        done = {f["point"] for f in self.content["figures"]} | {r["point"] for r in self.content["refused"]}
-        return stages and "memory_check" in self.content and {str(point) for point in self.todo} <= done
+        return not self.left()
 
     def green(self) -> bool:
         """Whether everything was done and is right."""
@@ -150,7 +158,7 @@ class Gate:
 
     def save(self, *, now: bool = False) -> None:
         if now or time.monotonic() - self._saved > _SAVED:
-            self.content["green"], self.content["through"] = self.green(), self.through()
+            self.content.update(green=self.green(), through=self.through(), left=self.left())
             record.write_json(self.path, self.content)
             self._saved = time.monotonic()
 
@@ -169,6 +177,7 @@ def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
         "parity": [[name] for name in parity.TOLERANCE] if device == "cuda" else [],
         "tuning": list(searches.values()),
         "training": [[name] for name in training_figures.MEASURED] if device == "cuda" else [],
+        "decoding": [[name] for name in decoding.MEASURED] if device == "cuda" else [],
     }
 
 
@@ -249,7 +258,8 @@ def perform(gate: Gate, device: str, minutes: float, jobs: int) -> None:
     if "memory_check" not in content and time.monotonic() < deadline:
         content["memory_check"] = memory_check() if device == "cuda" else {"skipped": "no GPU"}
     gate.measure(deadline, compiled=False)
-    gate.run_stage("training", device, deadline, 1)
+    for stage in ("training", "decoding"):
+        gate.run_stage(stage, device, deadline, 1)
     gate.measure(deadline, compiled=True)
     content["foreign_load"] = load.cores()
     content["minutes"] = round(content.get("minutes", 0.0) + (time.monotonic() - begun) / 60, 1)

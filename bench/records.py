@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.large import LARGE
-from bench.parity import TOLERANCE
-from bench.points import COMPILED, FUSED, points
+from bench.points import FUSED
 from genai_fast.errors import UsageError
 
-STAGES = ("runs", "large", "parity", "tuning", "training")  # each maps tasks to results
+STAGES = ("runs", "large", "parity", "tuning", "training", "decoding")  # each maps tasks to results
 CHECKS = ("barrier_check", "memory_check")
 FIGURE = {"op", "case", "dtype", "device", "variants", "ratio"}  # what a figure of an op must have
 _TRAINING = {"system", "variants", "ratio"}
@@ -73,6 +71,15 @@ class Record:
         """Figures of training steps; a task that failed has none."""
         return [f for f in self.content.get("training", {}).values() if "variants" in f]
 
+    @property
+    def decoding(self) -> list[dict[str, Any]]:
+        """Figures of GPTs that write; a task that failed has none."""
+        return [f for f in self.content.get("decoding", {}).values() if "variants" in f]
+
+    @property
+    def all_figures(self) -> list[dict[str, Any]]:
+        return [*self.content["figures"], *self.training, *self.decoding]
+
     def wrong(self) -> list[tuple[str, str]]:
         """(task, what is wrong with it: a line); refused figures last, as they mostly follow from the rest."""
         found = [
@@ -89,29 +96,9 @@ class Record:
         ]
 
     def not_reached(self) -> list[str]:
-        """What this checkout's gate does and the record does not hold; parts of an op's runs are not told apart."""
-        if self.through:
-            return []
-        content, todo = self.content, list(points("cuda"))
-        compiled = {f["point"]: f for f in content["figures"] if "point" in f}
-        refused = {r["point"] for r in content["refused"]}
-        left: dict[str, Iterable[str]] = {
-            "checks of the ops": {p.op.name: 0 for p in todo if not _any_run(p.op.name, content["runs"])},
-            "large tensors": [name for name in LARGE if name not in content.get("large", {})],
-            "training curves": [name for name in TOLERANCE if name not in content.get("parity", {})],
-            "the rest": [name for name in (*CHECKS, "tuning", "training") if not content.get(name)],
-            "figures": [str(p) for p in todo if str(p) not in compiled and str(p) not in refused],
-            "figures under torch.compile": [
-                str(p)
-                for p in todo
-                if p.op.compiled and str(p) in compiled and COMPILED not in compiled[str(p)]["variants"]
-            ],
-        }
-        return [f"{what}: {listed(names)}" for what, names in left.items() if names]
-
-
-def _any_run(op: str, runs: Iterable[str]) -> bool:
-    return any(task.startswith(f"{op}-") for task in runs)
+        """What the gate had to do and has not done; a line a stage."""
+        left = {} if self.through else self.content.get("left", {})
+        return [f"{stage}: {listed(names)}" for stage, names in left.items()]
 
 
 def failures(result: dict[str, Any]) -> dict[str, str]:
@@ -185,9 +172,10 @@ def read(path: Path) -> Record:
         _keys(path, "refused", refusal, {"point", "reason"})
     for k, figure in enumerate(content["figures"]):
         _figure(path, f"figures: {k}", figure, FIGURE)
-    for system, figure in content.get("training", {}).items():
-        if not failures(figure) and "skipped" not in figure:
-            _figure(path, f"training: {system}", figure, _TRAINING)
+    for stage, required in (("training", _TRAINING), ("decoding", FIGURE)):
+        for task, figure in content.get(stage, {}).items():
+            if not failures(figure) and "skipped" not in figure:
+                _figure(path, f"{stage}: {task}", figure, required)
     return Record(path, content)
 
 

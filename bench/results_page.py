@@ -34,6 +34,7 @@ def page(found: Sequence[Record]) -> dict[str, bytes]:
         _ops(shown, images),
         _slower(shown) if shown.green else [],
         _training(shown, images),
+        _decoding(shown),
         _tuning(content.get("tuning", {})),
         _section("Training curves", _image(images, PARITY, "losses, plain and fused")),
         _section("No figure", [f"- {r['point']}: {_code(r['reason'])}" for r in content["refused"]]),
@@ -134,9 +135,8 @@ def _rate(f: dict[str, Any], record: Record) -> str:
 
 
 def slower(record: Record) -> list[tuple[str, str, float]]:
-    """(what, the best peer, its time over the fused one's) of all, ops and training steps, that a peer does faster."""
-    figures = [*record.content["figures"], *record.training]
-    return [(title(f), *best(f)) for f in figures if f["ratio"] and best(f)[1] < 1.0]
+    """(what, the best peer, its time over the fused one's) of all that a peer does faster."""
+    return [(title(f), *best(f)) for f in record.all_figures if f["ratio"] and best(f)[1] < 1.0]
 
 
 def _slower(record: Record) -> list[str]:
@@ -172,9 +172,7 @@ def _training(record: Record, images: Iterable[str]) -> list[str]:
     header += ["samples/s", "tokens/s", "MFU"] + (["its time / fused"] if record.green else [])
     rows = []
     for f in record.training:
-        for name, v in sorted(f["variants"].items(), key=lambda v: (v[0] == FUSED, v[0].startswith(COMPILED), v[0])):
-            if "skipped" in v:
-                continue
+        for name, v in _measured(f["variants"]):
             row = [f["system"], *(f.get(n) for n in ("case", "dtype", "batch")), name, milliseconds(v["wall_us"])]
             row += [milliseconds(v.get("device_us")), _optional(v, "launches", "{}")]
             row += [f"{v['peak_bytes'] / 2**20:.1f}" if v.get("peak_bytes") is not None else None]
@@ -187,6 +185,28 @@ def _training(record: Record, images: Iterable[str]) -> list[str]:
     words = ["", "ms: wall time of a step, which is what speed-ups are of."]
     lines = [*table(header, rows), *words, *_image(images, TRAINING, "speed of the fused steps", gap=True)]
     return _section("Training steps", lines if rows else [])
+
+
+def _measured(variants: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Those that ran: eager ones, compiled ones, fused."""
+    ran = [(name, v) for name, v in variants.items() if "skipped" not in v]
+    return sorted(ran, key=lambda v: (v[0] == FUSED, v[0].startswith(COMPILED), v[0]))
+
+
+def _decoding(record: Record) -> list[str]:
+    header = ["model", "dtype", "batch", "variant", "us a token", "drawn, us", "tokens/s"]
+    header += ["rate", "of roof", "its time / fused"] if record.green else []
+    rows = []
+    for f in record.decoding:
+        for name, v in _measured(f["variants"]):
+            mine = f if name == FUSED else {}
+            row = [f["case"], f["dtype"], str(f.get("batch", "-")), name, f"{v['wall_us']:.1f}"]
+            row += [_optional(mine, "sampled_us", "{:.1f}"), _optional(mine, "tokens_per_second", "{:.0f}")]
+            if record.green:
+                row += [_rate(mine, record), _optional(mine, "share_of_roof", "{:.0%}"), speed(f["ratio"].get(name))]
+            rows.append(row)
+    words = ["", "us a token: wall time of a token, the likeliest each time; drawn: by temperature, top-k and top-p."]
+    return _section("Decoding", [*table(header, rows), *words] if rows else [])
 
 
 def _tuning(found: dict[str, Any]) -> list[str]:
@@ -212,7 +232,7 @@ def _tuning(found: dict[str, Any]) -> list[str]:
 
 def _notes(record: Record) -> list[str]:
     content = record.content
-    found = records.notes([*content["figures"], *record.training])
+    found = records.notes(record.all_figures)
     for f in content["figures"]:
         if by := [name for name, v in f["variants"].items() if v.get("device_clock") == "events"]:
             found.append(f"{title(f)}: {', '.join(by)} not captured as a graph: launches may count")
@@ -281,9 +301,11 @@ def speed_plot(figures: Sequence[dict[str, Any]], device: str) -> Any:
     """For each figure how many times as fast fused is as its best peer (a bar), as eager and torch.compile (dots)."""
     figure = new_figure(9.0, 1.0 + 0.19 * len(figures))
     axes = figure.subplots()
-    ratios = [best(f)[1] for f in figures]
-    colours = [_FUSED if ratio >= 1.0 else _SLOWER for ratio in ratios]
-    axes.barh(range(len(figures)), [r - 1.0 for r in ratios], 0.7, left=1.0, color=colours, label="best peer")
+    bars = [(k, best(f)[1] - 1.0) for k, f in enumerate(figures)]
+    faster, slower = [b for b in bars if b[1] >= 0.0], [b for b in bars if b[1] < 0.0]
+    for kind, colour, said in ((faster, _FUSED, "best peer"), (slower, _SLOWER, "best peer, which is faster")):
+        if kind:
+            axes.barh(*zip(*kind, strict=True), 0.7, left=1.0, color=colour, label=said)
     for name, colour in (("eager", _PLAIN), (COMPILED, _COMPILE)):
         points = [(f["ratio"][name], k) for k, f in enumerate(figures) if name in f["ratio"]]
         if points:

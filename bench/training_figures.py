@@ -134,7 +134,7 @@ def warmed(make: Callable[[], Call], device: str) -> tuple[Call, dict[str, Any]]
     step = make()
     for _ in range(WARM_UP):
         step()
-    _wait(device)
+    wait(device)
     found = memory.read()
     peak = found["peak_allocated_bytes" if device == "cuda" else "peak_resident_growth_bytes"]
     return step, {} if peak is None else {"peak_bytes": peak}
@@ -171,13 +171,13 @@ def figures(
         "system": name, "case": "x".join(map(str, (system.batch, *system.shape))), "dtype": system.config.precision,
         "device": device, "batch": system.batch,
     }  # fmt: skip
-    _say(name, "losses")
+    say(name, "losses")
     if message := red(system, device, WARM_UP):
         return {**head, "failures": {"numerics": message}}
     load, steps, found = ForeignLoad(), {}, {}
     makers = variants(system, device, compiled)
     for variant, make in makers.items():
-        _say(name, variant)
+        say(name, variant)
         try:
             with _compiling() if variant in (COMPILE, REDUCED) else contextlib.nullcontext():
                 warm = warmed(make, device)
@@ -186,7 +186,7 @@ def figures(
             if variant == FUSED:
                 raise
             found[variant] = {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
-    _say(name, "figures")
+    say(name, "figures")
     times = {n: t.median for n, t in compare(steps, rounds=rounds, seconds=SECONDS).timings.items()}
     for variant, seconds in times.items():
         found[variant]["wall_us"] = round(seconds * 1e6, 2)
@@ -271,22 +271,22 @@ def queued_times(steps: Mapping[str, Call]) -> dict[str, float]:
 def joules_of(step: Call, seconds: float, energy: Energy) -> float | None:
     """Of the whole device, for one step of about that many seconds; None where nobody tells."""
     count = math.ceil(ENERGY_SECONDS / seconds)
-    _wait("cuda")
+    wait("cuda")
     before = energy.joules()
     if before is None:
         return None
     for _ in range(count):
         step()
-    _wait("cuda")
+    wait("cuda")
     return (energy.joules() - before) / count
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _say(name: str, what: str) -> None:
+def say(name: str, what: str) -> None:
     """A sign of life: whoever waits gives up when none comes."""
     print(f"{name}: {what}", flush=True)
 

@@ -232,11 +232,13 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     first = gate(gpu_gate.begin("cpu", "abc"))
     gpu_gate.perform(first, "cpu", minutes=0.0, jobs=1)
     assert not first.through() and not first.green()
+    left = json.loads(path.read_text())["left"]
+    assert left == {"runs": [str(run) for run in few], "figures": [str(point_of(VAE_LOSS))], "checks": ["memory_check"]}
     second = gate(json.loads(path.read_text()))
     gpu_gate.perform(second, "cpu", minutes=5.0, jobs=1)
     assert second.through() and second.green()
     found = json.loads(path.read_text())
-    assert found["commit"] == "abc" and found["green"] and found["through"]
+    assert found["commit"] == "abc" and found["green"] and found["through"] and found["left"] == {}
     assert set(found["runs"]) == {str(run) for run in few} and found["environment"]["torch"] == torch.__version__
     assert set(found["figures"][0]["variants"]) >= {"fused", "compile"}
     read = records.read(path)

@@ -210,20 +210,22 @@ def test_the_gate_measures_training_alone_and_last(monkeypatch, tmp_path):
         "parity": [["lstm"]],
         "tuning": [],
         "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]],
+        "decoding": [["gpt2"]],
     }
     content = {"parity": {"mlp_vae": {"failures": {"parity": "another curve"}}}, "barrier_check": {"passed": True}}
     gate = gpu_gate.Gate(tmp_path / "record.json", content, tasks, [])
     gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
-    assert [call[0] for call in calls] == [*gpu_gate.STAGES.values()] and calls[-1][0] == "bench.training_figures"
-    assert calls[-1][1:] == ([["lstm"], ["mlp_gan"]], 1, training_figures.SILENT)
-    assert [call[2:] for call in calls[-3:-1]] == [(8, isolated.SILENT), (1, isolated.SILENT)]
+    assert [call[0] for call in calls] == [*gpu_gate.STAGES.values()]
+    assert calls[-2] == ("bench.training_figures", [["lstm"], ["mlp_gan"]], 1, training_figures.SILENT)
+    assert calls[-1] == ("bench.decoding", [["gpt2"]], 1, training_figures.SILENT)
+    assert [call[2:] for call in calls[-4:-2]] == [(8, isolated.SILENT), (1, isolated.SILENT)]
     found = gate.content["training"]
     assert found["mlp_vae"] == {"failures": {"parity": "that of mlp_vae is red"}}
     assert gate.through() and not gate.green()
     # What is done stays done, red or not.
     calls.clear()
     gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
-    assert calls[-1][1] == []
+    assert calls[-2][1] == calls[-1][1] == []
     for name in ("mlp_vae", "mlp_gan"):
         found[name] = {"failures": {}}
     content["parity"]["mlp_vae"] = {"failures": {}}
