@@ -33,6 +33,7 @@ SECOND_ORDER = (
     "odd_rows", "offset_1", "gaussian_none", "target_gradient", "second_order", "second_order_alone",
     "second_order_eval",
 )  # fmt: skip
+FEW = 8  # numbers, of which eager may get all right by luck: one more rounding is allowed
 AUTOMATIC = "automatic"  # as a run's backend: whatever serves each part of the op
 
 
@@ -154,6 +155,8 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
     limited = torch.where(torch.isfinite(got) & torch.isfinite(eager), truth, math.nan)
     error, allowed = _error(got, limited, order), factor * _error(eager, limited, order) + TOLERANCE_FLOOR[run.dtype]
     more, _ = run.op.extra_tolerance.get(name, (0.0, ""))
+    if truth.numel() < FEW:
+        more += TOLERANCE_FLOOR[run.dtype]
     if run.backend == "triton" and run.device == "cpu" and run.dtype is torch.bfloat16:
         more += 2.0**-8  # Triton's interpreter truncates where the device rounds
     return "" if error <= allowed + more else f"{name}: error {error:.3g} against float64, allowed {allowed + more:.3g}"

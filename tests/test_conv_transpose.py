@@ -228,3 +228,23 @@ def test_raw_operators_refuse_what_would_read_foreign_memory():
     ):
         with pytest.raises(ValueError, match="genai_fast: expected"):
             call()
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 7, 16])
+def test_one_by_one_with_a_stride_over_few_channels(channels, stride):
+    """Where oneDNN overruns a buffer in channels last: eager PyTorch is wrong there, or hangs, on some processors."""
+    x, weight, bias = _normal(2, channels, 8, 9), _normal(5, channels, 1, 1), _normal(5)
+    turned = _normal(2, 5, 4, 3), _normal(5, channels, 1, 1), _normal(channels)
+    for mine, theirs, inputs, more in (
+        (ops.conv2d, F.conv2d, (x, weight, bias), {}),
+        (ops.conv_transpose2d, F.conv_transpose2d, turned, dict(output_padding=tuple(s - 1 for s in stride))),
+    ):
+        last = [t.detach().to(memory_format=torch.channels_last) if t.dim() == 4 else t.detach() for t in inputs]
+        last = [t.requires_grad_() for t in last]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        settings = dict(stride=stride, **more)
+        with use_backend("reference"):
+            got = _results(mine, *last, settings)
+        for a, truth in zip(got, _results(theirs, *wide, settings), strict=True):
+            _assert_close(a, truth)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.activations import activate
 from genai_fast.layers import _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
@@ -24,12 +25,12 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 @functools.cache
 def _available(dtype: torch.dtype) -> bool:
     """Whether this PyTorch has the operators, which are Inductor's own, for this dtype."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    mine = torch.ops.mkldnn
-    if not (hasattr(mine, "_convolution_pointwise") and hasattr(mine, "_convolution_transpose_pointwise")):
-        return False
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and mine._is_mkldnn_bf16_supported())
+    names = ("_convolution_pointwise", "_convolution_transpose_pointwise")
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and onednn.serves(dtype)
+        and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    )
 
 
 def _output_elements(conv: nn.Module, x: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from genai_fast import ops, paths
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE
+from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE, miscounted
 from genai_fast.layers import _patches, _worth
 from genai_fast.layers._stock import CONVS, TRANSPOSED
 from genai_fast.ops.conv2d import serves as conv2d_serves
@@ -39,7 +39,7 @@ def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Un
 
     def open_paths() -> tuple[dict[str, paths.Maker], str]:
         names = [TORCH]
-        if _layout(x) != CHANNELS_LAST:
+        if _layout(x) != CHANNELS_LAST and not (x.is_cpu and _miscounted(conv)):
             names.append(CHANNELS_LAST)
         if _is_gemm(conv, x):
             names.append(GEMM)
@@ -92,6 +92,11 @@ def _has_kernel(conv: nn.Module, x: torch.Tensor) -> bool:
     if conv.in_channels > FEW_CHANNELS or not _needs_gradient(x):
         return False
     return not conv2d_serves(x, conv.weight, conv.stride, conv.padding)
+
+
+def _miscounted(conv: nn.Module) -> bool:
+    larger = conv.out_channels if type(conv) is nn.ConvTranspose2d else conv.in_channels
+    return miscounted(larger, conv.kernel_size, conv.stride)
 
 
 def _is_gemm(conv: nn.Module, x: torch.Tensor) -> bool:

@@ -24,6 +24,8 @@ from genai_fast.models.gpt import GPT
 from genai_fast.models.latents import evaluating
 from genai_fast.models.lstm_lm import LSTMLanguageModel, State
 
+_FEW = 256  # of a vocabulary
+
 
 class Decoder(Protocol):
     """What `decoder_for` returns."""
@@ -142,7 +144,7 @@ class Sampler:
 
         Raises: ValueError where a row's largest logit is infinite or NaN.
         """
-        x = logits.detach().to("cpu", torch.float64)
+        x = logits.detach().to(logits.device if logits.is_cuda else "cpu", torch.float64)
         largest = x.amax(-1, keepdim=True)
         if not largest.isfinite().all():
             raise ValueError(
@@ -150,23 +152,42 @@ class Sampler:
                 " checkpoint"
             )
         if self.temperature == 0:
-            return x.argmax(-1)
-        x = (x - largest) / self.temperature
+            return x.argmax(-1).cpu()
+        x, tokens = (x - largest) / self.temperature, None
         if self.top_k or self.top_p < 1:
-            best = x.topk(min(self.top_k, x.size(-1))).values if self.top_k else x.sort(descending=True).values
-            if self.top_p < 1:
-                weights = best.exp()
-                likelier = weights.cumsum(-1) - weights  # the sum of those before each
-                inside = likelier < self.top_p * weights.sum(-1, keepdim=True)
-                best = best.gather(-1, inside.sum(-1, keepdim=True) - 1)
-            x = x.masked_fill(x < best[..., -1:], -math.inf)
+            least = self._least(x)
+            # Only those that can come, in the vocabulary's order.
+            most = max((x >= least).sum(-1).flatten().tolist(), default=1)
+            tokens = x.topk(most, sorted=False).indices.sort(-1).values
+            x = x.gather(-1, tokens)
+            x = x.masked_fill(x < least, -math.inf)  # other rows have more
         # The inverse of the distribution function at one uniform number for each token.
         weights = x.exp()
         sums = weights.cumsum(-1)
-        uniform = torch.rand(*x.shape[:-1], 1, dtype=torch.float64, generator=self._generator)
+        uniform = torch.rand(*x.shape[:-1], 1, dtype=torch.float64, generator=self._generator).to(x.device)
         drawn = torch.searchsorted(sums, uniform * sums[..., -1:], right=True)
         # Rounding may lead past the last that can come.
-        return drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True)).squeeze(-1)
+        drawn = drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True))
+        return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1).cpu()
+
+    def _least(self, x: torch.Tensor) -> torch.Tensor:
+        """The least that can come, [..., 1]."""
+        if self.top_k:
+            best = x.topk(min(self.top_k, x.size(-1))).values
+            weights = best.exp()
+            whole = weights.sum(-1, keepdim=True)
+        else:  # top_p alone: the likeliest mostly make it up, and sorting a vocabulary takes long
+            whole, count = x.exp().sum(-1, keepdim=True), _FEW
+            while True:
+                best = x.topk(min(count, x.size(-1))).values
+                weights = best.exp()
+                if count >= x.size(-1) or (weights.sum(-1, keepdim=True) >= self.top_p * whole).all():
+                    break
+                count *= 8
+        if self.top_p == 1:
+            return best[..., -1:]
+        likelier = weights.cumsum(-1) - weights  # the sum of those before each
+        return best.gather(-1, (likelier < self.top_p * whole).sum(-1, keepdim=True) - 1)
 
 
 def decoder_for(model: nn.Module, batch: int, weights: str = "float32") -> Decoder:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from genai_fast.backends import LIBRARIES, choose, forced_backend
 from genai_fast.kernels.conv_transpose import reference
+from genai_fast.kernels.conv_transpose.shapes import miscounted
 from genai_fast.ops import _check
 from genai_fast.ops._function import KernelFunction, library_call
 from genai_fast.ops.conv_transpose import Ints, cast
@@ -37,8 +38,11 @@ class _Conv2d(KernelFunction):
             else:
                 grad_x = library_call("conv_transpose", *arguments, ctx.backend)
         if needed[1] or needed[2]:
+            stride = ctx.stride
+            if x.is_cpu and miscounted(x.size(1), weight.shape[2:], stride) and tuple(ctx.padding) == (0, 0):
+                x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad_y, x, weight, [weight.size(0)], ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+                grad_y, x, weight, [weight.size(0)], stride, ctx.padding, (1, 1), False, (0, 0), 1,
                 (False, needed[1], needed[2]),
             )  # fmt: skip
         return grad_x, grad_weight, grad_bias, None, None, None

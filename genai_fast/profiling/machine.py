@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.paths import processor
 
@@ -110,7 +111,7 @@ def gemm(device: str, precision: str) -> float:
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     libraries = [lambda: a @ b]
-    if device == "cpu" and torch.backends.mkldnn.is_available():
+    if device == "cpu" and onednn.serves(dtype):
         # oneDNN, which uses wider vectors than MKL does on some processors.
         libraries.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -1,23 +1,25 @@
 """conv_transpose in plain PyTorch: the definition, the fallback, and what serves the CPU (oneDNN's convolutions).
 
 Everything is channels last, which oneDNN is fastest in; the backward formulas are differentiable. The convolutions
-are those that autocast does not know: the dtype was chosen before.
+are those that autocast does not know: the dtype was chosen before. Where oneDNN has no convolution in a narrow type
+they are computed in float32: PyTorch's own round at each tap, and took thirty times as long.
 """
 
 from __future__ import annotations
 
 import torch
 
+from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.activations import activate
 from genai_fast.kernels.common.moments import statistics
-from genai_fast.kernels.conv_transpose.shapes import channels_last
+from genai_fast.kernels.conv_transpose.shapes import channels_last, miscounted
 
 
 def conv_transpose(x, weight, bias, stride, padding, output_padding, activation, slope):
     """y = activate(conv_transpose(x, weight) + bias)."""
     if bias is not None:
         bias = bias.to(x.dtype)
-    y = torch.ops.aten.convolution(channels_last(x), weight, bias, stride, padding, (1, 1), True, output_padding, 1)
+    y = _convolution(x, weight, bias, stride, padding, True, output_padding)
     return channels_last(activate(y, activation, slope))
 
 
@@ -31,8 +33,7 @@ def conv_transpose_statistics(
 
 def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
     """dx = conv(dy, weight); `size` is that of x's plane, which the other sizes give too."""
-    grad_x = torch.ops.aten.convolution(channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1)
-    return channels_last(grad_x)
+    return channels_last(_convolution(grad_y, weight, None, stride, padding, False, (0, 0)))
 
 
 def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last):
@@ -41,9 +42,27 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
     It is the weight's gradient of the ordinary convolution that leads from dy's plane to x's.
     """
     shape = (x.size(1), grad_y.size(1), *kernel_size)
+    if grad_y.is_cpu and miscounted(grad_y.size(1), kernel_size, stride) and tuple(padding) == (0, 0):
+        (high, wide), (down, right) = x.shape[2:], stride
+        grad_y, stride = grad_y[..., ::down, ::right][..., :high, :wide], (1, 1)
+    narrow = grad_y.dtype
+    if _widened(grad_y):
+        grad_y, x = grad_y.float(), x.float()
     weight = grad_y.new_empty(1).expand(shape)  # of which only the shape is used
     gradient = torch.ops.aten.convolution_backward(
         channels_last(x), channels_last(grad_y), weight, None, stride, padding, (1, 1), False, (0, 0), 1,
         (False, True, False),
-    )[1]  # fmt: skip
+    )[1].to(narrow)  # fmt: skip
     return channels_last(gradient) if as_channels_last else gradient.contiguous()
+
+
+def _convolution(x, weight, bias, stride, padding, transposed, output_padding):
+    narrow = x.dtype
+    if _widened(x):
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    settings = (stride, padding, (1, 1), transposed, output_padding, 1)
+    return torch.ops.aten.convolution(channels_last(x), weight, bias, *settings).to(narrow)
+
+
+def _widened(x):
+    return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not onednn.serves(x.dtype)

@@ -32,6 +32,17 @@ def empty_channels_last(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def miscounted(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether oneDNN may get the weight's gradient wrong, or never end, in channels last (its issue 6035).
+
+    A 1 x 1 kernel with a stride over fewer channels than a vector holds overruns a buffer.
+
+    Args:
+        channels: of the larger plane, a convolution's input.
+    """
+    return tuple(kernel) == (1, 1) and max(stride) > 1 and channels < 16
+
+
 def not_served(
     x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int], few: bool = False
 ) -> str:
