@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -83,8 +84,14 @@ def decode_linear(
             f"{_OP}: x: expected tensors that need no gradient, got one that requires it; decode under torch.no_grad()"
         )
     settings = (norm_weight, norm_bias, float(eps), activation, residual)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(x.device.type):
         return library_call(_OP, x, weight, bias, *settings, forced_backend())
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Of a device that knows it: "meta" does not."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> None:
