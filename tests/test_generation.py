@@ -121,7 +121,7 @@ def test_a_gpt_past_its_modules_step_by_step(bias):
     model, x = gpt(bias=bias), ids(3, 24)
     torch.testing.assert_close(by_kernels(model, x, 5), forward(model, x)[:, 5:], **TOLERANCE)
     found, expected = by_kernels(model.bfloat16(), x, 5), forward(model, x)[:, 5:]
-    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.03 * expected.norm()
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.skipif(bool(unavailable("triton", DEVICE)), reason="no Triton here")
