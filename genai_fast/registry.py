@@ -16,6 +16,7 @@ from genai_fast.kernels.conv_transpose.spec import (
 )
 from genai_fast.kernels.cross_entropy.linear_spec import LINEAR_CROSS_ENTROPY
 from genai_fast.kernels.cross_entropy.spec import CROSS_ENTROPY
+from genai_fast.kernels.decode_linear.spec import DECODE_LINEAR
 from genai_fast.kernels.gated_act.spec import GATED_ACT
 from genai_fast.kernels.gpt_decode.spec import GPT_DECODE
 from genai_fast.kernels.layer_norm.spec import LAYER_NORM, RMS_NORM
@@ -49,6 +50,7 @@ OPS: dict[str, OpSpec] = {
         LSTM,
         CAUSAL_ATTENTION,
         DECODE_ATTENTION,
+        DECODE_LINEAR,
         GPT_DECODE,
     )
 }

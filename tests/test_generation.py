@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from genai_fast import ops, use_backend
+from genai_fast import ops, paths, use_backend
 from genai_fast.backends import unavailable
-from genai_fast.models import generation
+from genai_fast.models import _decode, generation
 from genai_fast.models.generation import CachedGPT, Sampler, decoder_for, generate
 from genai_fast.models.gpt import GPT
 from genai_fast.models.lstm_lm import LSTMLanguageModel
@@ -106,6 +106,88 @@ def test_a_gpt_by_its_modules_step_by_step(begin):
     decoder = CachedGPT(model, 3)
     found = [decoder.prefill(x[:, :begin])] + [decoder.step(x[:, t]) for t in range(begin, 24)]
     torch.testing.assert_close(torch.stack(found, 1), forward(model, x)[:, begin - 1 :], **TOLERANCE)
+
+
+def by_kernels(model, x, begin):
+    """The logits of each token behind the first ones, past the modules."""
+    decoder = CachedGPT(model, len(x))
+    decoder.prefill(x[:, :begin])
+    with torch.no_grad():
+        return torch.stack([decoder._by_kernels(x[:, t].to(DEVICE)) for t in range(begin, x.size(1))], 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gpt_past_its_modules_step_by_step(bias):
+    model, x = gpt(bias=bias), ids(3, 24)
+    torch.testing.assert_close(by_kernels(model, x, 5), forward(model, x)[:, 5:], **TOLERANCE)
+    found, expected = by_kernels(model.bfloat16(), x, 5), forward(model, x)[:, 5:]
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.skipif(bool(unavailable("triton", DEVICE)), reason="no Triton here")
+def test_the_kernels_of_a_step():
+    torch.manual_seed(0)
+    model, x = GPT(V, 8, 1, 2, 32).to(DEVICE), ids(2, 4)
+    with use_backend("triton"):
+        assert _decode.serves(model, 16)
+        found = by_kernels(model, x, 3)
+    torch.testing.assert_close(found, forward(model, x)[:, 3:], **TOLERANCE)
+
+
+@pytest.mark.skipif(bool(unavailable("triton", DEVICE)), reason="no Triton here")
+def test_modules_that_are_not_plain_are_called():
+    class Mine(torch.nn.Linear):
+        pass
+
+    def adapted(model):
+        model.transformer.h[0].mlp.c_fc = Mine(64, 256)
+
+    def hooked(model):
+        model.lm_head.register_forward_hook(lambda *_: None)
+
+    for change in (adapted, hooked, lambda m: m.transformer.ln_f.double(), lambda m: m.double()):
+        model = gpt()
+        with use_backend("triton"):
+            assert _decode.serves(model, 16) and not _decode.serves(model, 17)
+            change(model)
+            assert not _decode.serves(model, 1)
+
+
+@pytest.mark.parametrize("faster", ["modules", "kernels"])
+def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster):
+    """With functions in the place of CUDA's graphs, and a clock that knows what it will find."""
+    model, x, captured = gpt(), ids(2, 24), []
+
+    def graphed(function, first, state):
+        captured.append(function.__name__)
+        return function
+
+    def measure(device, ways, fixed):
+        for call in [make() for make in ways.values()] * 2:
+            call()
+        return paths.Choice(faster, {})
+
+    for module, name, instead in (
+        (generation, "_graphed", graphed), (paths, "_measure", measure), (_decode, "serves", lambda *_: True)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, instead)
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "0")
+    monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
+    paths.forget()
+    for _ in range(2):  # the second decoder remembers
+        decoder = CachedGPT(model, 2)
+        monkeypatch.setattr(decoder, "_capture", True)
+        found = [decoder.prefill(x[:, :20])] + [decoder.step(x[:, t]) for t in range(20, 24)]
+        torch.testing.assert_close(torch.stack(found, 1), forward(model, x)[:, 19:], **TOLERANCE)
+        assert decoder.path == faster
+    assert captured == ["_by_modules", "_by_kernels", f"_by_{faster}"]
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
+    decoder = CachedGPT(model, 2)
+    monkeypatch.setattr(decoder, "_capture", True)
+    decoder.prefill(x[:, :3])
+    decoder.step(x[:, 3])
+    assert decoder.path == "modules" and captured[3:] == ["_by_modules"]
+    paths.forget()
 
 
 def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast import ops
+from genai_fast import ops, paths
 from genai_fast.backends import choose, forced_backend
 from genai_fast.layers._stock import obstacle
-from genai_fast.models import _check
+from genai_fast.models import _check, _decode
 from genai_fast.models.gpt import GPT
 from genai_fast.models.latents import evaluating
 from genai_fast.models.lstm_lm import LSTMLanguageModel, State
@@ -228,6 +228,11 @@ class CachedGPT:
     """A GPT with the keys and values of all tokens so far; on CUDA a step is one captured graph.
 
     Weights may change between the calls, but on CUDA only in place.
+
+    Attributes:
+        path: how a step is computed. "modules": by the model's own; "kernels": by `ops.decode_linear`, on CUDA alone,
+            for up to 16 rows of a model without hooks, where the first step measures it the faster (genai_fast.paths
+            remembers that; GENAI_FAST_DETERMINISTIC=1 pins "modules").
     """
 
     def __init__(self, model: GPT, batch: int) -> None:
@@ -236,6 +241,7 @@ class CachedGPT:
         self._model, self._batch, self._held = model, batch, 0
         self._keys, self._values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         self._lengths = torch.zeros(batch, dtype=torch.int32, device=weight.device)
+        self.path = "modules"
         self._capture = weight.is_cuda
         self._replay: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -270,19 +276,47 @@ class CachedGPT:
         ids = ids.to(self._lengths.device)
         with _as_it_is(self._model):
             if self._capture and self._replay is None:
-                self._replay = _graphed(self._one, ids, self._lengths)
-            logits = (self._replay or self._one)(ids)
+                self._replay = self._captured(ids)
+            logits = (self._replay or self._by_modules)(ids)
         self._held += 1
         return logits
 
-    def _one(self, ids: torch.Tensor) -> torch.Tensor:
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return ops.decode_attention(q, self._keys[layer], self._values[layer], self._lengths, k, v)
+    def _captured(self, ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The step as a graph, by its modules or, where that is faster, by kernels."""
+        ways, graphs = {"modules": self._by_modules, "kernels": self._by_kernels}, {}
 
+        def maker(name: str) -> paths.Maker:
+            def make() -> Callable[[], Any]:
+                graphs[name] = _graphed(ways[name], ids, self._lengths)
+
+                def replay() -> None:
+                    self._lengths.fill_(self._held)  # each replay moves them on
+                    graphs[name](ids)
+
+                return replay
+
+            return make
+
+        if _decode.serves(self._model, self._batch):
+            key = ("step of a GPT", tuple(self._keys.shape), "vocabulary", self._model.vocabulary, self._keys.dtype)
+            makers = {name: maker(name) for name in ways}
+            self.path = paths.choose(key, self._lengths.device, lambda: (makers, "modules")).path
+            self._lengths.fill_(self._held)
+        return graphs.get(self.path) or _graphed(ways[self.path], ids, self._lengths)
+
+    def _by_modules(self, ids: torch.Tensor) -> torch.Tensor:
         positions = self._model.transformer.wpe(self._lengths)[:, None]
-        y = self._model.run(ids[:, None], positions, attend)
+        y = self._model.run(ids[:, None], positions, self._attend)
         self._lengths += 1
         return self._model.lm_head(y[:, 0])
+
+    def _by_kernels(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = _decode.next_logits(self._model, ids, self._lengths, self._attend)
+        self._lengths += 1
+        return logits
+
+    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.decode_attention(q, self._keys[layer], self._values[layer], self._lengths, k, v)
 
 
 class CarriedLSTM:

@@ -15,6 +15,7 @@ from genai_fast.ops.conv_transpose import (
 )
 from genai_fast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from genai_fast.ops.decode_attention import decode_attention
+from genai_fast.ops.decode_linear import decode_linear
 from genai_fast.ops.gated_act import gated_act, geglu, swiglu
 from genai_fast.ops.gpt_decode import GPTDecoder, gpt_decode
 from genai_fast.ops.layer_norm import layer_norm, rms_norm
@@ -26,7 +27,7 @@ from genai_fast.ops.vae_loss import VAELoss, vae_loss
 __all__ = [
     "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "causal_attention",
     "conv2d", "conv_transpose1d", "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy",
-    "decode_attention", "gated_act", "geglu", "gpt_decode", "gru", "layer_norm", "linear_cross_entropy", "lstm",
-    "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d",
-    "vae_loss",
+    "decode_attention", "decode_linear", "gated_act", "geglu", "gpt_decode", "gru", "layer_norm",
+    "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables",
+    "swiglu", "upsample_conv2d", "vae_loss",
 ]  # fmt: skip
