@@ -42,7 +42,7 @@ def _decode_linear(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=outputs, other=0.0).to(tl.float32)
     tl.debug_barrier()  # the compiler moves loads down to where they are needed, but not past this
-    for _ in tl.static_range(ROWS):
+    for _ in range(ROWS):
         x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + n, mask=outputs, other=0.0).to(tl.float32)
