@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: a line a fact, warnings last."""
+    """The report for people: a line a fact, ops that share a reason together, warnings last."""
     kernels = report["cpu"]
     lines = ["versions"]
     lines += [f"  {name:<14}{version}" for name, version in report["versions"].items()]
@@ -63,10 +64,16 @@ def as_text(report: dict[str, Any]) -> str:
         f"  {'tune_cpu()':<14}{report['training on a CPU']}",
         "ops",
     ]
+    width, reasons = max(map(len, report["ops"])) + 2, defaultdict(list)
     for op, by_device in report["ops"].items():
         for device, served in by_device.items():
-            lines.append(f"  {op:<20}{device:<6}{served['backend']}")
-            lines += [f"  {'':<26}not {other}: {reason}" for other, reason in served["not"].items()]
+            lines.append(f"  {op:<{width}}{device:<6}{served['backend']}")
+            for other, reason in served["not"].items():
+                reasons[device, f"not {other}: {reason.replace(op, 'the op')}"].append(op)
+    for (device, reason), ops in reasons.items():
+        others = [op for op in report["ops"] if op not in ops]
+        named = ", ".join(ops) if len(ops) < len(others) else f"all but {', '.join(others)}" if others else "every op"
+        lines.append(f"  {device}, {reason} ({named})")
     lines.append("caches")
     lines += [f"  {name:<14}{where}" for name, where in report["caches"].items()]
     lines.append("OpenMP runtimes")
