@@ -2,12 +2,14 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from step_models import Averaged, Losses, batches, equal, everything, mse_of, plain_net
 from torch import nn
 
+from genai_fast.kernels.common import onednn
 from genai_fast.models import MLPVAE, LSTMLanguageModel
 from genai_fast.training import Step, checkpoint, make_optimizer
 from genai_fast.training import step as step_module
@@ -397,3 +399,17 @@ def test_mistakes(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_precision_that_the_processor_imitates_is_said(monkeypatch):
+    monkeypatch.setattr(onednn, "serves", lambda dtype: False)
+    model = nn.Linear(2, 1)
+
+    def make(precision):
+        Step(lambda x: model(x).mean(), torch.optim.SGD(model.parameters(), 0.1), precision=precision)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("float32")
+    with pytest.warns(UserWarning, match="does not compute in bfloat16: PyTorch imitates it"):
+        make("bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from genai_fast.errors import UsageError
+from genai_fast.kernels.common import onednn
 from genai_fast.training import losses
 from genai_fast.training.graph import Batch, Graphs
 from genai_fast.training.kept import Kept, modules_of
@@ -105,6 +107,13 @@ class Step:
         check_accumulates(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
         self._device = self._parameters[0].device
+        narrow = PRECISIONS[precision]
+        if self._device.type == "cpu" and narrow is not torch.float32 and not onednn.serves(narrow):
+            warnings.warn(
+                f"Step: precision: this processor does not compute in {precision}: PyTorch imitates it, which is slower"
+                f" than float32, in convolutions many times; remedy: precision='float32'",
+                stacklevel=2,
+            )
         images = [p for p in self._parameters if p.dim() == 4 and not p.is_contiguous()]
         last = any(p.is_contiguous(memory_format=torch.channels_last) for p in images)
         self._layout = torch.channels_last if last else torch.preserve_format
