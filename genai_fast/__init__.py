@@ -5,8 +5,8 @@ from genai_fast.backends import FallbackWarning, use_backend
 from genai_fast.cpu import tune_cpu
 from genai_fast.fuse import explain, fuse, unfuse
 from genai_fast.sdpa import enable_sdpa
+from genai_fast.versions import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "FallbackWarning", "__version__", "enable_sdpa", "explain", "fuse", "layers", "ops", "optim", "tune_cpu", "unfuse",
     "use_backend",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
-from genai_fast import __version__, backends, cpu, paths
+from genai_fast import backends, cpu, paths
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.registry import OPS
+from genai_fast.versions import __version__, version
 
 _PACKAGES = ("torch", "triton", "numpy")
 
@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
         "versions": {
             "genai_fast": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: version(name) or "not installed" for name in _PACKAGES},
             "torch's CUDA": torch.version.cuda or "none",
         },
         "platform": platform.platform(),
@@ -80,13 +80,6 @@ def as_text(report: dict[str, Any]) -> str:
     lines += [f"  {path}" for path in report["openmp"]] or ["  none mapped"]
     lines += [f"WARNING: {warning}" for warning in report["warnings"]] or ["all is well"]
     return "\n".join(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> dict[str, str]:
@@ -166,6 +159,6 @@ def _warnings() -> list[str]:
     kernels = _cpu()
     if not kernels["in use"]:
         found.append(kernels["reason"])
-    if sys.platform.startswith("linux") and torch.cuda.is_available() and _version("triton") == "not installed":
+    if sys.platform.startswith("linux") and torch.cuda.is_available() and version("triton") is None:
         found.append("triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton")
     return found

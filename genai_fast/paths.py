@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 from genai_fast.kernels.common.extension import cpu_kernels, extension
+from genai_fast.versions import version
 
 VERSION = 1  # of the file's form and of what the names of paths mean
 MARGIN = 0.95  # a path must take less than this share of the fixed one's time to be chosen over it
@@ -144,9 +144,9 @@ def machine(device: torch.device) -> str:
 
 @functools.cache
 def _machine(device: str, index: int, threads: int) -> str:
-    parts = [f"{name} {importlib.metadata.version(name)}" for name in ("genai_fast", "torch")]
+    parts = [f"{name} {version(name)}" for name in ("genai_fast", "torch")]
     if device == "cuda":
-        return ", ".join([torch.cuda.get_device_name(index), *parts, f"triton {importlib.metadata.version('triton')}"])
+        return ", ".join([torch.cuda.get_device_name(index), *parts, f"triton {version('triton')}"])
     isa = cpu_kernels()[1] if extension()[0] else "no C++ kernels"
     return ", ".join([processor(), *parts, isa, f"{threads} threads"])
 

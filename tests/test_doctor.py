@@ -1,5 +1,6 @@
 """The doctor: complete here, and still standing where much is missing."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 
 import genai_fast
-from genai_fast import backends, doctor
+from genai_fast import backends, doctor, paths
+from genai_fast.profiling import machine
 from genai_fast.registry import OPS
+from genai_fast.training.environment import environment
 
 BARE = """
 import sys
@@ -78,3 +81,14 @@ def test_caches_are_measured(monkeypatch, tmp_path):
     assert doctor.examine()["caches"]["triton"] == f"{tmp_path} (1 files, 1.0 MiB)"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "none"))
     assert "none yet" in doctor.examine()["caches"]["triton"]
+
+
+def test_a_checkout_that_nobody_installed_has_a_version(monkeypatch):
+    def missing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert f"genai_fast {genai_fast.__version__}" in paths._machine.__wrapped__("cpu", 0, 1)
+    assert machine.environment("cpu")["genai-fast"] == genai_fast.__version__
+    assert environment(torch.device("cpu"))["genai_fast"] == genai_fast.__version__
+    assert doctor.examine()["versions"]["triton"] == "not installed"

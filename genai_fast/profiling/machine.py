@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
@@ -14,6 +13,7 @@ import torch
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.paths import processor
+from genai_fast.versions import __version__, version
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 _REPEATS, _SECONDS = 15, 2.0  # of one measurement: this many, or three if that takes so long
@@ -21,13 +21,6 @@ _REPEATS, _SECONDS = 15, 2.0  # of one measurement: this many, or three if that 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -41,7 +34,8 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{package: _version(package) for package in ("triton", "numpy", "genai-fast")},
+        **{package: version(package) for package in ("triton", "numpy")},
+        "genai-fast": __version__,
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from genai_fast import backends, cpu, paths
 from genai_fast.kernels.common import extension
 from genai_fast.training import distributed
+from genai_fast.versions import version
 
 # They choose other arithmetic; what OMP_NUM_THREADS and GENAI_FAST_ISA do shows in "threads" and "isa".
 VARIABLES = (
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
     packages = ("genai_fast", "torch", *(("triton",) if "triton" in served.values() else ()))
     return {
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: version(name) for name in packages},
         "processor": paths.processor(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
