@@ -82,13 +82,13 @@ class EagerSeq2Seq(nn.Module):
         self.decoder_norm = nn.LayerNorm(width)
 
     def forward(self, source: torch.Tensor, source_lengths: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(max(source.size(1), ids.size(1)), device=source.device)
-        mask = (position[: source.size(1)] < source_lengths[:, None])[:, None, None, :]
-        memory = self.dropout(self.embed(source) + self.source_positions(position[: source.size(1)]))
+        places, target_places = (torch.arange(x.size(1), device=x.device) for x in (source, ids))
+        mask = (places < source_lengths[:, None])[:, None, None, :]
+        memory = self.dropout(self.embed(source) + self.source_positions(places))
         for layer in self.encoder_blocks:
             memory = layer(memory, mask)
         memory = self.encoder_norm(memory)
-        x = self.dropout(self.embed(ids) + self.target_positions(position[: ids.size(1)]))
+        x = self.dropout(self.embed(ids) + self.target_positions(target_places))
         for layer in self.decoder_blocks:
             x = layer(x, None, memory, mask)
         return F.linear(self.decoder_norm(x), self.embed.weight)

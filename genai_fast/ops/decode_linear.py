@@ -89,9 +89,8 @@ def decode_linear(
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Of a device that knows it: "meta" does not."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+    on = device != "meta" and torch.is_autocast_enabled(device)  # which knows no "meta"
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> None:
