@@ -19,8 +19,7 @@ from genai_fast.ops._register import override
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _KEPT, _DEFAULT = 1 << 30, 128 << 10  # bytes
-_LEAST = 1 << 21  # multiplications of a product that is worth asking for
-_SHAPE = (2048, 384, 1536)  # rows, inputs and outputs of the layer that is measured
+_SHAPES = ((2048, 384, 1536), (512, 256, 512), (128, 256, 256))  # rows, inputs, outputs of the layers measured
 _FORMS = ("output", "input gradient", "weight gradient")  # of a linear layer: x w^T, g w, g^T x
 _FLOOR = 1e-6  # of a product's relative error, in float32
 
@@ -32,12 +31,13 @@ class CPUTuning:
 
     Attributes:
         memory: whether freed memory is kept; and why not, in `notes`.
-        onednn: the forms of matrix products that go to oneDNN: "output", "input gradient", "weight gradient".
+        onednn: the forms of matrix products that go to oneDNN ("output", "input gradient", "weight gradient"), each
+            with the multiplications that a product must have.
         threads: of PyTorch.
     """
 
     def __init__(self) -> None:
-        self.memory, self.onednn, self.notes = False, (), []
+        self.memory, self.onednn, self.notes = False, {}, []
         self.threads = self._threads = torch.get_num_threads()
         self._library: torch.library.Library | None = None
 
@@ -78,8 +78,9 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
     - memory: glibc keeps freed memory instead of handing it back to the system, which clears it before it gives it out
       again: no page faults in a step that has run before. The process holds on to its peak.
     - matmul: float32 products go to oneDNN where it is measured faster than PyTorch's library (MKL does not use AVX-512
-      on AMD's processors): each form of a product is measured once on a machine and remembered, as convolutions are
-      (`genai_fast.paths`), and checked against float64 in every process. Deterministic runs stay with PyTorch's.
+      on AMD's processors): each form of a product is measured in three sizes once on a machine and remembered, as
+      convolutions are (`genai_fast.paths`), and checked against float64 in every process. Products of slices and those
+      smaller than what is measured stay with PyTorch's, and so do deterministic runs.
     - threads: no more than the cores that this process may use (affinity, a container's quota).
 
     What cannot be had here is said in a FallbackWarning. Gradients and double backward are untouched: what is replaced
@@ -158,55 +159,65 @@ def _torch(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch
 
 
 def _form(a: torch.Tensor, b: torch.Tensor) -> str:
-    """Which of a linear layer's products a b is, by their strides; "" for another."""
-    along = tuple("rows" if x.stride(1) == 1 else "columns" if x.stride(0) == 1 else "neither" for x in (a, b))
+    """Which of a linear layer's products a b is, by their strides; "" for another.
+
+    A slice is another: by 64 of a weight's 320 columns oneDNN multiplies 300 times slower than by a copy of them.
+    """
+    along = tuple("rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b))
     return {
         ("rows", "columns"): "output", ("rows", "rows"): "input gradient", ("columns", "rows"): "weight gradient",
     }.get(along, "")  # fmt: skip
 
 
-def _operands(form: str) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, inputs, outputs = _SHAPE
+def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, inputs, outputs = shape
     noise = torch.Generator().manual_seed(0)
     x, w, g = (
-        torch.randn(*shape, generator=noise, device="cpu")
-        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+        torch.randn(*size, generator=noise, device="cpu")
+        for size in ((rows, inputs), (outputs, inputs), (rows, outputs))
     )
     return {"output": (x, w.t()), "input gradient": (g, w), "weight gradient": (g.t(), x)}[form]
 
 
-def _faster_in_onednn() -> tuple[tuple[str, ...], list[str]]:
-    """The forms of products that oneDNN computes faster and as exactly, and what is wrong with those that are not."""
+def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
+    """The forms of products that oneDNN computes faster and as exactly, each with the multiplications from which it
+    does, and what is wrong with those that are not."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return (), ["matrix products stay as they are: this PyTorch has no oneDNN"]
-    faster, wrong = [], []
+        return {}, ["matrix products stay as they are: this PyTorch has no oneDNN"]
+    faster, wrong = {}, []
     for form in _FORMS:
+        for shape in _SHAPES:
 
-        def calls(form: str = form) -> tuple[dict[str, paths.Maker], str]:
-            operands = _operands(form)
-            return {
-                "torch": lambda: lambda: _torch(None, *operands), "onednn": lambda: lambda: _onednn(None, *operands)
-            }, "torch"  # fmt: skip
+            def calls(form: str = form, shape: tuple[int, int, int] = shape) -> tuple[dict[str, paths.Maker], str]:
+                operands = _operands(form, shape)
+                return {
+                    "torch": lambda: lambda: _torch(None, *operands), "onednn": lambda: lambda: _onednn(None, *operands)
+                }, "torch"  # fmt: skip
 
-        if paths.choose(("matmul", form, _SHAPE), torch.device("cpu"), calls).path == "torch":
+            if paths.choose(("matmul", form, shape), torch.device("cpu"), calls).path == "torch":
+                break
+            faster[form] = math.prod(shape)
+        if form not in faster:
             continue
-        a, b = _operands(form)
+        a, b = _operands(form, _SHAPES[0])
         exact = a.double() @ b.double()
         theirs, ours = ((f(None, a, b) - exact).abs().max() / exact.abs().max() for f in (_torch, _onednn))
-        if ours <= 2 * theirs + _FLOOR:
-            faster.append(form)
-        else:
+        if ours > 2 * theirs + _FLOOR:
+            del faster[form]
             wrong.append(f"matrix products ({form}) stay as they are: oneDNN's relative error is {ours:.1e}")
-    return tuple(faster), wrong
+    return faster, wrong
 
 
-def _route(forms: tuple[str, ...]) -> torch.library.Library:
-    """Serve aten's float32 products of these forms by oneDNN."""
+def _route(least: dict[str, int]) -> torch.library.Library:
+    """Serve aten's float32 products of these forms by oneDNN, of these many multiplications and more."""
+
+    smallest = min(least.values())
 
     def served(a: torch.Tensor, b: torch.Tensor) -> bool:
+        size = a.numel() * b.size(1)
         return (
-            a.dtype is torch.float32 and b.dtype is torch.float32
-            and a.size(0) * a.size(1) * b.size(1) >= _LEAST and _form(a, b) in forms
+            size >= smallest and a.dtype is torch.float32 and b.dtype is torch.float32
+            and size >= least.get(_form(a, b), math.inf)
         )  # fmt: skip
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> Any:

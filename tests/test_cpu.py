@@ -28,7 +28,7 @@ def onednn_is_faster(monkeypatch):
     return forms
 
 
-def layer(rows=300):
+def layer(rows=400):
     torch.manual_seed(0)
     return nn.Linear(128, 192), torch.randn(rows, 128, requires_grad=True)
 
@@ -47,7 +47,7 @@ def test_a_layer_computes_the_same_by_onednn(onednn_is_faster, double):
     linear, x = layer()
     before = gradients(linear, x, double)
     with genai_fast.tune_cpu(memory=False) as tuning:
-        assert tuning.onednn == ("output", "input gradient", "weight gradient")
+        assert tuning.onednn == dict.fromkeys(("output", "input gradient", "weight gradient"), 128 * 256 * 256)
         onednn_is_faster.clear()
         during = gradients(linear, x, double)
         assert set(onednn_is_faster) == set(tuning.onednn)
@@ -71,14 +71,16 @@ def test_afterwards_nothing_is_left(onednn_is_faster):
 
 
 def test_what_does_not_fit_goes_where_it_went(onednn_is_faster):
-    a, b = torch.randn(256, 128), torch.randn(128, 256)
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    wide = torch.randn(256, 600)
     calls = {
         "float64": lambda: a.double() @ b.double(),
         "beta": lambda: torch.addmm(torch.ones(256), a, b, beta=0.5),
         "a matrix added": lambda: torch.addmm(torch.ones(256, 256), a, b),
         "small": lambda: a[:4] @ b,
+        "a slice of a weight": lambda: a @ wide.t()[:256],
         "empty": lambda: a[:0] @ b,
-        "scattered": lambda: a[:, ::2] @ b[::2],
+        "scattered": lambda: wide[:, ::2][:, :256] @ b,
         "bfloat16": lambda: a.bfloat16() @ b.bfloat16(),
     }
     before = {name: call() for name, call in calls.items()}
@@ -89,13 +91,25 @@ def test_what_does_not_fit_goes_where_it_went(onednn_is_faster):
         assert not onednn_is_faster
 
 
+def test_a_size_that_is_slower_stays(onednn_is_faster, monkeypatch):
+    slower = cpu._SHAPES[1]
+    monkeypatch.setattr(paths, "choose", lambda key, *others: paths.Choice("torch" if slower in key else "onednn", {}))
+    a, b = torch.randn(512, 256), torch.randn(256, 512)
+    with genai_fast.tune_cpu(memory=False):
+        onednn_is_faster.clear()
+        torch.mm(a, b)
+        assert not onednn_is_faster
+        torch.mm(a.repeat(24, 1), b)
+        assert onednn_is_faster == ["input gradient"]
+
+
 def test_an_inexact_library_is_refused(onednn_is_faster, monkeypatch):
     compute = cpu._onednn
     monkeypatch.setattr(cpu, "_onednn", lambda bias, a, b: compute(bias, a.bfloat16().float(), b))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with genai_fast.tune_cpu(memory=False) as tuning:
-            assert tuning.onednn == ()
+            assert tuning.onednn == {}
     said = [str(w.message) for w in caught if w.category is genai_fast.FallbackWarning]
     assert len(said) == 3 and all("stay as they are: oneDNN's relative error is" in text for text in said)
 
@@ -103,7 +117,7 @@ def test_an_inexact_library_is_refused(onednn_is_faster, monkeypatch):
 def test_deterministic_runs_keep_torchs_library():
     assert paths.pinned()  # as all tests run
     with genai_fast.tune_cpu(memory=False) as tuning:
-        assert tuning.onednn == () and "by PyTorch's own library" in str(tuning)
+        assert tuning.onednn == {} and "by PyTorch's own library" in str(tuning)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
