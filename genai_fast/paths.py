@@ -66,7 +66,8 @@ def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mappin
     known = _chosen.setdefault(here, {})
     found = known.get(key)
     if found is None:
-        paths, fixed = open_paths()
+        with _unseen():
+            paths, fixed = open_paths()
         unmeasured = Choice(fixed, {})
         alone = fixed_alone or len(paths) == 1
         wanted = _taken.get(here, {}).get(_text(key))
@@ -79,10 +80,22 @@ def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mappin
         if found is None or found.path not in paths:
             if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return unmeasured
-            found = _measure(device, paths, fixed)
+            with _unseen():
+                found = _measure(device, paths, fixed)
             _write(here, _text(key), found)
         known[key] = found
     return found
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """Inside it, hooks on saved tensors do not see them: checkpointing counts what a first call saves."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def pinned() -> bool:

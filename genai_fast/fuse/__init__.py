@@ -1,4 +1,4 @@
-"""fuse(model): the containers and forward methods of a model run batch norm, activation and dropout as fused calls.
+"""fuse(model): the containers and methods of a model run batch norm, activation and dropout as fused calls.
 
 GRU and RMS norm become the layers that compute them in one call; PyTorch's layer norm, without a residual, is one.
 
@@ -78,17 +78,20 @@ def _is_sequential(cls: type) -> bool:
     )  # fmt: skip
 
 
-def _plan(module: nn.Module) -> tuple[Any, str]:
-    """(Written or None, why nothing is done) for a module whose class has a forward of its own."""
-    # torch.fx takes its time to trace, and its part of this package is not needed to import it.
-    from genai_fast.fuse._written import Refused, written
+def _plans(module: nn.Module, cls: type[nn.Module]) -> tuple[dict[str, Any], dict[str, str]]:
+    """For a module whose class somebody wrote: its methods that are made again, and why others are not."""
+    from genai_fast.fuse._written import NothingFound, Refused, methods, written  # it is not needed to import this
 
     if "forward" in module.__dict__:
-        return None, "its forward is replaced"
-    try:
-        return written(module), ""
-    except Refused as reason:
-        return None, f"forward: {reason}"
+        return {}, {"forward": "it is replaced"}
+    plans, refused = {}, {}
+    for name, function in methods(module, cls):
+        try:
+            plans[name] = written(module, function)
+        except Refused as reason:
+            refused[name] = reason
+    silent = {name for name, why in refused.items() if isinstance(why, NothingFound) and (plans or name != "forward")}
+    return plans, {name: str(why) for name, why in refused.items() if name not in silent}
 
 
 def _is_generated(module: nn.Module) -> bool:
@@ -113,13 +116,13 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
         return _subclass(cls, (), forward=FusedSequential.forward)
     if not _is_written(module, cls):
         return None
-    plan, _ = _plan(module)
-    if plan is None:
+    plans, _ = _plans(module, cls)
+    if not plans:
         return None
-    key = (plan.source, *(str(chain) for chain in plan.chains))
+    key = tuple((name, *plan.key) for name, plan in plans.items())
     if (cls, *key) in _classes:
         return _classes[(cls, *key)]
-    return _subclass(cls, key, forward=plan.compile(cls.__name__), _fused_chains=plan.chains)
+    return _subclass(cls, key, **{name: plan.compile() for name, plan in plans.items()})
 
 
 def _wrapper(module: nn.Module) -> str:
@@ -144,7 +147,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """Make a model run norms, activations, dropout and GRUs as fused calls, in place.
 
     nn.GRU and nn.RMSNorm become those of `layers`; nn.Sequential at any depth becomes a `layers.FusedSequential`; a
-    class whose forward method is a straight line of calls gets a subclass with the forward method generated again.
+    class whose methods call norms and activations in a row gets a subclass with these methods compiled again.
     Parameters, buffers, keys, hooks, copies and optimizers stay; a pickle holds the original classes. `explain` says
     what happens to each module and why not.
 
@@ -228,15 +231,13 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
         else:
             yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
     elif _is_written(module, cls):
-        chains, reason = getattr(module, "_fused_chains", None), ""
-        if chains is None:
-            plan, reason = _plan(module)
-            chains = () if plan is None else plan.chains
-        if reason:
-            yield Row(path, found, "", reason)
-        for chain in chains:
-            names = [step if isinstance(step, str) else f"{type(step).__name__}()" for step in chain.steps]
-            yield from _chain_rows(path, names, chain.modules(module))
+        plans, reasons = _plans(module, cls)
+        for method, reason in reasons.items():
+            yield Row(path, found, "", f"{method}: {reason}")
+        for plan in plans.values():
+            for chain in plan.chains:
+                names = [step if isinstance(step, str) else f"{type(step).__name__}()" for step in chain.steps]
+                yield from _chain_rows(path, names, list(chain.modules))
 
 
 def _chain_rows(path: str, names: list[str], modules: list[nn.Module]) -> Iterator[Row]:

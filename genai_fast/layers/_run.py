@@ -87,7 +87,8 @@ def _served(forced: str, device: str, dtype: torch.dtype) -> bool:
 
 def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: str) -> Any:
     if letters[-1] in "Dd":
-        fused = modules[-1].training and _worth.dropout(x)
+        # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
+        fused = modules[-1].training and modules[-1].p > 0 and _worth.dropout(x)
         return _act_dropout(modules, x) if fused else _one_by_one(modules, x)
     if "N" not in letters:
         return _convolved_act(modules, x, path)

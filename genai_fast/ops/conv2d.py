@@ -117,5 +117,6 @@ def serves(x: torch.Tensor, weight: torch.Tensor, stride: Ints = 1, padding: Int
     if backend == "reference":
         return reason or "the reference was asked for"
     # Sizes alone count: y's numbers need not exist.
-    y = F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding)
+    with torch.no_grad():
+        y = F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding)
     return LIBRARIES["conv_transpose"].refuses(backend, *_transposed(x, weight, y, stride, padding))
