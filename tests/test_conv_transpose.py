@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from genai_fast import FallbackWarning, ops, use_backend
 from genai_fast.backends import unavailable
+from genai_fast.kernels.conv_transpose.shapes import not_served
 from genai_fast.ops.conv_transpose import serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,3 +249,9 @@ def test_one_by_one_with_a_stride_over_few_channels(channels, stride):
             got = _results(mine, *last, settings)
         for a, truth in zip(got, _results(theirs, *wide, settings), strict=True):
             _assert_close(a, truth)
+
+
+def test_a_plane_that_is_cropped_to_a_few_pixels_is_left_to_torch():
+    """Numbers within a tile, which holds many samples then, must fit 32 bits."""
+    assert "crops" in not_served((1, 16, 1024, 1024), (1, 8, 2, 2), (3, 3), (1, 1))
+    assert not not_served((1, 16, 1024, 1024), (1, 8, 1024, 1024), (3, 3), (1, 1))

@@ -35,7 +35,7 @@ def recorder(monkeypatch):
 
         return replay, "pool"
 
-    monkeypatch.setattr(graph, "_side_stream", side_stream)
+    monkeypatch.setattr(graph, "aside", side_stream)
     monkeypatch.setattr(graph, "_capture", capture)
     return log
 

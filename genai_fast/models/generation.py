@@ -18,6 +18,7 @@ from torch import nn
 
 from genai_fast import ops, paths
 from genai_fast.backends import choose, forced_backend
+from genai_fast.capture import aside, capture
 from genai_fast.layers._stock import obstacle
 from genai_fast.models import _check, _decode
 from genai_fast.models.gpt import GPT
@@ -358,16 +359,12 @@ def _as_it_is(model: nn.Module) -> Iterator[None]:
 
 def _graphed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, state: torch.Tensor) -> Any:
     """function(x) as one CUDA graph; `state` is what it moves on and the warm-up must not."""
-    static, before, side = x.clone(), state.clone(), torch.cuda.Stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(side):  # libraries set themselves up, kernels are compiled
+    static, before = x.clone(), state.clone()
+    with aside(x.device):  # libraries set themselves up, kernels are compiled
         for _ in range(2):
             function(static)
             state.copy_(before)
-    torch.cuda.current_stream(x.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function(static)
+    graph, result = capture(lambda: function(static), x.device)
 
     def replay(x: torch.Tensor) -> torch.Tensor:
         static.copy_(x)

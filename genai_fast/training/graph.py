@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from genai_fast.backends import FallbackWarning
+from genai_fast.capture import aside, capture
 from genai_fast.errors import UsageError
 from genai_fast.training import losses
 
@@ -68,7 +67,7 @@ class Graphs:
             return self._body(*batch)
         self._seen[shapes] += 1
         if self._seen[shapes] <= _WARM_UP or not self._ready():
-            with _side_stream(self._device):
+            with aside(self._device):
                 return self._body(*batch)
         inputs = tuple(x.clone() for x in batch)  # in the layout that they have
         self._drop_gradients()  # they must be born inside the graph, in memory that only graphs use
@@ -132,40 +131,16 @@ def _say(message: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=4)  # whoever calls the Step
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one only: each stream keeps memory of its own
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run on another stream, in order with this one: capture asks for a warm-up off the default stream."""
-    current, side = torch.cuda.current_stream(device), _stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield
-    current.wait_stream(side)
-
-
 def _capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], Any], Any]:
-    """Record body() as a CUDA graph; what is returned replays it and gives copies of body()'s losses, and its pool.
+    """Record body() as a CUDA graph; what is returned replays it and gives copies of body()'s losses, and its pool."""
 
-    Graphs of one pool share memory: only one runs at a time, and none reads what another has left.
-    """
-    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
-    with torch.cuda.device(device):
-        current = torch.cuda.current_stream()
-        try:
-            # Other threads (a loader that pins memory) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool, _stream(device), "thread_local"), _waiting_raises():
-                result = body()
-                values = losses.entries(result)
-                together = torch.stack(values)
-        except BaseException:
-            torch.cuda.set_stream(current)  # where ending a broken capture raises, torch leaves its own
-            graph.reset()
-            _mend_generator(device)
-            raise
+    def entries() -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        result = body()
+        values = losses.entries(result)
+        return result, values, torch.stack(values)
+
+    pool = pool or torch.cuda.graph_pool_handle()
+    graph, (result, values, together) = capture(entries, device, pool)
     dtypes = [x.dtype for x in values]
 
     def replay() -> Any:
@@ -174,25 +149,3 @@ def _capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[
         return losses.like(result, [x.to(dtype) for x, dtype in zip(copies, dtypes, strict=True)])
 
     return replay, pool
-
-
-@contextlib.contextmanager
-def _waiting_raises() -> Iterator[None]:
-    """What waits for the device raises before it does, which would break the capture beyond repair."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _mend_generator(device: torch.device) -> None:
-    """Before torch 2.13 a broken capture leaves the generator waiting for its end; then the same state, afresh."""
-    generator = torch.cuda.default_generators[device.index]
-    try:
-        torch.rand((), device=device)
-    except RuntimeError:
-        generator.graphsafe_set_state(generator.clone_state())

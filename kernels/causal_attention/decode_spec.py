@@ -146,6 +146,7 @@ _COMPILE_CASES = (
             _compile_case("window-softcap-d64", dtype, WINDOWED=True, CAPPED=True),
         )
     ),
+    *(_compile_case(f"many-rows-d{d}", "*bf16", d, BLOCK_M=m) for d, m in ((64, 64), (128, 32), (256, 32))),
     CompileCase("decode_append-bf16", "_decode_append", _APPENDED, num_warps=1, module=_MODULE),
     CompileCase("decode_combine-bf16", "_decode_combine", _COMBINED, module=_MODULE),
 )

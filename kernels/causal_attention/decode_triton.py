@@ -156,6 +156,12 @@ def keys_a_step(size: int, channels: int) -> int:
     return max(min(16384 // (size * padded(channels)), 64), 16)
 
 
+def rows_a_program(rows: int, size: int, channels: int) -> int:
+    """BLOCK_M: query rows of one key head, as many as registers hold: few in float32, without matrix instructions."""
+    most = 16 if size == 4 else 64 if padded(channels) <= 64 else 32
+    return min(max(next_power_of_2(rows), 16), most)
+
+
 def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplier):
     """Launches both kernels; `multiplier`: how tl.dot multiplies."""
     batch, heads, queries, channels = q.shape
@@ -164,7 +170,7 @@ def decode(q, k_cache, v_cache, lengths, k, v, scale, window, softcap, multiplie
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not q.numel():
         return out, lse
-    block_m = min(max(next_power_of_2(heads // key_heads * queries), 16), 64)
+    block_m = rows_a_program(heads // key_heads * queries, q.element_size(), channels)
     block_d = padded(channels)
     block_n = keys_a_step(q.element_size(), channels)
     row_blocks = ceil_div(heads // key_heads * queries, block_m)

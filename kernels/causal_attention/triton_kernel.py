@@ -44,7 +44,7 @@ from genai_fast.kernels.common.philox import threshold
 from genai_fast.kernels.common.tuned import launch
 
 LOG2_E = 1.4426950408889634
-MOST_STRIDE = 2**24  # between rows: offsets within a tile have 32 bits
+MOST_STRIDE = 2**23  # between rows: offsets within a tile, of at most 256 rows, have 32 bits
 
 
 @triton.jit
@@ -196,10 +196,13 @@ def _extra(seed, starts_q, softcap):
     return (1 if starts_q is None else 2) if seed is not None else int(softcap > 0)
 
 
-def _launch(name, q, most_q, most_k, extra, tile):
-    """What needs more registers, or no matrix instructions, is tuned apart."""
-    kind = "_float32" if q.element_size() == 4 else "_extra" if extra else ""
-    return launch(f"causal_attention/{name}{kind}", q, (most_q, most_k, q.size(3)), **tile)
+def _launch(name, q, k, extra, tile):
+    """What needs more registers, or no matrix instructions, is tuned apart; of wide heads nothing else fits.
+
+    Packed sequences count as one: a CUDA graph's capture does not know the longest, and must take the same tile.
+    """
+    kind = "_wide" if padded(q.size(3)) > 128 else "_float32" if q.element_size() == 4 else "_extra" if extra else ""
+    return launch(f"causal_attention/{name}{kind}", q, (q.size(2), k.size(2), q.size(3)), **tile)
 
 
 def causal_attention(
@@ -217,8 +220,8 @@ def causal_attention(
     heads, sizes = q.size(1), (q.size(2), k.size(2))
     sequences, most_q, most_k = _sizes(q, k, starts_q, most_q, most_k)
     extra = _extra(seed, starts_q, softcap)
-    tile = forward_tile(q.element_size(), q.size(3), most_q, extra, capability(q.device))
-    tile = _launch("forward", q, most_q, most_k, extra, tile)
+    tile = forward_tile(q.element_size(), q.size(3), q.size(2), extra, capability(q.device))
+    tile = _launch("forward", q, k, extra, tile)
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_forward[(tiles * heads * sequences,)](
         q, k, v, out, lse, starts_q, starts_k, seed, *q_strides, *k_strides, *v_strides,
@@ -257,13 +260,13 @@ def causal_attention_backward(
     shared = (starts_q, starts_k, seed, *(s for x in strides for s in x), *sizes)
     extra = _extra(seed, starts_q, softcap)
     kind = q.element_size(), channels, extra, capability(q.device)
-    tile = _launch("grad_queries", q, most_q, most_k, extra, queries_tile(*kind))
+    tile = _launch("grad_queries", q, k, extra, queries_tile(*kind))
     tiles = ceil_div(most_q, tile["BLOCK_M"])
     _causal_attention_grad_queries[(tiles * heads * sequences,)](
         *tensors, power, delta, gradients[0], *shared, tiles, *values, -scale if negative else scale, INSIDE=inside,
         **constants, **tile,
     )  # fmt: skip
-    tile = _launch("grad_keys", q, most_q, most_k, extra, keys_tile(*kind))
+    tile = _launch("grad_keys", q, k, extra, keys_tile(*kind))
     tiles = ceil_div(most_k, tile["BLOCK_N"])
     if not tiles:
         return tuple(gradients)

@@ -60,6 +60,8 @@ def not_served(
     # Kernels count pixels, and numbers within a tile (some samples of a small plane), in 32 bits.
     if any(n * h * w >= 2**31 or c * max(h * w, 2048) >= 2**29 for n, c, h, w in (x, y)):
         return "the tensors have 2**31 pixels, 2**29 numbers a sample or 2**18 channels, or more"
+    if x[1] * x[2] * x[3] * (1 + 2048 // max(y[2] * y[3], 1)) >= 2**31:
+        return "the padding crops a large plane to a few pixels"
     if x[1] * y[1] * kernel[0] * kernel[1] >= 2**31:
         return "the weight has 2**31 numbers or more"
     return ""

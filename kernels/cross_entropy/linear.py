@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of logits: what keeps the matrix products busy
-LEAST_ROWS = 128
+LEAST_ROWS, TILE_ROWS = 128, 256  # a chunk of many rows is a multiple of a matrix product's tile
+ALIGNED = 8  # numbers: rows of logits begin at 16 bytes, which the fast matrix products ask for
 
 
 def default_chunk(classes: int, itemsize: int, device: str) -> int:
     """Rows a chunk."""
-    return max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (classes * itemsize), LEAST_ROWS)
+    rows = max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (classes * itemsize), LEAST_ROWS)
+    return rows - rows % TILE_ROWS if rows > TILE_ROWS else rows
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -21,7 +23,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if total.dtype is a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # no product as large as the weight beside it
     else:
         total += torch.mm(a, b)  # summed in float32 within the product, then rounded once a chunk
 
@@ -58,7 +60,9 @@ def over_chunks(forward: Callable[..., Any], backward: Callable[..., Any]) -> Ca
         for first in range(0, rows, chunk):
             part, t = x[first : first + chunk], target[first : first + chunk]
             # Memory of the first chunk serves all: a fresh piece each time would cost more page faults than the sums.
-            logits = x.new_empty(part.size(0), classes) if not first else logits[: part.size(0)]
+            if not first:
+                logits = x.new_empty(part.size(0), -(-classes // ALIGNED) * ALIGNED)[:, :classes]
+            logits = logits[: part.size(0)]
             if bias is None:
                 torch.mm(part, across, out=logits)
             else:

@@ -22,9 +22,9 @@ def sequence_tile(hidden: int, size: int, backward: bool, units: int = 0) -> dic
 
 
 def shared_bytes(tile: dict[str, int], size: int, backward: bool) -> int:
-    """Shared memory that a program takes at most: its units' weights, the states or gradients that it reads, 1 KiB."""
+    """Shared memory that a program takes at most: its units' weights, the states or gradients that it reads, 4 KiB."""
     rows = 4 * tile["UNITS"] + tile["BLOCK_B"] * (4 if backward else 1)
-    return rows * tile["WIDTH"] * size + 1024
+    return rows * tile["WIDTH"] * size + 4096
 
 
 def plan(

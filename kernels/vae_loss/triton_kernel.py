@@ -139,6 +139,11 @@ def _vae_loss_backward(
 def _beta(beta_tensor, beta, device):
     """(pointer or None, value): a 0-d CPU tensor beside CUDA tensors is read here, which needs no synchronisation."""
     if beta_tensor is not None and beta_tensor.device != device:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"vae_loss: beta: expected a tensor on {device} in a CUDA graph, which would repeat the number of now,"
+                f" got one on {beta_tensor.device}; move it there"
+            )
         return None, float(beta_tensor)
     return beta_tensor, beta
 
