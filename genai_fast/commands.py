@@ -25,6 +25,8 @@ from genai_fast.training.watch import decode, generate, shown
 def run_train(options: argparse.Namespace) -> int:
     kind = RECIPES[options.recipe].config
     flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    if "init" in flags:
+        flags["init"] = _run_or_file(flags["init"], options.out)
     resume = options.resume
     if resume:
         if options.name is None:
@@ -40,8 +42,7 @@ def run_train(options: argparse.Namespace) -> int:
         if file:
             config.build(kind, file, str(options.config))  # its mistakes in its own name
         settings = config.build(kind, {**file, **flags}, "settings")
-    if settings.init and not Path(settings.init).exists() and (options.out / settings.init).exists():
-        settings = replace(settings, init=str(options.out / settings.init))
+    settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
     with tune_cpu(), distributed.processes(settings):
@@ -49,6 +50,11 @@ def run_train(options: argparse.Namespace) -> int:
         if distributed.first():
             _say(options.recipe, result)
     return 0
+
+
+def _run_or_file(init: str, out: Path) -> str:
+    """What --init means: a path, or the name of a run in `out`."""
+    return str(out / init) if init and not Path(init).exists() and (out / init).exists() else init
 
 
 def _say(recipe: str, result: Trained) -> None:

@@ -4,7 +4,7 @@ import tomllib
 from dataclasses import asdict, fields
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.training import ConfigError, config
@@ -25,6 +25,7 @@ def test_every_setting_is_explained():
         assert f.metadata["help"] and not f.metadata["help"].endswith(".")
 
 
+@settings(deadline=None)
 @given(
     data=st.text(st.characters(exclude_categories=["Cs"])),
     lr=st.floats(1e-300, 1e300),

@@ -142,6 +142,28 @@ def test_a_run_without_a_checkpoint_is_begun_anew_and_that_is_said(here, capsys,
     assert kill.differences(here / "runs" / "straight", here / "runs" / "killed") == []
 
 
+def test_two_processes_do_not_train_in_one_folder(here, capsys):
+    assert call("train", "vae", *SMALL, "--run", "a") == 0
+    going_on = ("train", "vae", "--run", "a", "--resume", "--epochs", "4")
+    code = "import sys; from pathlib import Path; from genai_fast.training import disk\n"
+    code += "with disk.held(Path('runs/a')): print('inside', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "inside\n"
+    before = {p: p.read_bytes() for p in (here / "runs" / "a").rglob("*") if p.is_file()}
+    assert call(*going_on) == 2
+    assert "another process trains in it; remedy: wait" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (here / "runs" / "a").rglob("*") if p.is_file()}
+    holder.kill()  # its lock goes with it
+    holder.wait()
+    assert call(*going_on) == 0
+
+
+def test_a_job_that_names_another_run_to_begin_with_may_be_started_again(here):
+    assert call("train", "vae", *SMALL, "--run", "a") == 0
+    assert call("train", "vae", *SMALL, "--run", "b", "--init", "a") == 0
+    assert call("train", "vae", *SMALL, "--run", "b", "--init", "a", "--resume") == 0
+
+
 def test_a_damaged_newest_checkpoint_is_named_with_the_one_to_go_on_from(here, capsys):
     for name in ("straight", "damaged"):
         assert call("train", "vae", *SMALL, "--run", name) == 0

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from genai_fast.errors import require
+from genai_fast.errors import UsageError, require
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, this process alone writes into the folder; where the file system has no locks, nothing sees to it.
+
+    Raises:
+        UsageError: another process is inside. The lock of one that dies goes with it.
+    """
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{folder}: another process trains in it; remedy: wait for its end, or another name with --run"
+                ) from None
+            except OSError:  # a network's
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

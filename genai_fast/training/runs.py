@@ -155,6 +155,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         board = None
         if distributed.first():
             folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(disk.held(folder))
             disk.write_text(folder / CONFIG, config.to_toml(settings, name))
             task.prepare(folder)
             if settings.tensorboard:
