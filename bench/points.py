@@ -138,7 +138,7 @@ def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) ->
         except Exception as error:
             if variant != COMPILED and variant not in point.op.gpu_peers:
                 raise
-            skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
+            skipped[variant] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
             steps.pop(variant, None)
     timings = compare(steps, rounds=ROUNDS, seconds=seconds).timings
     wall = {name: t.median for name, t in timings.items()}

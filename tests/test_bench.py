@@ -94,6 +94,15 @@ def test_figures_name_everything_and_say_what_was_skipped(quick):
     json.dumps(figure)
 
 
+def test_a_variant_may_fail_without_a_word(quick, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "compile", fail)
+    figure = points.figures(point_of(VAE_LOSS), seconds=0.0)
+    assert figure["variants"][points.COMPILED] == {"skipped": "RuntimeError: "}
+
+
 def test_peak_memory_counts_what_is_held_at_a_time():
     def call():
         first = torch.empty(1 << 20)
