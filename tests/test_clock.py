@@ -185,3 +185,39 @@ def test_a_captured_call_is_replayed_into_its_outputs(device):
 
 def test_the_generator_is_mended_as_by_a_training_step():
     assert clock._mend_generator is training_graph._mend_generator
+
+
+# On a GPU itself
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("breaks", [lambda x: x.sum().item(), lambda x: torch.cuda.current_stream().synchronize()])
+def test_a_broken_capture_leaves_the_process_whole(breaks):
+    x = torch.ones(8, device="cuda")
+
+    def call():
+        torch.rand(8, device="cuda")
+        breaks(x)
+
+    with pytest.raises(RuntimeError):
+        clock.capture(call)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(3, device="cuda").unique().numel() == 3
+    held = torch.cuda.memory_reserved()
+    large = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    del large
+    torch.cuda.empty_cache()  # which gives nothing back while the allocator believes in a capture
+    assert torch.cuda.memory_reserved() <= held
+    replay, y = clock.capture(lambda: x + 1)
+    replay()
+    assert y.tolist() == [2.0] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_random_numbers_take_their_own_time():
+    x = torch.empty(1 << 24, device="cuda")
+    found = clock.device_times({"draws": [lambda: x.normal_()], "plain": [lambda: x.mul_(2.0)]}, rounds=20)
+    assert {how for _, how in found.values()} == {"graph"}
+    assert all(5e-6 < seconds < 5e-3 for seconds, _ in found.values())  # 64 MiB are written
