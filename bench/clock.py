@@ -3,54 +3,118 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from genai_fast.capture import aside
+from genai_fast.capture import capture as record_graph
 
-def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record `call` as a CUDA graph, after a warm-up; gives its replay and the outputs that it writes to."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+Call = Callable[[], Any]
+Around = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def capture(call: Call, around: Around | None = None) -> tuple[Callable[[], None], Any]:
+    """Record `call` as a CUDA graph, after a warm-up; gives its replay and the outputs that it writes to.
+
+    A call that cannot be captured raises, and leaves nothing behind.
+
+    Args:
+        around: events that the graph itself records, before and behind the call.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    with aside(device):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def body() -> Any:
+        if around is not None:
+            around[0].record()
         outputs = call()
+        if around is not None:
+            around[1].record()
+        return outputs
+
+    graph, outputs = record_graph(body, device)
     return graph.replay, outputs
 
 
-def device_times(calls: dict[str, Sequence[Callable[[], Any]]], rounds: int = 50) -> dict[str, tuple[float, str]]:
+def device_times(
+    calls: dict[str, Sequence[Call]], rounds: int = 50, uncaptured: Collection[str] = ()
+) -> dict[str, tuple[float, str]]:
     """Median device time of each call in seconds, interleaved, and how it was had: "graph" or "events".
 
     Events stand around the replay of a captured graph, or around the call itself where it cannot be captured
-    (then launch overhead counts if it is the longer). The L2 cache is flushed before each.
+    (then launch overhead counts if it is the longer). Where a call draws random numbers they stand inside the graphs,
+    of all alike: a replay first fills in the generator's state, by kernels that are none of the call's. The L2 cache is
+    flushed before each.
 
     Args:
         calls: for each name the same call over several sets of inputs, used in rotation.
+        uncaptured: names whose capture is not tried.
     """
-    how, ready = {}, {}
+    inside = any(_draws(sets[0]) for name, sets in calls.items() if name not in uncaptured)
+    how: dict[str, str] = {}
+    ready: dict[str, list[tuple[Call, Around | None]]] = {}
     for name, sets in calls.items():
+        how[name], ready[name] = "events", [(call, None) for call in sets]
+        if name in uncaptured:
+            continue
         try:
-            ready[name], how[name] = [capture(call)[0] for call in sets], "graph"
+            captured = []
+            for call in sets:
+                around = _events_of_a_graph() if inside else None
+                captured.append((capture(call, around)[0], around))
+            how[name], ready[name] = "graph", captured
         except Exception:  # whatever the capture of somebody's code raises
             torch.cuda.synchronize()
-            ready[name], how[name] = list(sets), "events"
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    flush = _larger_than_the_cache()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    waiting: list[tuple[str, Around]] = []
+
+    def read() -> None:
+        torch.cuda.synchronize()
+        for name, (start, end) in waiting:
+            taken[name].append(start.elapsed_time(end) / 1e3)
+        waiting.clear()
+
     for turn in range(rounds):
         for name, sets in ready.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            call, around = sets[turn % len(sets)]
+            start, end = around or _events()
             flush.zero_()
-            start.record()
-            sets[turn % len(sets)]()
-            end.record()
-            pairs[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: (statistics.median(start.elapsed_time(end) for start, end in events) / 1e3, how[name])
-        for name, events in pairs.items()
-    }
+            if around is None:
+                start.record()
+            call()
+            if around is None:
+                end.record()
+            waiting.append((name, (start, end)))
+        if inside:
+            read()  # before a graph records its events again
+    read()
+    return {name: (statistics.median(seconds), how[name]) for name, seconds in taken.items()}
+
+
+def _larger_than_the_cache() -> torch.Tensor:
+    size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _draws(call: Call) -> bool:
+    """Whether a call draws random numbers on the device."""
+    before = torch.cuda.get_rng_state()
+    call()
+    return not torch.equal(before, torch.cuda.get_rng_state())
+
+
+def _events(**more: bool) -> Around:
+    return torch.cuda.Event(enable_timing=True, **more), torch.cuda.Event(enable_timing=True, **more)
+
+
+def _events_of_a_graph() -> Around | None:
+    """Which its replays record; None where PyTorch has none such."""
+    try:
+        return _events(external=True)
+    except TypeError:
+        return None

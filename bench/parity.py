@@ -2,22 +2,25 @@
 
     python -m bench.parity DEVICE [--steps N] < a JSON list of systems
 
-Both begin with the same weights and see the same batches. Noise and dropout are other draws, and arithmetic on a GPU
-rounds otherwise, so means over ten steps are compared: they may differ by `TOLERANCE` of the plain curve's, and that is
-a check: an optimizer that does nothing, or a frozen batch, is far outside.
+Both begin with the same weights and see the same batches; float32 is multiplied in full. Noise and dropout are other
+draws, and arithmetic on a GPU rounds otherwise, so means over ten steps are compared: they may differ by `TOLERANCE` of
+the plain curve's, and that is a check: an optimizer that does nothing, or a frozen batch, is far outside.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bench import isolated
-from genai_fast.profiling.systems import SYSTEMS
+from genai_fast.profiling.systems import SYSTEMS, System
+from genai_fast.testing import float32_products
 
 STEPS, WINDOW, BATCHES = 50, 10, 5
 MOTIFS, SYMBOLS = 8, 64  # of the batches
@@ -43,9 +46,28 @@ def batches(system: str, device: str) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
+@contextlib.contextmanager
+def multiplying_in_full(system: System, device: str, batch: Sequence[torch.Tensor]) -> Iterator[None]:
+    """For comparing losses: two networks against each other drift apart by TF32's rounding, a thousandth.
+
+    Which path of a convolution is the fastest is asked first, in PyTorch's own precision: the choice is remembered, and
+    steps that are timed later must not take what is fastest in another one.
+    """
+    if device == "cuda":
+        system.fused(device)(*batch)
+    with float32_products():
+        yield
+
+
 def curves(system: str, device: str, steps: int = STEPS) -> dict[str, list[float]]:
     """The losses of each step, plain and fused."""
-    chosen, fed, found = SYSTEMS[system], batches(system, device), {}
+    fed = batches(system, device)
+    with multiplying_in_full(SYSTEMS[system], device, fed[0]):
+        return _curves(SYSTEMS[system], device, fed, steps)
+
+
+def _curves(chosen: System, device: str, fed: Sequence[Sequence[torch.Tensor]], steps: int) -> dict[str, list[float]]:
+    found = {}
     for side, make in (("plain", chosen.plain), ("fused", chosen.fused)):
         torch.manual_seed(0)
         step, losses = make(device), []

@@ -21,7 +21,8 @@ from genai_fast.testing import AUTOMATIC, Run, assert_matches_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the op's peers
-ROUNDS, SECONDS = 11, 2.0  # of interleaved clocking for one point, at least
+ROUNDS = 11  # of interleaved clocking for one point, at least
+SECONDS = {"cpu": 2.0, "cuda": 0.3}  # the same; on CUDA ratios are of device time, which has a clock of its own
 INPUT_SETS = 4  # used in rotation on CUDA
 UNCACHED = 1 << 27  # bytes of a tensor that is more than the caches of a GPU
 
@@ -51,8 +52,17 @@ class Point:
         return self.op.peers | (self.op.gpu_peers if self.device == "cuda" else {})
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        return self.case.inputs(Tensors(self.dtype, self.device, generator))
+        """On CUDA the same tensors each time, for all variants of the point; those of another point are let go."""
+        if self.device != "cuda":
+            return self._drawn(seed)
+        if any(point is not self for point, _ in _kept):
+            _kept.clear()
+        if (self, seed) not in _kept:
+            _kept[self, seed] = self._drawn(seed)
+        return dict(_kept[self, seed])
+
+    def _drawn(self, seed: int) -> dict[str, Any]:
+        return self.case.inputs(drawing(self.dtype, self.device, torch.Generator().manual_seed(seed)))
 
     @property
     def input_sets(self) -> int:
@@ -79,6 +89,34 @@ class Point:
             return torch.autograd.grad(_flat(function(**inputs))[:shared], leaves, upstream)
 
         return forward_backward
+
+
+_kept: dict[tuple[Point, int], dict[str, Any]] = {}  # of one point
+
+
+@dataclass
+class OnDevice(Tensors):
+    """Draws where the tensors are wanted: one core of a host takes minutes for what a GPU draws in a moment.
+
+    The numbers are others than the CPU's, and the same for the same generator.
+    """
+
+    def __post_init__(self) -> None:
+        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        self._there = torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, grad: bool = True) -> torch.Tensor:
+        x = torch.randn(shape, generator=self._there, device=self.device)
+        return self._finish(x.mul_(scale).add_(mean), grad)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, grad: bool = False) -> torch.Tensor:
+        x = torch.rand(shape, generator=self._there, device=self.device)
+        return self._finish(x.mul_(high - low).add_(low), grad)
+
+
+def drawing(dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensors:
+    """What makes the tensors that are measured."""
+    return (OnDevice if device == "cuda" else Tensors)(dtype, device, generator)
 
 
 @functools.cache
@@ -109,12 +147,25 @@ def fused_backend(op: OpSpec, device: str) -> str:
     return backend if backend in op.backends else AUTOMATIC
 
 
+def run_of(point: Point) -> Run:
+    """The numerics gate's run of the fused op on this very case."""
+    seeded = "seed" in inspect.signature(point.op.reference).parameters
+
+    def inputs(t: Tensors) -> dict[str, Any]:
+        drawn = point.case.inputs(drawing(t.dtype, point.device, t.generator))
+        return {"seed": t.seed(5), **drawn} if seeded else drawn  # two draws compare only if they are the same
+
+    case = dataclasses.replace(point.case, inputs=inputs)
+    return Run(point.op, case, point.dtype, fused_backend(point.op, point.device), point.device)
+
+
 def red(point: Point) -> str:
     """What the numerics gate has against the fused op on this very case; "" if it is green."""
-    case = point.case
-    if "seed" in inspect.signature(point.op.reference).parameters:  # two draws compare only if they are the same
-        case = dataclasses.replace(case, inputs=lambda t: {"seed": t.seed(5), **point.case.inputs(t)})
-    run = Run(point.op, case, point.dtype, fused_backend(point.op, point.device), point.device)
+    return wrong(run_of(point))
+
+
+def wrong(run: Run) -> str:
+    """What the numerics gate has against a run; "" if it is green."""
     try:
         assert_matches_reference(run)
     except AssertionError as error:
@@ -122,14 +173,15 @@ def red(point: Point) -> str:
     return ""
 
 
-def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) -> dict[str, Any]:
+def figures(point: Point, seconds: float | None = None, *, compiled: bool = True) -> dict[str, Any]:
     """All figures of a point, variants interleaved; call only on a green gate.
 
     wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median
     time on the device. ratio: each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s
     and share of the roof: of the fused op, from what its spec says it must move and do. `compiled=False` leaves
-    torch.compile out, which may take a minute a point.
+    torch.compile out, which may take a minute a point; `seconds`: SECONDS if None.
     """
+    seconds = SECONDS[point.device] if seconds is None else seconds
     load, steps, skipped = ForeignLoad(), {}, {}
     for variant in (v for v in point.variants if compiled or v != COMPILED):
         try:
@@ -138,7 +190,7 @@ def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) ->
         except Exception as error:
             if variant != COMPILED and variant not in point.op.gpu_peers:
                 raise
-            skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
+            skipped[variant] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
             steps.pop(variant, None)
     timings = compare(steps, rounds=ROUNDS, seconds=seconds).timings
     wall = {name: t.median for name, t in timings.items()}
@@ -146,7 +198,8 @@ def figures(point: Point, seconds: float = SECONDS, *, compiled: bool = True) ->
     best = wall
     if point.device == "cuda":
         sets = {name: [point.step(name, seed) for seed in range(point.input_sets)] for name in steps}
-        timed = clock.device_times(sets)
+        waiting = [name for name in steps if not getattr(point.function(name), "capturable", True)]
+        timed = clock.device_times(sets, uncaptured=waiting)
         best = {name: t for name, (t, _) in timed.items()}
         for name, (t, how) in timed.items():
             variants[name].update(device_us=round(t * 1e6, 2), device_clock=how)

@@ -63,10 +63,11 @@ def parity_of(name: str) -> str | None:
 def red(system: System, device: str, steps: int = 1) -> str:
     """Why the plain and the fused step do not compute the same; "" if they do (noise and dropout differ, by little)."""
     batch, curves = system.inputs(device), []
-    for make, scale in ((system.plain, system.plain_scale), (system.fused, 1)):
-        torch.manual_seed(0)
-        step = make(device)
-        curves.append([_losses(step(*batch)) / scale for _ in range(steps)])
+    with parity.multiplying_in_full(system, device, batch):
+        for make, scale in ((system.plain, system.plain_scale), (system.fused, 1)):
+            torch.manual_seed(0)
+            step = make(device)
+            curves.append([_losses(step(*batch)) / scale for _ in range(steps)])
     first = curves[0][0].abs()
     for number, (plain, fused) in enumerate(zip(*curves, strict=True), 1):
         fused = fused[: len(plain)]  # those that the plain script has

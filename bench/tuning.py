@@ -3,25 +3,28 @@
     python -m bench.tuning DEVICE < a JSON list of tasks
 
 A task is a bench point and a launch in it. Each setting is timed in the whole of forward and backward, interleaved with
-the default; the best replaces it only if it is faster by `GAIN` and every case of the op, and the point itself, are
-right with it. `bench.gpu_gate` starts it, as bench.isolated tells, and writes what is found (`write`).
+the default; the fastest of those that are faster by `GAIN` replaces it with which the point itself is right, and each
+case of the op that would be launched with it. `bench.gpu_gate` starts it, as bench.isolated tells, and writes what is
+found (`write`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from bench import clock, isolated, record
-from bench.checks import capture_on, check
-from bench.points import FUSED, Point, fused_backend, points, red
+from bench.checks import capture_on, check, inputs_of, numerics, step_of
+from bench.points import FUSED, Point, fused_backend, points, run_of
 from genai_fast.kernels.common import tuned
 from genai_fast.kernels.common.launch import capability
 from genai_fast.profiling import compare
-from genai_fast.testing import every_run
+from genai_fast.testing import CONVOLUTIONS, Run, every_run
 
 GAIN = 1.02
 DEFAULT = "default"
@@ -41,7 +44,8 @@ def tune(point: Point, name: str, times: Times) -> dict[str, Any]:
 
     Returns:
         kernel, case; and if the point launches it: dtype, shape, default and settings (the best), default_us and
-        best_us of the whole point, tried (microseconds, or why not), kept (not the default), reason.
+        best_us of the whole point, tried (microseconds, or why not), refused (what is faster, and wrong), kept (not
+        the default), reason.
     """
     found: dict[str, Any] = {"kernel": name, "case": str(point), "kept": False}
     step = point.step(FUSED)
@@ -65,30 +69,63 @@ def tune(point: Point, name: str, times: Times) -> dict[str, Any]:
             continue
         ready[label], settings[label] = calls, choice
     seconds = times(ready)
-    best = min(seconds, key=seconds.get)
-    if seconds[best] * GAIN > seconds[DEFAULT]:
-        best = DEFAULT
-    reason = "" if best == DEFAULT else wrong(point, name, settings[best])
-    kept = best if not reason else DEFAULT
+    kept, refused = DEFAULT, {}
+    for label in sorted(seconds, key=seconds.get):
+        if seconds[label] * GAIN > seconds[DEFAULT]:
+            break
+        message = wrong(point, mine, settings[label])
+        if not message:
+            kept = label
+            break
+        refused[label] = message[:200]
+    why_not = next(iter(refused.values()), "the default is as fast")
     return {
-        **found, "kept": kept != DEFAULT, "reason": reason or ("" if kept != DEFAULT else "the default is as fast"),
+        **found, "kept": kept != DEFAULT, "reason": "" if kept != DEFAULT else why_not,
         "dtype": mine.dtype, "shape": list(mine.shape), "default": default, "settings": default | settings[kept],
         "default_us": round(seconds[DEFAULT] * 1e6, 2), "best_us": round(seconds[kept] * 1e6, 2),
-        "tried": {label: round(t * 1e6, 2) for label, t in seconds.items()} | failed,
+        "tried": {label: round(t * 1e6, 2) for label, t in seconds.items()} | failed, "refused": refused,
     }  # fmt: skip
 
 
-def wrong(point: Point, name: str, settings: tuned.Settings) -> str:
-    """What is wrong with these settings, in this point or any case of its op and dtype; "" if nothing."""
+def wrong(point: Point, mine: tuned.Launch, settings: tuned.Settings) -> str:
+    """What is wrong with these settings of a launch, in this point or where else they would be taken; "" if nothing.
+
+    Cases of another dtype, or a shape too far away, are launched otherwise: what is best here may be too large there.
+    """
     backend = fused_backend(point.op, point.device)
-    with tuned.tried(name, settings):
-        if message := red(point):
-            return message
-        for run in every_run((point.device,)):
-            if run.op is point.op and (run.dtype, run.backend) == (point.dtype, backend):
-                for message in check(run, capture_on(point.device)).values():
-                    return message
+    cases = [
+        run
+        for run in every_run((point.device,))
+        if run.op is point.op and (run.dtype, run.backend) == (point.dtype, backend) and not run.tf32
+    ]
+    own = [run for run in _precisions(run_of(point)) if _takes(run, mine, settings)]
+    others = [run for run in _precisions(*cases) if _takes(run, mine, settings)]
+    if not own:
+        return "where the point's numbers are checked it is not launched"
+    with tuned.tried(mine.name, settings):
+        for run in own:
+            if message := numerics(run):
+                return message
+        for run in others:
+            for message in check(run, capture_on(point.device)).values():
+                return message
     return ""
+
+
+def _precisions(*runs: Run) -> Iterator[Run]:
+    """Each run, and it in TF32 where that has launches of its own."""
+    for run in runs:
+        yield run
+        if run.op.folder == CONVOLUTIONS and (run.dtype, run.device) == (torch.float32, "cuda"):
+            yield replace(run, tf32=True)
+
+
+def _takes(run: Run, mine: tuned.Launch, settings: tuned.Settings) -> bool:
+    """Whether a run has a launch that settings found at this one are taken for."""
+    entry = {"dtype": mine.dtype, "shape": mine.shape, "settings": settings}
+    with run.products(), tuned.asked() as launches, contextlib.suppress(Exception):  # a case that fails as it is
+        step_of(run, inputs_of(run))()
+    return any(x.name == mine.name and tuned.nearest([entry], x.dtype, x.shape) is not None for x in launches)
 
 
 def _sets(point: Point, name: str, settings: tuned.Settings) -> list[Callable[[], Any]]:

@@ -37,17 +37,19 @@ def capture(body: Callable[[], Any], device: torch.device, pool: Any = None) -> 
     Raises: what body raises, also if it waits for the device; the generator, the current stream and the graph's memory
         are as before then.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         try:
             # Relaxed: kernels that a warm-up did not meet are loaded and memory is pinned meanwhile, by this thread and
-            # others. None of that is captured.
-            with torch.cuda.graph(graph, pool, side_stream(device), "relaxed"), _waiting_raises():
+            # others, which stricter modes forbid. None of it is work of the stream's.
+            recording = torch.cuda.graph(graph, pool, side_stream(device), capture_error_mode="relaxed")
+            with recording, _waiting_raises():
                 result = body()
         except BaseException:
             torch.cuda.set_stream(current)  # where ending a broken capture raises, torch leaves its own
             graph.reset()
+            _mend_allocator(device, pool)
             _mend_generator(device)
             raise
     return graph, result
@@ -64,6 +66,15 @@ def _waiting_raises() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _mend_allocator(device: torch.device, pool: Any) -> None:
+    """A capture whose end raised goes on for the allocator, which then gives no memory back; end it there too."""
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # it has ended: graph.reset() has done the rest
+        return
+    torch._C._cuda_releasePool(device.index, pool)
 
 
 def _mend_generator(device: torch.device) -> None:

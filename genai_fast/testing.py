@@ -3,7 +3,8 @@
     err(kernel, float64 reference) <= 2 err(eager in that dtype, float64 reference) + floor[dtype]
 
 and 3 times for gradients. The error of outputs is max-norm over max-norm, of gradients 2-norm over 2-norm: they flip
-by rounding at an activation's kink.
+by rounding at an activation's kink. On CUDA float32 is multiplied in full meanwhile: PyTorch lets convolutions round
+the factors to TF32, which a run of its own checks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SECOND_ORDER = (
 )  # fmt: skip
 FEW = 8  # numbers, of which eager may get all right by luck: one more rounding is allowed
 AUTOMATIC = "automatic"  # as a run's backend: whatever serves each part of the op
+CONVOLUTIONS = "conv_transpose"  # the folder of the ops that multiply in TF32 unless they are told not to
+TF32_ROUNDING = 2.0**-10  # of the largest value: a factor has 10 bits, and which rounding is the hardware's affair
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,35 @@ class Run:
     dtype: torch.dtype
     backend: str
     device: str
+    tf32: bool = False  # float32 convolutions as PyTorch has them by default, not in full
 
     @property
     def forced(self) -> str | None:
         """For `use_backend`."""
         return None if self.backend == AUTOMATIC else self.backend
 
+    def products(self) -> contextlib.AbstractContextManager[None]:
+        """Multiply as the run asks for, meanwhile."""
+        return float32_products("tf32" if self.tf32 else "ieee")
+
     def __str__(self) -> str:
-        return f"{self.op}-{self.case}-{str(self.dtype).removeprefix('torch.')}-{self.backend}-{self.device}"
+        precision = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        return f"{self.op}-{self.case}-{precision}-{self.backend}-{self.device}"
+
+
+@contextlib.contextmanager
+def float32_products(convolutions: str = "ieee") -> Iterator[None]:
+    """CUDA multiplies float32 in full meanwhile, but in convolutions as is said: "ieee", or "tf32" as by default."""
+    cudnn = torch.backends.cudnn
+    wanted = {torch.backends.cuda.matmul: "ieee", cudnn.conv: convolutions, cudnn.rnn: convolutions}
+    before = {switch: switch.fp32_precision for switch in wanted}
+    try:
+        for switch, precision in wanted.items():
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, precision in before.items():
+            switch.fp32_precision = precision
 
 
 def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
@@ -68,6 +92,8 @@ def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
                 for k, case in enumerate(op.cases):
                     for dtype in _dtypes(op, k, backend, device):
                         yield Run(op, case, dtype, backend, device)
+                if (op.folder, backend, device) == (CONVOLUTIONS, "triton", "cuda"):
+                    yield Run(op, op.cases[0], torch.float32, backend, device, tf32=True)
 
 
 def _dtypes(op: OpSpec, case: int, backend: str, device: str) -> tuple[torch.dtype, ...]:
@@ -159,6 +185,8 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
         more += TOLERANCE_FLOOR[run.dtype]
     if run.backend == "triton" and run.device == "cpu" and run.dtype is torch.bfloat16:
         more += 2.0**-8  # Triton's interpreter truncates where the device rounds
+    if run.tf32:
+        more += TF32_ROUNDING
     return "" if error <= allowed + more else f"{name}: error {error:.3g} against float64, allowed {allowed + more:.3g}"
 
 
@@ -168,6 +196,12 @@ def assert_matches_reference(run: Run) -> None:
     Raises:
         AssertionError: names the run, and each output or input whose error passes its limit.
     """
+    with run.products():
+        wrong = _differences(run)
+    assert not wrong, f"{run}: " + "; ".join(wrong)
+
+
+def _differences(run: Run) -> list[str]:
     op = run.op
 
     def inputs() -> dict[str, Any]:  # anew each time: an op may update them in place
@@ -182,15 +216,14 @@ def assert_matches_reference(run: Run) -> None:
         got, got_grads = _evaluate(op, getattr(ops, op.name), inputs(), upstream)
 
     with torch.no_grad():
-        wrong = [
+        found = [
             _compare(run, f"output {k}", g, e, t, math.inf, OUTPUT_FACTOR)
             for k, (g, e, t) in enumerate(zip(got, eager, truth, strict=True))
         ] + [
             _compare(run, name, g, eager_grads[name], truth_grads[name], 2.0, GRADIENT_FACTOR)
             for name, g in got_grads.items()
         ]
-    wrong = [line for line in wrong if line]
-    assert not wrong, f"{run}: " + "; ".join(wrong)
+    return [line for line in found if line]
 
 
 def assert_second_derivative(run: Run) -> None:
@@ -201,7 +234,7 @@ def assert_second_derivative(run: Run) -> None:
     """
     inputs = run.case.inputs(Tensors(torch.float32, run.device))
     truth = _penalty(run.op.reference, _widen(inputs))
-    with use_backend(run.forced):
+    with use_backend(run.forced), run.products():
         got = _penalty(getattr(ops, run.op.name), inputs)
     for name, x in got.items():
         assert (x is None) == (truth[name] is None), f"{run}: {name}: second derivative: {x} for {truth[name]}"

@@ -10,6 +10,7 @@ import torch
 
 from bench import gpu_gate, memory, points, record, roofs, training_figures
 from genai_fast import ops
+from genai_fast.kernels.common.spec import Tensors
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
 
@@ -73,6 +74,74 @@ def test_steps_of_all_variants_give_the_same_gradients():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_tensors_are_drawn_where_they_are_wanted():
+    def drawn(seed):
+        t = points.OnDevice(torch.bfloat16, "cpu", torch.Generator().manual_seed(seed))
+        return t.normal(300, 100, scale=2.0, mean=5.0), t.uniform(70, 90, low=-1.0, high=3.0), t.seed(7)
+
+    normal, uniform, seed = drawn(1)
+    assert normal.dtype is uniform.dtype is torch.bfloat16 and seed == 7
+    assert normal.requires_grad and normal.is_leaf and not uniform.requires_grad
+    assert normal.float().mean().item() == pytest.approx(5.0, abs=0.05)
+    assert normal.float().std().item() == pytest.approx(2.0, abs=0.05)
+    assert uniform.min() >= -1 and uniform.max() <= 3 and uniform.float().mean().item() == pytest.approx(1.0, abs=0.1)
+    for other, same in ((1, True), (2, False)):
+        assert torch.equal(drawn(other)[0], normal) == same == torch.equal(drawn(other)[1], uniform)
+    assert type(points.drawing(torch.float32, "cpu", torch.Generator())) is Tensors
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=str)
+def test_each_op_s_inputs_can_be_drawn_so(op):
+    """In the same shapes and layouts; some draw numbers of their own."""
+    point, described = smallest(op), []
+    for kind in (Tensors, points.OnDevice):
+        inputs = point.case.inputs(kind(torch.float32, "cpu", torch.Generator().manual_seed(0)))
+        values = [x for value in inputs.values() for x in (value if isinstance(value, list) else [value])]
+        described.append([(x.shape, x.stride(), x.dtype) for x in values if isinstance(x, torch.Tensor)])
+    assert described[0] == described[1]
+
+
+def test_inputs_on_a_gpu_are_drawn_once(monkeypatch):
+    drawn = []
+
+    def drawing(dtype, device, generator):
+        drawn.append((device, generator.initial_seed()))
+        return Tensors(dtype, "cpu", generator)
+
+    monkeypatch.setattr(points, "drawing", drawing)
+    points._kept.clear()
+    first, other = (points.Point(VAE_LOSS, VAE_LOSS.bench_cases[0], torch.float32, "cuda") for _ in range(2))
+    assert first.input_sets == points.INPUT_SETS
+    for variant in (points.FUSED, "eager"):
+        for seed in range(2):
+            first.step(variant, seed)
+    assert drawn == [("cuda", 0), ("cuda", 1)]
+    assert first.inputs(1) is not first.inputs(1) and first.inputs(1)["mu"] is first.inputs(1)["mu"]
+    other.inputs()
+    assert {point for point, _ in points._kept} == {other}  # the first one's memory is free again
+    before = point_of(VAE_LOSS)
+    assert before.inputs()["mu"] is not before.inputs()["mu"]
+
+
+def test_no_capture_is_tried_of_a_peer_that_reads_the_host(monkeypatch, quick):
+    told = {}
+
+    def device_times(sets, uncaptured):
+        told.update(sets=list(sets), uncaptured=uncaptured)
+        return dict.fromkeys(sets, (1e-3, "graph"))
+
+    monkeypatch.setattr(points, "drawing", lambda dtype, device, generator: Tensors(dtype, "cpu", generator))
+    monkeypatch.setattr(points.clock, "device_times", device_times)
+    monkeypatch.setattr(points.memory, "peak_bytes", lambda call, device: 0)
+    monkeypatch.setattr(points.roofs, "share", lambda *a: 0.5)
+    monkeypatch.setattr(points, "fused_backend", lambda op, device: "triton")
+    monkeypatch.setitem(points.SECONDS, "cuda", 0.0)
+    op = OPS["decode_attention"]
+    figure = points.figures(points.Point(op, op.bench_cases[0], torch.float32, "cuda"), compiled=False)
+    assert told == {"sets": ["eager", points.FUSED], "uncaptured": ["eager"]}
+    assert figure["ratio"] == {"eager": 1.0}
+
+
 @pytest.mark.parametrize(
     ("op", "variant"), [(op, v) for op in OPS.values() for v in (*op.peers, points.FUSED)], ids=str
 )
@@ -92,6 +161,15 @@ def test_figures_name_everything_and_say_what_was_skipped(quick):
     cost = VAE_LOSS.cost(**point.inputs())
     assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01)
     json.dumps(figure)
+
+
+def test_a_variant_may_fail_without_a_word(quick, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "compile", fail)
+    figure = points.figures(point_of(VAE_LOSS), seconds=0.0)
+    assert figure["variants"][points.COMPILED] == {"skipped": "RuntimeError: "}
 
 
 def test_peak_memory_counts_what_is_held_at_a_time():

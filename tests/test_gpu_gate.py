@@ -91,6 +91,19 @@ def test_op_that_raises_is_red_not_fatal(runs, monkeypatch):
     assert "launch failed" in found["numerics"]
 
 
+def test_where_the_reference_serves_only_numbers_are_checked(monkeypatch):
+    def never(*arguments):
+        raise AssertionError("the reference of adam_step reads numbers on the host")
+
+    monkeypatch.setattr(checks, "determinism", never)
+    monkeypatch.setattr(checks, "graph_replay", never)
+    for name in ("adam_step", "gpt_decode"):
+        op = OPS[name]
+        monkeypatch.setattr(checks, "fused_backend", lambda op, device: points.fused_backend(op, "cuda"))
+        assert checks.fused_backend(op, "cpu") == "reference"  # as planned: there is no kernel for CUDA
+        assert checks.check(Run(op, op.cases[0], torch.float32, "reference", "cpu")) == {}
+
+
 def test_bits_tell_nan_and_signed_zero():
     nan = torch.tensor([float("nan"), 0.0])
     assert checks._same([nan], [nan.clone()])
@@ -223,7 +236,7 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     if extension()[0] is None:
         pytest.skip(extension()[1])
     few = [Run(VAE_LOSS, case, torch.float32, gpu_gate_backend(), "cpu") for case in VAE_LOSS.cases[:3]]
-    monkeypatch.setattr(points, "SECONDS", 0.0)
+    monkeypatch.setitem(points.SECONDS, "cpu", 0.0)
     path = tmp_path / "record.json"
 
     def gate(content):

@@ -118,6 +118,14 @@ def _python(code, **environment):
     )  # fmt: skip
 
 
+def test_bare_pytest_imports_the_checkout():
+    """`python -m pytest` adds the folder that it is called in, `pytest` does not; bench is never installed."""
+    code = "import sys, pytest; sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:cacheprovider', sys.argv[1]]))"
+    command = [sys.executable, "-P", "-c", code, "tests/test_clock.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_clock.py::" in done.stdout, done.stdout + done.stderr
+
+
 def test_import_is_light_and_needs_no_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -11,8 +11,9 @@ from torch.autograd import DeviceType
 from torch.utils.data import DataLoader
 
 from genai_fast.models import peers
-from genai_fast.profiling import counters, loops, measure, trace
+from genai_fast.profiling import counters, loops, machine, measure, trace
 from genai_fast.profiling.diagnosis import diagnose
+from genai_fast.profiling.figures import roof
 from genai_fast.profiling.flops import FlopCount
 from genai_fast.profiling.systems import of_recipe
 from genai_fast.profiling.waiting import Waiting
@@ -102,6 +103,42 @@ def test_only_the_step_itself_waits(monkeypatch):
     assert waiting.seconds == 2.0
     list(waiting.timed(iter([1, 2])))
     assert waiting.batches == 6
+
+
+@pytest.fixture
+def switches():
+    """How float32 is multiplied on a GPU: in products, in convolutions."""
+    found = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in found]
+    yield found
+    for switch, precision in zip(found, before, strict=True):
+        switch.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("matmul", "conv", "convolves", "precision"),
+    [("ieee", "tf32", 0, "float32"), ("ieee", "tf32", 1, "tf32"), ("ieee", "ieee", 1, "float32"),
+     ("tf32", "ieee", 0, "tf32"), ("none", "ieee", 1, "float32")],
+)  # fmt: skip
+def test_the_roof_is_that_of_the_precision_in_use(switches, monkeypatch, matmul, conv, convolves, precision):
+    """Asked by fp32_precision: the older allow_tf32 raises where one of them was set."""
+    for switch, value in zip(switches, (matmul, conv), strict=True):
+        switch.fp32_precision = value
+    monkeypatch.setattr("genai_fast.profiling.machine.gemm", lambda device, precision: 1.0)
+    count = SimpleNamespace(by_dtype={torch.float32: 1}, convolutions=(convolves, 0))
+    assert roof("cuda", count)["precision"] == precision
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_a_roof_is_measured_in_its_precision_and_leaves_the_switch_alone(switches, monkeypatch, before):
+    seen = []
+    monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 8)
+    monkeypatch.setattr(machine, "fastest", lambda call, device: seen.append(switches[0].fp32_precision) or 1.0)
+    switches[0].fp32_precision = before
+    for precision, wanted in (("tf32", "tf32"), ("float32", "ieee")):
+        seen.clear()
+        assert machine.gemm("cpu", precision) == 2 * 8**3
+        assert set(seen) == {wanted} and switches[0].fp32_precision == before
 
 
 def _event(name, start, end, kind=DeviceType.CPU, parent=None):

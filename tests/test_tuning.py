@@ -79,13 +79,69 @@ def test_the_fastest_is_kept(point):
 def test_the_default_stays_where_nothing_is_faster_or_right(point, monkeypatch):
     found = tuning.tune(point, "act_dropout/forward", lambda ready: dict.fromkeys(ready, 1.0))
     assert not found["kept"] and found["settings"] == found["default"] and "as fast" in found["reason"]
-    monkeypatch.setattr(tuning, "red", lambda point: "output 0: error 1")
+    monkeypatch.setattr(tuning, "numerics", lambda run: "output 0: error 1")
     found = tuning.tune(point, "act_dropout/forward", by_warps("num_warps 2"))
     assert not found["kept"] and found["settings"] == found["default"] and found["reason"] == "output 0: error 1"
+    assert found["refused"] == {"BLOCK 512, num_warps 2": "output 0: error 1"}
     found = tuning.tune(point, "batch_norm_act/apply", by_warps("num_warps 2"))
     assert found == {
         "kernel": "batch_norm_act/apply", "case": str(point), "kept": False, "reason": "not launched here"
     }  # fmt: skip
+
+
+def test_the_next_best_is_kept_where_the_best_is_wrong(point, monkeypatch):
+    def times(ready):
+        return {label: 3.0 - 0.1 * number for number, label in enumerate(ready)}  # the last is the fastest
+
+    asked = []
+
+    def wrong(point, mine, settings):
+        asked.append(settings)
+        return "too large" if len(asked) < 3 else ""
+
+    monkeypatch.setattr(tuning, "wrong", wrong)
+    found = tuning.tune(point, "act_dropout/forward", times)
+    *_, third, second, first = found["tried"]
+    assert asked == [dict(choice) for choice in point.op.choices["act_dropout/forward"][:-4:-1]]
+    assert found["kept"] and found["reason"] == "" and found["settings"] == asked[-1]
+    assert found["refused"] == {first: "too large", second: "too large"}
+    assert found["best_us"] == found["tried"][third]
+
+
+def test_settings_are_checked_where_they_would_be_taken(point, monkeypatch):
+    """And nowhere else: 630 elements here, so from a quarter to four times as many."""
+    seen = []
+    monkeypatch.setattr(tuning, "numerics", lambda run: seen.append(run) or "")
+    monkeypatch.setattr(tuning, "check", lambda run, capture: seen.append(run) or {})
+    with tuned.asked() as launches:
+        point.step(points.FUSED)()
+    mine = next(x for x in launches if x.name == "act_dropout/forward")
+    assert mine.shape == (630,) and tuning.wrong(point, mine, {"BLOCK": 512, "num_warps": 2}) == ""
+    own, *cases = seen
+    assert own.case.name == point.case.name and {run.dtype for run in seen} == {torch.float32}
+    sizes = {case.name: case.inputs(Tensors())["x"].numel() for case in point.op.cases}
+    near = {name for name, size in sizes.items() if 630 / 4 <= size <= 630 * 4}
+    assert {run.case.name for run in cases} == near and 0 < len(near) < len(sizes)
+    assert not tuned._tried
+
+
+def test_what_is_wrong_in_a_near_case_is_told(point, monkeypatch):
+    monkeypatch.setattr(tuning, "check", lambda run, capture: {"graph": f"{run}: wrong"} if tuned._tried else {})
+    with tuned.asked() as launches:
+        point.step(points.FUSED)()
+    mine = next(x for x in launches if x.name == "act_dropout/forward")
+    assert tuning.wrong(point, mine, {"BLOCK": 512, "num_warps": 2}).endswith(": wrong")
+    far = tuned.Launch(mine.name, mine.dtype, (1 << 20,), mine.default)
+    assert tuning.wrong(point, far, {"BLOCK": 512, "num_warps": 2}).endswith("it is not launched")
+
+
+def test_convolutions_are_tuned_and_checked_in_tf32():
+    """Which has launches of its own, and is what PyTorch takes by default on a GPU."""
+    run = Run(OPS["conv_transpose2d"], OPS["conv_transpose2d"].cases[0], torch.float32, "triton", "cuda")
+    assert [x.tf32 for x in tuning._precisions(run)] == [False, True]
+    narrow = Run(run.op, run.case, torch.bfloat16, "triton", "cuda")
+    other = Run(OPS["layer_norm"], OPS["layer_norm"].cases[0], torch.float32, "triton", "cuda")
+    assert list(tuning._precisions(narrow, other)) == [narrow, other]
 
 
 def test_settings_that_cannot_be_launched_are_named(point, monkeypatch):

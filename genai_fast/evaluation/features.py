@@ -7,8 +7,10 @@ sets of images against each other; they are not those of Inception features.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -52,12 +54,21 @@ def image_features(images: torch.Tensor, device: torch.device | str | None = Non
         return torch.empty(0, DIMENSIONS, device=device, dtype=torch.float32)
     filters = [w.to(device) for w in _filters()]
     side = _SIDES[max(images.shape[2:]) > _SIDES[0]]
-    with (
-        torch.autocast(device.type, enabled=False),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
+    with torch.autocast(device.type, enabled=False), _exact_convolutions():
         parts = [_forward(part.to(device, torch.float32), filters, side) for part in images.split(_BATCH)]
     return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Without TF32, and the same in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = False, True, "ieee"
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = before
 
 
 def _forward(x: torch.Tensor, filters: list[torch.Tensor], side: int) -> torch.Tensor:

@@ -54,8 +54,8 @@ def roof(device: str, count: FlopCount) -> dict[str, Any] | None:
         return None
     if device == "cuda" and precision == "float32":
         # Convolutions round to TF32 unless they are told not to, products only where they are told to.
-        convolves = count.convolutions[0] > 0 and torch.backends.cudnn.allow_tf32
-        precision = "tf32" if convolves or torch.backends.cuda.matmul.allow_tf32 else precision
+        switches = [torch.backends.cuda.matmul, *([torch.backends.cudnn.conv] if count.convolutions[0] else [])]
+        precision = "tf32" if any(switch.fp32_precision == "tf32" for switch in switches) else precision
     return {"precision": precision, "flops_per_second": machine.gemm(device, precision)}
 
 

@@ -101,15 +101,17 @@ def gemm(device: str, precision: str) -> float:
     Args:
         precision: float32, bfloat16 or float16; on CUDA also tf32: float32 rounded by the tensor cores.
     """
-    size, before = GEMM_SIZE[device], torch.backends.cuda.matmul.allow_tf32
+    # Not by allow_tf32: reading that raises once somebody has set fp32_precision.
+    size, switch = GEMM_SIZE[device], torch.backends.cuda.matmul
+    before = switch.fp32_precision
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     libraries = [lambda: a @ b]
     if device == "cpu" and onednn.serves(dtype):
         # oneDNN, which uses wider vectors than MKL does on some processors.
         libraries.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         return max(2 * size**3 / fastest(call, device) for call in libraries)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        switch.fp32_precision = before

@@ -38,6 +38,9 @@ def _eager(q, k_cache, v_cache, cache_seqlens, k, v):
     return F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], enable_gqa=gqa)
 
 
+_eager.capturable = False  # it reads the length on the host
+
+
 def _cost(q, k_cache, v_cache, cache_seqlens, k=None, v=None, **settings):
     held = int(cache_seqlens.sum()) * k_cache.size(1) * k_cache.size(3)
     group = q.size(1) // k_cache.size(1)
