@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,18 @@ def test_large_tensors_are_compared_with_their_last_rows(monkeypatch):
     assert large.wrong("layer_norm", "cpu", 100_000).startswith("output: the last 3 of")
 
 
+def test_large_tensors_are_gone_once_their_last_rows_are_taken(monkeypatch):
+    equal, held = torch.equal, []
+
+    def seen(a, b):
+        held.extend(x.untyped_storage().nbytes() / x.nbytes for x in (a, b))
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", seen)
+    assert large.wrong("layer_norm", "cpu", 100_000, torch.float32) == ""
+    assert held == [1.0] * 4  # outputs and gradients
+
+
 def test_parity_wants_curves_that_move_and_agree():
     plain = [10.0 - 0.1 * k for k in range(50)]
     assert parity.wrong({"plain": plain, "fused": [x * 1.01 for x in plain]}, 0.02) == ""
@@ -125,14 +139,21 @@ def test_parity_of_a_model():
 
 
 WORKER = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
+def say(message): print("@bench.isolated " + json.dumps(message), flush=True)
 for name in json.load(sys.stdin):
     print("chatter", flush=True)
-    print(json.dumps({"begin": name}), flush=True)
-    if name == "hangs": time.sleep(60)
+    print('{-# external_resources: {} #-}', flush=True)
+    sys.stdout.buffer.write(b"\\xff no end of this line ")
+    say({"begin": name})
+    if name.startswith("/"):
+        child = subprocess.Popen(["sleep", "60"])
+        with open(name, "w") as file: file.write(str(child.pid))
+    if "hangs" in name: time.sleep(60)
     if name == "dies": os._exit(7)
-    print(json.dumps({"run": name, "failures": {"numerics": "wrong"} if name == "wrong" else {}}), flush=True)
+    say({"run": name, "failures": {"numerics": "wrong"} if name == "wrong" else {}})
     if name == "breaks": sys.exit(3)
+    if name == "aborts": os.abort()
 """
 
 
@@ -144,11 +165,56 @@ def isolated_run(batches, **limits):
 
 
 def test_tasks_that_hang_or_die_take_no_others_along():
-    found = isolated_run([["a", "dies", "b", "wrong"], ["hangs", "c"], ["breaks", "d"]])
-    assert {name for name, result in found.items() if not gpu_gate.failures(result)} == {"a", "b", "breaks", "c", "d"}
+    found = isolated_run([["a", "dies", "b", "wrong"], ["hangs", "c"], ["breaks", "d", "aborts", "e"]], jobs=3)
+    right = {"a", "b", "breaks", "c", "d", "aborts", "e"}
+    assert {name for name, result in found.items() if not gpu_gate.failures(result)} == right
     assert found["dies"]["died"].startswith("the process ended with 7: chatter")
     assert found["hangs"]["died"] == "no end after 5 s"
     assert gpu_gate.failures(found["wrong"]) == {"numerics": "wrong"}
+
+
+def test_what_compilers_print_is_no_message():
+    assert isolated._message("{-# external_resources: {} #-}\n") is None
+    assert isolated._message('{"begin": "a"}\n') is None
+    assert isolated._message(f"{isolated.MARK}{{-# torn\n") is None
+    assert isolated._message(f'50 % {isolated.MARK}{{"begin": "a"}}\n') == {"begin": "a"}
+
+
+def running(pid):
+    """Not what has ended and waits for somebody to ask how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
+def test_what_a_process_started_ends_with_it(tmp_path):
+    ends, hangs = tmp_path / "ends", tmp_path / "hangs"
+    begun = time.monotonic()
+    assert set(isolated_run([[str(ends)]])) == {str(ends)}  # it has ended: its child keeps the pipe open
+    assert isolated_run([[str(hangs)]], deadline=time.monotonic() + 3.0) == {}
+    assert set(isolated_run([[str(hangs)]], silent=1.0)) == {str(hangs)}
+    assert time.monotonic() - begun < 30
+    code, said = isolated.call(["sh", "-c", f"echo begun; sleep 60 & echo $! > {tmp_path / 'call'}; sleep 60"], 1.0)
+    assert code is None and said == "begun\n"
+    assert isolated.call(["sh", "-c", "echo said; echo more >&2; exit 4"], 60.0) == (4, "said\nmore\n")
+    assert not any(running((tmp_path / name).read_text().strip()) for name in ("ends", "hangs", "call"))
+
+
+INTERRUPTED = """
+import signal, sys, time
+from bench import isolated
+signal.signal(signal.SIGALRM, lambda *_: sys.exit(5))
+signal.setitimer(signal.ITIMER_REAL, 2.0)
+isolated.run(["sleep", "60"], [["a"]], print, jobs=1, deadline=time.monotonic() + 50)
+"""
+
+
+def test_an_interrupt_waits_for_no_task():
+    begun = time.monotonic()
+    assert isolated.call([sys.executable, "-c", INTERRUPTED], 60.0)[0] == 5
+    assert time.monotonic() - begun < 40
 
 
 def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeypatch, capsys):
@@ -160,9 +226,12 @@ def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeyp
     def serve(*tasks):
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(tasks)))
         code = isolated.serve(work)
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return code, said()
+
+    def said():
+        lines = [isolated._message(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["begin"] for line in lines[::2]] == [line["run"] for line in lines[1::2]]
-        return code, {line["run"]: line["failures"] for line in lines[1::2]}
+        return {line["run"]: line["failures"] for line in lines[1::2]}
 
     found = {"a": {}, "raises": {"raised": "ValueError: what it is"}, "wrong": {"numerics": "wrong"}}
     assert serve("a", "raises", "wrong") == (0, found)
@@ -172,8 +241,11 @@ def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    code, found = serve("wrong", "b")
-    assert code == 3 and list(found) == ["wrong"] and found["wrong"]["numerics"] == "wrong"
+    monkeypatch.setattr(os, "_exit", sys.exit)  # at once, as an orderly end aborts there
+    with pytest.raises(SystemExit, match="3"):
+        serve("wrong", "b")
+    found = said()
+    assert list(found) == ["wrong"] and found["wrong"]["numerics"] == "wrong"
     assert found["wrong"]["device"] == "the device's context is lost: an illegal memory access"
 
 
