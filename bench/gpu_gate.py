@@ -97,12 +97,10 @@ def begin(device: str, commit: str | None) -> dict[str, Any]:
 
 def barrier(gate: Gate, device: str, deadline: float) -> None:
     """Whether gru and lstm may go in one launch: if it is not proven they go step by step from here on."""
-    content = gate.content
+    content, left = gate.content, deadline - time.monotonic()
     if "barrier_check" not in content:
         try:
-            found = (
-                gate_checks.barrier_check(deadline - time.monotonic()) if device == "cuda" else {"skipped": "no GPU"}
-            )
+            found = gate_checks.barrier_check(left) if device == "cuda" else {"skipped": "no GPU"}
         except Exception as error:
             found = {"passed": False, "output": f"{type(error).__name__}: {error}"[:1000]}
         if found is not None:
