@@ -3,7 +3,8 @@
     python -m bench.large DEVICE [--elements N] < a JSON list of ops
 
 An index of 32 bits that overflows reads or writes somewhere else, so the last rows come out wrong, forward or
-backward. `bench.gpu_gate` starts it, as bench.isolated tells.
+backward. An op takes up to 35 GB of the device's memory. `bench.gpu_gate` starts it, as bench.isolated tells, for one
+op after the other.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def wrong(name: str, device: str, elements: int = ELEMENTS, dtype: torch.dtype =
     factors = torch.linspace(0.5, 1.5, rows, device=device).view(-1, *(1 for _ in shape)).to(dtype)
     x = (row * factors).requires_grad_()
     tail = x.detach()[-_TAIL:].clone().requires_grad_()
+    # Copies of the tails: a slice would hold all of a tensor while the next is made.
     whole, alone = (
-        (y.detach()[-_TAIL:].clone(), torch.autograd.grad(y, inputs, torch.ones_like(y))[0][-_TAIL:])
+        (y.detach()[-_TAIL:].clone(), torch.autograd.grad(y, inputs, torch.ones_like(y))[0][-_TAIL:].clone())
         for y, inputs in ((op(x, 0), x), (op(tail, rows - _TAIL), tail))
     )
     for what, a, b in zip(("output", "gradient"), whole, alone, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -17,8 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all."""
-    write_all({path: (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()})
+    """Written whole or not at all; a number that is not finite, for which JSON has no word, as null."""
+    write_all({path: (json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ _REQUIRED = {
     "date": str, "commit": str, "green": bool, "through": bool, "environment": dict, "figures": list, "refused": list,
     "runs": dict,
 }  # fmt: skip
+# What a task says that failed for lack of memory or time: beside less work it may be right.
+_LACKING = re.compile(
+    r"out of memory|OutOfMemory|bad_alloc|annot allocate memory|ALLOC_FAILED"
+    r"|^no end after|^the process ended with -9:"
+)
 OTHERS = 0.1  # processors that other programs kept busy: above it a note says so
 
 
@@ -91,6 +97,7 @@ class Record:
         checks = {name: self.content.get(name, {}) for name in CHECKS}
         return [
             *found,
+            *((f"stage {stage}", first_line(why)) for stage, why in self.content.get("errors", {}).items()),
             *((name, first_line(c.get("output", ""))) for name, c in checks.items() if not c.get("passed", True)),
             *((r["point"], f"no figure: {first_line(r['reason'])}") for r in self.content["refused"]),
         ]
@@ -105,6 +112,12 @@ def failures(result: dict[str, Any]) -> dict[str, str]:
     """What is wrong with a task, by kind."""
     found = dict(result.get("failures", {}))
     return found | ({"died": result["died"]} if "died" in result else {})
+
+
+def lacking(result: dict[str, Any]) -> bool:
+    """Whether a task failed, and for lack of memory or time alone."""
+    found = failures(result)
+    return bool(found) and all(_LACKING.search(message) for message in found.values())
 
 
 def first_line(text: str) -> str:
@@ -164,7 +177,7 @@ def read(path: Path) -> Record:
     for name, kind in _REQUIRED.items():
         _expect(path, name, content.get(name), kind)
     _expect(path, "environment: device", content["environment"].get("device"), str)
-    for name in (*STAGES, *CHECKS):
+    for name in (*STAGES, *CHECKS, "errors"):
         for task, result in _expect(path, name, content.get(name, {}), dict).items():
             if name in STAGES:
                 _expect(path, f"{name}: {task}", result, dict)

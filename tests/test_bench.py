@@ -233,6 +233,13 @@ def test_record_is_whole_or_absent(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    path = tmp_path / "record.json"
+    record.write_json(path, {"losses": [1.5, float("nan")], "a": {"b": (float("inf"), 2, None, "NaN", True)}})
+    assert "Infinity" not in path.read_text()
+    assert json.loads(path.read_text()) == {"losses": [1.5, None], "a": {"b": [None, 2, None, "NaN", True]}}
+
+
 def test_several_files_are_written_all_or_none(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("")

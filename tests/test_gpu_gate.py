@@ -1,15 +1,12 @@
 """The GPU gate's logic, on the CPU: what it checks, what it survives, where it stops and goes on."""
 
-import io
 import json
 import math
-import sys
-import time
 
 import pytest
 import torch
 
-from bench import checks, gpu_gate, isolated, large, parity, points, record, records
+from bench import checks, gating, gpu_gate, large, parity, points, record, records
 from genai_fast import ops
 from genai_fast.kernels.common.extension import extension
 from genai_fast.registry import OPS
@@ -123,6 +120,18 @@ def test_large_tensors_are_compared_with_their_last_rows(monkeypatch):
     assert large.wrong("layer_norm", "cpu", 100_000).startswith("output: the last 3 of")
 
 
+def test_large_tensors_are_gone_once_their_last_rows_are_taken(monkeypatch):
+    equal, held = torch.equal, []
+
+    def seen(a, b):
+        held.extend(x.untyped_storage().nbytes() / x.nbytes for x in (a, b))
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", seen)
+    assert large.wrong("layer_norm", "cpu", 100_000, torch.float32) == ""
+    assert held == [1.0] * 4  # outputs and gradients
+
+
 def test_parity_wants_curves_that_move_and_agree():
     plain = [10.0 - 0.1 * k for k in range(50)]
     assert parity.wrong({"plain": plain, "fused": [x * 1.01 for x in plain]}, 0.02) == ""
@@ -137,93 +146,6 @@ def test_parity_of_a_model():
     assert found["plain"] != found["fused"] and len(found["fused"]) == 20
 
 
-WORKER = """
-import json, os, sys, time
-for name in json.load(sys.stdin):
-    print("chatter", flush=True)
-    print(json.dumps({"begin": name}), flush=True)
-    if name == "hangs": time.sleep(60)
-    if name == "dies": os._exit(7)
-    print(json.dumps({"run": name, "failures": {"numerics": "wrong"} if name == "wrong" else {}}), flush=True)
-    if name == "breaks": sys.exit(3)
-"""
-
-
-def isolated_run(batches, **limits):
-    found = {}
-    limits = {"jobs": 2, "deadline": time.monotonic() + 100, "silent": 5.0, **limits}
-    isolated.run([sys.executable, "-c", WORKER], batches, found.__setitem__, **limits)
-    return found
-
-
-def test_tasks_that_hang_or_die_take_no_others_along():
-    found = isolated_run([["a", "dies", "b", "wrong"], ["hangs", "c"], ["breaks", "d"]])
-    assert {name for name, result in found.items() if not gpu_gate.failures(result)} == {"a", "b", "breaks", "c", "d"}
-    assert found["dies"]["died"].startswith("the process ended with 7: chatter")
-    assert found["hangs"]["died"] == "no end after 5 s"
-    assert gpu_gate.failures(found["wrong"]) == {"numerics": "wrong"}
-
-
-def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeypatch, capsys):
-    def work(task):
-        if task == "raises":
-            raise ValueError("what it is")
-        return {"failures": {"numerics": "wrong"} if task == "wrong" else {}, "figure": 1}
-
-    def serve(*tasks):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(tasks)))
-        code = isolated.serve(work)
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [line["begin"] for line in lines[::2]] == [line["run"] for line in lines[1::2]]
-        return code, {line["run"]: line["failures"] for line in lines[1::2]}
-
-    found = {"a": {}, "raises": {"raised": "ValueError: what it is"}, "wrong": {"numerics": "wrong"}}
-    assert serve("a", "raises", "wrong") == (0, found)
-
-    def lost():
-        raise RuntimeError("an illegal memory access")
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    code, found = serve("wrong", "b")
-    assert code == 3 and list(found) == ["wrong"] and found["wrong"]["numerics"] == "wrong"
-    assert found["wrong"]["device"] == "the device's context is lost: an illegal memory access"
-
-
-def test_what_is_not_done_in_time_stays_undone():
-    assert isolated_run([["hangs"]], deadline=time.monotonic() + 1.0) == {}
-    assert isolated_run([["a"]], deadline=time.monotonic()) == {}
-    found = {}
-    isolated.run(["false"], [["a", "b"]], found.__setitem__, jobs=1, deadline=time.monotonic() + 10)
-    assert {r["died"] for r in found.values()} == {"the process ended with 1: "} and set(found) == {"a", "b"}
-
-
-def gate_of(tmp_path, points, **content):
-    return gpu_gate.Gate(tmp_path / "record.json", content, {"runs": [["vae_loss-a"], ["reparameterize-a"]]}, points)
-
-
-def test_no_figure_without_a_green_gate(tmp_path):
-    good, bad = {"failures": {}}, {"failures": {"numerics": "wrong"}}
-    todo = [point_of(VAE_LOSS), point_of(REPARAMETERIZE)]
-
-    def measure(point, compiled):
-        return {"op": point.op.name, "variants": {"fused": {}, **({"compile": {}} if compiled else {})}}
-
-    gate = gate_of(tmp_path, todo, runs={"vae_loss-a": good, "reparameterize-a": bad})
-    for compiled in (False, True):
-        gate.measure(math.inf, compiled, measure, lambda point: "")
-        assert [f["op"] for f in gate.content["figures"]] == ["vae_loss"]
-        assert ("compile" in gate.content["figures"][0]["variants"]) == compiled
-    refused = gate.content["refused"]
-    assert refused == [{"point": str(todo[1]), "reason": "the gate of reparameterize is red, or not through"}]
-    # Nor where the op is green elsewhere but wrong on the very case that would be timed; nor when time is up.
-    gate = gate_of(tmp_path, todo[:1], runs={"vae_loss-a": good})
-    gate.measure(time.monotonic() - 1, False, measure, lambda point: "")
-    assert gate.content["figures"] == gate.content["refused"] == []
-    gate.measure(math.inf, False, measure, lambda point: "error 1 against float64")
-    assert gate.content["refused"][0]["reason"] == "error 1 against float64"
-
-
 def test_without_a_gpu_the_gate_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -232,15 +154,16 @@ def test_without_a_gpu_the_gate_says_so(capsys):
 
 
 def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
-    """On the CPU, with a few runs of one op."""
+    """On the CPU, with a few runs of one op, in processes as anywhere."""
     if extension()[0] is None:
         pytest.skip(extension()[1])
     few = [Run(VAE_LOSS, case, torch.float32, gpu_gate_backend(), "cpu") for case in VAE_LOSS.cases[:3]]
-    monkeypatch.setitem(points.SECONDS, "cpu", 0.0)
+    for stage in ("figures", "compiled"):
+        monkeypatch.setitem(gating.MODULES, stage, "tests.quick_figures")
     path = tmp_path / "record.json"
 
     def gate(content):
-        return gpu_gate.Gate(path, content, gpu_gate.tasks_of("cpu", few), [point_of(VAE_LOSS)])
+        return gating.Gate(path, content, gpu_gate.tasks_of("cpu", few), [point_of(VAE_LOSS)])
 
     first = gate(gpu_gate.begin("cpu", "abc"))
     gpu_gate.perform(first, "cpu", minutes=0.0, jobs=1)

@@ -188,9 +188,10 @@ def test_page_of_a_green_record(tmp_path):
         (lambda c: {**c, "runs": {**c["runs"], "gru-a": {"died": "no end after 5 s"}}}, "> - gru-a: `died: no end"),
         (lambda c: {**c, "memory_check": {"passed": False, "output": "\nout of bounds\n"}}, "memory_check: `out of"),
         (lambda c: {**c, "refused": [{"point": "gru-a", "reason": "x\ny"}]}, "> - gru-a: `no figure: x`"),
+        (lambda c: {**c, "errors": {"tuning": "OSError: x\ny"}}, "> - stage tuning: `OSError: x`"),
         (lambda c: {**c, "green": False}, "does not say what is wrong"),
     ],
-    ids=["numerics", "training", "died", "memory", "refused", "no reason"],
+    ids=["numerics", "training", "died", "memory", "refused", "stage", "no reason"],
 )
 def test_no_speed_up_without_a_green_gate(tmp_path, change, said):
     """Whatever the record says of itself; nor do the bars of a former page stay."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu_gate, isolated, parity, training_figures
+from bench import gpu_gate, isolated, parity, records, training_figures
 from genai_fast import ops
 from genai_fast.profiling.loops import COMPILE, EAGER, FUSED
 from genai_fast.training.settings import GPTConfig
@@ -29,9 +29,9 @@ def test_a_process_measures_what_it_is_asked_for():
     command = [sys.executable, "-m", "bench.training_figures", "cpu", "--rounds", "2", "--batch", "2", "--no-compile"]
     isolated.run(command, [["nobody's", "mlp_vae"]], found.__setitem__, jobs=1, deadline=time.monotonic() + 300)
     assert list(found) == ["nobody's", "mlp_vae"]
-    assert gpu_gate.failures(found["nobody's"])["raised"].startswith("UsageError: nobody's: expected one of mlp_vae")
+    assert records.failures(found["nobody's"])["raised"].startswith("UsageError: nobody's: expected one of mlp_vae")
     figure = found["mlp_vae"]
-    assert not gpu_gate.failures(figure), figure
+    assert not records.failures(figure), figure
     assert (figure["system"], figure["case"], figure["batch"]) == ("mlp_vae", "2x1x28x28", 2)
     wall = {variant: f["wall_us"] for variant, f in figure["variants"].items()}
     assert list(wall) == [EAGER, LAST, FUSED]
@@ -108,7 +108,7 @@ def test_no_figures_where_losses_differ(monkeypatch):
     figure = training_figures.figures("mlp_vae", "cpu", rounds=2, batch=4, compiled=False)
     assert figure["failures"]["numerics"].startswith("losses of step 1: expected about")
     assert not {"variants", "ratio", "samples_per_second"} & set(figure)
-    assert gpu_gate.failures(figure)
+    assert records.failures(figure)
 
 
 @pytest.mark.parametrize(
@@ -193,43 +193,6 @@ def test_what_only_a_gpu_tells(monkeypatch):
 
 
 # The gate's stage
-
-
-def test_the_gate_measures_training_alone_and_last(monkeypatch, tmp_path):
-    calls = []
-
-    def run(command, batches, done, *, jobs, deadline, silent):
-        calls.append((command[2], [*batches], jobs, silent))
-        for task in (task for batch in batches for task in batch):
-            done(task, {"failures": {"numerics": "wrong"} if task == "mlp_gan" else {}})
-
-    monkeypatch.setattr(gpu_gate.isolated, "run", run)
-    tasks = {
-        "runs": [],
-        "large": [],
-        "parity": [["lstm"]],
-        "tuning": [],
-        "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]],
-        "decoding": [["gpt2"]],
-    }
-    content = {"parity": {"mlp_vae": {"failures": {"parity": "another curve"}}}, "barrier_check": {"passed": True}}
-    gate = gpu_gate.Gate(tmp_path / "record.json", content, tasks, [])
-    gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
-    assert [call[0] for call in calls] == [*gpu_gate.STAGES.values()]
-    assert calls[-2] == ("bench.training_figures", [["lstm"], ["mlp_gan"]], 1, training_figures.SILENT)
-    assert calls[-1] == ("bench.decoding", [["gpt2"]], 1, training_figures.SILENT)
-    assert [call[2:] for call in calls[-4:-2]] == [(8, isolated.SILENT), (1, isolated.SILENT)]
-    found = gate.content["training"]
-    assert found["mlp_vae"] == {"failures": {"parity": "that of mlp_vae is red"}}
-    assert gate.through() and not gate.green()
-    # What is done stays done, red or not.
-    calls.clear()
-    gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
-    assert calls[-2][1] == calls[-1][1] == []
-    for name in ("mlp_vae", "mlp_gan"):
-        found[name] = {"failures": {}}
-    content["parity"]["mlp_vae"] = {"failures": {}}
-    assert gate.green()
 
 
 def test_tasks_of_the_gate(monkeypatch):

@@ -151,7 +151,7 @@ def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> paths.K
         type(conv).__name__, tuple(x.shape), "to", conv.out_channels, "kernel", conv.kernel_size, "stride", conv.stride,
         "padding", conv.padding, conv.output_padding, "dilation", conv.dilation, "groups", conv.groups,
         *("bias" for _ in range(conv.bias is not None)), *(type(m).__name__ for m in modules[1:]),
-        str(x.dtype).removeprefix("torch."), *_multiplied(x), *((str(narrow).removeprefix("torch."),) if narrow else ()),
+        str(x.dtype).removeprefix("torch."), *((str(narrow).removeprefix("torch."),) if narrow else _multiplied(x)),
         _layout(x), "weight", _layout(conv.weight), "training" if modules[len(letters) > 1].training else "evaluation",
         "gradients", _needs_gradient(x), _needs_gradient(*conv.parameters()), *((forced,) if forced else ()),
     )  # fmt: skip

@@ -1,0 +1,307 @@
+"""What a GPU gate does, in which order, and what of it counts; no process is started but stand-ins for tools."""
+
+import argparse
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from bench import gate_checks, gating, gpu_gate, isolated, large, op_figures, points, record, records
+from genai_fast.kernels.common import tuned
+from genai_fast.registry import OPS
+from genai_fast.testing import Run
+
+VAE_LOSS, REPARAMETERIZE = OPS["vae_loss"], OPS["reparameterize"]
+
+
+def point_of(op, case=0):
+    return points.Point(op, op.bench_cases[case], torch.float32, "cpu")
+
+
+def gate_of(tmp_path, points, tasks=None, **content):
+    tasks = {stage: [] for stage in records.STAGES} | (tasks or {"runs": [["vae_loss-a"], ["reparameterize-a"]]})
+    content.setdefault("commit", "abc")
+    return gating.Gate(tmp_path / "record.json", content, tasks, points)
+
+
+GOOD, BAD = {"failures": {}}, {"failures": {"numerics": "wrong"}}
+LACKING = {"failures": {"raised": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4.00 GiB"}}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Processes that were asked for, and `said`: what they say of each task, GOOD or a figure where nothing is told."""
+    asked, said = [], {}
+
+    def run(command, batches, done, **limits):
+        asked.append((command[2], [*batches], limits))
+        compiled = {"compile": {}} if command[-1] == "--compile" else {}
+        for task in (task for batch in batches for task in batch):
+            if task == "breaks the stage":
+                raise OSError("no more processes")
+            figure = {"op": task.partition("-")[0], "variants": {"fused": {}, **compiled}}
+            done(task, dict(said.get(task, figure if command[2] == "bench.op_figures" else GOOD)))
+
+    monkeypatch.setattr(isolated, "run", run)
+    return asked, said
+
+
+def measured(gate, compiled=False):
+    gate.measure("cpu", math.inf, compiled=compiled)
+    return {f["point"]: "compile" in f["variants"] for f in gate.content["figures"]}
+
+
+def test_no_figure_without_a_green_gate(tmp_path, stand_in):
+    asked, said = stand_in
+    todo = [point_of(VAE_LOSS), point_of(REPARAMETERIZE)]
+    mine, other = map(str, todo)
+    gate = gate_of(tmp_path, todo, runs={"vae_loss-a": GOOD, "reparameterize-a": BAD})
+    for compiled in (False, True):
+        assert measured(gate, compiled) == {mine: compiled}
+    refused = [{"point": other, "reason": "the gate of reparameterize is red", "again": False}]
+    assert gate.content["refused"] == refused
+    # It waits for what may yet be right, and is measured once it is.
+    del gate.content["runs"]["reparameterize-a"]
+    assert measured(gate) == {mine: True} and gate.content["refused"] == []
+    assert gate.left()["figures"] == [other]
+    gate.content["runs"]["reparameterize-a"] = GOOD
+    assert measured(gate) == {mine: True, other: False}
+    # Nor where the op is green elsewhere but wrong on the very case that would be timed.
+    gate = gate_of(tmp_path, todo[:1], runs={"vae_loss-a": GOOD})
+    said[mine] = {"refused": "error 1 against float64"}
+    assert measured(gate) == {}
+    assert gate.content["refused"] == [{"point": mine, "reason": "error 1 against float64", "again": False}]
+    count = len(asked)
+    assert measured(gate) == {} and asked[count][1] == []  # that is final
+
+
+def test_a_point_that_ends_its_process_is_refused_but_not_for_torch_compile(tmp_path, stand_in):
+    _, said = stand_in
+    point = point_of(VAE_LOSS)
+    gate = gate_of(tmp_path, [point], runs={"vae_loss-a": GOOD})
+    assert measured(gate) == {str(point): False}
+    said[str(point)] = {"died": "the process ended with -11: "}
+    assert measured(gate, compiled=True) == {str(point): True} and gate.content["refused"] == []
+    assert gate.content["figures"][0]["variants"]["compile"]["skipped"] == "died: the process ended with -11: "
+    for result, again in ((said[str(point)], False), (LACKING, True), ({"died": "no end after 180 s"}, True)):
+        said[str(point)] = result
+        gate = gate_of(tmp_path, [point], runs={"vae_loss-a": GOOD})
+        assert measured(gate) == {}
+        assert [r["again"] for r in gate.content["refused"]] == [again]
+
+
+def test_no_training_figure_where_the_curve_is_red(tmp_path, stand_in):
+    asked, _ = stand_in
+    tasks = {"parity": [["lstm"]], "training": [["mlp_vae"], ["lstm"], ["mlp_gan"]]}
+    gate = gate_of(tmp_path, [], tasks, parity={"mlp_vae": BAD, "lstm": GOOD})
+    gate.run_stage("training", "cpu", math.inf)
+    assert asked[-1][1] == [["lstm"], ["mlp_gan"]]
+    found = gate.content["training"]
+    assert found["mlp_vae"] == {"failures": {"parity": "that of mlp_vae is red"}} and not gate.green()
+    # What is done stays done, but for what the curve alone forbade.
+    gate.run_stage("training", "cpu", math.inf)
+    assert asked[-1][1] == []
+    gate.content["parity"]["mlp_vae"] = GOOD
+    gate.run_stage("training", "cpu", math.inf)
+    assert asked[-1][1] == [["mlp_vae"]] and found["mlp_vae"] == GOOD
+
+
+def test_what_failed_for_lack_of_memory_or_time_is_tried_once_more(tmp_path):
+    lost = {"failures": {**LACKING["failures"], "device": "the device's context is lost"}}
+    results = {"a": GOOD, "b": BAD, "c": LACKING, "d": {"died": "no end after 180 s"}, "e": lost}
+    results |= {"f": {"died": "the process ended with -9: "}, "g": {"died": "the process ended with -6: "}}
+    refused = [{"point": "p", "reason": "...", "again": True}, {"point": "q", "reason": "...", "again": False}]
+    gate = gate_of(
+        tmp_path, [], {"runs": [[*results, "never"]]}, runs=dict(results), refused=refused,
+        memory_check={"skipped": "12 s were left", "again": True},
+    )  # fmt: skip
+    assert gate.left() == {"runs": ["never"], "checks": ["barrier_check"]}
+    gate.retry()
+    assert gate.left() == {"runs": ["c", "d", "f", "never"], "checks": ["barrier_check", "memory_check"]}
+    assert [r["point"] for r in gate.content["refused"]] == ["q"]
+    gate.content["runs"] |= results
+    gate.retry()
+    assert gate.left()["runs"] == ["never"]
+
+
+def test_a_stage_that_fails_ends_no_other(tmp_path, stand_in):
+    tasks = {"runs": [["breaks the stage"]], "decoding": [["gpt2"]]}
+    gate = gate_of(tmp_path, [], tasks, barrier_check={"passed": True})
+    gpu_gate.perform(gate, "cpu", 1.0, 1)
+    found = records_of(gate)
+    assert found["errors"] == {"runs": "OSError: no more processes"} and found["decoding"] == {"gpt2": GOOD}
+    assert found["left"] == {"runs": ["breaks the stage"]} and not found["green"]
+    gate = gate_of(tmp_path, [], {**tasks, "runs": [["a"]]}, **found)
+    gpu_gate.perform(gate, "cpu", 1.0, 1)
+    assert records_of(gate)["errors"] == {} and gate.green()
+
+
+def records_of(gate):
+    return json.loads(gate.path.read_text())
+
+
+def test_stages_go_in_order_as_many_at_once_as_the_device_bears(tmp_path, monkeypatch, stand_in):
+    asked, _ = stand_in
+    point = point_of(VAE_LOSS)
+    tasks = {"runs": [["vae_loss-a"], ["vae_loss-b", "vae_loss-c"]], "large": [["x", "y"]], "parity": [["lstm"]]}
+    tasks |= {"training": [["mlp_vae"]], "decoding": [["gpt2"]], "tuning": [["t"]]}
+    gate = gate_of(tmp_path, [point], tasks, barrier_check={"passed": True})
+    gpu_gate.perform(gate, "cpu", 1.0, jobs=8)
+    assert [module for module, *_ in asked] == [*gating.MODULES.values()]
+    assert [*gating.MODULES] == [stage for stage in gpu_gate.STAGES if stage not in ("barrier", "memory")]
+    by_stage = dict(zip(gating.MODULES, asked, strict=True))
+    assert by_stage["runs"][1] == [["vae_loss-b", "vae_loss-c"], ["vae_loss-a"]]  # the longest first
+    assert by_stage["large"][1] == [["x", "y"]] and by_stage["compiled"][1] == [[str(point)]]
+    jobs = {stage: limits["jobs"] for stage, (*_, limits) in by_stage.items()}
+    assert jobs == dict.fromkeys(gating.MODULES, 1) | {"runs": 8, "parity": 8}
+    slow = [stage for stage, (*_, limits) in by_stage.items() if limits["silent"] > isolated.SILENT]
+    assert slow == ["training", "decoding", "compiled", "tuning"]
+    for stage, (*_, limits) in by_stage.items():
+        own = (limits["environment"] or os.environ)["GENAI_FAST_CACHE"] != os.environ["GENAI_FAST_CACHE"]
+        assert own == (jobs[stage] > 1), stage
+    assert gate.green()
+    # What is done stays done, and only what is asked for is asked about.
+    asked.clear()
+    gpu_gate.perform(gate, "cpu", 1.0, jobs=8, stages=("large", "tuning"))
+    assert [(module, batches) for module, batches, _ in asked] == [("bench.large", []), ("bench.tuning", [])]
+
+
+def test_stages_are_checked():
+    assert gpu_gate.stages_of("runs,memory") == ("runs", "memory")
+    for text in ("run", "runs,,memory", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected some of barrier,runs"):
+            gpu_gate.stages_of(text)
+
+
+def test_tasks_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_gate.tuning, "tasks", lambda device: [])
+    ops = [(VAE_LOSS, ("reference", "triton")), (OPS["adam_step"], ("reference",))]
+    every = [Run(op, op.cases[0], torch.float32, name, "cuda") for op, names in ops for name in names]
+    tasks = gpu_gate.tasks_of("cuda", iter(every))
+    assert tasks["runs"] == [[str(every[1])], [str(every[2])]]  # the reference where there is nothing else
+    assert tasks["large"] == [[*large.LARGE]]
+    assert gpu_gate.tasks_of("cpu", every[:1])["runs"] == [[str(every[0])]]
+
+
+def test_figures_are_taken_again_when_their_launches_were_tuned(tmp_path, monkeypatch, stand_in):
+    asked, said = stand_in
+    todo = [point_of(VAE_LOSS), point_of(REPARAMETERIZE)]
+    mine, other = map(str, todo)
+    tasks = {"runs": [["vae_loss-a"], ["reparameterize-a"]], "training": [["mlp_gan"]], "tuning": [["t", "u"]]}
+    gate = gate_of(tmp_path, todo, tasks, barrier_check={"passed": True}, memory_check={"skipped": ""})
+    for name, launches in ((mine, ["vae_loss/forward"]), (other, ["reparameterize/forward"])):
+        said[name] = {"op": "x", "variants": {"fused": {}, "compile": {}}, "launches": launches}
+    said["mlp_gan"] = {"variants": {"fused": {}}}
+    kernel = {"failures": {}, "settings": {}, "dtype": "float32", "shape": [1], "default": {}}
+    said["t"] = {**kernel, "kernel": "vae_loss/forward"}
+    said["u"] = {**kernel, "kernel": "reparameterize/forward"}
+    tuned = {}
+    monkeypatch.setattr(gating, "in_force", lambda result, device: tuned.get(result["kernel"], 0))
+    monkeypatch.setattr(gating.tuning, "write", lambda *_: (tuned.update({"vae_loss/forward": 1}), ["kernels/a"])[1])
+    gpu_gate.perform(gate, "cpu", 1.0, 1)
+    assert gate.content["tuned"] == ["vae_loss/forward"]
+    assert gate.content["tuning"]["t"]["changed"] and not gate.content["tuning"]["u"]["changed"]
+    # Of a whole step nobody knows which launches it has.
+    assert gate.left() == {gating.AGAIN: [mine, "mlp_gan"]} == records_of(gate)["left"]
+    assert gate.written == {gate.path, record.ROOT / "kernels/a"}
+    asked.clear()
+    gpu_gate.perform(gate, "cpu", 1.0, 1)
+    again = [(module, batches) for module, batches, _ in asked if batches]
+    assert again == [("bench.training_figures", [["mlp_gan"]]), ("bench.op_figures", [[mine]])]
+    assert gate.green()
+
+
+def test_the_command_line(tmp_path, monkeypatch, stand_in, capsys):
+    _, said = stand_in
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_gate.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_gate, "every_run", lambda devices: [])
+    monkeypatch.setattr(gpu_gate, "points", lambda device: [])
+    monkeypatch.setattr(gpu_gate.record, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(
+        gpu_gate, "begin", lambda device, commit: {"commit": commit, "environment": {"device": "a GPU"}}
+    )
+    monkeypatch.setattr(
+        gpu_gate, "tasks_of", lambda *_: {stage: [] for stage in records.STAGES} | {"runs": [["a", "b"]]}
+    )
+    monkeypatch.setattr(gate_checks, "barrier_check", lambda limit: {"passed": True})
+    monkeypatch.setattr(gate_checks, "memory_check", lambda limit: {"skipped": "not installed"})
+    path = tmp_path / "record.json"
+    said["a"] = LACKING
+
+    def main(*more):
+        return gpu_gate.main(["--out", str(path), "--commit", "abc", *more]), capsys.readouterr().out.splitlines()
+
+    code, lines = main("--minutes", "0")
+    assert code == 3 and lines[0] == "device: a GPU"
+    assert lines[-3:] == ["left, checks: 1", "not through: --continue", f"written: {path}"]
+    code, lines = main("--continue", "--stages", "memory")
+    assert code == 3 and "left, runs: 1" in lines  # for lack of memory: it is tried again when that is asked for
+    said["a"] = GOOD
+    code, lines = main("--continue")
+    assert code == 0 and lines[-2:] == ["green", f"written: {path}"]
+    with pytest.raises(SystemExit):
+        main("--stages", "everything")
+
+
+def test_settings_in_force():
+    found = {"kernel": "vae_loss/forward", "dtype": "float32", "shape": [8, 8], "default": {"num_warps": 4}}
+    assert gating.in_force(found, "cpu") == {"num_warps": 4}
+
+
+def test_a_point_says_which_launches_it_has(monkeypatch):
+    point = point_of(VAE_LOSS)
+    monkeypatch.setattr(op_figures, "figures", lambda point, compiled: {"compiled": compiled})
+
+    def step(self, variant):
+        x = torch.empty(0)
+        return lambda: [tuned.launch(name, x, (1,)) for name in ("b/y", "b/y", "a/x")]
+
+    monkeypatch.setattr(points.Point, "step", step)
+    assert op_figures.measure(point, True) == {"compiled": True, "launches": ["a/x", "b/y"]}
+    monkeypatch.setattr(op_figures, "red", lambda point: "wrong")
+    assert op_figures.measure(point, True) == {"refused": "wrong"}
+
+
+TOOL = """#!/bin/sh
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "expected"),
+    [
+        ("echo fine", 600.0, {"passed": True, "output": "fine\n"}),
+        ("echo found; exit 9", 600.0, {"passed": False, "output": "found\n"}),
+        ("echo '===== Error: Device not supported'; exit 9", 600.0, "here: ===== Error: Device not supported"),
+        ("echo no driver; exit 1", 600.0, "here: it ended with 1: no driver"),
+        ("sleep 30", 1.0, "took more than 1 s"),
+        ("sleep 30", -3.0, "0 s were left, of 60"),
+    ],
+)
+def test_the_memory_check_is_red_only_where_something_was_found(monkeypatch, tmp_path, script, limit, expected):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(script))
+    tool.chmod(0o755)
+    monkeypatch.setattr(gate_checks.shutil, "which", lambda name: str(tool))
+    if limit > 0:
+        monkeypatch.setattr(gate_checks, "LEAST", 0.0)
+    found = gate_checks.memory_check(limit)
+    if isinstance(expected, dict):
+        assert found == expected
+    else:
+        assert expected in found["skipped"] and ("again" in found) == (limit < 60)
+
+
+def test_the_barrier_is_given_the_time_that_is_left(monkeypatch):
+    said = []
+    monkeypatch.setattr(isolated, "call", lambda command, limit: (said.append(limit), ending)[1])
+    ending = (None, "gru 512: right\n")
+    assert gate_checks.barrier_check(0.0) is None and gate_checks.barrier_check(10.0) is None
+    assert gate_checks.barrier_check(400.0)["output"] == "gru 512: right\nno end after 300 s"
+    assert said == [10.0, 300.0]
+    for code, key in ((0, "passed"), (1, "passed"), (2, "skipped")):
+        ending = (code, "gru\n")
+        assert gate_checks.barrier_check()[key] == {0: True, 1: False, 2: "gru"}[code]
