@@ -104,8 +104,7 @@ class Record:
 
     def not_reached(self) -> list[str]:
         """What the gate had to do and has not done; a line a stage."""
-        left = {} if self.through else self.content.get("left", {})
-        return [f"{stage}: {listed(names)}" for stage, names in left.items()]
+        return [f"{stage}: {listed(names)}" for stage, names in self.content.get("left", {}).items()]
 
 
 def failures(result: dict[str, Any]) -> dict[str, str]:

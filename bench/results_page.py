@@ -14,6 +14,8 @@ from bench import records
 from bench.points import COMPILED, FUSED
 from bench.records import Record, title
 from genai_fast.errors import require
+from genai_fast.paths import Choice
+from genai_fast.tune import table as choices
 
 SAMPLE = "made-up sample record: these are not measurements"
 PAGE, MARK = "README.md", "<!-- made by python -m bench.report -->"
@@ -34,6 +36,7 @@ def page(found: Sequence[Record]) -> dict[str, bytes]:
         _ops(shown, images),
         _slower(shown) if shown.green else [],
         _training(shown, images),
+        _paths(shown),
         _decoding(shown),
         _tuning(content.get("tuning", {})),
         _section("Training curves", _image(images, PARITY, "losses, plain and fused")),
@@ -193,6 +196,15 @@ def _measured(variants: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(ran, key=lambda v: (v[0] == FUSED, v[0].startswith(COMPILED), v[0]))
 
 
+def _paths(record: Record) -> list[str]:
+    """Which way each convolution of the fused steps goes, and why."""
+    chosen = {key: Choice(**choice) for figure in record.training for key, choice in figure.get("paths", {}).items()}
+    if not chosen:
+        return []
+    header, *rows = choices(chosen)
+    return _section("The path of each convolution", table(header, rows))
+
+
 def _decoding(record: Record) -> list[str]:
     header = ["model", "dtype", "batch", "variant", "us a token", "drawn, us", "tokens/s"]
     header += ["rate", "of roof", "its time / fused"] if record.green else []
@@ -240,6 +252,7 @@ def _notes(record: Record) -> list[str]:
         found += [f"{title(f)}: fused is no captured graph"] if f["variants"][FUSED].get("captured") is False else []
     for system, f in content.get("training", {}).items():
         found += [f"training step of {system} was skipped: {f['skipped']}"] if "skipped" in f else []
+    found += [f"not done yet: {names}" for names in record.not_reached()] if record.through else []
     if (content.get("foreign_load") or 0.0) > records.OTHERS:
         found.append(f"over the whole gate other programs kept {content['foreign_load']:.1f} processors busy")
     return found

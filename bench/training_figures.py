@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from bench import isolated, parity
+from genai_fast import paths
 from genai_fast.errors import UsageError
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.counters import Energy, PeakMemory
@@ -161,7 +162,8 @@ def figures(
     wall_us: median of a step and the wait for its end. device_us (CUDA): median of a step among others queued back to
     back, by events: the longer of what the host and the device take. peak_bytes: as `warmed` says. captured: whether
     the fused step is a graph. ratio, samples_per_second, tokens_per_second and mfu: by wall_us, of the fused step; mfu:
-    FLOP/s of the plain script's products over what the machine's own reach in their precision.
+    FLOP/s of the plain script's products over what the machine's own reach in their precision. paths: of each
+    convolution of the fused step, and the times that it was chosen by.
 
     Args:
         batch: samples a step; None: as the system has it.
@@ -204,6 +206,7 @@ def figures(
         **({"tokens_per_second": round(system.batch * tokens / fused, 1)} if tokens else {}),
         **(_utilisation(counted, fused, device) if counted is not None else {}),
         **({"energy": energy.reason} if device == "cuda" and energy.reason else {}),
+        "paths": {key: choice._asdict() for key, choice in paths.chosen(torch.device(device)).items()},
         "foreign_load": load.cores(),
     }
 

@@ -108,6 +108,14 @@ def test_no_training_figure_where_the_curve_is_red(tmp_path, stand_in):
     assert asked[-1][1] == [["mlp_vae"]] and found["mlp_vae"] == GOOD
 
 
+def test_launches_that_nobody_searched_keep_no_verdict_waiting(tmp_path):
+    done = dict(runs={"a": GOOD}, barrier_check={"passed": True}, memory_check={"passed": True})
+    gate = gate_of(tmp_path, [], {"runs": [["a"]], "tuning": [["t", "u"]]}, **done)
+    assert gate.left() == {"tuning": ["t", "u"]} and gate.through() and gate.green()
+    gate.content["tuning"]["t"] = BAD
+    assert gate.through() and not gate.green()
+
+
 def test_what_failed_for_lack_of_memory_or_time_is_tried_once_more(tmp_path):
     lost = {"failures": {**LACKING["failures"], "device": "the device's context is lost"}}
     results = {"a": GOOD, "b": BAD, "c": LACKING, "d": {"died": "no end after 180 s"}, "e": lost}

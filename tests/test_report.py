@@ -164,6 +164,8 @@ def test_page_of_a_green_record(tmp_path):
         "1.000", "0.500", "10",
     )  # fmt: skip
     assert (fused["gpt_nano"]["tokens/s"], fused["gpt_nano"]["device ms"]) == ("500000", "-")
+    (path,) = rows(text, "The path of each convolution")
+    assert (path["path"], path["why"], path["kernel us"], path["torch us"]) == ("kernel", "2.00 x torch", "100", "200")
     *_, compiled, written = rows(text, "Decoding")
     assert (compiled["us a token"], compiled["tokens/s"], compiled["its time / fused"]) == ("500.0", "-", "2.00")
     assert (written["us a token"], written["drawn, us"], written["tokens/s"]) == ("250.0", "500.0", "4000")
