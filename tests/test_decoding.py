@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import decoding
+from bench import decoding, isolated
 from bench.training_figures import REDUCED
 from genai_fast.profiling.loops import EAGER, FUSED
 
@@ -25,8 +25,8 @@ def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(["nobody's", "tiny"])))
     monkeypatch.setattr(sys, "argv", ["decoding", "cpu", "--rounds", "2", "--no-compile"])
     assert decoding.main() == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    refused, found = (line for line in lines if "run" in line)
+    messages = filter(None, map(isolated._message, capsys.readouterr().out.splitlines()))
+    refused, found = (message for message in messages if "run" in message)
     assert refused["failures"]["raised"].startswith("UsageError: nobody's: expected one of gpt2_bfloat16")
     assert "failures" not in found and list(found["variants"]) == [EAGER, FUSED]
     ours = found["variants"][FUSED]["wall_us"]
