@@ -1,5 +1,6 @@
 """Methods that somebody wrote: what fuse joins in them, and that it joins nothing that anything else can see."""
 
+import contextlib
 import importlib.util
 import inspect
 import random
@@ -235,6 +236,184 @@ def test_methods_beside_forward_are_explained():
 
     assert ("", "sample: it is decorated") in {(row.path, row.reason) for row in explain(Sampler())}
     assert [*explain(fuse(Sampler()))] == [*explain(Sampler())]
+
+
+ACTIVATION = F.relu
+
+
+class _ByName(_Base):
+    def forward(self, x):
+        return ACTIVATION(self.bn(self.conv(x)))
+
+
+def test_functions_are_looked_up_at_every_call(monkeypatch, fused_calls):
+    model, plain = fuse(_ByName()), _ByName()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    assert_close(model(x), plain(x))
+    assert fused_calls == ["relu"]
+    monkeypatch.setitem(globals(), "ACTIVATION", F.gelu)
+    assert_close(model(x), plain(x))
+    assert fused_calls == ["relu"]
+
+
+def test_a_method_that_is_replaced_later_is_made_anew():
+    def times(s):
+        def forward(self, x, more=s):
+            return F.relu(self.bn(self.conv(x))) * s + more
+
+        return forward
+
+    class Scaled(_Base):
+        pass
+
+    x, found = torch.randn(4, 3, 8, 8), []
+    for s in (2.0, 3.0):
+        Scaled.forward = times(s)
+        torch.manual_seed(0)
+        model = Scaled()
+        expected = model(x)
+        torch.manual_seed(0)
+        found.append(fuse(Scaled()))
+        assert_close(found[-1](x), expected)
+
+    class Edited(_Base):
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)))
+
+    fuse(Edited())
+    Edited.forward.__code__ = (lambda self, x: F.relu(self.bn(self.conv(x))) + 1.0).__code__  # as reloaders do it
+    assert fuse(Edited())(x).min() >= 1.0
+
+
+class _Swallows(_Base):
+    def forward(self, x):
+        h = x
+        with contextlib.suppress(ValueError):
+            h = self.conv(h)
+            h = self.bn(h)
+        return h
+
+
+def test_what_a_with_swallows_leaves_what_was_done():
+    model, plain = fuse(_Swallows()), _Swallows()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 1, 1)  # batch norm refuses a single value a channel
+    assert_close(model(x), plain(x))
+
+
+TICK = 0
+
+
+class _Ticks(_Base):
+    def tick(self, x):
+        global TICK
+        TICK += 1
+        return x
+
+    def forward(self, x):
+        h = self.tick(x)
+        h = self.bn(h)
+        return F.relu(h), TICK
+
+
+def test_a_global_is_read_when_it_was(monkeypatch):
+    monkeypatch.setitem(globals(), "TICK", 0)
+    assert fuse(_Ticks())(torch.randn(4, 3, 8, 8))[1] == 1
+
+
+class _OwnClass(_Base):
+    hidden: int
+
+    def train(self, mode=True):
+        super(self.__class__, self).train(mode)
+        return self
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+def test_a_class_that_asks_for_itself_stays():
+    model = _OwnClass()
+    (row,) = explain(model)
+    assert "super with the object's own class" in row.reason and type(fuse(model)) is _OwnClass
+    fuse(model).train()
+
+    class Annotated(_ByName):
+        hidden: int
+
+    assert inspect.get_annotations(type(fuse(Annotated()))) == inspect.get_annotations(Annotated) == {"hidden": int}
+
+    class Own(nn.Sequential):
+        def train(self, mode=True):
+            return super(type(self), self).train(mode)
+
+    model = Own(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    assert "own class" in explain(model).rows[0].reason and type(fuse(model)) is Own and model.train()
+
+
+@pytest.mark.parametrize("make", [_ByName, lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())])
+def test_tensors_without_numbers(make):
+    assert fuse(make()).to("meta")(torch.empty(4, 3, 8, 8, device="meta")).shape == (4, 3, 8, 8)
+
+
+def test_what_is_put_on_a_child_counts(fused_calls):
+    """Padding that goes round, as texture makers patch it in; weights that another network made."""
+    x = torch.randn(4, 3, 8, 8)
+    for patch in (
+        lambda m: setattr(m.conv, "_conv_forward", lambda x, w, b: F.conv2d(F.pad(x, (1,) * 4, "circular"), w, b)),
+        lambda m: (m.bn._parameters.pop("weight"), object.__setattr__(m.bn, "weight", torch.full((3,), 2.0))),
+    ):
+        torch.manual_seed(0)
+        model = fuse(_ByName())
+        torch.manual_seed(0)
+        plain = _ByName()
+        for m in (model, plain):
+            patch(m)
+        for training in (True, False):
+            with torch.set_grad_enabled(training):
+                assert_close(model.train(training)(x), plain.train(training)(x))
+
+
+def test_an_identity_gives_the_tensor_itself():
+    x = torch.ones(64, 64)
+    fuse(nn.Sequential(nn.Identity(), nn.Dropout(0.5, inplace=True))).train()(x)
+    assert 0.3 < (x == 0).float().mean() < 0.7
+
+
+class _Constant(_Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("image", torch.randn(4, 3, 8, 8))
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(self.image))) + x
+
+
+def test_tracing_where_a_chain_begins_with_a_constant():
+    model = _Constant().eval()
+    x = torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    assert_close(torch.fx.symbolic_trace(fuse(model))(x), expected)
+
+
+def test_hooks_on_all_modules_see_the_children_alone():
+    model, seen = fuse(_ByName()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    try:
+        model(torch.randn(4, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert seen == ["Conv2d", "BatchNorm2d", "_ByName"]
+
+
+def test_wrong_channels_raise_as_before():
+    for model in (_ByName(), fuse(_ByName())):
+        with pytest.raises(RuntimeError):
+            F.relu(model.bn(torch.randn(4, 5, 8, 8)))
+        model.conv = nn.Conv2d(3, 5, 1)
+        with pytest.raises(RuntimeError):
+            model(torch.randn(4, 3, 8, 8))
 
 
 def test_an_error_names_the_line_that_was_written():

@@ -9,6 +9,8 @@ subclass of what it was. Whether a run is fused is decided at each call, by `gen
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +68,8 @@ def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> typ
     key = (cls, *key)
     if key not in _classes:
         base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        names = {k: v for k, v in vars(cls).items() if k == "__annotations__"}
+        names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _classes[key] = type(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
     return _classes[key]
 
@@ -78,18 +81,38 @@ def _is_sequential(cls: type) -> bool:
     )  # fmt: skip
 
 
+def _asks_for_its_class(cls: type) -> str:
+    """The method that calls super(self.__class__, self): in a subclass that never ends. "" if none does."""
+    for base in cls.__mro__:
+        for name, member in vars(base).items():
+            names = getattr(getattr(member, "__code__", None), "co_names", ())
+            if "super" in names and ("__class__" in names or "type" in names):
+                try:
+                    source = inspect.getsource(member)
+                except (OSError, TypeError):
+                    return name
+                if re.search(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,", source):
+                    return name
+    return ""
+
+
 def _plans(module: nn.Module, cls: type[nn.Module]) -> tuple[dict[str, Any], dict[str, str]]:
     """For a module whose class somebody wrote: its methods that are made again, and why others are not."""
-    from genai_fast.fuse._written import NothingFound, Refused, methods, written  # it is not needed to import this
+    from genai_fast.fuse._source import NothingFound, Refused
+    from genai_fast.fuse._written import methods, written  # neither is needed to import this package
 
     if "forward" in module.__dict__:
         return {}, {"forward": "it is replaced"}
+    if method := _asks_for_its_class(cls):
+        return {}, {method: "it calls super with the object's own class, which fuse changes"}
     plans, refused = {}, {}
     for name, function in methods(module, cls):
         try:
             plans[name] = written(module, function)
         except Refused as reason:
             refused[name] = reason
+        except Exception as error:  # of a class that does what nobody thought of: it stays as it is
+            refused[name] = Refused(f"it cannot be read ({type(error).__name__}: {error})")
     silent = {name for name, why in refused.items() if isinstance(why, NothingFound) and (plans or name != "forward")}
     return plans, {name: str(why) for name, why in refused.items() if name not in silent}
 
@@ -111,7 +134,7 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     if cls in _LAYERS:
         return _subclass(cls, (), forward=_LAYERS[cls].forward)
     if _is_sequential(cls):
-        if issubclass(cls, FusedSequential):
+        if issubclass(cls, FusedSequential) or _asks_for_its_class(cls):
             return None
         return _subclass(cls, (), forward=FusedSequential.forward)
     if not _is_written(module, cls):
@@ -162,7 +185,7 @@ def fuse(model: nn.Module) -> nn.Module:
     _check("fuse", model)
     for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
         if cls is not None:
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)
     return model
 
 
@@ -174,7 +197,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     _check("unfuse", model)
     for module in model.modules():
         if _original(type(module)) is not type(module):
-            module.__class__ = _original(type(module))
+            object.__setattr__(module, "__class__", _original(type(module)))
     return model
 
 
@@ -228,6 +251,8 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
     elif _is_sequential(cls):
         if "forward" in module.__dict__:
             yield Row(path, found, "", obstacle(module))
+        elif method := _asks_for_its_class(cls):
+            yield Row(path, found, "", f"{method}: it calls super with the object's own class, which fuse changes")
         else:
             yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
     elif _is_written(module, cls):
@@ -236,7 +261,7 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
             yield Row(path, found, "", f"{method}: {reason}")
         for plan in plans.values():
             for chain in plan.chains:
-                names = [step if isinstance(step, str) else f"{type(step).__name__}()" for step in chain.steps]
+                names = list(map(str, chain.steps))
                 yield from _chain_rows(path, names, list(chain.modules))
 
 

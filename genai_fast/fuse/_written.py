@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -19,24 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.fuse._source import NothingFound, Refused, Source, source_of
 from genai_fast.layers._run import run
-from genai_fast.layers._stock import letter, runs
+from genai_fast.layers._stock import global_hooks, letter, runs
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-class Refused(Exception):
-    """Why a method is left alone."""
+class Called(NamedTuple):
+    """An activation that is called as a function, or as a method of a tensor (function is None then)."""
 
+    module: nn.Module
+    function: Any
+    settings: tuple[Any, ...]
+    named: dict[str, Any]
 
-class NothingFound(Refused):
-    """There is nothing to run as one."""
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__}()"
 
 
 class Chain(NamedTuple):
-    """Steps that follow each other: the path of a child, or an activation that is called as a function."""
+    """Steps that follow each other: paths of children, and activations."""
 
-    steps: tuple[str | nn.Module, ...]
+    steps: tuple[str | Called, ...]
     modules: tuple[nn.Module, ...]
 
 
@@ -69,7 +73,7 @@ class _Step(NamedTuple):
     """A call of one module or activation on one value."""
 
     given: ast.expr
-    name: str | nn.Module
+    name: str | Called
     module: nn.Module
 
 
@@ -96,11 +100,14 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
+        self.swallows = False  # whether what is raised here may end here, and who goes on see what is in between
         definition.body = self._body(definition.body)
 
     # --- statements in a row become one expression
 
     def _body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        if self.swallows:
+            return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
         for statement in statements:
             if joined and (whole := self._joined(joined[-1], statement)):
@@ -140,7 +147,8 @@ class _Rewriter(ast.NodeTransformer):
         elif isinstance(node, ast.Call) and self._global(node.func) is not None:
             parts = node.args
         for part in parts:
-            if not isinstance(part, (ast.Name, ast.Constant)):
+            variable = isinstance(part, ast.Name) and part.id in self.variables  # others may see a global one change
+            if not variable and not isinstance(part, ast.Constant):
                 return self._first(part, name)
         return None
 
@@ -153,11 +161,12 @@ class _Rewriter(ast.NodeTransformer):
             given = step.given
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
         cut = runs("".join([letter(module) for module in chain.modules]))
-        if not any(r.fused and r.letters.strip("CAa") for r in cut):  # for convolutions alone nothing is replaced
+        if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
             return self.generic_visit(node)
         called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
         self.chains.append(chain)
-        children = [call.func for step, call in steps if isinstance(step.name, str)]
+        # What is called is looked up at every call, but for a tensor's methods.
+        children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
         return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
 
     def _step(self, node: ast.expr | None) -> _Step | None:
@@ -167,32 +176,36 @@ class _Rewriter(ast.NodeTransformer):
         if path and (child := self._child(node.func)) is not None:
             alone = len(node.args) == 1 and not node.keywords
             return _Step(node.args[0], path, child) if alone else None
-        make = _FUNCTIONS.get(self._global(node.func)) if node.args else None
+        function = self._global(node.func) if node.args else None
+        make = _FUNCTIONS.get(function)
         if make is not None:
             given, settings = node.args[0], node.args[1:]
         elif isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            given, settings, make = node.func.value, node.args, _METHODS[node.func.attr]
+            function, given, settings, make = None, node.func.value, node.args, _METHODS[node.func.attr]
             before = self._step(given)
             if before is None or letter(before.module) == ".":
                 return None  # nobody knows whether this is a tensor
         else:
             return None
         try:
-            module = make(*map(ast.literal_eval, settings), **{k.arg: ast.literal_eval(k.value) for k in node.keywords})
+            constants = tuple(map(ast.literal_eval, settings))
+            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+            module = make(*constants, **named)
         except (ValueError, TypeError):  # a setting that is no constant, or none of the function
             return None
-        return _Step(given, module, module)
+        return _Step(given, Called(module, function, constants, named), module)
+
+    def _named(self, node: ast.expr) -> Any:
+        """What a dotted name is in the module of the method; None if it is none."""
+        if isinstance(node, ast.Name):
+            return None if node.id in self.bound else self.globals.get(node.id)
+        owner = self._named(node.value) if isinstance(node, ast.Attribute) else None
+        return vars(owner).get(node.attr) if isinstance(owner, types.ModuleType) else None
 
     def _global(self, node: ast.expr) -> Any:
-        """The function that a dotted name is in the module of the method; None if it is none."""
-        if isinstance(node, ast.Name):
-            found = None if node.id in self.bound else self.globals.get(node.id)
-        elif isinstance(node, ast.Attribute):
-            owner = self._global(node.value)
-            found = getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
-        else:
-            found = None
-        return found if isinstance(found, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType)) else None
+        """The function that a dotted name is; None if it is none."""
+        found = self._named(node)
+        return found if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) else None
 
     def _path(self, node: ast.expr) -> str:
         """a.0.b of self.a[0].b; "" of anything else."""
@@ -229,7 +242,18 @@ class _Rewriter(ast.NodeTransformer):
             setattr(node, name, body)
         return node
 
-    visit_For = visit_While = visit_With = visit_If
+    visit_For = visit_While = visit_If
+
+    def visit_With(self, node: ast.With) -> ast.AST:
+        before = self.swallows
+        managers = (
+            self._named(i.context_expr.func) if isinstance(i.context_expr, ast.Call) else None for i in node.items
+        )
+        self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
+        try:
+            return self.visit_If(node)
+        finally:
+            self.swallows = before
 
     def visit_Try(self, node: ast.Try) -> ast.AST:
         return node  # a handler may see what is in between
@@ -262,99 +286,56 @@ def _loads(statement: ast.stmt, name: str) -> int:
 
 
 def _call(chain: Chain) -> Callable[..., Any]:
-    """run on the chain, whose children come as arguments: they are looked up at every call."""
-    functions = tuple(None if isinstance(step, str) else step for step in chain.steps)
+    """run on the chain; what it calls comes along, as it is looked up at every call."""
+    steps = tuple(None if isinstance(step, str) else step for step in chain.steps)
 
-    def run_chain(x: Any, *children: nn.Module) -> Any:
-        given = iter(children)
-        modules = [next(given) if function is None else function for function in functions]
-        if isinstance(x, torch.fx.Proxy):  # a tracer knows the children, but not the functions that became modules
-            for module, function in zip(modules, functions, strict=True):
-                x = module(x) if function is None else function.forward(x)
-            return x
-        return run(modules, x)
+    def run_chain(x: Any, *called: Any) -> Any:
+        given = iter(called)
+        modules = []
+        usual = not (isinstance(x, torch.fx.Proxy) or _watched())
+        for step in steps:
+            now = step.function if step is not None and step.function is None else next(given)
+            usual &= step is None or now is step.function
+            modules.append(now if step is None else step.module)
+        if usual:
+            return run(modules, x)
+        called = iter(called)
+        for step, module in zip(steps, modules, strict=True):
+            if step is None:
+                x = next(called)(x)
+            elif step.function is None:
+                x = module.forward(x)
+            else:
+                x = next(called)(x, *step.settings, **step.named)
+        return x
 
     return run_chain
 
 
-class _Source(NamedTuple):
-    """Of a method: its definition, at its lines in its file, and the imports of that file's top level."""
-
-    definition: ast.FunctionDef
-    imports: list[ast.stmt]
-
-    def compile(self, function: types.FunctionType, *names: str) -> types.CodeType:
-        """In a scope that has the variables around the method and these names. The imports are never executed: the
-        compiler makes other code of `F.relu` where it sees that F was imported."""
-        around = [ast.arg(name) for name in (*function.__code__.co_freevars, *names)]
-        outer = ast.FunctionDef("around", ast.arguments([], around, None, [], [], None, []), [self.definition], [])
-        module = ast.Module([*self.imports, ast.copy_location(outer, self.definition)], [])
-        code = compile(ast.fix_missing_locations(module), function.__code__.co_filename, "exec", dont_inherit=True)
-        for name in ("around", self.definition.name):
-            code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
-        return code
-
-
-@functools.lru_cache(256)
-def _source(function: types.FunctionType) -> _Source:
-    if hasattr(function, "__wrapped__"):
-        raise Refused("it is decorated")
-    try:
-        file, _ = inspect.findsource(function)
-        lines, first = inspect.getsourcelines(function)
-        indented = lines[0][:1].isspace()  # and stays so: what a string holds must not change
-        tree = ast.parse("".join(["if True:\n"] * indented + lines))
-        definition = (tree.body[0] if indented else tree).body[0]
-        imports = list(_imports(ast.parse("".join(file))))
-    except (OSError, TypeError, SyntaxError):
-        raise Refused("its source cannot be read") from None
-    if not isinstance(definition, ast.FunctionDef):
-        raise Refused("it is no plain function")
-    if definition.decorator_list:
-        raise Refused("it is decorated")
-    ast.increment_lineno(definition, first - 1 - indented)
-    source = _Source(definition, imports)
-    if not _same(source.compile(function), function.__code__):
-        raise Refused("its source is not what runs")
-    return source
-
-
-def _imports(node: ast.AST) -> Iterator[ast.stmt]:
-    """The imports of a module's own scope, those under an if or a try too."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.Import, ast.ImportFrom)):
-            yield child
-        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
-            yield from _imports(child)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two code objects do the same, wherever they stand."""
-    if not isinstance(a, types.CodeType):
-        return type(a) is type(b) and (a == b or a != a)
-    if not isinstance(b, types.CodeType) or len(a.co_consts) != len(b.co_consts):
+def _watched() -> bool:
+    """Whether somebody follows the calls: a tracer knows the children, and hooks on all modules see only those."""
+    if torch.compiler.is_compiling():
         return False
-    parts = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
-    return all(getattr(a, p) == getattr(b, p) for p in parts) and all(map(_same, a.co_consts, b.co_consts))
+    return global_hooks() or torch.fx._symbolic_trace.is_fx_tracing()
 
 
 class Written(NamedTuple):
     """A method made again: its source, and the chains that run as one."""
 
     function: types.FunctionType
-    source: _Source
+    source: Source
     prefix: str
     chains: tuple[Chain, ...]
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> tuple[Any, ...]:
         """Equal for methods of one class that are the same."""
-        return ast.unparse(self.source.definition), *(repr(chain.steps) for chain in self.chains)
+        return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
 
     def compile(self) -> types.FunctionType:
         old = self.function
         calls = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
-        code = self.source.compile(old, *calls)
+        code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
         closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
         new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
@@ -372,7 +353,7 @@ def written(model: nn.Module, function: Any) -> Written:
     """
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
-    source = _source(function)
+    source = source_of(function)
     source = source._replace(definition=copy.deepcopy(source.definition))
     rewriter = _Rewriter(model, function, source.definition)
     if not rewriter.chains:
@@ -391,5 +372,6 @@ def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]
             continue
         if (function.__module__ or "").startswith(("torch.", "genai_fast.")):
             continue
-        if not model._modules.keys().isdisjoint(inspect.unwrap(function).__code__.co_names):
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is not None and not model._modules.keys().isdisjoint(code.co_names):
             yield name, function

@@ -73,7 +73,12 @@ def _fits(x: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return x.layout is torch.strided and x.dim() > 1 and _served(forced_backend(), x.device.type, x.dtype)
+    return (
+        x.layout is torch.strided
+        and x.dim() > 1
+        and not x.is_meta
+        and _served(forced_backend(), x.device.type, x.dtype)
+    )
 
 
 @functools.cache
@@ -112,7 +117,7 @@ def _as_one(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: s
         if path not in (SMALL, GEMM, KERNEL, PATCHES) and not torch.compiler.is_compiling() and folds(conv, norm, x):
             return folded(conv, norm, x, activation, slope)
         x = convolved(conv, x, path)
-    if not _worth.norm(norm, x):
+    if not _worth.norm(norm, x) or x.size(1) != norm.num_features:
         return _one_by_one(modules[conv is not None :], x)
     return _norm_act(norm, group, x, activation, slope)
 

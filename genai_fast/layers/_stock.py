@@ -12,6 +12,9 @@ from torch.nn.modules import module as _globals
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# What somebody may put on an instance beside its class: methods that only its own forward calls, tensors that are no
+# parameters or buffers.
+_PUT_ON = ("_conv_forward", "_output_padding", "_check_input_dim", "weight", "bias", "running_mean", "running_var")
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu", nn.GELU: "gelu",
@@ -20,10 +23,10 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 # One letter a child, so that a container is a word and a run a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = {
     **dict.fromkeys((*CONVS, *TRANSPOSED), "C"), nn.Linear: "L", **dict.fromkeys(NORMS, "N"),
-    **dict.fromkeys(ACTIVATIONS, "A"), nn.Dropout: "D",
+    **dict.fromkeys(ACTIVATIONS, "A"), nn.Identity: "I", nn.Dropout: "D",
 }  # fmt: skip
 STOCK = tuple(_LETTERS)
-_RUN = re.compile("[CL]?N[Aa]?|C[Aa](?![Dd])|[Aa]?[Dd]|.")
+_RUN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 
 class Run(NamedTuple):
@@ -44,6 +47,8 @@ def obstacle(child: nn.Module) -> str:
         return "it is compiled"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"
+    if any(name in state for name in _PUT_ON):
+        return "a method or tensor of its own is replaced"
     return ""
 
 
@@ -56,7 +61,8 @@ def global_hooks() -> bool:
 
 
 def letter(child: nn.Module) -> str:
-    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), D (Dropout), or "." (other).
+    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), I (Identity, which gives the
+    very tensor it was given), D (Dropout), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
     """
@@ -72,7 +78,7 @@ def _runs(word: str) -> tuple[Run, ...]:
     for match in _RUN.finditer(word):
         run = match.group()
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets live with it.
-        fused = run not in ("L", "A", "a", ".") and (owned or run[0] not in "ad")
+        fused = run not in ("L", "A", "a", "I", ".") and (owned or run[0] not in "ad")
         found.append(Run(match.start(), match.end(), run, fused))
         owned = run[0] in "CLN" or (owned and run != ".")
     return tuple(found)
