@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_checkpoint import CONFIG, edit, new, same, tensors, train
 
-from bench import kill
+from bench import kill, record
 from genai_fast import cli, paths
 from genai_fast.training import checkpoint, disk, loop, meter, runs
 from genai_fast.training.checkpoint import DiskError
@@ -146,8 +146,10 @@ def test_two_processes_do_not_train_in_one_folder(here, capsys):
     assert call("train", "vae", *SMALL, "--run", "a") == 0
     going_on = ("train", "vae", "--run", "a", "--resume", "--epochs", "4")
     code = "import sys; from pathlib import Path; from genai_fast.training import disk\n"
-    code += "with disk.held(Path('runs/a')): print('inside', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code += "with disk.held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(here / "runs" / "a")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen(command, **pipes, text=True, cwd=record.ROOT)
     assert holder.stdout.readline() == "inside\n"
     before = {p: p.read_bytes() for p in (here / "runs" / "a").rglob("*") if p.is_file()}
     assert call(*going_on) == 2
