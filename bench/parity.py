@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from bench import isolated
+from genai_fast.precision import float32_products
 from genai_fast.profiling.systems import SYSTEMS, System
-from genai_fast.testing import float32_products
 
 STEPS, WINDOW, BATCHES = 50, 10, 5
 MOTIFS, SYMBOLS = 8, 64  # of the batches

@@ -66,8 +66,7 @@ def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mappin
     known = _chosen.setdefault(here, {})
     found = known.get(key)
     if found is None:
-        with _unseen():
-            paths, fixed = open_paths()
+        paths, fixed = open_paths()
         unmeasured = Choice(fixed, {})
         alone = fixed_alone or len(paths) == 1
         wanted = _taken.get(here, {}).get(_text(key))

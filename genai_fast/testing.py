@@ -27,6 +27,7 @@ from genai_fast.kernels.common.spec import (
     OpSpec,
     Tensors,
 )
+from genai_fast.precision import float32_products
 from genai_fast.registry import OPS
 
 # Cases that are small enough for derivatives of derivatives.
@@ -58,26 +59,11 @@ class Run:
 
     def products(self) -> contextlib.AbstractContextManager[None]:
         """Multiply as the run asks for, meanwhile."""
-        return float32_products("tf32" if self.tf32 else "ieee")
+        return float32_products(convolutions="tf32" if self.tf32 else "ieee")
 
     def __str__(self) -> str:
         precision = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         return f"{self.op}-{self.case}-{precision}-{self.backend}-{self.device}"
-
-
-@contextlib.contextmanager
-def float32_products(convolutions: str = "ieee") -> Iterator[None]:
-    """CUDA multiplies float32 in full meanwhile, but in convolutions as is said: "ieee", or "tf32" as by default."""
-    cudnn = torch.backends.cudnn
-    wanted = {torch.backends.cuda.matmul: "ieee", cudnn.conv: convolutions, cudnn.rnn: convolutions}
-    before = {switch: switch.fp32_precision for switch in wanted}
-    try:
-        for switch, precision in wanted.items():
-            switch.fp32_precision = precision
-        yield
-    finally:
-        for switch, precision in before.items():
-            switch.fp32_precision = precision
 
 
 def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:

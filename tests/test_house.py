@@ -18,7 +18,7 @@ LAYERS = [
     ("genai_fast.kernels.common", "genai_fast.errors", "genai_fast.imports", "genai_fast.versions"),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
-    ("genai_fast.backends", "genai_fast.paths", "genai_fast.capture"),
+    ("genai_fast.backends", "genai_fast.paths", "genai_fast.capture", "genai_fast.precision"),
     ("genai_fast.ops",),
     (
         "genai_fast.optim",

@@ -7,6 +7,7 @@ import torch
 
 from bench import checks, parity, training_figures
 from genai_fast import ops, testing
+from genai_fast.precision import float32_products
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
 from genai_fast.testing import (
@@ -15,7 +16,6 @@ from genai_fast.testing import (
     assert_matches_reference,
     assert_second_derivative,
     every_run,
-    float32_products,
 )
 
 CONV = OPS["conv_transpose2d"]
@@ -36,7 +36,7 @@ def conv_run(case="odd", **more):
 def test_products_are_in_full_meanwhile_and_then_as_before():
     with float32_products():
         assert switches() == EXACT
-        with float32_products("tf32"):
+        with float32_products(convolutions="tf32"):
             assert switches() == ("ieee", "tf32", "tf32")
         assert switches() == EXACT
     with pytest.raises(ValueError, match="what is raised"), float32_products():

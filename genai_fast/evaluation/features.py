@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from genai_fast.precision import float32_products
+
 VERSION = 1  # of the features; whatever changes their values raises it
 DIMENSIONS = 104  # deviations of 16 + 24 + 32 maps, and means of the last 32
 
@@ -54,21 +56,21 @@ def image_features(images: torch.Tensor, device: torch.device | str | None = Non
         return torch.empty(0, DIMENSIONS, device=device, dtype=torch.float32)
     filters = [w.to(device) for w in _filters()]
     side = _SIDES[max(images.shape[2:]) > _SIDES[0]]
-    with torch.autocast(device.type, enabled=False), _exact_convolutions():
+    with torch.autocast(device.type, enabled=False), float32_products(), _repeatable():
         parts = [_forward(part.to(device, torch.float32), filters, side) for part in images.split(_BATCH)]
     return torch.cat(parts)
 
 
 @contextlib.contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Without TF32, and the same in every run."""
+def _repeatable() -> Iterator[None]:
+    """Convolutions the same in every run."""
     cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    before = cudnn.benchmark, cudnn.deterministic
     try:
-        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = False, True, "ieee"
+        cudnn.benchmark, cudnn.deterministic = False, True
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def _forward(x: torch.Tensor, filters: list[torch.Tensor], side: int) -> torch.Tensor:

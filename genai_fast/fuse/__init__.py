@@ -29,6 +29,8 @@ _WRAPPERS = (
 )  # fmt: skip
 
 
+_OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
+
 # Modules that become a layer of ours as they are.
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
 
@@ -82,17 +84,20 @@ def _is_sequential(cls: type) -> bool:
 
 
 def _asks_for_its_class(cls: type) -> str:
-    """The method that calls super(self.__class__, self): in a subclass that never ends. "" if none does."""
+    """Why a class cannot be changed: it calls super(self.__class__, self), which in a subclass never ends; else ""."""
     for base in cls.__mro__:
+        if base.__module__.startswith("torch."):
+            continue
         for name, member in vars(base).items():
             names = getattr(getattr(member, "__code__", None), "co_names", ())
-            if "super" in names and ("__class__" in names or "type" in names):
-                try:
-                    source = inspect.getsource(member)
-                except (OSError, TypeError):
-                    return name
-                if re.search(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,", source):
-                    return name
+            if "super" not in names or not {"__class__", "type"} & set(names):
+                continue
+            try:
+                asks = _OWN_CLASS.search(inspect.getsource(member))
+            except (OSError, TypeError):
+                asks = True
+            if asks:
+                return f"{name}: it calls super with the object's own class, which fuse changes"
     return ""
 
 
@@ -103,8 +108,6 @@ def _plans(module: nn.Module, cls: type[nn.Module]) -> tuple[dict[str, Any], dic
 
     if "forward" in module.__dict__:
         return {}, {"forward": "it is replaced"}
-    if method := _asks_for_its_class(cls):
-        return {}, {method: "it calls super with the object's own class, which fuse changes"}
     plans, refused = {}, {}
     for name, function in methods(module, cls):
         try:
@@ -133,8 +136,10 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if cls in _LAYERS:
         return _subclass(cls, (), forward=_LAYERS[cls].forward)
+    if _asks_for_its_class(cls):
+        return None
     if _is_sequential(cls):
-        if issubclass(cls, FusedSequential) or _asks_for_its_class(cls):
+        if issubclass(cls, FusedSequential):
             return None
         return _subclass(cls, (), forward=FusedSequential.forward)
     if not _is_written(module, cls):
@@ -248,11 +253,11 @@ def _rows(path: str, module: nn.Module) -> Iterator[Row]:
     elif cls in _LAYERS:
         replaced = "forward" in module.__dict__
         yield Row(path, found, "" if replaced else f"layers.{found}", obstacle(module) if replaced else "")
+    elif (_is_sequential(cls) or _is_written(module, cls)) and (reason := _asks_for_its_class(cls)):
+        yield Row(path, found, "", reason)
     elif _is_sequential(cls):
         if "forward" in module.__dict__:
             yield Row(path, found, "", obstacle(module))
-        elif method := _asks_for_its_class(cls):
-            yield Row(path, found, "", f"{method}: it calls super with the object's own class, which fuse changes")
         else:
             yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
     elif _is_written(module, cls):

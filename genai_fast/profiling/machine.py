@@ -13,6 +13,7 @@ import torch
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.paths import processor
+from genai_fast.precision import float32_products
 from genai_fast.versions import __version__, version
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -101,17 +102,12 @@ def gemm(device: str, precision: str) -> float:
     Args:
         precision: float32, bfloat16 or float16; on CUDA also tf32: float32 rounded by the tensor cores.
     """
-    # Not by allow_tf32: reading that raises once somebody has set fp32_precision.
-    size, switch = GEMM_SIZE[device], torch.backends.cuda.matmul
-    before = switch.fp32_precision
+    size = GEMM_SIZE[device]
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     libraries = [lambda: a @ b]
     if device == "cpu" and onednn.serves(dtype):
         # oneDNN, which uses wider vectors than MKL does on some processors.
         libraries.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
+    with float32_products("tf32" if precision == "tf32" else "ieee"):
         return max(2 * size**3 / fastest(call, device) for call in libraries)
-    finally:
-        switch.fp32_precision = before

@@ -14,6 +14,7 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
+from genai_fast.precision import float32_products
 from genai_fast.training import checkpoint, config, disk, distributed, parallel
 from genai_fast.training.board import Board
 from genai_fast.training.config import Config, ConfigError, TextConfig
@@ -109,15 +110,8 @@ def _products(settings: Config) -> Iterator[None]:
         return
     if device_of(settings.device).type != "cuda":
         raise ConfigError("--tf32: expected a CUDA device, got a CPU; remedy: leave it out, or --precision bfloat16")
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "tf32"
+    with float32_products("tf32", "tf32"):
         yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
