@@ -23,8 +23,7 @@ def figures_once(point: Point) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("point", "variant"),
-    [pytest.param(point, v, id=f"{point}-{v}") for point in POINTS for v in point.variants],
+    ("point", "variant"), [pytest.param(point, v, id=f"{point}-{v}") for point in POINTS for v in point.variants]
 )
 @pytest.mark.benchmark(max_time=0.5)
 def test_op(benchmark, figures_of_session, point, variant):

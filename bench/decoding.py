@@ -148,9 +148,9 @@ class _Static(nn.Module):
         x = weights[0][ids] + weights[1][place]
         for layer in range(layers):
             first = len(layout.FIRST) + layer * len(layout.LAYER)
-            ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = (
-                weights[first : first + len(layout.LAYER)]
-            )  # fmt: skip
+            ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = weights[
+                first : first + len(layout.LAYER)
+            ]
             q, k, v = F.linear(F.layer_norm(x, (channels,), ln_1, ln_1_bias), qkv, qkv_bias).chunk(3, -1)
             keys, values = self.cache[layer, 0], self.cache[layer, 1]
             keys.index_copy_(2, place, k.view(batch, heads, 1, head_dim))

@@ -48,9 +48,7 @@ from genai_fast.profiling import ForeignLoad
 from genai_fast.testing import Run, every_run
 
 RESULTS = Path(__file__).parent / "results"
-STAGES = (
-    "barrier", "runs", "large", "parity", "figures", "training", "decoding", "compiled", "tuning", "memory",
-)  # fmt: skip
+STAGES = ("barrier", "runs", "large", "parity", "figures", "training", "decoding", "compiled", "tuning", "memory")
 
 
 def tasks_of(device: str, runs: Iterable[Run]) -> Tasks:
@@ -172,9 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the record (bench/results/<gpu>/...)")
     parser.add_argument("--commit", help="the commit's hash, where the checkout has no .git")
     parser.add_argument(
-        "--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)),
+        "--jobs",
+        type=int,
+        default=max(1, min(12, (os.cpu_count() or 2) - 2)),
         help="processes that check ops at a time: most of that time compiles kernels; default here: %(default)s",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--stages", type=stages_of, default=STAGES, metavar="a,b,...", help=f"only these of {','.join(STAGES)}"
     )

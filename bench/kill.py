@@ -111,9 +111,13 @@ def _start(recipe: str, flags: Sequence[str], run: str, folder: Path) -> subproc
     resumes = (folder / "runs" / run / CONFIG).exists()
     more = ["--resume"] if resumes else flags
     return subprocess.Popen(
-        [sys.executable, "-m", "genai_fast", "train", recipe, "--run", run, *more], cwd=folder, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "genai_fast", "train", recipe, "--run", run, *more],
+        cwd=folder,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _finish(process: subprocess.Popen, run: str) -> str:

@@ -171,9 +171,12 @@ def figures(
     """
     system = _system(name, batch)
     head = {
-        "system": name, "case": "x".join(map(str, (system.batch, *system.shape))), "dtype": system.config.precision,
-        "device": device, "batch": system.batch,
-    }  # fmt: skip
+        "system": name,
+        "case": "x".join(map(str, (system.batch, *system.shape))),
+        "dtype": system.config.precision,
+        "device": device,
+        "batch": system.batch,
+    }
     say(name, "losses")
     if message := red(system, device, WARM_UP):
         return {**head, "failures": {"numerics": message}}

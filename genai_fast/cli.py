@@ -98,9 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     sample = _of_a_run(commands, "sample", "draw samples: a grid, or a folder of pictures", run.run_sample)
     sample.add_argument("--count", type=int, default=64, help="how many; default: %(default)s")
     sample.add_argument(
-        "--out", type=Path, default=Path("grid.png"),
+        "--out",
+        type=Path,
+        default=Path("grid.png"),
         help="a PNG file for a grid, or a new folder for a picture each; default: %(default)s",
-    )  # fmt: skip
+    )
     interpolate = _of_a_run(commands, "interpolate", "draw the way from one latent to another", run.run_interpolate)
     interpolate.add_argument("--pairs", type=int, default=8, help="of latents, a row each; default: %(default)s")
     interpolate.add_argument("--steps", type=int, default=10, help="pictures in a row; default: %(default)s")
@@ -125,21 +127,27 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     generate.add_argument(
-        "--weights", default="float32", choices=("float32", "bfloat16", "int8"),
+        "--weights",
+        default="float32",
+        choices=("float32", "bfloat16", "int8"),
         help="of a GPT on a CPU: fewer bits are faster and less exact; default: %(default)s",
-    )  # fmt: skip
+    )
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
     export = _of_a_run(commands, "export", "write the weights for use in plain PyTorch", run.run_export, draws=False)
     export.add_argument(
-        "--out", type=Path, default=Path("weights.safetensors"),
+        "--out",
+        type=Path,
+        default=Path("weights.safetensors"),
         help="a .safetensors file, or a new folder for weights and a plain PyTorch script; default: %(default)s",
-    )  # fmt: skip
+    )
     export.add_argument("--onnx", action="store_true", help="also as ONNX, in that folder")
 
     tune = commands.add_parser(
-        "tune", help="measure the fastest path of each convolution of a model", allow_abbrev=False,
+        "tune",
+        help="measure the fastest path of each convolution of a model",
+        allow_abbrev=False,
         description="Measures the paths of every convolution, for training and evaluation, and remembers the fastest.",
-    )  # fmt: skip
+    )
     tune.add_argument(
         "models", nargs="+", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
     )
@@ -176,9 +184,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_profile(commands: Any, run: Any) -> None:
     what = "where the time of a training step goes: eager, compiled and fused, a recipe's or your own loop's"
     profile = commands.add_parser(
-        "profile", help=what, description=_PROFILE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "profile",
+        help=what,
+        description=_PROFILE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     profile.add_argument("model", metavar="MODEL", help="a recipe of `train`, or FILE.py:FUNCTION or MODULE:FUNCTION")
     profile.add_argument("--compare", metavar="VARIANTS", help="of eager,compile,fused; default: eager,fused")
     profile.add_argument("--batch", type=int, help="samples a step; default: the recipe's, or your function's")

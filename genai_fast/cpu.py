@@ -57,9 +57,11 @@ class CPUTuning:
     def __str__(self) -> str:
         products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
         parts = [
-            "freed memory kept" if self.memory else "stock allocator", f"matrix products {products}",
-            f"{self.threads} threads", *self.notes,
-        ]  # fmt: skip
+            "freed memory kept" if self.memory else "stock allocator",
+            f"matrix products {products}",
+            f"{self.threads} threads",
+            *self.notes,
+        ]
         return "; ".join(parts)
 
     def __enter__(self) -> CPUTuning:
@@ -165,8 +167,10 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> str:
     """
     along = tuple("rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b))
     return {
-        ("rows", "columns"): "output", ("rows", "rows"): "input gradient", ("columns", "rows"): "weight gradient",
-    }.get(along, "")  # fmt: skip
+        ("rows", "columns"): "output",
+        ("rows", "rows"): "input gradient",
+        ("columns", "rows"): "weight gradient",
+    }.get(along, "")
 
 
 def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +195,9 @@ def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
             def calls(form: str = form, shape: tuple[int, int, int] = shape) -> tuple[dict[str, paths.Maker], str]:
                 operands = _operands(form, shape)
                 return {
-                    "torch": lambda: lambda: _torch(None, *operands), "onednn": lambda: lambda: _onednn(None, *operands)
-                }, "torch"  # fmt: skip
+                    "torch": lambda: lambda: _torch(None, *operands),
+                    "onednn": lambda: lambda: _onednn(None, *operands),
+                }, "torch"
 
             if paths.choose(("matmul", form, shape), torch.device("cpu"), calls).path == "torch":
                 break
@@ -216,9 +221,11 @@ def _route(least: dict[str, int]) -> torch.library.Library:
     def served(a: torch.Tensor, b: torch.Tensor) -> bool:
         size = a.numel() * b.size(1)
         return (
-            size >= smallest and a.dtype is torch.float32 and b.dtype is torch.float32
+            size >= smallest
+            and a.dtype is torch.float32
+            and b.dtype is torch.float32
             and size >= least.get(_form(a, b), math.inf)
-        )  # fmt: skip
+        )
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
         return _onednn(None, a, b) if served(a, b) else NotImplemented

@@ -13,8 +13,9 @@ from genai_fast.ops._register import override
 
 _FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
 _CPU_FORWARD, _CPU_BACKWARD = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-)  # fmt: skip
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 _NAME = "genai_fast"
 # Where ours is the faster one: CUDA's flash backend takes only the narrow types, and a CPU has instructions for those.
 _DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
@@ -121,7 +122,7 @@ def _cuda_forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=Fal
 
 def _cuda_backward(
     grad_out, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, state, unused, *, scale=None
-):  # fmt: skip
+):
     if not _served(q, k, v, dropout_p, is_causal):
         return NotImplemented
     return _backward(grad_out, q, k, v, out, lse, is_causal, scale)

@@ -19,14 +19,7 @@ import torch
 
 from genai_fast import ops
 from genai_fast.backends import unavailable, use_backend
-from genai_fast.kernels.common.spec import (
-    GRADIENT_FACTOR,
-    OUTPUT_FACTOR,
-    TOLERANCE_FLOOR,
-    Case,
-    OpSpec,
-    Tensors,
-)
+from genai_fast.kernels.common.spec import GRADIENT_FACTOR, OUTPUT_FACTOR, TOLERANCE_FLOOR, Case, OpSpec, Tensors
 from genai_fast.precision import float32_products
 from genai_fast.registry import OPS
 
@@ -123,9 +116,11 @@ def _evaluate(op, function, inputs, upstream=None):
     if upstream is None or not targets:
         return [*outputs, *updated], {}
     grads = torch.autograd.grad(
-        outputs, list(targets.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)],
+        outputs,
+        list(targets.values()),
+        [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)],
         allow_unused=True,
-    )  # fmt: skip
+    )
     zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
     return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 

@@ -83,8 +83,11 @@ class PatchGAN(nn.Module):
         super().__init__()
         layers, width = [nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2, True)], 4
         for stride in (2, 1):
-            layers += [nn.Conv2d(width, width * 2, 4, stride, 1, bias=False), norm_layer(width * 2),
-                       nn.LeakyReLU(0.2, True)]  # fmt: skip
+            layers += [
+                nn.Conv2d(width, width * 2, 4, stride, 1, bias=False),
+                norm_layer(width * 2),
+                nn.LeakyReLU(0.2, True),
+            ]
             width *= 2
         self.model = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
 
@@ -118,9 +121,13 @@ class SkipBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Sequential(
-            nn.LeakyReLU(0.2, True), nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU(True),
-            nn.ConvTranspose2d(4, 3, 4, 2, 1), nn.BatchNorm2d(3),
-        )  # fmt: skip
+            nn.LeakyReLU(0.2, True),
+            nn.Conv2d(3, 4, 4, 2, 1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(True),
+            nn.ConvTranspose2d(4, 3, 4, 2, 1),
+            nn.BatchNorm2d(3),
+        )
 
     def forward(self, x):
         x = x * 1.0

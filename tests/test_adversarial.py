@@ -29,10 +29,7 @@ def pairs():
     yield "dcgan", ours, theirs, (3, 64, 64)
     widths = (32, 48)
     ours = models.MLPGenerator((1, 8, 8), latent=16, widths=widths), models.MLPDiscriminator((1, 8, 8), widths=widths)
-    theirs = (
-        peers.EagerMLPGenerator((1, 8, 8), 16, widths),
-        peers.EagerMLPDiscriminator((1, 8, 8), widths),
-    )
+    theirs = (peers.EagerMLPGenerator((1, 8, 8), 16, widths), peers.EagerMLPDiscriminator((1, 8, 8), widths))
     yield "mlp", ours, theirs, (1, 8, 8)
     ours = models.DenseGenerator(16, side=2), models.DenseDiscriminator(8, dropout=0.0)
     theirs = peers.EagerDenseGenerator(16, side=2), peers.EagerDenseDiscriminator(8, dropout=0.0)

@@ -146,11 +146,7 @@ def saved(tmp_path, step=7):
     model, optimizer = new()
     model.training_step(torch.rand(8, 1, 8, 8)).loss.backward()
     optimizer.step()
-    return (
-        checkpoint.save(tmp_path, model, optimizer, step, {"epoch": 1}, {"about": "this"}),
-        model,
-        optimizer,
-    )
+    return (checkpoint.save(tmp_path, model, optimizer, step, {"epoch": 1}, {"about": "this"}), model, optimizer)
 
 
 def test_the_newest_and_the_best_are_kept_and_leftovers_go(tmp_path):
@@ -163,8 +159,10 @@ def test_the_newest_and_the_best_are_kept_and_leftovers_go(tmp_path):
     for step, best in ((5, 0), (40, 0), (300, 40), (4000, 40), (10**10, 40)):
         checkpoint.save(tmp_path, model, optimizer, step, {}, {}, keep=2, best=best)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-000000040", "checkpoint-000004000", "checkpoint-10000000000",
-    ]  # fmt: skip
+        "checkpoint-000000040",
+        "checkpoint-000004000",
+        "checkpoint-10000000000",
+    ]
     assert elsewhere.is_dir()  # a link goes, not what it points to
     assert checkpoint.latest(tmp_path).name == "checkpoint-10000000000"
     assert checkpoint.best(tmp_path).name == "checkpoint-000000040"

@@ -129,10 +129,7 @@ MISTAKES = {
     "device": (["train", "vae", "--device", "tpu"], "device: expected one that works here, got 'tpu'"),
     "meta": (["train", "vae", "--device", "meta"], "device: expected cpu or cuda, got 'meta'"),
     "config": (["train", "vae", "--config", "no.toml"], "no.toml: expected a TOML file"),
-    "config key": (
-        ["train", "vae", "--config", "bad.toml"],
-        "bad.toml: unknown key 'epoch'; did you mean epochs?",
-    ),
+    "config key": (["train", "vae", "--config", "bad.toml"], "bad.toml: unknown key 'epoch'; did you mean epochs?"),
     "tf32": (["train", "vae", *SMALL, "--device", "cpu", "--tf32"], "--tf32: expected a CUDA device, got a CPU"),
     "parts of turns": (
         ["train", "mlp-gan", "--data", "digits", "--accumulate", "2"],
@@ -142,18 +139,12 @@ MISTAKES = {
     "resume none": (["train", "vae", "--resume", "--run", "no"], "runs/no: expected a run"),
     "resume other": (["train", "vae", "--resume", "--run", "one", "--lr", "1"], "may change, got --lr"),
     "resume config": (["train", "vae", "--resume", "--run", "one", "--config", "a"], "leave --config out"),
-    "taken": (
-        ["train", "vae", *SMALL, "--run", "one"],
-        "runs/one: a run of this name exists; remedy: --resume",
-    ),
+    "taken": (["train", "vae", *SMALL, "--run", "one"], "runs/one: a run of this name exists; remedy: --resume"),
     "no run": (["sample", "nothing"], "nothing: expected a run"),
     "count": (["sample", "one", "--count", "0"], "--count: expected at least 1, got 0"),
     "out": (["sample", "one", "--out", "no/such/a.png"], "--out: expected a file in an existing folder"),
     "format": (["sample", "one", "--out", "a.txt"], "--out: expected the name of a PNG file or of a folder, got a.txt"),
-    "seed": (
-        ["sample", "one", "--seed", str(2**70)],
-        "--seed: expected 0 to 2**63 - 1, got 1180591620717411303424",
-    ),
+    "seed": (["sample", "one", "--seed", str(2**70)], "--seed: expected 0 to 2**63 - 1, got 1180591620717411303424"),
 }
 
 
@@ -207,9 +198,13 @@ def test_demo(here, capsys, monkeypatch):
     assert call("demo", "--epochs", "1") == 0
     run = here / "runs" / "demo"
     assert {p.name for p in run.iterdir()} >= {
-        "samples.png", "reconstructions.png", "latent.png", "metrics.jsonl", "config.toml",
+        "samples.png",
+        "reconstructions.png",
+        "latent.png",
+        "metrics.jsonl",
+        "config.toml",
         "checkpoint-000000036",
-    }  # fmt: skip
+    }
     said = capsys.readouterr().out
     assert re.search(r"backend: +\w+ \(instruction set \w+, \d+ threads", said)
     assert re.search(r"speed: +[\d.]+ x eager PyTorch", said) and "next:" in said
@@ -235,9 +230,6 @@ assert not heavy, heavy
 
 def test_importing_is_light_and_the_module_runs():
     environment = {**os.environ, "PYTHONPATH": str(Path(genai_fast.__file__).parents[1])}
-    for arguments, expected in (
-        (["-c", LIGHT], ""),
-        (["-m", "genai_fast", "--version"], "genai-fast 0.1.0\n"),
-    ):
+    for arguments, expected in ((["-c", LIGHT], ""), (["-m", "genai_fast", "--version"], "genai-fast 0.1.0\n")):
         result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (0, expected), result.stderr

@@ -37,9 +37,7 @@ NETWORKS = {  # small ones
 QUICK = ["--tokenizer", "byte", "--block", "32", "--batch-size", "16", "--log-every", "1"]
 FIGURES = {"loss", "perplexity", "bits_per_byte"}
 BOUND = FIGURES | {"reconstruction", "kl", "tokens"}
-EXPECTED = {
-    "gpt": FIGURES, "lstm": FIGURES, "seq2seq": FIGURES | {"nats", "tokens"}, "text-vae": BOUND, "vrnn": BOUND,
-}  # fmt: skip
+EXPECTED = {"gpt": FIGURES, "lstm": FIGURES, "seq2seq": FIGURES | {"nats", "tokens"}, "text-vae": BOUND, "vrnn": BOUND}
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +171,9 @@ def test_mistakes_in_generating(here, trained, capsys, mistake):
 
 def test_a_prompt_beyond_the_context_says_what_is_cut(trained, capsys):
     assert call("generate", trained, "--prompt", "x" * 50, "--max-tokens", "3") == 0
-    assert re.search(r"warning: .*the prompt has 50 tokens, the model sees 32: the first 18 are cut",
-                     capsys.readouterr().err)  # fmt: skip
+    assert re.search(
+        r"warning: .*the prompt has 50 tokens, the model sees 32: the first 18 are cut", capsys.readouterr().err
+    )
 
 
 def test_another_tokenizer_than_the_runs_is_refused(here, trained, capsys):
@@ -191,7 +190,7 @@ TRAINING_MISTAKES = {
     "heads": (["gpt", "--data", "words.txt", "--heads", "5"], "heads"),
     "vocabulary": (["gpt", "--vocabulary", "100"], "vocabulary: expected a number >= 257"),
     "tokenizer": (["lstm", "--tokenizer", "word"], "tokenizer: expected bpe or char or byte"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", TRAINING_MISTAKES)

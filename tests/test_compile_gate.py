@@ -229,14 +229,8 @@ def test_what_does_not_compile_is_said(table):
 
 
 REGRESSIONS = {
-    "instructions": (
-        lambda row: row.update(instructions=row["instructions"] * 2),
-        "instructions: expected at most",
-    ),
-    "loop": (
-        lambda row: row.update(loop_instructions=row["loop_instructions"] * 2),
-        "loop_instructions: expected",
-    ),
+    "instructions": (lambda row: row.update(instructions=row["instructions"] * 2), "instructions: expected at most"),
+    "loop": (lambda row: row.update(loop_instructions=row["loop_instructions"] * 2), "loop_instructions: expected"),
     "element": (lambda row: row.update(instructions_per_element=99), r"instructions_per_element: expected"),
     "registers": (lambda row: row.update(registers=255), "occupancy: expected 64 resident warps"),
     "shared": (lambda row: row.update(shared_bytes=200000), "occupancy: expected 64 resident warps"),

@@ -17,10 +17,7 @@ from genai_fast.kernels.conv_transpose.cpu_kernel import (
 )
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS as FEW
 
-pytestmark = [
-    pytest.mark.skipif(extension()[0] is None, reason=extension()[1]),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [pytest.mark.skipif(extension()[0] is None, reason=extension()[1]), pytest.mark.usefixtures("one_thread")]
 ISAS = [isa for isa, here in extension()[0].instruction_sets().items() if here] if extension()[0] else []
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

@@ -167,11 +167,7 @@ BROKEN = {
     "nan": ("x.npy", save(np.full((2, 3, 3), np.nan)), r"expected floats in \[0, 1\], got nan"),
     "truncated npz": ("x.npz", write(b"PK\x03\x04abc"), "expected a NumPy file"),
     "names": ("x.npz", save_many(pictures=PIXELS), "expected an array named images.*got pictures"),
-    "labels": (
-        "x.npz",
-        save_many(images=PIXELS, labels=LABELS[:5]),
-        "expected 12 labels.*got uint8 \\(5,\\)",
-    ),
+    "labels": ("x.npz", save_many(images=PIXELS, labels=LABELS[:5]), "expected 12 labels.*got uint8 \\(5,\\)"),
     "broken picture": ("x/a.png", write(b"\x89PNG\r\n\x1a\nabc"), r"a\.png: expected a picture"),
     "no picture": ("x/readme.txt", write(b"hello"), "expected pictures .* got none"),
 }

@@ -149,13 +149,17 @@ def test_every_row_is_one_process_own(process, size, parts):
         assert seen == list(range(each))
 
 
-@pytest.mark.parametrize("draw", [
-    lambda n: ops.reparameterize(torch.zeros(n, 3), torch.zeros(n, 3)),
-    lambda n: ops.act_dropout(torch.ones(n, 2, 5), 0.5, True, "none"),
-    lambda n: ops.causal_attention(*torch.ones(3, n, 2, 4, 8), dropout=0.5),
-    lambda n: rows.drawn(lambda m: torch.randn(m, 20), n),
-    lambda n: rows.drawn(lambda m: torch.randn(m, 20), n // 2),  # of one of two equal parts
-], ids=["reparameterize", "act_dropout", "causal_attention", "randn", "part"])  # fmt: skip
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n: ops.reparameterize(torch.zeros(n, 3), torch.zeros(n, 3)),
+        lambda n: ops.act_dropout(torch.ones(n, 2, 5), 0.5, True, "none"),
+        lambda n: ops.causal_attention(*torch.ones(3, n, 2, 4, 8), dropout=0.5),
+        lambda n: rows.drawn(lambda m: torch.randn(m, 20), n),
+        lambda n: rows.drawn(lambda m: torch.randn(m, 20), n // 2),  # of one of two equal parts
+    ],
+    ids=["reparameterize", "act_dropout", "causal_attention", "randn", "part"],
+)
 def test_each_process_draws_the_noise_of_its_rows(process, draw):
     torch.manual_seed(3)
     whole = draw(12)

@@ -112,9 +112,13 @@ def test_ddp_and_fsdp2(tmp_path):
 
 def _sync_checks(rank, sizes, momentum, group):
     plain = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=momentum), nn.LeakyReLU(0.2, True),
-        nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4, 0.8, momentum, affine=False), nn.Tanh(),
-    )  # fmt: skip
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6, momentum=momentum),
+        nn.LeakyReLU(0.2, True),
+        nn.ConvTranspose2d(6, 4, 4, 2, 1),
+        nn.BatchNorm2d(4, 0.8, momentum, affine=False),
+        nn.Tanh(),
+    )
     process_group = dist.new_group([0, 1]) if group else None
     sync = nn.SyncBatchNorm.convert_sync_batchnorm(with_statistics(copy.deepcopy(plain)), process_group)
     with_statistics(plain)

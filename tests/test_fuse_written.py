@@ -475,11 +475,15 @@ def _method(draw):
 @pytest.mark.parametrize("seed", range(40))
 def test_methods_drawn_at_random(seed, tmp_path, fused_calls):
     base = [
-        "import torch", "import torch.nn.functional as F", "from torch import nn", "class Model(nn.Module):",
-        "    def __init__(self):", "        super().__init__()",
+        "import torch",
+        "import torch.nn.functional as F",
+        "from torch import nn",
+        "class Model(nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
         "        self.bn, self.bn2, self.drop = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Dropout(0.0)",
         "        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)",
-    ]  # fmt: skip
+    ]
     file = tmp_path / f"drawn_{seed}.py"
     file.write_text("\n".join([*base, *_method(random.Random(seed)), ""]))
     spec = importlib.util.spec_from_file_location(file.stem, file)

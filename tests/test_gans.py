@@ -49,17 +49,21 @@ NETWORKS = {
     "mlp-generator": (lambda: MLPGenerator(SHAPE, latent=5, widths=(6, 9)), (5,), SHAPE),
     "mlp-discriminator": (lambda: MLPDiscriminator(SHAPE, widths=(9, 6)), SHAPE, ()),
     "conditional-generator": (
-        lambda: Labelled(ConditionalGenerator(CLASSES, 28, latent=5, width=4, embedding=3)), (5,), SHAPE,
+        lambda: Labelled(ConditionalGenerator(CLASSES, 28, latent=5, width=4, embedding=3)),
+        (5,),
+        SHAPE,
     ),
     "conditional-discriminator": (lambda: Labelled(ConditionalDiscriminator(CLASSES, 28, width=4)), SHAPE, ()),
     "conditional-critic": (
-        lambda: Labelled(ConditionalDiscriminator(CLASSES, 28, width=4, norm="instance")), SHAPE, (),
+        lambda: Labelled(ConditionalDiscriminator(CLASSES, 28, width=4, norm="instance")),
+        SHAPE,
+        (),
     ),
     "critic-instance": (lambda: _critic(norm="instance"), SHAPE, ()),
     "critic-none": (lambda: _critic(norm="none"), SHAPE, ()),
     "critic-spectral": (lambda: _critic(norm="none", spectral=True), SHAPE, ()),
     "discriminator-spectral": (lambda: _critic(spectral=True), SHAPE, ()),
-}  # fmt: skip
+}
 CRITICS = [name for name in NETWORKS if "critic" in name or name == "mlp-discriminator"]
 
 

@@ -122,9 +122,13 @@ def test_what_failed_for_lack_of_memory_or_time_is_tried_once_more(tmp_path):
     results |= {"f": {"died": "the process ended with -9: "}, "g": {"died": "the process ended with -6: "}}
     refused = [{"point": "p", "reason": "...", "again": True}, {"point": "q", "reason": "...", "again": False}]
     gate = gate_of(
-        tmp_path, [], {"runs": [[*results, "never"]]}, runs=dict(results), refused=refused,
+        tmp_path,
+        [],
+        {"runs": [[*results, "never"]]},
+        runs=dict(results),
+        refused=refused,
         memory_check={"skipped": "12 s were left", "again": True},
-    )  # fmt: skip
+    )
     assert gate.left() == {"runs": ["never"], "checks": ["barrier_check"]}
     gate.retry()
     assert gate.left() == {"runs": ["c", "d", "f", "never"], "checks": ["barrier_check", "memory_check"]}

@@ -168,8 +168,10 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
         return paths.Choice(faster, {})
 
     for module, name, instead in (
-        (generation, "_graphed", graphed), (paths, "_measure", measure), (_decode, "serves", lambda *_: True)
-    ):  # fmt: skip
+        (generation, "_graphed", graphed),
+        (paths, "_measure", measure),
+        (_decode, "serves", lambda *_: True),
+    ):
         monkeypatch.setattr(module, name, instead)
     monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "0")
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))

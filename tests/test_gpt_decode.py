@@ -45,9 +45,13 @@ def _transformer(weights, ids, heads):
             batch_first=True, norm_first=True, dtype=torch.float64,
         )  # fmt: skip
         theirs = {
-            "self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.", "linear1.": "mlp.c_fc.",
-            "linear2.": "mlp.c_proj.", "norm1.": "ln_1.", "norm2.": "ln_2.",
-        }  # fmt: skip
+            "self_attn.in_proj_": "attn.c_attn.",
+            "self_attn.out_proj.": "attn.c_proj.",
+            "linear1.": "mlp.c_fc.",
+            "linear2.": "mlp.c_proj.",
+            "norm1.": "ln_1.",
+            "norm2.": "ln_2.",
+        }
         state = {f"{a}{kind}": own[f"{b}{kind}"] for a, b in theirs.items() for kind in ("weight", "bias")}
         layer.load_state_dict(state)
         x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(x.size(1), dtype=x.dtype), is_causal=True)
@@ -193,8 +197,12 @@ QKV = "transformer.h.1.attn.c_attn.weight"
 @pytest.mark.parametrize(
     ("change", "settings", "error", "message"),
     [
-        (lambda w: {**w, QKV: w[QKV].T}, {}, ValueError,
-         rf"{QKV}: expected shape \(144, 48\), got \(48, 144\); transpose"),
+        (
+            lambda w: {**w, QKV: w[QKV].T},
+            {},
+            ValueError,
+            rf"{QKV}: expected shape \(144, 48\), got \(48, 144\); transpose",
+        ),
         (lambda w: {**w, QKV: w[QKV][:-1]}, {}, ValueError, rf"{QKV}: expected shape \(144, 48\), got \(143, 48\)"),
         (lambda w: {**w, QKV: w[QKV].int()}, {}, TypeError, rf"{QKV}: expected a floating.*got torch\.int32"),
         (lambda w: {**w, QKV: w[QKV].to("meta")}, {}, ValueError, rf"{QKV}: expected a CPU tensor, got one on meta"),
@@ -205,7 +213,7 @@ QKV = "transformer.h.1.attn.c_attn.weight"
         (lambda w: w, {"batch": 0}, ValueError, r"batch: expected an int of at least 1, got 0"),
         (lambda w: w, {"dtype": "float16"}, ValueError, r"dtype: expected one of 'float32'.*got 'float16'"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_fit(change, settings, error, message):
     with pytest.raises(error, match=rf"^GPTDecoder: .*{message}"):
         ops.GPTDecoder(change(_weights()), **{"heads": 4, "block": 32, **settings})

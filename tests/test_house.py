@@ -114,8 +114,8 @@ def test_the_op_table_in_the_readme_is_the_registry():
 
 def _python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_bare_pytest_imports_the_checkout():

@@ -98,14 +98,8 @@ def test_reconstructions_have_the_shape_of_what_they_reconstruct():
     ("make", "message"),
     [
         (lambda: MLPVAE(latent=0), "latent: expected at least 1, got 0"),
-        (
-            lambda: MLPVAE(likelihood="poisson"),
-            "likelihood: expected 'bernoulli' or 'gaussian', got 'poisson'",
-        ),
-        (
-            lambda: MLPVAE().training_step(digits()),
-            "expected 784 values a sample, got 64; remedy: input_size=64",
-        ),
+        (lambda: MLPVAE(likelihood="poisson"), "likelihood: expected 'bernoulli' or 'gaussian', got 'poisson'"),
+        (lambda: MLPVAE().training_step(digits()), "expected 784 values a sample, got 64; remedy: input_size=64"),
     ],
 )
 def test_misuse_is_named(make, message):

@@ -126,10 +126,13 @@ def test_processes_that_write_at_once_lose_nothing():
 
 def _generator():
     return nn.Sequential(
-        nn.ConvTranspose2d(6, 8, 4, 1, 0, bias=False), nn.BatchNorm2d(8), nn.ReLU(True),
+        nn.ConvTranspose2d(6, 8, 4, 1, 0, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(True),
         nn.Sequential(nn.ConvTranspose2d(8, 5, 4, 2, 1), nn.BatchNorm2d(5), nn.LeakyReLU(0.2)),
-        nn.ConvTranspose2d(5, 3, 4, 2, 1), nn.Tanh(),
-    )  # fmt: skip
+        nn.ConvTranspose2d(5, 3, 4, 2, 1),
+        nn.Tanh(),
+    )
 
 
 class _View(nn.Module):

@@ -111,10 +111,12 @@ def test_conditional_generators():
 @pytest.mark.parametrize(
     ("kinds", "size", "channels", "widths"),
     [
-        ((ConvVAE, EagerConvVAE), 8, 1, (6, 8)), ((ConvVAE, EagerConvVAE), 28, 3, (4, 6)),
-        ((ConditionalVAE, EagerConditionalVAE), 8, 3, (6, 8)), ((Autoencoder, EagerAutoencoder), 8, 3, (6, 8)),
+        ((ConvVAE, EagerConvVAE), 8, 1, (6, 8)),
+        ((ConvVAE, EagerConvVAE), 28, 3, (4, 6)),
+        ((ConditionalVAE, EagerConditionalVAE), 8, 3, (6, 8)),
+        ((Autoencoder, EagerAutoencoder), 8, 3, (6, 8)),
     ],
-)  # fmt: skip
+)
 def test_conv_coders(kinds, size, channels, widths, monkeypatch):
     torch.manual_seed(0)
     classes = (3,) if kinds[0] is ConditionalVAE else ()

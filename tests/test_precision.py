@@ -10,13 +10,7 @@ from genai_fast import ops, testing
 from genai_fast.precision import float32_products
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.registry import OPS
-from genai_fast.testing import (
-    AUTOMATIC,
-    Run,
-    assert_matches_reference,
-    assert_second_derivative,
-    every_run,
-)
+from genai_fast.testing import AUTOMATIC, Run, assert_matches_reference, assert_second_derivative, every_run
 
 CONV = OPS["conv_transpose2d"]
 

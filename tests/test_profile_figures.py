@@ -221,9 +221,11 @@ def _report(device="cpu", threads=64, left_alone=(), operators=(), **figures):
         "operator_calls": 10.0, "kernels": 250.0, "launches": 240.0, **figures,
     }  # fmt: skip
     return {
-        "device": device, "environment": {"threads": threads}, "left_alone": left_alone,
+        "device": device,
+        "environment": {"threads": threads},
+        "left_alone": left_alone,
         "variants": {"eager": found, "fused": found},
-    }  # fmt: skip
+    }
 
 
 RULES = {
@@ -234,9 +236,7 @@ RULES = {
     "norm": ({"operators": [("aten::native_batch_norm_backward", 0.2)]}, "batch norm takes 20% of the step"),
     "dropout": ({"operators": [("aten::bernoulli_", 0.2)]}, "dropout takes 20% of the step: genai_fast.fuse"),
     "attention": ({"operators": [("aten::_scaled_dot_product_flash", 0.1)]}, "genai_fast.ops.causal_attention"),
-    "loss": (
-        {"operators": [("aten::_log_softmax", 0.1), ("aten::nll_loss_backward", 0.1)]}, "cross-entropy takes 20%",
-    ),
+    "loss": ({"operators": [("aten::_log_softmax", 0.1), ("aten::nll_loss_backward", 0.1)]}, "cross-entropy takes 20%"),
     "adam": ({"operators": [("aten::addcdiv_", 0.1)]}, "genai_fast.optim.Adam"),
     "adam on a GPU": ({"device": "cuda", "operators": [("aten::_foreach_mul_", 0.1)]}, "fused=True, capturable=True"),
     "layout": (
@@ -246,7 +246,7 @@ RULES = {
     "outside": ({"operators": [("(outside PyTorch's operators)", 0.6)]}, "60% of the step passes outside"),
     "threads": ({"threads": 1}, "1 of 16 cores in use: torch.set_num_threads(8)"),
     "left alone": ({"left_alone": [["a.b", "Net", "because"]]}, "fuse leaves alone: a.b (Net): because"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -41,7 +41,7 @@ def _normals(backend, count, seed, offset=0):
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [  # Random123's known answers for philox4x32-10
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
     ],
 )
 def test_known_answer(counter, key, expected):

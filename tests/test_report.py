@@ -161,8 +161,10 @@ def test_page_of_a_green_record(tmp_path):
     ]
     fused = {s["system"]: s for s in steps if s["variant"] == "fused"}
     assert (fused["mlp_vae"]["ms"], fused["mlp_vae"]["device ms"], fused["mlp_vae"]["launches"]) == (
-        "1.000", "0.500", "10",
-    )  # fmt: skip
+        "1.000",
+        "0.500",
+        "10",
+    )
     assert (fused["gpt_nano"]["tokens/s"], fused["gpt_nano"]["device ms"]) == ("500000", "-")
     (path,) = rows(text, "The path of each convolution")
     assert (path["path"], path["why"], path["kernel us"], path["torch us"]) == ("kernel", "2.00 x torch", "100", "200")

@@ -100,7 +100,7 @@ def _inputs(tokens=20, keys=None, heads=4):
         lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :5], k, v, is_causal=True),
     ],
     ids=["mask", "dropout", "float64", "unequal"],
-)  # fmt: skip
+)
 def test_other_calls_go_where_they_went(served, call):
     inputs = _inputs()
 

@@ -185,7 +185,7 @@ def test_a_step_can_be_captured(monkeypatch):
         ),
         (lambda: pair()[0].generate_ids(torch.zeros(1, 3)), r"prompt: expected token ids \[T\] of one"),
     ],
-)  # fmt: skip
+)
 def test_misuse_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -356,13 +356,15 @@ MISTAKES = {
     "a dict": (step_of(lambda net, x, y: {"mse": mse(net, x, y)}), "dict with 'loss', got a dict with 'mse'"),
     "detached": (step_of(lambda net, x, y: mse(net, x, y).detach()), "remedy: no detach"),
     "other weights": (
-        step_of(lambda net, x, y: mse(nn.Linear(8, 4), x, y)), "on the turn's parameters, got one of others only",
+        step_of(lambda net, x, y: mse(nn.Linear(8, 4), x, y)),
+        "on the turn's parameters, got one of others only",
     ),
     "no turn": (step_of(lambda net, x, y: nothing(x, y)), "to be yielded, got nothing"),
     "a loss alone": (turn(lambda net, loss: loss), r"\(parameters, loss\) to be yielded, .*got a tensor of shape \(\)"),
     "a module": (turn(lambda net, loss: (nn.Linear(1, 1), loss)), "got a Linear as parameters"),
     "strange weights": (
-        turn(lambda net, loss: (nn.Linear(1, 7).parameters(), loss)), r"got a tensor of shape \(7, 1\) that no optim",
+        turn(lambda net, loss: (nn.Linear(1, 7).parameters(), loss)),
+        r"got a tensor of shape \(7, 1\) that no optim",
     ),
     "no weights": (turn(lambda net, loss: ([], loss)), "got none that is trained"),
     "batch": (step_of(mse, torch.ones(2, 8), [1, 2]), r"expected tensors, got list as number 1; remedy: step\(\*t"),
@@ -374,10 +376,12 @@ MISTAKES = {
     "parts of turns": (lambda: Step(nothing, new_sgd(), accumulate=2), "expected 1 for networks in turns"),
     "parts of hidden turns": (step_of(lambda net, x, y: nothing(x, y), accumulate=2), "1 for networks in turns"),
     "parts of a state": (
-        lambda: Step(LSTMLanguageModel(9), new_sgd(), accumulate=2), "rows carry a state from batch to batch, got 2",
+        lambda: Step(LSTMLanguageModel(9), new_sgd(), accumulate=2),
+        "rows carry a state from batch to batch, got 2",
     ),
     "parts of two sizes": (
-        step_of(mse, torch.ones(4, 8), torch.ones(3, 4), accumulate=2), r"first dimension, got \[\(4, 8\), \(3, 4\)\]",
+        step_of(mse, torch.ones(4, 8), torch.ones(3, 4), accumulate=2),
+        r"first dimension, got \[\(4, 8\), \(3, 4\)\]",
     ),
     "closure": (lambda: Step(mse, torch.optim.LBFGS(plain_net().parameters())), "takes no closure, got LBFGS"),
     "another group": (grown, "the groups of parameters it began with; remedy: a new Step"),
@@ -391,7 +395,7 @@ MISTAKES = {
         r"capturable=False; remedy: torch\.optim\.Adam\(.*fused=True, capturable=True",
     ),
     "not fused": (lambda: Step(mse, new_sgd(), graph=True), "fused=False; remedy"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -126,9 +126,12 @@ def test_losses_of_later_steps_count_too(fused, wrong):
         return lambda *batch: torch.tensor(next(left))
 
     system = SimpleNamespace(
-        inputs=lambda device: (), plain=lambda device: serving([4.0, 3.0, 2.0]), fused=lambda device: serving(fused),
-        plain_scale=1, tolerance=5e-3,
-    )  # fmt: skip
+        inputs=lambda device: (),
+        plain=lambda device: serving([4.0, 3.0, 2.0]),
+        fused=lambda device: serving(fused),
+        plain_scale=1,
+        tolerance=5e-3,
+    )
     message = training_figures.red(system, "cpu", 3)
     assert message.startswith(f"losses of {wrong}: expected") if wrong else message == ""
 

@@ -84,9 +84,7 @@ def test_the_default_stays_where_nothing_is_faster_or_right(point, monkeypatch):
     assert not found["kept"] and found["settings"] == found["default"] and found["reason"] == "output 0: error 1"
     assert found["refused"] == {"BLOCK 512, num_warps 2": "output 0: error 1"}
     found = tuning.tune(point, "batch_norm_act/apply", by_warps("num_warps 2"))
-    assert found == {
-        "kernel": "batch_norm_act/apply", "case": str(point), "kept": False, "reason": "not launched here"
-    }  # fmt: skip
+    assert found == {"kernel": "batch_norm_act/apply", "case": str(point), "kept": False, "reason": "not launched here"}
 
 
 def test_the_next_best_is_kept_where_the_best_is_wrong(point, monkeypatch):

@@ -83,9 +83,7 @@ class Entry:
         arrays = {}
         for file in hidden.glob("*.npy"):
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-            arrays[file.stem] = {
-                "bytes": file.stat().st_size, "dtype": array.dtype.str, "shape": list(array.shape)
-            }  # fmt: skip
+            arrays[file.stem] = {"bytes": file.stat().st_size, "dtype": array.dtype.str, "shape": list(array.shape)}
         meta = {"version": VERSION, "arrays": arrays, "about": about}
         with open(hidden / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file)

@@ -27,11 +27,7 @@ _CLASSES = 1 << 16  # more are a mistake, and would fill the memory with their n
 
 
 def load(
-    source: str | Path,
-    size: int | None = None,
-    *,
-    strict: bool = False,
-    cache: bool | str | Path | None = None,
+    source: str | Path, size: int | None = None, *, strict: bool = False, cache: bool | str | Path | None = None
 ) -> Images:
     """Read images.
 

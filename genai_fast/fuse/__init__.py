@@ -24,9 +24,7 @@ from genai_fast.layers._stock import STOCK, letter, obstacle, runs
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
-_WRAPPERS = (
-    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
-)  # fmt: skip
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
 
 
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
@@ -78,9 +76,10 @@ def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> typ
 
 def _is_sequential(cls: type) -> bool:
     return (
-        issubclass(cls, nn.Sequential) and cls.forward in (nn.Sequential.forward, FusedSequential.forward)
+        issubclass(cls, nn.Sequential)
+        and cls.forward in (nn.Sequential.forward, FusedSequential.forward)
         and cls.__iter__ is nn.Sequential.__iter__
-    )  # fmt: skip
+    )
 
 
 def _asks_for_its_class(cls: type) -> str:

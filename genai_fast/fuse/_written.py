@@ -65,8 +65,11 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
 }  # fmt: skip
 _METHODS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid,
-}  # fmt: skip
+    "relu": lambda: nn.ReLU(),
+    "relu_": lambda: nn.ReLU(True),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
 
 
 class _Step(NamedTuple):

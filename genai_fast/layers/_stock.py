@@ -22,9 +22,13 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 
 # One letter a child, so that a container is a word and a run a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((*CONVS, *TRANSPOSED), "C"), nn.Linear: "L", **dict.fromkeys(NORMS, "N"),
-    **dict.fromkeys(ACTIVATIONS, "A"), nn.Identity: "I", nn.Dropout: "D",
-}  # fmt: skip
+    **dict.fromkeys((*CONVS, *TRANSPOSED), "C"),
+    nn.Linear: "L",
+    **dict.fromkeys(NORMS, "N"),
+    **dict.fromkeys(ACTIVATIONS, "A"),
+    nn.Identity: "I",
+    nn.Dropout: "D",
+}
 STOCK = tuple(_LETTERS)
 _RUN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
@@ -55,9 +59,11 @@ def obstacle(child: nn.Module) -> str:
 def global_hooks() -> bool:
     """Whether hooks are registered on every module."""
     return bool(
-        _globals._global_forward_hooks or _globals._global_forward_pre_hooks
-        or _globals._global_backward_hooks or _globals._global_backward_pre_hooks
-    )  # fmt: skip
+        _globals._global_forward_hooks
+        or _globals._global_forward_pre_hooks
+        or _globals._global_backward_hooks
+        or _globals._global_backward_pre_hooks
+    )
 
 
 def letter(child: nn.Module) -> str:

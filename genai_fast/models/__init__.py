@@ -55,7 +55,7 @@ __all__ = [
     "generate",
     "load_gpt2",
     "slerp",
-]  # fmt: skip
+]
 
 # Name on the command line -> what makes the model, and the shape of one input without the batch.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -68,9 +68,12 @@ def converted(tensors: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
     layers = {int(found[1]) for found in map(_LAYER.match, state) if found}
     width = embedding.size(1)
     sizes = {
-        "vocabulary": len(embedding), "block": len(positions), "layers": max(layers, default=0) + 1, "width": width,
+        "vocabulary": len(embedding),
+        "block": len(positions),
+        "layers": max(layers, default=0) + 1,
+        "width": width,
         "bias": "transformer.ln_f.bias" in state,
-    }  # fmt: skip
+    }
     # c_proj [C, C] does not tell its orientation, so one matrix that does speaks for all.
     name = f"transformer.h.0.{_MATRICES[0]}"
     shape = tuple(_matrix(state, name).shape)

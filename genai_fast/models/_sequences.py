@@ -77,7 +77,7 @@ def delayed(ids: torch.Tensor, first: int) -> torch.Tensor:
 
 def steps(
     decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
-) -> Iterator[list[int]]:  # fmt: skip
+) -> Iterator[list[int]]:
     """Each step's tokens of B sequences, written behind the tokens first [B]; `end` for sequences that have ended.
 
     It stops when all have, or after `longest` steps.
@@ -108,6 +108,6 @@ def written(decoder: Decoder, first: torch.Tensor, choose: Choose | None, longes
 
 def streamed(
     decoder: Decoder, first: torch.Tensor | None, choose: Choose | None, longest: int, end: int
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """`steps` of one sequence, a token at a time."""
     return (token for (token,) in steps(decoder, first, choose, longest, end))

@@ -198,12 +198,16 @@ class DenseGeneratorK4(nn.Module):
         _check.positive("DenseGeneratorK4", latent=latent, channels=channels, side=side)
         self.latent = latent
         self.main = FusedSequential(
-            nn.Linear(latent, 128 * side * side), nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Linear(latent, 128 * side * side),
+            nn.LeakyReLU(_SLOPE, inplace=True),
             nn.Unflatten(1, (128, side, side)),
-            nn.ConvTranspose2d(128, 128, 4, 2, 1), nn.LeakyReLU(_SLOPE, inplace=True),
-            nn.ConvTranspose2d(128, 128, 4, 2, 1), nn.LeakyReLU(_SLOPE, inplace=True),
-            nn.Conv2d(128, channels, 7, 1, 3), nn.Tanh(),
-        )  # fmt: skip
+            nn.ConvTranspose2d(128, 128, 4, 2, 1),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.ConvTranspose2d(128, 128, 4, 2, 1),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Conv2d(128, channels, 7, 1, 3),
+            nn.Tanh(),
+        )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z)

@@ -81,10 +81,7 @@ class EagerMLPDiscriminator(nn.Module):
     """Image [B, *shape] -> probability [B]."""
 
     def __init__(
-        self,
-        shape: tuple[int, ...] = (1, 28, 28),
-        widths: tuple[int, ...] = (1024, 512, 256),
-        dropout: float = 0.0,
+        self, shape: tuple[int, ...] = (1, 28, 28), widths: tuple[int, ...] = (1024, 512, 256), dropout: float = 0.0
     ) -> None:
         super().__init__()
         layers = []
@@ -237,11 +234,7 @@ class EagerConvVAE(nn.Module):
     """Images [B, channels, size, size] in [-1, 1]; the loss is summed squared error plus KL, a mean over the batch."""
 
     def __init__(
-        self,
-        size: int = 64,
-        channels: int = 3,
-        latent: int = 128,
-        widths: tuple[int, ...] = (32, 64, 128, 256, 512),
+        self, size: int = 64, channels: int = 3, latent: int = 128, widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     ) -> None:
         super().__init__()
         self.widths, self.side = widths, size >> len(widths)
@@ -281,11 +274,7 @@ class EagerAutoencoder(nn.Module):
     """Images [B, channels, size, size] in [-1, 1] -> a code [B, latent] -> images; the loss is summed squared error."""
 
     def __init__(
-        self,
-        size: int = 64,
-        channels: int = 3,
-        latent: int = 128,
-        widths: tuple[int, ...] = (32, 64, 128, 256, 512),
+        self, size: int = 64, channels: int = 3, latent: int = 128, widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     ) -> None:
         super().__init__()
         self.widths, self.side = widths, size >> len(widths)

@@ -25,9 +25,12 @@ class _Attention(nn.Module):
         self.project = nn.Linear(dim, dim)
 
     def forward(
-        self, x: torch.Tensor, memory: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+        self,
+        x: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         is_causal: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         b, t, c = x.shape
         if memory is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -53,9 +56,12 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, memory: torch.Tensor | None = None,
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask=mask, is_causal=memory is not None))
         if memory is not None:
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, memory_mask))
@@ -200,7 +206,7 @@ class EagerVRNN(nn.Module):
 
     def __init__(
         self, vocabulary: int, embedding: int = 64, hidden: int = 256, latent: int = 32, beta: float = 1.0
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.hidden, self.beta = hidden, beta
         self.embed = nn.Embedding(vocabulary, embedding)

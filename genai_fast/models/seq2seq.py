@@ -74,7 +74,7 @@ class _CrossAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, memory: torch.Tensor, queries: torch.Tensor, starts: torch.Tensor
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """x [B, T, C] over the states [B, S, C]; where the sequences of both begin, as `_spans` says."""
         k, v = self.keys(memory)
         y = ops.causal_attention(

@@ -149,9 +149,13 @@ class TextVAE(nn.Module):
         return self.decode(latents.line(*ends, steps), choose, longest=longest)
 
     def generate_ids(
-        self, prompt: torch.Tensor | None = None, choose: _sequences.Choose | None = None, *, longest: int = 256,
+        self,
+        prompt: torch.Tensor | None = None,
+        choose: _sequences.Choose | None = None,
+        *,
+        longest: int = 256,
         seed: int | None = None,
-    ) -> Iterator[int]:  # fmt: skip
+    ) -> Iterator[int]:
         """The token ids of one sequence, one at a time as they are made, until `end`, which is left out.
 
         Args:

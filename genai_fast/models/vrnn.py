@@ -116,14 +116,18 @@ class VRNN(nn.Module):
 
     def __init__(
         self, vocabulary: int, embedding: int = 64, hidden: int = 256, latent: int = 32, *, beta: float = 1.0
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         _check.positive("VRNN", vocabulary=vocabulary, embedding=embedding, hidden=hidden, latent=latent)
         if not beta >= 0:
             raise ValueError(f"VRNN: beta: expected at least 0, got {beta}")
         self.vocabulary, self.embedding, self.hidden, self.latent, self.beta = (
-            vocabulary, embedding, hidden, latent, beta,
-        )  # fmt: skip
+            vocabulary,
+            embedding,
+            hidden,
+            latent,
+            beta,
+        )
         self.embed = nn.Embedding(vocabulary, embedding)
         self.prior = _network(hidden, hidden, 2 * latent)
         self.encoder = _network(embedding + hidden, hidden, 2 * latent)

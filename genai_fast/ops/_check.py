@@ -63,9 +63,12 @@ def per_channel(
     for p in parameters.values():
         # The usual case by what costs least: x.device would cost more than all the rest.
         if p is not None and not (
-            p.__class__ in _PLAIN and p.dtype is dtype and p.shape == shape and p.is_cpu == on_cpu
+            p.__class__ in _PLAIN
+            and p.dtype is dtype
+            and p.shape == shape
+            and p.is_cpu == on_cpu
             and p.get_device() == place
-        ):  # fmt: skip
+        ):
             break
     else:
         return

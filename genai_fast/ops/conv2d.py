@@ -56,11 +56,7 @@ def _transposed(x, weight, grad_y, stride, padding):
 
 
 def conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Ints = 1,
-    padding: Ints = 0,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Ints = 1, padding: Ints = 0
 ) -> torch.Tensor:
     """F.conv2d with groups and dilation 1, for images: made for few input channels, a discriminator's first layer.
 

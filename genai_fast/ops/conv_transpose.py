@@ -69,7 +69,7 @@ class _ConvTranspose(KernelFunction):
             grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
         gradients = _convolution_gradients(
             ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
-        )  # fmt: skip
+        )
         return *gradients, grad_bias if ctx.needs_input_grad[2] else None, *(None,) * 6
 
 
@@ -104,7 +104,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
             grad_bn_bias, grad_bn_weight = sums
         gradients = _convolution_gradients(
             ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
-        )  # fmt: skip
+        )
         _, _, bias_needed, bn_weight_needed, bn_bias_needed, *_ = ctx.needs_input_grad
         return (
             *gradients,

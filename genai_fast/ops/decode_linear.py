@@ -69,10 +69,12 @@ def decode_linear(
         )
     outputs = weight.size(0)
     expected = {
-        "weight": (weight, tuple(weight.shape)), "bias": (bias, (outputs,)),
-        "norm_weight": (norm_weight, (x.size(-1),)), "norm_bias": (norm_bias, (x.size(-1),)),
+        "weight": (weight, tuple(weight.shape)),
+        "bias": (bias, (outputs,)),
+        "norm_weight": (norm_weight, (x.size(-1),)),
+        "norm_bias": (norm_bias, (x.size(-1),)),
         "residual": (residual, (*x.shape[:-1], outputs)),
-    }  # fmt: skip
+    }
     given = {name: pair for name, pair in expected.items() if pair[0] is not None}
     for name, (tensor, shape) in given.items():
         _like_x(name, tensor, shape, x)

@@ -109,10 +109,7 @@ def layer_norm(
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    eps: float | None = None,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """y = h / sqrt(mean(h^2) + eps) * weight, h = x + residual; the mean over the last dimension.
 

@@ -100,9 +100,12 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, torch.Tensor | None
         )
     rows, hidden = weight_hh.shape
     shapes = {
-        "weight_ih": (rows, x.size(2)), "bias_ih": (rows,), "bias_hh": (rows,), "h0": (x.size(1), hidden),
+        "weight_ih": (rows, x.size(2)),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "h0": (x.size(1), hidden),
         "c0": (x.size(1), hidden),
-    }  # fmt: skip
+    }
     kind = x.device.type
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     found: dict[str, torch.Tensor | None] = {}

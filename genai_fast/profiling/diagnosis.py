@@ -34,24 +34,30 @@ FORMS = (
     Form("layer norm", ("aten::native_layer_norm",), "genai_fast.ops.layer_norm, which adds the residual too"),
     Form("attention", ("aten::_scaled_dot_product", "aten::_flash_attention"), "genai_fast.ops.causal_attention"),
     Form(
-        "cross-entropy", ("aten::_log_softmax", "aten::nll_loss_forward", "aten::nll_loss_backward"),
+        "cross-entropy",
+        ("aten::_log_softmax", "aten::nll_loss_forward", "aten::nll_loss_backward"),
         "genai_fast.ops.cross_entropy, or linear_cross_entropy with the last layer in it",
     ),
     Form(
-        "binary cross-entropy", ("aten::binary_cross_entropy",),
+        "binary cross-entropy",
+        ("aten::binary_cross_entropy",),
         "a loss on logits without the sigmoid; a VAE's: genai_fast.ops.vae_loss",
     ),
     Form("the GRU", ("aten::gru",), "genai_fast.fuse(model): genai_fast.layers.GRU"),
-)  # fmt: skip
+)
 _ADAM = ("aten::_foreach_", "aten::addcdiv_", "aten::addcmul_", "aten::lerp_")
 _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn",
     "mkldnn::_linear_pointwise",
 )  # fmt: skip
 _CONVOLUTIONS = (
-    "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::convolution_backward", "aten::_slow_conv",
-    "aten::slow_conv", "aten::thnn_conv",
-)  # fmt: skip
+    "aten::mkldnn_convolution",
+    "aten::cudnn_convolution",
+    "aten::convolution_backward",
+    "aten::_slow_conv",
+    "aten::slow_conv",
+    "aten::thnn_conv",
+)
 
 
 def diagnose(report: dict[str, Any], name: str) -> list[str]:

@@ -69,9 +69,13 @@ class Measurement:
 
 
 def measure(
-    subject: Subject, variants: Sequence[str], seconds: float, device: torch.device | None, folder: Path,
+    subject: Subject,
+    variants: Sequence[str],
+    seconds: float,
+    device: torch.device | None,
+    folder: Path,
     say: Callable[[str], None],
-) -> Measurement:  # fmt: skip
+) -> Measurement:
     """Measure the variants; traces go to `folder`.
 
     Args:

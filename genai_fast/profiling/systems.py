@@ -86,9 +86,11 @@ class TextSystem(System):
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         lengths = torch.full((self.batch,), tokens, device=device)
         return {
-            "windows": (x, y), "streams": (x, y, torch.ones(self.batch, device=device)),
-            "sequences": (x, lengths), "pairs": (x, lengths, y, lengths),
-        }[RECIPES[self.recipe].feed]  # fmt: skip
+            "windows": (x, y),
+            "streams": (x, y, torch.ones(self.batch, device=device)),
+            "sequences": (x, lengths),
+            "pairs": (x, lengths, y, lengths),
+        }[RECIPES[self.recipe].feed]
 
     def model(self) -> nn.Module:
         return RECIPES[self.recipe].build(self.config, self.vocabulary, self.vocabulary - 1)
@@ -170,11 +172,15 @@ GPU_SYSTEMS = {
     "dcgan_64_batch128": replace(SYSTEMS["dcgan_64"], batch=128),
     "dcgan_64_bfloat16_batch128": replace(SYSTEMS["dcgan_64_bfloat16"], batch=128),
     "gpt2_bfloat16": _text(
-        lambda v: peers_text.EagerGPT(v, 1024, 12, 12, 768), "gpt",
-        settings.GPTConfig(**_GPT, precision="bfloat16", block=1024, layers=12, heads=12, width=768), 8, 1024, 50257,
+        lambda v: peers_text.EagerGPT(v, 1024, 12, 12, 768),
+        "gpt",
+        settings.GPTConfig(**_GPT, precision="bfloat16", block=1024, layers=12, heads=12, width=768),
+        8,
+        1024,
+        50257,
         tolerance=0.05,
     ),
-}  # fmt: skip
+}
 
 
 def of_recipe(name: str, batch: int | None = None, precision: str = "float32") -> System:

@@ -41,10 +41,7 @@ class Traced(NamedTuple):
 def trace(step: Callable[[], Any], steps: int, cuda: bool, path: Path) -> Traced:
     """Profile that many steps; write what happened to `path` (JSON for chrome://tracing or ui.perfetto.dev)."""
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with (
-        torch.profiler.profile(activities=kinds) as profile,
-        torch.profiler.record_function(_WINDOW),
-    ):
+    with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function(_WINDOW):
         for _ in range(steps):
             step()
         if cuda:

@@ -261,9 +261,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     different = changes(state["environment"], now)
     if different:
         warnings.warn(
-            f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}",
-            UserWarning,
-            stacklevel=2,
+            f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}", UserWarning, stacklevel=2
         )
     else:
         paths.take(device, state["routes"])

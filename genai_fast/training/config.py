@@ -77,9 +77,8 @@ class ImageConfig(Config):
     sync_bn: bool = setting(False, "batch norm over the batches of all processes together, not of each by itself")
     grid_every: int = setting(1, "epochs from one grid of samples in grids/ to the next; 0: none", low=0)
     quality_every: int = setting(
-        1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none",
-        low=0,
-    )  # fmt: skip
+        1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ class ImageTask:
         self.name, self.settings, self.images = name, settings, images
         self.train, self.validation = images.split(settings.validation, settings.seed)
         self.about: dict[str, Any] = {
-            "recipe": name, "shape": list(images.shape), "images": len(images),
+            "recipe": name,
+            "shape": list(images.shape),
+            "images": len(images),
             "classes": list(images.classes) if RECIPES[name].labelled else [],
-        }  # fmt: skip
+        }
 
     def model(self) -> nn.Module:
         return make(self.name, self.settings, self.images.shape, len(self.images.classes))

@@ -29,9 +29,11 @@ class Kept:
         buffers = {(id(m), k): (m._buffers, k) for root in modules for m in root.modules() for k in m._buffers}
         parameters = {
             (id(m), k): (m._parameters, k)
-            for root in others for m in root.modules() for k, p in m._parameters.items()
+            for root in others
+            for m in root.modules()
+            for k, p in m._parameters.items()
             if p is not None and id(p) not in ids
-        }  # fmt: skip
+        }
         self._places = [*buffers.values(), *parameters.values()]
 
     @torch.no_grad()
@@ -62,9 +64,10 @@ class Kept:
         """
         for items, copy in self._groups:
             pairs = [
-                (holder[name], old) for (holder, name, x), old in zip(items, _split(copy, items), strict=True)
+                (holder[name], old)
+                for (holder, name, x), old in zip(items, _split(copy, items), strict=True)
                 if holder[name].shape == x.shape
-            ]  # fmt: skip
+            ]
             if pairs:
                 now, old = zip(*pairs, strict=True)
                 kept = torch.where(flag.to(copy.device), _joined(old), _joined(now))

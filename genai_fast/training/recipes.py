@@ -59,9 +59,13 @@ def _dcgan(config: settings.DCGANConfig, shape: Shape, classes: int) -> nn.Modul
     if config.network == "dcgan":
         generator = models.DCGANGenerator(side, latent=latent, width=config.width, channels=channels)
         discriminator = models.DCGANDiscriminator(
-            side, width=config.width, channels=channels, dropout=max(config.dropout, 0.0),
-            norm="none" if config.spectral else "batch", spectral=config.spectral,
-        )  # fmt: skip
+            side,
+            width=config.width,
+            channels=channels,
+            dropout=max(config.dropout, 0.0),
+            norm="none" if config.spectral else "batch",
+            spectral=config.spectral,
+        )
         return _channels_last(_pair(config, models.dcgan_init(generator), models.dcgan_init(discriminator)))
     if config.spectral:
         raise UsageError(f"--spectral: expected --network dcgan, got {config.network}; remedy: leave one of them out")

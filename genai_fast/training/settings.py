@@ -44,9 +44,10 @@ class GANConfig(ImageConfig):
 class DCGANConfig(GANConfig):
     batch_size: int = changed(ImageConfig, "batch_size", 64)
     network: str = setting(
-        "dcgan", "dcgan (28, 32, 64 or 128 pixels); dense, dense-k4: dense layer first, dropout in the discriminator",
+        "dcgan",
+        "dcgan (28, 32, 64 or 128 pixels); dense, dense-k4: dense layer first, dropout in the discriminator",
         choices=("dcgan", "dense", "dense-k4"),
-    )  # fmt: skip
+    )
     width: int = setting(64, "channels of the largest feature maps (dcgan)", low=1)
     dropout: float = setting(-1.0, "share of D's activations dropped; -1: as its authors", low=-1, high=0.9)
     spectral: bool = setting(False, "spectral norm on the discriminator's convolutions, without batch norm")

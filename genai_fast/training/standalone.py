@@ -44,9 +44,11 @@ def draw(model: nn.Module, shape: tuple[int, int, int], latent: int, classes: tu
     if classes:
         parser.add_argument("--class", dest="label", metavar="NAME", choices=classes, help="default: each in turn")
     parser.add_argument(
-        "--out", type=Path, default=Path("samples.png"),
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
         help="a picture, or a .pt file of [N, C, H, W] in [0, 1]; default: %(default)s",
-    )  # fmt: skip
+    )
     options = parser.parse_args()
     inputs = [torch.randn(options.count, latent, generator=torch.Generator().manual_seed(options.seed))]
     if classes:
@@ -65,9 +67,11 @@ def reconstruct(model: nn.Module, shape: tuple[int, int, int]) -> None:
     parser = argparse.ArgumentParser(description="Reconstruct pictures.")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="its centre square is taken")
     parser.add_argument(
-        "--out", type=Path, default=Path("reconstructions.png"),
+        "--out",
+        type=Path,
+        default=Path("reconstructions.png"),
         help="a picture, or a .pt file of [2 N, C, H, W] in [0, 1]; default: %(default)s",
-    )  # fmt: skip
+    )
     options = parser.parse_args()
     try:
         from PIL import Image, ImageOps

@@ -37,9 +37,12 @@ class TextTask:
             self.training, self.validation = self.training.passages(), self.validation.passages()
         self.tokenizer = self._tokenizer(resumed)
         self.about: dict[str, Any] = {
-            "recipe": name, "tokenizer": self.tokenizer.digest, "vocabulary": self.tokenizer.size,
-            "documents": len(corpus), "characters": sum(map(len, corpus.documents)),
-        }  # fmt: skip
+            "recipe": name,
+            "tokenizer": self.tokenizer.digest,
+            "vocabulary": self.tokenizer.size,
+            "documents": len(corpus),
+            "characters": sum(map(len, corpus.documents)),
+        }
         self._bytes_a_token = 0.0
 
     def _tokenizer(self, resumed: Path | None) -> Tokenizer:
@@ -135,6 +138,4 @@ def per_token(figures: dict[str, float], bytes_a_token: float) -> dict[str, floa
         nats = (figures["reconstruction"] + figures["kl"]) / figures["tokens"]
     else:
         nats = figures["loss"]
-    return {
-        **figures, "perplexity": math.exp(min(nats, 700.0)), "bits_per_byte": nats / math.log(2) / bytes_a_token
-    }  # fmt: skip
+    return {**figures, "perplexity": math.exp(min(nats, 700.0)), "bits_per_byte": nats / math.log(2) / bytes_a_token}

@@ -134,9 +134,13 @@ def _compile_case(dtype, backward=None, activation="leaky_relu"):
         kernel, pointers = "_act_dropout_backward", dict(grad_y_ptr=dtype, saved_ptr=dtype, grad_x_ptr=dtype)
         constants.update(share="fp32", FROM_OUTPUT=backward == "output")
     return CompileCase(
-        f"{activation}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}", kernel,
-        {**pointers, **constants}, wide_loads=True, elements=1024, max_instructions_per_element=40,
-    )  # fmt: skip
+        f"{activation}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}",
+        kernel,
+        {**pointers, **constants},
+        wide_loads=True,
+        elements=1024,
+        max_instructions_per_element=40,
+    )
 
 
 _COMPILE_CASES = (

@@ -105,7 +105,6 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
     if saved.numel():
         grid, seed, sizes, constants = _launch("backward", saved, seed, p, offset)
         _act_dropout_backward[grid](
-            grad_y, saved, grad_x, seed, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output,
-            **constants,
-        )  # fmt: skip
+            grad_y, saved, grad_x, seed, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output, **constants
+        )
     return grad_x

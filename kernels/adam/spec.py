@@ -39,9 +39,7 @@ def _inputs(*shapes, step=3, **more):
         draw = lambda scale: [t.normal(*shape, scale=scale, grad=False) for shape in shapes]  # noqa: E731
         squares = [x * x for x in draw(0.1)]
         steps = [t.values(step - 1, grad=False) for _ in shapes]
-        return dict(
-            params=draw(1.0), grads=draw(0.1), exp_avgs=draw(0.1), exp_avg_sqs=squares, steps=steps, **more
-        )  # fmt: skip
+        return dict(params=draw(1.0), grads=draw(0.1), exp_avgs=draw(0.1), exp_avg_sqs=squares, steps=steps, **more)
 
     return make
 
@@ -78,11 +76,14 @@ ERROR_CASES = (
     ErrorCase("lengths", lambda t: {**_GOOD(t), "grads": []}, ValueError, r"grads.*expected 1 tensors.*got 0"),
     ErrorCase("shape", lambda t: {**_GOOD(t), "grads": [t.normal(4)]}, ValueError, r"grads\[0\].*\(4, 3\).*got \(4,\)"),
     ErrorCase("dtype", lambda t: {**_GOOD(t), "grads": [t.normal(4, 3).double()]}, TypeError, r"grads\[0\].*float64"),
-    ErrorCase("strides", lambda t: {**_GOOD(t), "params": [t.normal(3, 4, grad=False).t()]}, ValueError,
-              r"params\[0\].*contiguous"),
-    ErrorCase("steps", lambda t: {**_GOOD(t), "steps": [t.normal(1)]}, ValueError,
-              r"steps\[0\].*\(\).*got \(1,\)"),
-)  # fmt: skip
+    ErrorCase(
+        "strides",
+        lambda t: {**_GOOD(t), "params": [t.normal(3, 4, grad=False).t()]},
+        ValueError,
+        r"params\[0\].*contiguous",
+    ),
+    ErrorCase("steps", lambda t: {**_GOOD(t), "steps": [t.normal(1)]}, ValueError, r"steps\[0\].*\(\).*got \(1,\)"),
+)
 
 _VAE = ((400, 784), (400,), (20, 400), (20,), (20, 400), (20,), (400, 20), (400,), (784, 400), (784,))
 

@@ -97,9 +97,7 @@ def _cost(x, weight=None, **settings):
 def _parameters(t, channels, running=True):
     found = dict(weight=t.uniform(channels, low=0.5, high=1.5, grad=True), bias=t.normal(channels, scale=0.3))
     if running:
-        found.update(
-            running_mean=t.normal(channels, grad=False), running_var=t.uniform(channels, low=0.5, high=2.0)
-        )  # fmt: skip
+        found.update(running_mean=t.normal(channels, grad=False), running_var=t.uniform(channels, low=0.5, high=2.0))
     return found
 
 
@@ -210,10 +208,7 @@ GPU_CASES = tuple(
 
 # The launches of a DCGAN block: [64, 64, 32, 32], channels last and not.
 _LAYOUTS = {
-    "last": (
-        dict(LAST=True, ROWS=16, BLOCK=64, inner=1, across=1),
-        dict(LAST=True, ROWS=32, BLOCK=64, inner=1),
-    ),
+    "last": (dict(LAST=True, ROWS=16, BLOCK=64, inner=1, across=1), dict(LAST=True, ROWS=32, BLOCK=64, inner=1)),
     "planes": (
         dict(LAST=False, ROWS=1, BLOCK=1024, inner="i32", across=1),
         dict(LAST=False, ROWS=2, BLOCK=1024, inner="i32"),
@@ -231,13 +226,18 @@ def _compile_cases(layout, dtype, activation="leaky_relu"):
     of = dict(elements=1024, wide_loads=True)
     if activation == "leaky_relu":
         yield CompileCase(
-            f"moments-{name}", "_batch_norm_moments", dict(x_ptr=dtype, partial_ptr="*fp32", **_SUM_SIZES, **sums),
-            num_warps=8, wide_loads=True,
-        )  # fmt: skip
+            f"moments-{name}",
+            "_batch_norm_moments",
+            dict(x_ptr=dtype, partial_ptr="*fp32", **_SUM_SIZES, **sums),
+            num_warps=8,
+            wide_loads=True,
+        )
     yield CompileCase(
-        f"apply-{name}", "_batch_norm_act_apply",
-        dict(x_ptr=dtype, y_ptr=dtype, **_PARAMETERS, **_MATRIX_SIZES, ACTIVATION=activation, **tile), **of,
-    )  # fmt: skip
+        f"apply-{name}",
+        "_batch_norm_act_apply",
+        dict(x_ptr=dtype, y_ptr=dtype, **_PARAMETERS, **_MATRIX_SIZES, ACTIVATION=activation, **tile),
+        **of,
+    )
     yield CompileCase(
         f"sums-{name}", "_batch_norm_act_sums",
         dict(grad_y_ptr=dtype, x_ptr=dtype, **_PARAMETERS, partial_ptr="*fp32", slope="fp32", ACTIVATION=activation,
@@ -271,9 +271,11 @@ _COMPILE_CASES = (
 )  # fmt: skip
 
 _SUM_CHOICES = choices_of(
-    elements=(1024, 2048, 2048, 4096, 4096), channels=(64, 32, 128, 64, 128), groups=(512, 256, 512, 256, 128),
+    elements=(1024, 2048, 2048, 4096, 4096),
+    channels=(64, 32, 128, 64, 128),
+    groups=(512, 256, 512, 256, 128),
     num_warps=(4, 8, 8, 8, 16),
-)  # fmt: skip
+)
 
 BATCH_NORM_ACT = OpSpec(
     name="batch_norm_act",

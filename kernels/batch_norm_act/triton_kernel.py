@@ -267,9 +267,7 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     if not x.numel():
         return tuple(r.zero_() for r in results)
-    _batch_norm_act_sums[grid](
-        grad_y, x, *parameters, partial, *sizes, slope, ACTIVATION=activation, **constants
-    )  # fmt: skip
+    _batch_norm_act_sums[grid](grad_y, x, *parameters, partial, *sizes, slope, ACTIVATION=activation, **constants)
     grid, constants = combine_grid(channels)
     _batch_norm_combine_sums[grid](partial, parameters[3], *results, groups, channels, groups * channels, **constants)
     return results

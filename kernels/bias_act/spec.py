@@ -147,10 +147,13 @@ def _compile_case(name, tile, dtype, backward=None, activation="leaky_relu"):
         pointers["bias_ptr"] = None if backward == "output" else "*fp32"
         constants.update(partial_ptr="*fp32", FROM_OUTPUT=backward == "output", STEPS=4 if tile["LAST"] else 1)
     return CompileCase(
-        f"{activation}-{name}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}", kernel,
-        {**pointers, **constants}, wide_loads=True, elements=1024 * constants.get("STEPS", 1),
+        f"{activation}-{name}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}",
+        kernel,
+        {**pointers, **constants},
+        wide_loads=True,
+        elements=1024 * constants.get("STEPS", 1),
         max_instructions_per_element=_MOST.get(activation, 35 if backward else 22),
-    )  # fmt: skip
+    )
 
 
 _COMPILE_CASES = (

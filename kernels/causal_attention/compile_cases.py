@@ -47,9 +47,13 @@ def _case(name, kernel, dtype, pointers, channels, tile, precision, **more):
     }  # fmt: skip
     exact = dtype == "*fp32" and precision == "ieee"
     return CompileCase(
-        f"{name}-{channels}-{dtype[1:]}{'-exact' if exact else ''}", kernel, signature, **options,
-        tensor_cores=not exact, wide_loads=channels * _size(dtype) % 16 == 0,
-    )  # fmt: skip
+        f"{name}-{channels}-{dtype[1:]}{'-exact' if exact else ''}",
+        kernel,
+        signature,
+        **options,
+        tensor_cores=not exact,
+        wide_loads=channels * _size(dtype) % 16 == 0,
+    )
 
 
 def _extra(seed_ptr=None, starts_q_ptr=None, CAPPED=False, **more):

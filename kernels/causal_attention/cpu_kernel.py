@@ -28,9 +28,7 @@ def _call(name, tensors, more, arguments):
     cpu_kernels()[0][name](*(x.data_ptr() for x in tensors), strides.buffer_info()[0], *more, *arguments)
 
 
-def causal_attention(
-    q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset
-):  # fmt: skip
+def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset):
     q, k, v, starts_q, starts_k = require_heads(q, k, v, starts_q, starts_k, seed)
     out = empty_alike(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")

@@ -23,9 +23,7 @@ def _reference(
     q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, scale=None, window=None, softcap=None, return_lse=False
 ):
     scale = q.size(3) ** -0.5 if scale is None else scale
-    out, lse = reference.decode_attention(
-        q, k_cache, v_cache, cache_seqlens, k, v, scale, window or 0, softcap or 0.0
-    )  # fmt: skip
+    out, lse = reference.decode_attention(q, k_cache, v_cache, cache_seqlens, k, v, scale, window or 0, softcap or 0.0)
     return (out, lse) if return_lse else out
 
 
@@ -54,9 +52,11 @@ def _inputs(batch, heads, queries, channels, room, lengths, *, key_heads=None, n
         caches = [t.normal(*shape, grad=False) for _ in range(2)]
         k_cache, v_cache = (x.transpose(1, 2) if tokens_first else x for x in caches)
         tensors = dict(
-            q=t.normal(batch, heads, queries, channels, grad=False), k_cache=k_cache, v_cache=v_cache,
+            q=t.normal(batch, heads, queries, channels, grad=False),
+            k_cache=k_cache,
+            v_cache=v_cache,
             cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=t.device),
-        )  # fmt: skip
+        )
         if new:
             for name in ("k", "v"):
                 tensors[name] = t.normal(batch, kv, queries, channels, grad=False)
@@ -121,10 +121,14 @@ def _compile_case(name, dtype, channels=64, queries="i32", **more):
         "BLOCK_M": 16, "BLOCK_N": max(min(16384 // (channels * (2 if narrow else 4)), 64), 16), **more,
     }  # fmt: skip
     return CompileCase(
-        f"decode_{name}-{dtype[1:]}", "_decode_split", signature, tensor_cores=narrow, wide_loads=True,
+        f"decode_{name}-{dtype[1:]}",
+        "_decode_split",
+        signature,
+        tensor_cores=narrow,
+        wide_loads=True,
         num_stages=3 if narrow or channels < 256 else 2,
         module=_MODULE,
-    )  # fmt: skip
+    )
 
 
 _COMBINED = dict(

@@ -89,9 +89,7 @@ def _kept(p: torch.Tensor, seed: torch.Tensor | None, share: float, offset: int)
     return (words >= philox.threshold(share)).to(p.dtype) * philox.scale(share)
 
 
-def causal_attention(
-    q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset
-):  # fmt: skip
+def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset):
     """out = softmax(cap(scale q k^T)) v over the keys that a query sees; lse = ln sum e^score, float32 [B, H, T_q]."""
     p, lse, _, _ = _probabilities(q, k, starts_q, starts_k, scale, window, softcap, causal)
     out = (p * _kept(p, seed, share, offset)) @ _groups(_wide(v), q.size(1))

@@ -224,11 +224,15 @@ GPU_CASES = tuple(
         _inputs(b, h, n, d) if backward else _without_gradients(_inputs(b, h, n, d)),
     )
     for b, h, n, d in (
-        (16, 16, 1024, 64), (8, 16, 2048, 64), (2, 16, 4096, 64), (16, 8, 1024, 128), (4, 8, 4096, 128),
+        (16, 16, 1024, 64),
+        (8, 16, 2048, 64),
+        (2, 16, 4096, 64),
+        (16, 8, 1024, 128),
+        (4, 8, 4096, 128),
         (1, 2, 16384, 128),
     )
     for backward in (False, True)
-)  # fmt: skip
+)
 
 CAUSAL_ATTENTION = OpSpec(
     name="causal_attention",
@@ -257,16 +261,10 @@ CAUSAL_ATTENTION = OpSpec(
             num_stages=(3, 4, 4, 3, 2, 3),
         ),
         "causal_attention/grad_queries": choices_of(
-            BLOCK_M=(64, 64, 128, 128),
-            BLOCK_N=(32, 64, 32, 64),
-            num_warps=(4, 4, 8, 8),
-            num_stages=(3, 2, 3, 3),
+            BLOCK_M=(64, 64, 128, 128), BLOCK_N=(32, 64, 32, 64), num_warps=(4, 4, 8, 8), num_stages=(3, 2, 3, 3)
         ),
         "causal_attention/grad_keys": choices_of(
-            BLOCK_M=(32, 32, 64, 64),
-            BLOCK_N=(64, 128, 64, 128),
-            num_warps=(4, 8, 4, 8),
-            num_stages=(3, 2, 2, 2),
+            BLOCK_M=(32, 32, 64, 64), BLOCK_N=(64, 128, 64, 128), num_warps=(4, 8, 4, 8), num_stages=(3, 2, 2, 2)
         ),
     },
 )

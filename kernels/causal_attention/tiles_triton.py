@@ -46,10 +46,7 @@ def dense_at(x_ptr, sample, head, begin, heads, rows, D: tl.constexpr, INSIDE: t
 
 
 @triton.jit
-def rows_of(
-    x_ptr, row, stride, count,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+def rows_of(x_ptr, row, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """Rows from `row` on, [BLOCK, BLOCK_D]: 0 in channels behind D and, if MASK, in rows behind `count`."""
     offs = tl.arange(0, BLOCK)[:, None]
     channel = tl.arange(0, BLOCK_D)[None, :]
@@ -125,8 +122,10 @@ def kept(seed, row, offset, pitch, column, bound, ALIGNED: tl.constexpr, BLOCK: 
         w4, w5, w6, _ = words(seed, counter + 1)
         n = column & 3
         w0, w1, w2, w3 = (
-            _one_of(n, w0, w1, w2, w3), _one_of(n, w1, w2, w3, w4), _one_of(n, w2, w3, w4, w5),
+            _one_of(n, w0, w1, w2, w3),
+            _one_of(n, w1, w2, w3, w4),
+            _one_of(n, w2, w3, w4, w5),
             _one_of(n, w3, w4, w5, w6),
-        )  # fmt: skip
+        )
     stream = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [row.shape[0], BLOCK])
     return stream > bound.to(tl.uint32, bitcast=True)

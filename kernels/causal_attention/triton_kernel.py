@@ -205,9 +205,7 @@ def _launch(name, q, k, extra, tile):
     return launch(f"causal_attention/{name}{kind}", q, (q.size(2), k.size(2), q.size(3)), **tile)
 
 
-def causal_attention(
-    q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset
-):  # fmt: skip
+def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset):
     q, k, v, starts_q, starts_k = require_heads(q, k, v, starts_q, starts_k, seed)
     out, inside = empty_alike(q), heads_inside(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 # The kernels' codes. The derivative at 0 is PyTorch's: 0 for relu, the slope for leaky_relu.
-ACTIVATION_CODE = {
-    "none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6, "gelu_tanh": 7,
-}  # fmt: skip
+ACTIVATION_CODE = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6, "gelu_tanh": 7}
 ACTIVATIONS = tuple(ACTIVATION_CODE)
 _TWO_ROOT_TWO_OVER_PI = 1.5957691216057308  # gelu_tanh(z) = z sigmoid(this (z + 0.044715 z^3))
 

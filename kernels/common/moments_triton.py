@@ -58,11 +58,15 @@ def _combine_moments(
 
 @triton.jit
 def _merge_moments(
-    partial_ptr,                             # [3, groups, channels]
-    merged_ptr,                              # [3, cdiv(groups, GROUPS), channels]
-    groups, channels, plane, merged_plane,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    partial_ptr,  # [3, groups, channels]
+    merged_ptr,  # [3, cdiv(groups, GROUPS), channels]
+    groups,
+    channels,
+    plane,
+    merged_plane,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """The moments of GROUPS groups together."""
     blocks = tl.cdiv(channels, CHANNELS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)

@@ -17,10 +17,7 @@ def require_alike(*tensors: torch.Tensor | None, dtype: bool = True) -> None:
     for x in tensors[1:]:
         if x is None:
             continue
-        if (
-            x.shape != shape or x.is_cpu != on_cpu or x.get_device() != place
-            or (dtype and x.dtype is not first.dtype)
-        ):  # fmt: skip
+        if x.shape != shape or x.is_cpu != on_cpu or x.get_device() != place or (dtype and x.dtype is not first.dtype):
             raise ValueError(
                 f"genai_fast: expected {first.dtype} {tuple(first.shape)} on {first.device} as its partner is,"
                 f" got {x.dtype} {tuple(x.shape)} on {x.device}"

@@ -12,12 +12,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Largest error, beyond twice eager's own, that counts as right: about four units in the last place of the
 # accumulated value. One table for every op; an op that needs more says so in its spec, with the reason.
-TOLERANCE_FLOOR = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.bfloat16: 4e-3,
-    torch.float16: 5e-4,
-}
+TOLERANCE_FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 

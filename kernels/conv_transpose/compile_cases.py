@@ -36,7 +36,7 @@ def _forward(name, dtype, tile, statistics=False, even=True, **more):
     pointers = ("x_ptr", "weight_ptr", "y_ptr")
     return _case(
         name, "_conv_transpose_forward", dtype, pointers, {**constants, **more}, num_stages=stages, wide_loads=even
-    )  # fmt: skip
+    )
 
 
 def _grad_input(name, dtype, tile, even=True):

@@ -25,7 +25,7 @@ def conv_transpose(x, weight, bias, stride, padding, output_padding, activation,
 
 def conv_transpose_statistics(
     x, weight, bias, running_mean, running_var, momentum, eps, stride, padding, output_padding
-):  # fmt: skip
+):
     """(y, mean, sum of squared deviations, 1 / sqrt(variance + eps)) of y's channels; running statistics move."""
     y = conv_transpose(x, weight, bias, stride, padding, output_padding, "none", 0.0)
     return y, *statistics(y, running_mean, running_var, momentum, eps)

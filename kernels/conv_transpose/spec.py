@@ -71,8 +71,10 @@ _STATISTICS = LibraryOp(
     "conv_transpose_statistics(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, float momentum, float eps, int[] stride, int[] padding, int[] output_padding,"
     " str backend) -> (Tensor y, Tensor mean, Tensor squares, Tensor rstd)",
-    _fake_statistics, _KERNELS, _refuses_statistics,
-)  # fmt: skip
+    _fake_statistics,
+    _KERNELS,
+    _refuses_statistics,
+)
 
 
 def _narrow(bias, x):
@@ -174,8 +176,9 @@ def _inputs(*shape, to, kernel, layout="contiguous", bias=True, grad=True, **mor
     def make(t):
         x = t.laid_out(layout, *shape)
         fan = shape[1] * kernel[0]
-        weight = t.laid_out("channels_last" if layout == "channels_last" else "contiguous", shape[1], to, *kernel,
-                            scale=fan**-0.5)  # fmt: skip
+        weight = t.laid_out(
+            "channels_last" if layout == "channels_last" else "contiguous", shape[1], to, *kernel, scale=fan**-0.5
+        )
         found = dict(x=x, weight=weight, bias=t.normal(to, scale=0.3) if bias else None, **more)
         if not grad:
             found = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
@@ -307,12 +310,13 @@ CASES_BLOCK = (
     Case("dcgan_first", _block(7, 10, 1, 1, to=24, kernel=4, activation="relu", affine=False)),
 )
 ERROR_CASES_BLOCK = (
-    _wrong("channels", r"bn_weight.*expected shape \(9,\).*got \(6,\)", good=_GOOD_BLOCK,
-           bn_weight=lambda t: t.normal(6)),
+    _wrong(
+        "channels", r"bn_weight.*expected shape \(9,\).*got \(6,\)", good=_GOOD_BLOCK, bn_weight=lambda t: t.normal(6)
+    ),
     _wrong("running_alone", r"running_var.*both or", good=_GOOD_BLOCK, running_mean=None),
     _wrong("one_value", r"x.*more than one value per channel", good=_block(1, 6, 1, 1, to=9, kernel=1)),
     _wrong("eps", r"eps >= 0.*got eps -1", good=_GOOD_BLOCK, eps=-1.0),
-)  # fmt: skip
+)
 
 _S2 = dict(kernel=4, stride=2, padding=1)
 BENCH_CASES = (
@@ -333,18 +337,26 @@ GPU_CASES_BLOCK = tuple(
         _block(128, c, n, n, to=to, activation="relu", bias=False, layout="channels_last", **_S2),
     )
     for model, c, n, to in (
-        ("dcgan_64", 512, 4, 256), ("dcgan_64", 256, 8, 128), ("dcgan_64", 128, 16, 64), ("dcgan_128", 128, 32, 64)
+        ("dcgan_64", 512, 4, 256),
+        ("dcgan_64", 256, 8, 128),
+        ("dcgan_64", 128, 16, 64),
+        ("dcgan_128", 128, 32, 64),
     )
-)  # fmt: skip
+)
 
 _CHOICES = choices_of(
-    BLOCK_M=(64, 128, 128, 128, 256), BLOCK_N=(64, 64, 128, 128, 64), BLOCK_K=(64, 32, 32, 64, 32),
-    num_warps=(4, 4, 4, 8, 8), num_stages=(4, 4, 3, 3, 3),
-)  # fmt: skip
+    BLOCK_M=(64, 128, 128, 128, 256),
+    BLOCK_N=(64, 64, 128, 128, 64),
+    BLOCK_K=(64, 32, 32, 64, 32),
+    num_warps=(4, 4, 4, 8, 8),
+    num_stages=(4, 4, 3, 3, 3),
+)
 _SHARED = dict(
-    folder="conv_transpose", compile_cases=COMPILE_CASES, backends=("reference", *_KERNELS),
+    folder="conv_transpose",
+    compile_cases=COMPILE_CASES,
+    backends=("reference", *_KERNELS),
     choices={f"conv_transpose/{kernel}": _CHOICES for kernel in ("forward", "grad_input", "grad_weight")},
-)  # fmt: skip
+)
 _PHASES = "phases: Shi et al. 2016, arXiv:1609.07009"
 
 CONV_TRANSPOSE2D = OpSpec(

@@ -295,9 +295,13 @@ def _require(first, second, channels, batch=None):
     Kernels read by address; the public ops have checked already, with better words.
     """
     if (
-        first.dim() != 4 or second.dim() != 4 or first.size(1) != channels or batch not in (None, second.size(0))
-        or first.dtype is not second.dtype or first.device != second.device
-    ):  # fmt: skip
+        first.dim() != 4
+        or second.dim() != 4
+        or first.size(1) != channels
+        or batch not in (None, second.size(0))
+        or first.dtype is not second.dtype
+        or first.device != second.device
+    ):
         raise ValueError(
             f"genai_fast: expected two 4-d tensors of one dtype, device and batch, the first with {channels} channels,"
             f" got {first.dtype} {tuple(first.shape)} on {first.device}, {second.dtype} {tuple(second.shape)}"
@@ -340,7 +344,7 @@ def conv_transpose(x, weight, bias, stride, padding, output_padding, activation,
 
 def conv_transpose_statistics(
     x, weight, bias, running_mean, running_var, momentum, eps, stride, padding, output_padding
-):  # fmt: skip
+):
     y, partial = _forward(x, weight, bias, stride, padding, output_padding, "none", 0.0, True)
     require_channels(y, running_mean, running_var, dtype=None)
     if partial is None:

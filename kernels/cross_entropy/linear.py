@@ -41,9 +41,13 @@ def over_chunks(forward: Callable[..., Any], backward: Callable[..., Any]) -> Ca
         """
         rows, columns, classes = x.size(0), x.size(1), weight.size(0)
         if not (
-            x.dim() == weight.dim() == 2 and weight.size(1) == columns and target.shape == (rows,) and chunk > 0
-            and (grad_rows is None or grad_rows.shape == (rows,)) and (bias is None or bias.shape == (classes,))
-        ):  # fmt: skip
+            x.dim() == weight.dim() == 2
+            and weight.size(1) == columns
+            and target.shape == (rows,)
+            and chunk > 0
+            and (grad_rows is None or grad_rows.shape == (rows,))
+            and (bias is None or bias.shape == (classes,))
+        ):
             raise ValueError(
                 f"genai_fast: expected x [N, D], weight [V, D], bias [V] and target [N], got {tuple(x.shape)},"
                 f" {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)} and {tuple(target.shape)}"

@@ -44,9 +44,7 @@ def _eager(x, weight, target, bias=None, *, chunk=None, **settings):
 def _cost(x, weight, target, bias=None, **settings):
     # Three matrix products; x and the weight are read twice, their gradients written.
     logits = x.numel() // x.size(-1) * weight.size(0)
-    return Cost(
-        flops=logits * (6 * weight.size(1) + 40), bytes=3 * (x.numel() + weight.numel()) * x.element_size()
-    )  # fmt: skip
+    return Cost(flops=logits * (6 * weight.size(1) + 40), bytes=3 * (x.numel() + weight.numel()) * x.element_size())
 
 
 def _inputs(*shape, classes, ignored=0.0, bias=True, **more):

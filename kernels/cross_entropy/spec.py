@@ -51,9 +51,13 @@ def definition(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss
 def _eager(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False):
     """What people write."""
     return F.cross_entropy(
-        logits.flatten(0, -2), target.flatten(), None, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logits.flatten(0, -2),
+        target.flatten(),
+        None,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
         reduction=reduction,
-    )  # fmt: skip
+    )
 
 
 def _cost(logits, target, **settings):
@@ -104,8 +108,7 @@ def _special(t):
         [nan, 0.0, 1.0, 2.0, 3.0], [inf, 0.0, 1.0, 2.0, 3.0], [-inf] * 5, [100.0, 0.0, 0.0, 0.0, 0.0],
         [0.0, -0.0, 1e-30, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0, -inf],
     ]  # fmt: skip
-    return dict(logits=t.values(x), target=torch.tensor([2, 0, 1, 1, 1, 0, 3, 4, 4], device=t.device),
-                reduction="none")  # fmt: skip
+    return dict(logits=t.values(x), target=torch.tensor([2, 0, 1, 1, 1, 0, 3, 4, 4], device=t.device), reduction="none")
 
 
 def _masked_blocks(t):
@@ -114,8 +117,9 @@ def _masked_blocks(t):
     x[0, :5000], x[1, 2500:8000], x[2, 4000:], x[3, :6000] = (-float("inf"),) * 4
     x[3, 17] = float("nan")
     x[4, 8999] = 60.0  # the largest comes last
-    return dict(logits=t.values(x.tolist()), target=torch.tensor([8000, 3, 100, 7000, 5], device=t.device),
-                reduction="none")  # fmt: skip
+    return dict(
+        logits=t.values(x.tolist()), target=torch.tensor([8000, 3, 100, 7000, 5], device=t.device), reduction="none"
+    )
 
 
 CASES = (
@@ -144,15 +148,17 @@ CASES = (
     Case("next_token", _next_token),
     Case("classes_second", _classes_second),
     Case("all_ignored", lambda t: {**_inputs(6, 9)(t), "target": torch.full((6,), -100, device=t.device)}),
-    Case("all_ignored_sum", lambda t: {**_inputs(6, 9, reduction="sum")(t),
-                                       "target": torch.full((6,), -100, device=t.device)}),
+    Case(
+        "all_ignored_sum",
+        lambda t: {**_inputs(6, 9, reduction="sum")(t), "target": torch.full((6,), -100, device=t.device)},
+    ),
     Case("empty", _inputs(0, 9, reduction="sum")),
     Case("empty_mean", _inputs(3, 0, 9)),
     Case("empty_none", _inputs(0, 9, reduction="none")),
     Case("special_values", _special),
     Case("special_values_smoothing", lambda t: dict(_special(t), label_smoothing=0.1, z_loss=0.01)),
     Case("masked_blocks", _masked_blocks),
-)  # fmt: skip
+)
 
 _GOOD = _inputs(4, 9)
 
@@ -223,18 +229,25 @@ def _compile_case(vocabulary, dtype, backward, smooth=False):
     wide = vocabulary == "llama"
     if not backward:
         return CompileCase(
-            name, "_cross_entropy_forward",
-            dict(logits_ptr=dtype, loss_ptr="*fp32", **_OTHERS, **sizes, SMOOTH=smooth, BLOCK=4096), num_warps=8,
-            elements=4096, wide_loads=wide,
-        )  # fmt: skip
+            name,
+            "_cross_entropy_forward",
+            dict(logits_ptr=dtype, loss_ptr="*fp32", **_OTHERS, **sizes, SMOOTH=smooth, BLOCK=4096),
+            num_warps=8,
+            elements=4096,
+            wide_loads=wide,
+        )
     grad = dict(
         grad_loss_ptr="*fp32", count_ptr="*fp32", grad_ptr=dtype, grad_loss_stride="i32", splits="i32",
         grad_inner="i32", grad_outer_stride="i32", grad_inner_stride=sizes["inner_stride"],
     )  # fmt: skip
     return CompileCase(
-        name, "_cross_entropy_backward", dict(logits_ptr=dtype, **_OTHERS, **sizes, **grad, BLOCK=2048), num_warps=4,
-        elements=2048, wide_loads=wide,
-    )  # fmt: skip
+        name,
+        "_cross_entropy_backward",
+        dict(logits_ptr=dtype, **_OTHERS, **sizes, **grad, BLOCK=2048),
+        num_warps=4,
+        elements=2048,
+        wide_loads=wide,
+    )
 
 
 COMPILE_CASES = (

@@ -147,8 +147,8 @@ def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reducti
     loss = logits.new_empty((), dtype=torch.float32)
     block, warps = _block(rows, FINALISE)
     _cross_entropy_finalise[(1,)](
-        of_row, t, loss, count if reduction == "mean" else None, rows, ignore_index, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        of_row, t, loss, count if reduction == "mean" else None, rows, ignore_index, BLOCK=block, num_warps=warps
+    )
     return loss, lse, count
 
 

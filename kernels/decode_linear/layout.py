@@ -22,9 +22,12 @@ def require_operands(x, weight, bias, norm_weight, norm_bias, residual) -> None:
     """Raise on what would read foreign memory."""
     columns, outputs = x.size(-1), weight.size(0)
     expected = (
-        (weight, (outputs, columns)), (bias, (outputs,)), (norm_weight, (columns,)), (norm_bias, (columns,)),
+        (weight, (outputs, columns)),
+        (bias, (outputs,)),
+        (norm_weight, (columns,)),
+        (norm_bias, (columns,)),
         (residual, (*x.shape[:-1], outputs)),
-    )  # fmt: skip
+    )
     for tensor, shape in expected:
         if tensor is not None and (
             tuple(tensor.shape) != shape or tensor.dtype is not x.dtype or tensor.device != x.device

@@ -21,9 +21,7 @@ LIBRARY = (
 )
 
 
-def _reference(
-    x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-5, activation="none", residual=None
-):  # fmt: skip
+def _reference(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-5, activation="none", residual=None):
     return reference.decode_linear(x, weight, bias, norm_weight, norm_bias, eps, activation, residual)
 
 
@@ -99,7 +97,8 @@ CASES = (
     Case("more_dimensions", _inputs(2, 1, 3, 40, outputs=6, residual=True, activation="gelu_tanh")),
     *(
         Case(name, _inputs(2, 32, outputs=20, activation=name, residual=name == "relu"))
-        for name in ACTIVATIONS if name not in ("none", "leaky_relu")
+        for name in ACTIVATIONS
+        if name not in ("none", "leaky_relu")
     ),
     Case("strided", _strided),
     Case("columns_apart", _apart),
@@ -109,7 +108,7 @@ CASES = (
     Case("no_rows", _inputs(0, 16, outputs=8, residual=True)),
     Case("no_outputs", _inputs(2, 16, outputs=0)),
     Case("special_values", _special),
-)  # fmt: skip
+)
 
 _GOOD = _inputs(2, 8, outputs=6, residual=True)
 
@@ -156,10 +155,13 @@ def _compile_case(name, dtype, block_n, block_k, rows=1, warps=4, norm=False, re
     )  # fmt: skip
     sizes = dict(N="i32:1", K="i32", x_stride="i32", weight_stride="i32", residual_stride="i32")
     return CompileCase(
-        f"{name}-{dtype[1:]}", "_decode_linear",
+        f"{name}-{dtype[1:]}",
+        "_decode_linear",
         dict(**pointers, **sizes, eps="fp32", ROWS=rows, ACTIVATION=activation, BLOCK_N=block_n, BLOCK_K=block_k),
-        num_warps=warps, elements=block_n * block_k, wide_loads=True,
-    )  # fmt: skip
+        num_warps=warps,
+        elements=block_n * block_k,
+        wide_loads=True,
+    )
 
 
 _CHOICES = choices_of(BLOCK_N=(1, 2, 2, 4, 4, 8, 8, 16), num_warps=(1, 1, 2, 2, 4, 4, 8, 8))

@@ -170,10 +170,13 @@ def _compile_case(dtype, backward=False, bias=False, activation="silu"):
     else:
         kernel, pointers = "_gated_act_forward", dict(**pointers, y_ptr=dtype)
     return CompileCase(
-        f"{activation}{'_bias' if bias else ''}{'_backward' if backward else ''}-{dtype[1:]}", kernel,
-        {**pointers, **_SIZES, "ACTIVATION": activation}, wide_loads=True,
-        elements=1024, max_instructions_per_element=_MOST.get(activation, 45),
-    )  # fmt: skip
+        f"{activation}{'_bias' if bias else ''}{'_backward' if backward else ''}-{dtype[1:]}",
+        kernel,
+        {**pointers, **_SIZES, "ACTIVATION": activation},
+        wide_loads=True,
+        elements=1024,
+        max_instructions_per_element=_MOST.get(activation, 45),
+    )
 
 
 _COMPILE_CASES = (

@@ -80,13 +80,15 @@ def require(cache, ids, length, weights, scales) -> Sizes:
     wide = torch.float64 if cache.dtype is torch.float64 else torch.float32
     expected, kinds = _expected(size, dtype, wide)
     if (
-        [w.shape for w in weights] != expected or [w.dtype for w in weights] != kinds
+        [w.shape for w in weights] != expected
+        or [w.dtype for w in weights] != kinds
         or not all([w.is_cpu == on_cpu and w.is_contiguous() for w in weights])
-    ):  # fmt: skip
+    ):
         wrong = next(
-            k for k, w in enumerate(weights)
+            k
+            for k, w in enumerate(weights)
             if w.shape != expected[k] or w.dtype is not kinds[k] or w.is_cpu != on_cpu or not w.is_contiguous()
-        )  # fmt: skip
+        )
         raise ValueError(
             f"genai_fast: expected contiguous {kinds[wrong]} {tuple(expected[wrong])} on {cache.device}, got"
             f" {weights[wrong].dtype} {tuple(weights[wrong].shape)} on {weights[wrong].device}"

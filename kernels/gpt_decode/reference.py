@@ -31,9 +31,9 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
     x = wide[0][ids] + wide[1][place]
     for layer, held in enumerate(cache):
         first = len(FIRST) + layer * len(LAYER)
-        ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = (
-            wide[first : first + len(LAYER)]
-        )  # fmt: skip
+        ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = wide[
+            first : first + len(LAYER)
+        ]
         q, k, v = F.linear(norm(x, ln_1, ln_1_bias), qkv, qkv_bias).view(batch, tokens, 3, heads, head_dim).unbind(2)
         held[0, :, :, length:end], held[1, :, :, length:end] = k.transpose(1, 2), v.transpose(1, 2)
         scores = q.transpose(1, 2) @ held[0, :, :, :end].transpose(-1, -2) / math.sqrt(head_dim)

@@ -42,9 +42,9 @@ def _eager(ids, cache, length, weights, scales=(), *, eps=1e-5):
     x = F.embedding(ids, weights[0]) + weights[1][length:end]
     for layer in range(cache.size(0)):
         first = len(FIRST) + layer * len(LAYER)
-        ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = (
-            weights[first : first + len(LAYER)]
-        )  # fmt: skip
+        ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = weights[
+            first : first + len(LAYER)
+        ]
         h = F.linear(F.layer_norm(x, (channels,), ln_1, ln_1_bias, eps), qkv, qkv_bias)
         q, k, v = h.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
         keys, values = cache[layer, 0], cache[layer, 1]

@@ -17,9 +17,11 @@ def _wide_dtype(x):
 def _fake(x, residual, weight, bias, rms, eps):
     of_rows = x.new_empty(x.shape[:-1], dtype=_wide_dtype(x))
     return (
-        dense_like(x), x.new_empty(0) if residual is None else dense_like(x),
-        of_rows.new_empty(0) if rms else of_rows, torch.empty_like(of_rows),
-    )  # fmt: skip
+        dense_like(x),
+        x.new_empty(0) if residual is None else dense_like(x),
+        of_rows.new_empty(0) if rms else of_rows,
+        torch.empty_like(of_rows),
+    )
 
 
 def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms):
@@ -193,9 +195,11 @@ def _bench_cases(*shapes, bias):
 
 
 _BIAS_DTYPE = ErrorCase(
-    "bias_dtype", lambda t: {**_inputs(4, 6)(t), "bias": t.normal(6).half()}, TypeError,
+    "bias_dtype",
+    lambda t: {**_inputs(4, 6)(t), "bias": t.normal(6).half()},
+    TypeError,
     r"bias.*expected torch\.float32.*got torch\.float16",
-)  # fmt: skip
+)
 
 
 # The launches of the bench cases: rows of 384, 768 and 4096, and of 65536 in blocks.
@@ -208,35 +212,45 @@ def _compile_cases(dtype, rms):
     of_rows = dict(mean_ptr=None if rms else "*fp32", rstd_ptr="*fp32")
     parameters = dict(weight_ptr="*fp32", bias_ptr=None if rms else "*fp32")
     pointers = dict(x_ptr=dtype, residual_ptr=dtype, y_ptr=dtype, h_ptr=dtype, **parameters, **of_rows)
-    gradients = dict(
-        grad_y_ptr=dtype, grad_h_ptr=dtype, h_ptr=dtype, grad_x_ptr=dtype, weight_ptr="*fp32", **of_rows
-    )  # fmt: skip
+    gradients = dict(grad_y_ptr=dtype, grad_h_ptr=dtype, h_ptr=dtype, grad_x_ptr=dtype, weight_ptr="*fp32", **of_rows)
     sums = dict(weight_sums_ptr="*fp32", bias_sums_ptr=None if rms else "*fp32")
     # columns, BLOCK, then ROWS and warps of forward and of backward
     for columns, block, (rows, warps), back in (
-        (384, 512, (4, 4), (2, 4)), (768, 1024, (2, 4), (1, 4)),
+        (384, 512, (4, 4), (2, 4)),
+        (768, 1024, (2, 4), (1, 4)),
         (4096, 4096, (1, 8), (1, 16 if rms or dtype != "*fp32" else 8)),
         (8192, 8192, (1, 16), (1, 16) if rms else None),
-    ):  # fmt: skip
+    ):
         yield CompileCase(
-            f"forward-{columns}-{name}", "_layer_norm_forward",
+            f"forward-{columns}-{name}",
+            "_layer_norm_forward",
             dict(**pointers, rows="i32", **_STRIDES, eps="fp32", ROWS=rows, BLOCK=block),
-            num_warps=warps, elements=rows * block, wide_loads=True,
-        )  # fmt: skip
+            num_warps=warps,
+            elements=rows * block,
+            wide_loads=True,
+        )
         if back is not None:
             yield CompileCase(
-                f"backward-{columns}-{name}", "_layer_norm_backward",
+                f"backward-{columns}-{name}",
+                "_layer_norm_backward",
                 dict(**gradients, **sums, rows="i32", **_GRADIENT_STRIDES, tiles="i32", ROWS=back[0], BLOCK=block),
-                num_warps=back[1], wide_loads=True,
-            )  # fmt: skip
+                num_warps=back[1],
+                wide_loads=True,
+            )
     yield CompileCase(
-        f"forward-long-{name}", "_layer_norm_forward_long", dict(**pointers, **_STRIDES, eps="fp32", BLOCK=2048),
-        num_warps=8, wide_loads=True,
-    )  # fmt: skip
+        f"forward-long-{name}",
+        "_layer_norm_forward_long",
+        dict(**pointers, **_STRIDES, eps="fp32", BLOCK=2048),
+        num_warps=8,
+        wide_loads=True,
+    )
     yield CompileCase(
-        f"backward-long-{name}", "_layer_norm_backward_long", dict(**gradients, **_GRADIENT_STRIDES, BLOCK=2048),
-        num_warps=8, wide_loads=True,
-    )  # fmt: skip
+        f"backward-long-{name}",
+        "_layer_norm_backward_long",
+        dict(**gradients, **_GRADIENT_STRIDES, BLOCK=2048),
+        num_warps=8,
+        wide_loads=True,
+    )
     yield CompileCase(
         f"sums-long-{name}", "_layer_norm_sums_long",
         dict(grad_y_ptr=dtype, h_ptr=dtype, **of_rows, **sums, rows="i32", columns="i32", grad_y_stride="i32",
@@ -247,10 +261,11 @@ def _compile_cases(dtype, rms):
 _COMPILE_CASES = (
     *(case for dtype in ("*fp32", "*bf16") for rms in (False, True) for case in _compile_cases(dtype, rms)),
     CompileCase(
-        "add", "_layer_norm_add",
+        "add",
+        "_layer_norm_add",
         dict(sums_ptr="*fp32", total_ptr="*fp32", programs="i32", columns="i32", ROWS=64, BLOCK=16),
     ),
-)  # fmt: skip
+)
 
 _CHOICES = choices_of(elements=(1024, 1024, 2048, 4096), num_warps=(4, 8, 8, 8))
 

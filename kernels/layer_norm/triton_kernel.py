@@ -246,9 +246,13 @@ def _layer_norm_sums_long(
 
 @triton.jit
 def _layer_norm_add(
-    sums_ptr, total_ptr,                     # [programs, columns], [columns]
-    programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    total_ptr,  # [programs, columns], [columns]
+    programs,
+    columns,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The programs' sums added in their order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -280,9 +284,7 @@ def layer_norm(x, residual, weight, bias, rms, eps):
     rows, columns = matrix.shape
     if rows:
         added, added_stride = (None, 0) if residual is None else as_matrix(residual)
-        pointers = (
-            matrix, added, weight, bias, y, None if residual is None else h, None if rms else mean, rstd
-        )  # fmt: skip
+        pointers = (matrix, added, weight, bias, y, None if residual is None else h, None if rms else mean, rstd)
         sizes = (columns, stride, added_stride, eps)
         if columns <= LONGEST:
             tile = _tile("forward", matrix, rms, FORWARD, 16)

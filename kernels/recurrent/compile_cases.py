@@ -38,9 +38,7 @@ def _step(kernel, dtype):
     signature = {**_types(dtype, _STEP_POINTERS[kernel]), "hidden": "i32", "BLOCK": 256}
     if kernel == "_lstm_step_backward":
         signature |= {"before_ptr": "*fp32", "before_stride": "i32"}
-    return CompileCase(
-        f"{kernel[1:]}-{dtype[1:]}", kernel, signature, elements=256, max_instructions_per_element=220
-    )  # fmt: skip
+    return CompileCase(f"{kernel[1:]}-{dtype[1:]}", kernel, signature, elements=256, max_instructions_per_element=220)
 
 
 def _sequence(kernel, dtype, hidden, precision="ieee"):
@@ -49,9 +47,13 @@ def _sequence(kernel, dtype, hidden, precision="ieee"):
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     sizes = dict.fromkeys(("first", "last", *(("steps",) if backward else ()), "batch", "hidden"), "i32")
     signature = {
-        **_types(dtype, _SEQUENCE_POINTERS[kernel]), "counters_ptr": "*i32", **sizes, **tile, "PRECISION": precision,
+        **_types(dtype, _SEQUENCE_POINTERS[kernel]),
+        "counters_ptr": "*i32",
+        **sizes,
+        **tile,
+        "PRECISION": precision,
         "UPCAST": False,
-    }  # fmt: skip
+    }
     return CompileCase(
         f"{kernel[1:]}-{hidden}-{dtype[1:]}{'-exact' if exact else ''}", kernel, signature, **options,
         tensor_cores=not exact, wide_loads=True, module="recurrent.sequence_triton",

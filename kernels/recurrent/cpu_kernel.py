@@ -26,9 +26,13 @@ def gru(gates, h0, weight_hh, bias_n, keep):
     saved = _empty(steps, batch, 4 * hidden) if keep else None
     state = None if gates.dtype is torch.float32 else h.clone()
     cpu_kernels()[0]["gru"](
-        *map(address, (x, h, weight, bias, y, state, saved)), steps, batch, hidden, DTYPE_CODE[gates.dtype],
+        *map(address, (x, h, weight, bias, y, state, saved)),
+        steps,
+        batch,
+        hidden,
+        DTYPE_CODE[gates.dtype],
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     y = y.to(gates.dtype)
     return y, y[-1].clone(), _empty(0) if saved is None else saved
 

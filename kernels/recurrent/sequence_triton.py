@@ -102,9 +102,7 @@ def _gru_sequence(
         x_n = _load(x + 2 * hidden, mask)
         _meet(counters_ptr, t - first)
         h_ptr = _before(h0_ptr, y_ptr, t, batch * hidden)
-        p_r, p_z, p_n, _ = _products(
-            h_ptr, columns, row, batch, hidden, BLOCK_B, UNITS, WIDTH, PRECISION, UPCAST
-        )  # fmt: skip
+        p_r, p_z, p_n, _ = _products(h_ptr, columns, row, batch, hidden, BLOCK_B, UNITS, WIDTH, PRECISION, UPCAST)
         r = sigmoid(x_r + p_r)
         z = sigmoid(x_z + p_z)
         n_h = p_n + bias
@@ -141,9 +139,7 @@ def _lstm_sequence(
         x_o = _load(x + 3 * hidden, mask)
         _meet(counters_ptr, t - first)
         h_ptr = _before(h0_ptr, y_ptr, t, batch * hidden)
-        p_i, p_f, p_g, p_o = _products(
-            h_ptr, columns, row, batch, hidden, BLOCK_B, UNITS, WIDTH, PRECISION, UPCAST
-        )  # fmt: skip
+        p_i, p_f, p_g, p_o = _products(h_ptr, columns, row, batch, hidden, BLOCK_B, UNITS, WIDTH, PRECISION, UPCAST)
         i = sigmoid(x_i + p_i)
         f = sigmoid(x_f + p_f)
         g = tanh(x_g + p_g)

@@ -107,10 +107,14 @@ def _gru_step_backward(
 
 @triton.jit
 def _lstm_step(
-    gates_ptr, products_ptr,                 # [B, 4 H] of the input and of the state
-    cell_ptr, y_ptr, saved_ptr,              # [B, H] float32, in place; [B, H]; [B, 5 H] float32 or None
-    hidden, BLOCK: tl.constexpr,
-):  # fmt: skip
+    gates_ptr,
+    products_ptr,  # [B, 4 H] of the input and of the state
+    cell_ptr,
+    y_ptr,
+    saved_ptr,  # [B, H] float32, in place; [B, H]; [B, 5 H] float32 or None
+    hidden,
+    BLOCK: tl.constexpr,
+):
     """c = f c + i g, y = o tanh(c)."""
     row, unit, mask = _units(hidden, BLOCK)
     x = gates_ptr + row * 4 * hidden + unit
@@ -134,12 +138,16 @@ def _lstm_step(
 
 @triton.jit
 def _lstm_step_backward(
-    grad_y_ptr, products_ptr,                # [B, H] or None: gradients of y, and of y through the step after
-    saved_ptr, before_ptr, before_stride,    # [B, 5 H] float32; [B, H] with this row stride: the cell before
-    grad_ptr,                                # [B, H] float32, in place: of the cell
-    grad_gates_ptr,                          # [B, 4 H]
-    hidden, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_y_ptr,
+    products_ptr,  # [B, H] or None: gradients of y, and of y through the step after
+    saved_ptr,
+    before_ptr,
+    before_stride,  # [B, 5 H] float32; [B, H] with this row stride: the cell before
+    grad_ptr,  # [B, H] float32, in place: of the cell
+    grad_gates_ptr,  # [B, 4 H]
+    hidden,
+    BLOCK: tl.constexpr,
+):
     row, unit, mask = _units(hidden, BLOCK)
     at = row * hidden + unit
     grad = tl.zeros([BLOCK], tl.float32)
@@ -260,9 +268,8 @@ def gru_backward(grad_y, grad_last, saved, y, h0, weight_hh):
     for t in reversed(range(steps if batch else 0)):
         before = y[t - 1] if t else h0
         _gru_step_backward[grid](
-            _of_step(grad_y, t), products, saved[t], before, grad, grad_gates[t], grad_n[t], factor, hidden,
-            **constants,
-        )  # fmt: skip
+            _of_step(grad_y, t), products, saved[t], before, grad, grad_gates[t], grad_n[t], factor, hidden, **constants
+        )
         products = torch.mm(factor, weight_hh)
     return grad_gates, grad_n, (grad if products is None else grad + products).to(y.dtype)
 

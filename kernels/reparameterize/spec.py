@@ -148,9 +148,12 @@ _TILE = dict(ROWS=2, BLOCK=512, ALIGNED=True)
 def _forward_case(name, dtype, with_kl, limit):
     pointers = dict(mu_ptr=dtype, logvar_ptr=dtype, z_ptr=dtype, kl_ptr="*fp32" if with_kl else None, seed_ptr="*i64")
     return CompileCase(
-        f"reparameterize{'_kl' if with_kl else ''}-{name}", "_reparameterize_forward", {**pointers, **_SIZES, **_TILE},
-        elements=1024, max_instructions_per_element=limit,
-    )  # fmt: skip
+        f"reparameterize{'_kl' if with_kl else ''}-{name}",
+        "_reparameterize_forward",
+        {**pointers, **_SIZES, **_TILE},
+        elements=1024,
+        max_instructions_per_element=limit,
+    )
 
 
 def _backward_case(name, dtype, limit):
@@ -160,9 +163,12 @@ def _backward_case(name, dtype, limit):
     )  # fmt: skip
     strides = dict(grad_z_stride="i32", grad_kl_stride="i32")
     return CompileCase(
-        f"reparameterize_kl_backward-{name}", "_reparameterize_backward", {**pointers, **_SIZES, **strides, **_TILE},
-        elements=1024, max_instructions_per_element=limit,
-    )  # fmt: skip
+        f"reparameterize_kl_backward-{name}",
+        "_reparameterize_backward",
+        {**pointers, **_SIZES, **strides, **_TILE},
+        elements=1024,
+        max_instructions_per_element=limit,
+    )
 
 
 _COMPILE_CASES = (

@@ -15,7 +15,7 @@ from genai_fast.kernels.common.rows import (
     require_alike,
     require_per_sample,
     require_seed,
-)  # fmt: skip
+)
 from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a program: 8 elements a thread, two Philox calls

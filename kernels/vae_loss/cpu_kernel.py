@@ -46,9 +46,12 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
     loss = recon.new_empty(shape, dtype=torch.float32)
     reconstruction, kl = torch.empty_like(loss), torch.empty_like(loss)
     cpu_kernels()[0]["vae_loss"](
-        *inputs, loss.data_ptr(), reconstruction.data_ptr(), kl.data_ptr(),
+        *inputs,
+        loss.data_ptr(),
+        reconstruction.data_ptr(),
+        kl.data_ptr(),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
-    )  # fmt: skip
+    )
     return loss, reconstruction, kl
 
 

@@ -69,9 +69,12 @@ def _cost(recon, target, mu, logvar, **settings):
 
 def _inputs(shape, latent, **more):
     return lambda t: dict(
-        recon=t.normal(*shape, scale=3.0), target=t.uniform(*shape), mu=t.normal(shape[0], *latent),
-        logvar=t.normal(shape[0], *latent), **more,
-    )  # fmt: skip
+        recon=t.normal(*shape, scale=3.0),
+        target=t.uniform(*shape),
+        mu=t.normal(shape[0], *latent),
+        logvar=t.normal(shape[0], *latent),
+        **more,
+    )
 
 
 def _channels_last(t):
@@ -90,10 +93,13 @@ def _special(likelihood):
     recon, target = zip(*[(x, y) for x in values for y in (0.0, 0.3, 1.0)], strict=True)
     count = len(recon)
     return lambda t: dict(
-        recon=t.values(recon).view(count, 1), target=t.values(target, grad=False).view(count, 1),
-        mu=t.values(values * 3).view(count, 1), logvar=t.values(sorted(values * 3)).view(count, 1),
-        likelihood=likelihood, reduction="none",
-    )  # fmt: skip
+        recon=t.values(recon).view(count, 1),
+        target=t.values(target, grad=False).view(count, 1),
+        mu=t.values(values * 3).view(count, 1),
+        logvar=t.values(sorted(values * 3)).view(count, 1),
+        likelihood=likelihood,
+        reduction="none",
+    )
 
 
 CASES = (
@@ -156,18 +162,22 @@ def _compile_case(likelihood, name, dtype, backward):
     constants = dict(BERNOULLI=likelihood == "bernoulli", **_BLOCKS)
     if not backward:
         return CompileCase(
-            f"{likelihood}-{name}", "_vae_loss_forward",
-            {**pointers, "partial_ptr": "*fp32", "kl_ptr": "*fp32", **_SIZES, **constants}, elements=1024,
-        )  # fmt: skip
+            f"{likelihood}-{name}",
+            "_vae_loss_forward",
+            {**pointers, "partial_ptr": "*fp32", "kl_ptr": "*fp32", **_SIZES, **constants},
+            elements=1024,
+        )
     upstream = dict(
         grad_loss_ptr="*fp32", grad_reconstruction_ptr=None, grad_kl_ptr=None, beta_ptr=None, grad_recon_ptr=dtype,
         grad_mu_ptr=dtype, grad_logvar_ptr=dtype, grad_loss_stride="i32", grad_reconstruction_stride="i32",
         grad_kl_stride="i32", beta="fp32", scale="fp32",
     )  # fmt: skip
     return CompileCase(
-        f"{likelihood}_backward-{name}", "_vae_loss_backward", {**pointers, **upstream, **_SIZES, **constants},
+        f"{likelihood}_backward-{name}",
+        "_vae_loss_backward",
+        {**pointers, **upstream, **_SIZES, **constants},
         elements=1024,
-    )  # fmt: skip
+    )
 
 
 _COMPILE_CASES = (

@@ -68,8 +68,9 @@ def _vae_loss_finalise(
             offs = split + tl.arange(0, SPLITS)
             part = tl.load(
                 partial_ptr + row[:, None].to(tl.int64) * splits + offs[None, :],
-                mask=(row < batch)[:, None] & (offs < splits)[None, :], other=0.0,
-            )  # fmt: skip
+                mask=(row < batch)[:, None] & (offs < splits)[None, :],
+                other=0.0,
+            )
             image += tl.sum(part, axis=1)
         latent = tl.load(kl_rows_ptr + row, mask=row < batch, other=0.0)
         if NONE:
