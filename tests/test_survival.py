@@ -92,9 +92,9 @@ def test_at_whatever_line_a_save_is_killed_a_whole_checkpoint_stands(tmp_path):
         shutil.copytree(template, run)
         killed = killed_at_line(
             line,
-            lambda: checkpoint.save(run, model, optimizer, 4, {}, {}, best=1),
+            lambda run=run: checkpoint.save(run, model, optimizer, 4, {}, {}, best=1),
             checkpoint,
-            disk,  # noqa: B023
+            disk,
         )
         ends.add(tuple(int(path.name[-9:]) for path in checkpoint.found(run)))
         newest = checkpoint.latest(run)
