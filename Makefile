@@ -54,7 +54,7 @@ bench: $(READY)
 gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.compile_gate --check
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.compile_gate --check
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q tests/test_ops.py tests/test_random.py -k "reference or random"
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q tests/ops/test_ops.py tests/kernels/test_random.py -k "reference or random"
 
 $(OLD_TRITON):
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==3.6.0

@@ -24,9 +24,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from genai_fast.runs.run import CONFIG
 from genai_fast.training import checkpoint
 from genai_fast.training.loop import METRICS
-from genai_fast.training.runs import CONFIG
 
 # What is measured by a clock, in metrics.jsonl and in a checkpoint's progress: the rest must be equal.
 CLOCKS = {"samples_per_second", "tokens_per_second", "data_wait", "step_ms", "seconds", "waited"}

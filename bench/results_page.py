@@ -13,9 +13,9 @@ from typing import Any
 from bench import records
 from bench.points import COMPILED, FUSED
 from bench.records import Record, title
+from genai_fast.autotune import Choice
+from genai_fast.cli.tune import table as choices
 from genai_fast.errors import require
-from genai_fast.paths import Choice
-from genai_fast.tune import table as choices
 
 SAMPLE = "made-up sample record: these are not measurements"
 PAGE, MARK = "README.md", "<!-- made by python -m bench.report -->"

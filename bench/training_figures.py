@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bench import isolated, parity
-from genai_fast import paths
+from genai_fast import autotune
 from genai_fast.errors import UsageError
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.counters import Energy, PeakMemory
@@ -209,7 +209,7 @@ def figures(
         **({"tokens_per_second": round(system.batch * tokens / fused, 1)} if tokens else {}),
         **(_utilisation(counted, fused, device) if counted is not None else {}),
         **({"energy": energy.reason} if device == "cuda" and energy.reason else {}),
-        "paths": {key: choice._asdict() for key, choice in paths.chosen(torch.device(device)).items()},
+        "paths": {key: choice._asdict() for key, choice in autotune.chosen(torch.device(device)).items()},
         "foreign_load": load.cores(),
     }
 

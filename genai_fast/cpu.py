@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from genai_fast import paths
+from genai_fast import autotune
 from genai_fast.backends import FallbackWarning
-from genai_fast.ops._register import override
+from genai_fast.ops.register import override
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _KEPT, _DEFAULT = 1 << 30, 128 << 10  # bytes
@@ -81,8 +81,8 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
       again: no page faults in a step that has run before. The process holds on to its peak.
     - matmul: float32 products go to oneDNN where it is measured faster than PyTorch's library (MKL does not use AVX-512
       on AMD's processors): each form of a product is measured in three sizes once on a machine and remembered, as
-      convolutions are (`genai_fast.paths`), and checked against float64 in every process. Products of slices and those
-      smaller than what is measured stay with PyTorch's, and so do deterministic runs.
+      convolutions are (`genai_fast.autotune`), and checked against float64 in every process. Products of slices and
+      those smaller than what is measured stay with PyTorch's, and so do deterministic runs.
     - threads: no more than the cores that this process may use (affinity, a container's quota).
 
     What cannot be had here is said in a FallbackWarning. Gradients and double backward are untouched: what is replaced
@@ -192,14 +192,14 @@ def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
     for form in _FORMS:
         for shape in _SHAPES:
 
-            def calls(form: str = form, shape: tuple[int, int, int] = shape) -> tuple[dict[str, paths.Maker], str]:
+            def calls(form: str = form, shape: tuple[int, int, int] = shape) -> tuple[dict[str, autotune.Maker], str]:
                 operands = _operands(form, shape)
                 return {
                     "torch": lambda: lambda: _torch(None, *operands),
                     "onednn": lambda: lambda: _onednn(None, *operands),
                 }, "torch"
 
-            if paths.choose(("matmul", form, shape), torch.device("cpu"), calls).path == "torch":
+            if autotune.choose(("matmul", form, shape), torch.device("cpu"), calls).path == "torch":
                 break
             faster[form] = math.prod(shape)
         if form not in faster:

@@ -8,8 +8,8 @@ import torch
 from torch.nn import attention
 
 from genai_fast.backends import choose
-from genai_fast.ops._function import library_call
-from genai_fast.ops._register import override
+from genai_fast.ops.dispatch import library_call
+from genai_fast.ops.register import override
 
 _FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
 _CPU_FORWARD, _CPU_BACKWARD = (

@@ -8,11 +8,11 @@ from torch import nn
 
 def fuse_small(put=setattr):
     """Let tensors of any size run fused; `put(module, name, value)` sets what says otherwise."""
-    from genai_fast.layers import _worth
+    from genai_fast.fusion import thresholds
 
-    put(_worth, "NORM_TRAINING", {})
+    put(thresholds, "NORM_TRAINING", {})
     for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH", "RECURRENCE"):
-        put(_worth, name, 0)
+        put(thresholds, name, 0)
 
 
 def assert_close(found, expected, tolerance=2e-5, scale=None, what=""):

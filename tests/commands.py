@@ -2,14 +2,14 @@
 
 import json
 
-from genai_fast import cli
+from genai_fast.cli import parser
 from genai_fast.training import loop
 
 
 def call(*arguments):
     """The exit code."""
     try:
-        return cli.main([str(a) for a in arguments])
+        return parser.main([str(a) for a in arguments])
     except SystemExit as stop:
         return stop.code
 

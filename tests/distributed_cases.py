@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs in two processes and in one."""
+"""What tests/training/test_distributed.py runs in two processes and in one."""
 
 import json
 import math
@@ -15,10 +15,11 @@ from alike import fuse_small
 
 from genai_fast import data
 from genai_fast.models import MLPVAE
-from genai_fast.training import TrainingInterrupted, distributed, fit, make_optimizer, runs
-from genai_fast.training.feed import ImageFeed
-from genai_fast.training.recipes import RECIPES
-from genai_fast.training.settings import VAEConfig
+from genai_fast.models.registry import RECIPES
+from genai_fast.models.settings import VAEConfig
+from genai_fast.runs import run
+from genai_fast.training import TrainingInterrupted, distributed, fit, make_optimizer
+from genai_fast.training.batches import ImageFeed
 
 COMMON = {"log_every": 1, "threads": 1, "epochs": 1}
 IMAGES = {**COMMON, "data": "small.npz", "validation": 0.05, "grid_every": 0, "quality_every": 0}
@@ -69,7 +70,7 @@ def prepare(folder):
 
 def train(name, folder, resume=False):
     recipe, settings = RUNS[name]
-    return runs.train(recipe, RECIPES[recipe].config(**settings), folder / name, resume=resume)
+    return run.train(recipe, RECIPES[recipe].config(**settings), folder / name, resume=resume)
 
 
 def without_the_last(run, to):

@@ -18,29 +18,16 @@ LAYERS = [
     ("genai_fast.kernels.common", "genai_fast.errors", "genai_fast.imports", "genai_fast.versions"),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
-    ("genai_fast.backends", "genai_fast.paths", "genai_fast.capture", "genai_fast.precision"),
+    ("genai_fast.backends", "genai_fast.autotune", "genai_fast.capture", "genai_fast.precision", "genai_fast.config"),
     ("genai_fast.ops",),
-    (
-        "genai_fast.optim",
-        "genai_fast.layers",
-        "genai_fast.testing",
-        "genai_fast.table",
-        "genai_fast.sdpa",
-        "genai_fast.cpu",
-    ),
-    ("genai_fast.fuse",),
+    ("genai_fast.fusion", "genai_fast.optim", "genai_fast.testing", "genai_fast.table", "genai_fast.sdpa"),
+    ("genai_fast.layers", "genai_fast.cpu"),
+    ("genai_fast.swap",),
     ("genai_fast.models", "genai_fast.data", "genai_fast.evaluation"),
     ("genai_fast.training",),
+    ("genai_fast.runs",),
     ("genai_fast.profiling",),
-    (
-        "genai_fast.doctor",
-        "genai_fast.demo",
-        "genai_fast.examples",
-        "genai_fast.tune",
-        "genai_fast.commands",
-        "genai_fast.cli",
-        "genai_fast.__main__",
-    ),
+    ("genai_fast.cli", "genai_fast.__main__"),
 ]
 
 
@@ -121,7 +108,7 @@ def _python(code, **environment):
 def test_bare_pytest_imports_the_checkout():
     """`python -m pytest` adds the folder that it is called in, `pytest` does not; bench is never installed."""
     code = "import sys, pytest; sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:cacheprovider', sys.argv[1]]))"
-    command = [sys.executable, "-P", "-c", code, "tests/test_clock.py"]
+    command = [sys.executable, "-P", "-c", code, "tests/bench/test_clock.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "test_clock.py::" in done.stdout, done.stdout + done.stderr
 
@@ -171,7 +158,7 @@ def test_each_instruction_set_passes_the_numerics_gate(isa):
     if not module.instruction_sets().get(isa):
         pytest.skip(f"this processor has no {isa}")
     if isa == cpu_kernels()[1]:
-        pytest.skip("tests/test_ops.py runs these")
+        pytest.skip("tests/ops/test_ops.py runs these")
     code = (
         "from genai_fast.backends import cpu_kernels\n"
         "from genai_fast.testing import assert_matches_reference, every_run\n"

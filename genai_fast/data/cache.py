@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from genai_fast import paths
+from genai_fast import autotune
 
 VERSION = 2  # of the entry's form and of how pictures become pixels
 PIXELS, _META = "pixels", "meta.json"
@@ -33,7 +33,7 @@ _ABANDONED = 24 * 3600  # seconds after which a hidden folder's writer is taken 
 
 def folder(kind: str) -> Path:
     """Where entries of a kind lie."""
-    return paths.folder() / kind
+    return autotune.folder() / kind
 
 
 @dataclass(frozen=True)

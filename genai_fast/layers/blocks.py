@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from genai_fast.layers._stock import ACTIVATIONS, CONVS, NORMS, TRANSPOSED
+from genai_fast.fusion.chains import ACTIVATIONS, CONVS, NORMS, TRANSPOSED
 from genai_fast.layers.sequential import FusedSequential
-from genai_fast.ops import _check
+from genai_fast.ops import checks
 
 _MODULES = {name: module for module, name in ACTIVATIONS.items()}
 _MODULES["gelu_tanh"] = functools.partial(nn.GELU, approximate="tanh")
@@ -22,7 +22,7 @@ def _activation(block: str, activation: str | nn.Module | None, negative_slope: 
         return [activation]
     if activation is None:
         return []
-    _check.activation(block, activation, negative_slope)
+    checks.activation(block, activation, negative_slope)
     if activation == "none":
         return []
     return [nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _MODULES[activation]()]

@@ -9,8 +9,8 @@ from torch import nn
 
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend
-from genai_fast.layers import _worth
-from genai_fast.layers._run import _observed
+from genai_fast.fusion import thresholds
+from genai_fast.fusion.run import _observed
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -32,7 +32,9 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
         return False
     if residual is not None or forced_backend():
         return True
-    return isinstance(norm, nn.RMSNorm) and _worth.rms_norm(x)  # PyTorch's layer norm is one call too, and no slower
+    return isinstance(norm, nn.RMSNorm) and thresholds.rms_norm(
+        x
+    )  # PyTorch's layer norm is one call too, and no slower
 
 
 class LayerNorm(nn.LayerNorm):

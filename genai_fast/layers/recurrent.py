@@ -11,8 +11,8 @@ from torch import nn
 
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
-from genai_fast.layers import _worth
-from genai_fast.layers._run import _observed
+from genai_fast.fusion import thresholds
+from genai_fast.fusion.run import _observed
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -62,7 +62,7 @@ class GRU(nn.GRU):
         if not self._fits(input, hx) or _observed():
             return False
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
-        if not forced_backend() and (input.is_cuda or not _worth.recurrence(input, steps)):
+        if not forced_backend() and (input.is_cuda or not thresholds.recurrence(input, steps)):
             return False
         kind, dtype = input.device.type, input.dtype
         if torch.is_autocast_enabled(kind):

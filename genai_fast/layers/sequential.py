@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from genai_fast.layers._run import run
+from genai_fast.fusion.run import run
 
 
 class FusedSequential(nn.Sequential):
@@ -15,7 +15,7 @@ class FusedSequential(nn.Sequential):
 
     - [Conv or ConvTranspose or Linear,] BatchNorm or SyncBatchNorm [, activation];
     - [activation,] Dropout in training, whose mask is drawn again in backward rather than kept;
-    - Conv2d or ConvTranspose2d, with what follows it, by the path that `genai_fast.paths` measured to be the fastest;
+    - Conv2d or ConvTranspose2d, with what follows it, by the path that `genai_fast.autotune` measured as the fastest;
 
     and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU. A child
     counts if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on

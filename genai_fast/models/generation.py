@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast import ops, paths
+from genai_fast import autotune, ops
 from genai_fast.backends import choose, forced_backend
 from genai_fast.capture import aside, capture
-from genai_fast.layers._stock import obstacle
+from genai_fast.fusion.chains import obstacle
 from genai_fast.models import _check, _decode
 from genai_fast.models.gpt import GPT
 from genai_fast.models.latents import evaluating
@@ -232,7 +232,7 @@ class CachedGPT:
 
     Attributes:
         path: how a step is computed. "modules": by the model's own; "kernels": by `ops.decode_linear`, on CUDA alone,
-            for up to 16 rows of a model without hooks, where the first step measures it the faster (genai_fast.paths
+            for up to 16 rows of a model without hooks, where the first step measures it the faster (genai_fast.autotune
             remembers that; GENAI_FAST_DETERMINISTIC=1 pins "modules").
     """
 
@@ -286,7 +286,7 @@ class CachedGPT:
         """The step as a graph, by its modules or, where that is faster, by kernels."""
         ways, graphs = {"modules": self._by_modules, "kernels": self._by_kernels}, {}
 
-        def maker(name: str) -> paths.Maker:
+        def maker(name: str) -> autotune.Maker:
             def make() -> Callable[[], Any]:
                 graphs[name] = _graphed(ways[name], ids, self._lengths)
 
@@ -301,7 +301,7 @@ class CachedGPT:
         if _decode.serves(self._model, self._batch):
             key = ("step of a GPT", tuple(self._keys.shape), "vocabulary", self._model.vocabulary, self._keys.dtype)
             makers = {name: maker(name) for name in ways}
-            self.path = paths.choose(key, self._lengths.device, lambda: (makers, "modules")).path
+            self.path = autotune.choose(key, self._lengths.device, lambda: (makers, "modules")).path
             self._lengths.fill_(self._held)
         return graphs.get(self.path) or _graphed(ways[self.path], ids, self._lengths)
 

@@ -1,6 +1,6 @@
 """The public functional ops: validated, differentiable, one call each."""
 
-from genai_fast.ops import _register  # noqa: F401  (defines torch.ops.genai_fast)
+from genai_fast.ops import register  # noqa: F401  (defines torch.ops.genai_fast)
 from genai_fast.ops.act_dropout import act_dropout
 from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act

@@ -6,8 +6,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.act_dropout import reference
-from genai_fast.ops import _check, rows
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks, rows
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "act_dropout"
 
@@ -78,13 +78,13 @@ def act_dropout(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Srivastava et al. 2014, JMLR 15; Philox: Salmon et al. 2011.
     """
-    _check.is_floating(_OP, "x", x)
-    _check.share(_OP, "p", p)
-    _check.activation(_OP, activation, negative_slope)
-    _check.offset(_OP, offset)
-    from_output = _check.saves_output(_OP, activation, negative_slope, save_output, ("relu",))
+    checks.is_floating(_OP, "x", x)
+    checks.share(_OP, "p", p)
+    checks.activation(_OP, activation, negative_slope)
+    checks.offset(_OP, offset)
+    from_output = checks.saves_output(_OP, activation, negative_slope, save_output, ("relu",))
     if seed is None and not offset:
         offset = rows.offset(x.numel())
-    seed = _check.seed(_OP, seed, "x", x) if training and p > 0 else None
+    seed = checks.seed(_OP, seed, "x", x) if training and p > 0 else None
     p = float(p) if seed is not None else 0.0
     return _ActDropout.call(x, seed, p, offset, activation, float(negative_slope), from_output, forced_backend())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.ops._function import library_call
+from genai_fast.ops.dispatch import library_call
 
 _OP = "adam_step"
 

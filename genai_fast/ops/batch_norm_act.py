@@ -11,8 +11,8 @@ import torch.distributed as dist
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.channels import wide
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call, needs_graph
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call, needs_graph
 
 _OP = "batch_norm_act"
 
@@ -127,14 +127,14 @@ def batch_norm_act(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; combination: Chan, Golub & LeVeque 1983.
     """
-    _check.has_channels(_OP, x)
+    checks.has_channels(_OP, x)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    _check.per_channel(_OP, parameters, x)
+    checks.per_channel(_OP, parameters, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
     if not training and running_mean is None:
         raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
-    _check.activation(_OP, activation, negative_slope)
+    checks.activation(_OP, activation, negative_slope)
     momentum, eps = float(momentum), float(eps)
     if not (eps > 0.0 or (eps == 0.0 and not training)) or not math.isfinite(momentum):
         raise ValueError(

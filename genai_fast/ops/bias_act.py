@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.bias_act import reference
 from genai_fast.kernels.common.channels import wide
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "bias_act"
 
@@ -72,10 +72,10 @@ def bias_act(
 
 
 def _call(op, x, bias, activation, slope, save_output):
-    _check.has_channels(op, x)
-    _check.per_channel(op, {"bias": bias}, x)
-    _check.activation(op, activation, slope)
-    from_output = _check.saves_output(op, activation, slope, save_output, ("relu", "tanh", "sigmoid"))
+    checks.has_channels(op, x)
+    checks.per_channel(op, {"bias": bias}, x)
+    checks.activation(op, activation, slope)
+    from_output = checks.saves_output(op, activation, slope, save_output, ("relu", "tanh", "sigmoid"))
     bias = bias if bias is None else wide(bias)
     return _BiasAct.call(x, bias, activation, float(slope), from_output, forced_backend())
 
@@ -98,8 +98,8 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
     op = "bias_gelu"
-    _check.is_floating(op, "x", x)
-    _check.one_of(op, "approximate", approximate, ("none", "tanh"))
+    checks.is_floating(op, "x", x)
+    checks.one_of(op, "approximate", approximate, ("none", "tanh"))
     if x.dim() == 0:
         raise ValueError(f"{op}: x: expected [..., D], got shape (); add a dimension with .unsqueeze(0)")
     if isinstance(bias, torch.Tensor) and bias.shape != x.shape[-1:]:

@@ -10,8 +10,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.causal_attention import reference
-from genai_fast.ops import _check, rows
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks, rows
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "causal_attention"
 MOST_CHANNELS = 256
@@ -107,8 +107,8 @@ def causal_attention(
         if x.dtype is not q.dtype:
             raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
     settings = scores_settings(_OP, q, scale, window, softcap)
-    _check.share(_OP, "dropout", dropout)
-    _check.offset(_OP, offset)
+    checks.share(_OP, "dropout", dropout)
+    checks.offset(_OP, offset)
     most_q, most_k = q.size(2), k.size(2)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -128,7 +128,7 @@ def causal_attention(
         )
     if seed is None and not offset:
         offset = rows.offset(q.numel() // max(q.size(-1), 1))
-    seed = _check.seed(_OP, seed, "q", q) if dropout > 0 else None
+    seed = checks.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, bool(causal), float(dropout), offset,
         forced_backend(),
@@ -139,11 +139,11 @@ def causal_attention(
 def check_heads(op: str, q: Any, k: Any, v: Any, k_name: str, v_name: str) -> None:
     """q [B, H, T_q, D], k and v [B, H_kv, T_k, D] with dense channels, on one device."""
     for name, x in (("q", q), (k_name, k), (v_name, v)):
-        _check.is_floating(op, name, x)
+        checks.is_floating(op, name, x)
         if x.dim() != 4:
             raise ValueError(f"{op}: {name}: expected [B, H, T, D], got shape {tuple(x.shape)}; reshape it")
         if name != "q":
-            _check.same_device(op, name, x, "q", q)
+            checks.same_device(op, name, x, "q", q)
         if x.size(3) > 1 and x.stride(3) != 1:
             raise ValueError(
                 f"{op}: {name}: expected a last dimension of stride 1, got stride {x.stride(3)}; call .contiguous()"
@@ -186,7 +186,7 @@ def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:
     if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64) or starts.dim() != 1:
         got = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, torch.Tensor) else type(starts).__name__
         raise TypeError(f"{_OP}: {name}: expected an int32 tensor [N + 1], got {got}")
-    _check.same_device(_OP, name, starts, of, x)
+    checks.same_device(_OP, name, starts, of, x)
     if x.size(0) != 1:
         raise ValueError(f"{_OP}: {of}: expected a batch of 1 with {name}, got {x.size(0)}; pack the sequences in T")
     if most is not None and (isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0):

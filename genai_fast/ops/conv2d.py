@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from genai_fast.backends import LIBRARIES, choose, forced_backend
 from genai_fast.kernels.conv_transpose import reference
 from genai_fast.kernels.conv_transpose.shapes import miscounted
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
 from genai_fast.ops.conv_transpose import Ints, cast
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "conv2d"
 
@@ -78,15 +78,15 @@ def conv2d(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Dumoulin & Visin 2016, arXiv:1603.07285.
     """
-    _check.is_floating(_OP, "x", x)
-    _check.is_floating(_OP, "weight", weight)
+    checks.is_floating(_OP, "x", x)
+    checks.is_floating(_OP, "weight", weight)
     if x.dim() != 4 or weight.dim() != 4 or weight.size(1) != x.size(1):
         raise ValueError(
             f"{_OP}: expected x [N, C, H, W] and weight [C_out, C, KH, KW], got shapes {tuple(x.shape)} and"
             f" {tuple(weight.shape)}; C is the same in both"
         )
-    _check.same_device(_OP, "weight", weight, "x", x)
-    stride, padding = _check.sizes(_OP, "stride", stride, 2, 1), _check.sizes(_OP, "padding", padding, 2, 0)
+    checks.same_device(_OP, "weight", weight, "x", x)
+    stride, padding = checks.sizes(_OP, "stride", stride, 2, 1), checks.sizes(_OP, "padding", padding, 2, 0)
     for h, k, p in zip(x.shape[2:], weight.shape[2:], padding, strict=True):
         if h + 2 * p < k:
             raise ValueError(
@@ -96,7 +96,7 @@ def conv2d(
     x, weight = cast(_OP, x, weight)
     if bias is not None:
         bias = bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
-        _check.per_channel(_OP, {"bias": bias}, x, weight.size(0))
+        checks.per_channel(_OP, {"bias": bias}, x, weight.size(0))
         if bias.dtype is not x.dtype:
             raise TypeError(f"{_OP}: bias: expected {x.dtype} as x has, got {bias.dtype}; convert it with .to(x.dtype)")
     return _Conv2d.call(x, weight, bias, stride, padding, forced_backend())
@@ -108,7 +108,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor, stride: Ints = 1, padding: Int
     Args:
         x, weight, stride, padding: as in conv2d, and such as conv2d takes.
     """
-    stride, padding = _check.sizes(_OP, "stride", stride, 2, 1), _check.sizes(_OP, "padding", padding, 2, 0)
+    stride, padding = checks.sizes(_OP, "stride", stride, 2, 1), checks.sizes(_OP, "padding", padding, 2, 0)
     backend, reason = choose("conv_transpose", forced_backend(), x.device.type, x.dtype)
     if backend == "reference":
         return reason or "the reference was asked for"

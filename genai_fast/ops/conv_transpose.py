@@ -14,10 +14,10 @@ from genai_fast.kernels.common.activations import output_gives_derivative
 from genai_fast.kernels.common.channels import reduced_dims, wide
 from genai_fast.kernels.conv_transpose import reference
 from genai_fast.kernels.conv_transpose.shapes import not_served, output_size
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 Ints = int | tuple[int, ...]
 
@@ -117,15 +117,15 @@ class _ConvTransposeBatchNormAct(KernelFunction):
 
 def _geometry(op: str, x: Any, weight: Any, stride: Ints, padding: Ints, output_padding: Ints) -> tuple[Any, ...]:
     """(stride, padding, output_padding) as tuples, once everything about the shapes is known to fit."""
-    _check.is_floating(op, "x", x)
-    _check.is_floating(op, "weight", weight)
+    checks.is_floating(op, "x", x)
+    checks.is_floating(op, "weight", weight)
     one = op.endswith("1d")
     dimensions, shape, plane = (1, "[N, C, L]", "[K]") if one else (2, "[N, C, H, W]", "[KH, KW]")
     if x.dim() != dimensions + 2:
         raise ValueError(f"{op}: x: expected {shape}, got shape {tuple(x.shape)}; add a batch with .unsqueeze(0)")
     if weight.dim() != dimensions + 2:
         raise ValueError(f"{op}: weight: expected [C, C_out] and {plane}, got shape {tuple(weight.shape)}")
-    _check.same_device(op, "weight", weight, "x", x)
+    checks.same_device(op, "weight", weight, "x", x)
     if weight.size(0) != x.size(1):
         raise ValueError(
             f"{op}: weight: expected {x.size(1)} as first size, for as many channels of x, got"
@@ -136,9 +136,9 @@ def _geometry(op: str, x: Any, weight: Any, stride: Ints, padding: Ints, output_
             f"{op}: x and weight: expected sizes of at least 1 except for the batch, got {tuple(x.shape)} and"
             f" {tuple(weight.shape)}"
         )
-    strides = _check.sizes(op, "stride", stride, dimensions, 1)
-    paddings = _check.sizes(op, "padding", padding, dimensions, 0)
-    more = _check.sizes(op, "output_padding", output_padding, dimensions, 0)
+    strides = checks.sizes(op, "stride", stride, dimensions, 1)
+    paddings = checks.sizes(op, "padding", padding, dimensions, 0)
+    more = checks.sizes(op, "output_padding", output_padding, dimensions, 0)
     if any(p >= s for p, s in zip(more, strides, strict=True)):
         raise ValueError(
             f"{op}: output_padding: expected less than stride {stride}, got {output_padding}; it only chooses among"
@@ -170,7 +170,7 @@ def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
 def _convolve(op, x, weight, bias, stride, padding, output_padding, activation, slope):
     """The checked op on four-dimensional tensors."""
     x, weight = cast(op, x, weight)
-    _check.per_channel(op, {"bias": bias}, x, weight.size(1))
+    checks.per_channel(op, {"bias": bias}, x, weight.size(1))
     bias, slope = bias if bias is None else wide(bias), float(slope)
     settings = (stride, padding, output_padding)
     if torch.is_grad_enabled() and not output_gives_derivative(activation, slope):
@@ -216,7 +216,7 @@ def conv_transpose2d(
     """
     op = "conv_transpose2d"
     settings = _geometry(op, x, weight, stride, padding, output_padding)
-    _check.activation(op, activation, negative_slope)
+    checks.activation(op, activation, negative_slope)
     return _convolve(op, x, weight, bias, *settings, activation, negative_slope)
 
 
@@ -242,7 +242,7 @@ def conv_transpose1d(
     """
     op = "conv_transpose1d"
     strides, paddings, more = _geometry(op, x, weight, stride, padding, output_padding)
-    _check.activation(op, activation, negative_slope)
+    checks.activation(op, activation, negative_slope)
     settings = ((1, *strides), (0, *paddings), (0, *more), activation, negative_slope)
     return _convolve(op, x.unsqueeze(2), weight.unsqueeze(2), bias, *settings).squeeze(2)
 
@@ -271,11 +271,11 @@ def upsample_conv2d(
     Source: Odena, Dumoulin & Olah 2016 (resize, then convolve); phases: Shi et al. 2016, arXiv:1609.07009.
     """
     op = "upsample_conv2d"
-    _check.is_floating(op, "weight", weight)
+    checks.is_floating(op, "weight", weight)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"{op}: weight: expected [C_out, C, 3, 3], got shape {tuple(weight.shape)}")
     _geometry(op, x, weight.transpose(0, 1), 1, 1, 0)
-    _check.activation(op, activation, negative_slope)
+    checks.activation(op, activation, negative_slope)
     spread = wide(weight).permute(1, 2, 3, 0)  # [C, 3, 3, C_out]: the result then lies as the kernels read it
     for dim in (1, 2):
         first, middle, last = spread.unbind(dim)
@@ -324,12 +324,12 @@ def conv_transpose2d_batch_norm_act(
     """
     op = "conv_transpose2d_batch_norm_act"
     settings = _geometry(op, x, weight, stride, padding, output_padding)
-    _check.activation(op, activation, negative_slope)
+    checks.activation(op, activation, negative_slope)
     x, weight = cast(op, x, weight)
     channels = weight.size(1)
-    _check.per_channel(op, {"bias": bias}, x, channels)
+    checks.per_channel(op, {"bias": bias}, x, channels)
     normalization = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean}
-    _check.per_channel(op, {**normalization, "running_var": running_var}, x, channels)
+    checks.per_channel(op, {**normalization, "running_var": running_var}, x, channels)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var: expected both or neither; pass the missing one")
     momentum, eps, slope = float(momentum), float(eps), float(negative_slope)

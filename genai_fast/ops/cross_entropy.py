@@ -10,8 +10,8 @@ from genai_fast.backends import forced_backend, select, survey
 from genai_fast.kernels.cross_entropy import reference
 from genai_fast.kernels.cross_entropy.layout import writable
 from genai_fast.kernels.cross_entropy.linear import default_chunk
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call, observed
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call, observed
 
 _OP, _LINEAR = "cross_entropy", "linear_cross_entropy"
 
@@ -104,7 +104,7 @@ def cross_entropy(
     Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery
         et al. 2022, arXiv:2204.02311 (z-loss).
     """
-    _check.is_floating(_OP, "logits", logits)
+    checks.is_floating(_OP, "logits", logits)
     if logits.dim() == 0:
         raise ValueError(f"{_OP}: logits: expected [..., V], got shape (); pass the logits of all classes")
     _at_least_one_class(_OP, "logits", logits, logits.size(-1))
@@ -127,9 +127,9 @@ def _at_least_one_class(op: str, name: str, x: torch.Tensor, classes: int) -> No
 def _settings(op: str, ignore_index: Any, label_smoothing: Any, z_loss: Any, reduction: Any) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index: expected an int, got {type(ignore_index).__name__}")
-    _check.share(op, "label_smoothing", label_smoothing)
-    _check.factor(op, "z_loss", z_loss)
-    _check.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    checks.share(op, "label_smoothing", label_smoothing)
+    checks.factor(op, "z_loss", z_loss)
+    checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
 
 
 def _targets(
@@ -142,7 +142,7 @@ def _targets(
             f"{op}: target: expected torch.int64 (classes, not probabilities), got {target.dtype};"
             f" convert it with .long()"
         )
-    _check.same_device(op, "target", target, name, like)
+    checks.same_device(op, "target", target, name, like)
     if target.shape != shape:
         raise ValueError(
             f"{op}: target: expected shape {tuple(shape)} as {name} has without its last dimension, got"
@@ -269,7 +269,7 @@ def linear_cross_entropy(
         `cross_entropy`.
     Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
     """
-    _check.is_floating(_LINEAR, "x", x)
+    checks.is_floating(_LINEAR, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{_LINEAR}: x: expected [..., D], got shape (); pass vectors")
     _partner("weight", weight, x)
@@ -290,7 +290,7 @@ def linear_cross_entropy(
     _settings(_LINEAR, ignore_index, label_smoothing, z_loss, reduction)
     _targets(_LINEAR, target, x.shape[:-1], "x", x, classes, ignore_index)
     if chunk is not None:
-        _check.sizes(_LINEAR, "chunk", chunk, 1, 1)
+        checks.sizes(_LINEAR, "chunk", chunk, 1, 1)
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (p if p is None else p.to(dtype) for p in (x, weight, bias))
@@ -318,7 +318,7 @@ def linear_cross_entropy(
 
 def _partner(name: str, p: Any, x: torch.Tensor) -> None:
     """A tensor of x's device, and of its dtype unless autocast casts them."""
-    _check.is_floating(_LINEAR, name, p)
-    _check.same_device(_LINEAR, name, p, "x", x)
+    checks.is_floating(_LINEAR, name, p)
+    checks.same_device(_LINEAR, name, p, "x", x)
     if p.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)")

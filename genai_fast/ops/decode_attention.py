@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.ops import _check
-from genai_fast.ops._function import library_call
+from genai_fast.ops import checks
 from genai_fast.ops.causal_attention import check_heads, scores_settings
+from genai_fast.ops.dispatch import library_call
 
 _OP = "decode_attention"
 
@@ -57,8 +57,8 @@ def decode_attention(
         raise ValueError(f"{_OP}: {missing}: expected k and v together, got None; give both or neither")
     expected = (q.size(0), k_cache.size(1), q.size(2), q.size(3))
     for name, x in new.items() if k is not None else ():
-        _check.is_floating(_OP, name, x)
-        _check.same_device(_OP, name, x, "q", q)
+        checks.is_floating(_OP, name, x)
+        checks.same_device(_OP, name, x, "q", q)
         if tuple(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, one row for each query, got {tuple(x.shape)}")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *(new.items() if k is not None else ())):
@@ -79,7 +79,7 @@ def _check_lengths(lengths: Any, q: torch.Tensor, room: int, added: int) -> None
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
         raise TypeError(f"{_OP}: cache_seqlens: expected an int32 tensor, got {got}")
-    _check.same_device(_OP, "cache_seqlens", lengths, "q", q)
+    checks.same_device(_OP, "cache_seqlens", lengths, "q", q)
     if tuple(lengths.shape) != (q.size(0),):
         raise ValueError(f"{_OP}: cache_seqlens: expected shape ({q.size(0)},), got {tuple(lengths.shape)}")
     if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():

@@ -10,8 +10,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.activations import ACTIVATIONS
-from genai_fast.ops import _check
-from genai_fast.ops._function import library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import library_call
 
 _OP = "decode_linear"
 _SERVED = tuple(name for name in ACTIVATIONS if name != "leaky_relu")  # whose slope would be one more argument
@@ -52,12 +52,12 @@ def decode_linear(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ba, Kiros & Hinton 2016, arXiv:1607.06450.
     """
-    _check.is_floating(_OP, "x", x)
+    checks.is_floating(_OP, "x", x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(
             f"{_OP}: x: expected [..., K] with K > 0, got shape {tuple(x.shape)}; the last dimension meets weight's"
         )
-    _check.is_floating(_OP, "weight", weight)
+    checks.is_floating(_OP, "weight", weight)
     if weight.dim() != 2 or weight.size(1) != x.size(-1):
         raise ValueError(
             f"{_OP}: weight: expected [N, {x.size(-1)}] as x has {x.size(-1)} in its last dimension, got shape"
@@ -78,7 +78,7 @@ def decode_linear(
     given = {name: pair for name, pair in expected.items() if pair[0] is not None}
     for name, (tensor, shape) in given.items():
         _like_x(name, tensor, shape, x)
-    _check.one_of(_OP, "activation", activation, _SERVED)
+    checks.one_of(_OP, "activation", activation, _SERVED)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:
         raise ValueError(f"{_OP}: eps: expected a finite float >= 0, got {eps!r}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *(pair[0] for pair in given.values()))):
@@ -96,8 +96,8 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    _check.is_floating(_OP, name, tensor)
-    _check.same_device(_OP, name, tensor, "x", x)
+    checks.is_floating(_OP, name, tensor)
+    checks.same_device(_OP, name, tensor, "x", x)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{_OP}: {name}: expected shape {shape}, got {tuple(tensor.shape)}; reshape it")
     if tensor.dtype is not x.dtype:

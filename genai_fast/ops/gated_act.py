@@ -9,8 +9,8 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.gated_act import reference
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -40,8 +40,8 @@ class _GatedAct(KernelFunction):
 
 
 def _check_bias(op: str, bias: Any, x: torch.Tensor, columns: int) -> None:
-    _check.is_floating(op, "bias", bias)
-    _check.same_device(op, "bias", bias, "x", x)
+    checks.is_floating(op, "bias", bias)
+    checks.same_device(op, "bias", bias, "x", x)
     if bias.shape != (columns,):
         raise ValueError(
             f"{op}: bias: expected shape ({columns},), the gate's half first, got {tuple(bias.shape)}; join two by"
@@ -54,13 +54,13 @@ def _check_bias(op: str, bias: Any, x: torch.Tensor, columns: int) -> None:
 
 
 def _call(op: str, x: Any, up: Any, bias: Any, activation: str) -> torch.Tensor:
-    _check.is_floating(op, "x", x)
+    checks.is_floating(op, "x", x)
     if x.dim() == 0 or (up is None and x.size(-1) % 2):
         raise ValueError(
             f"{op}: x: expected [..., 2 D], gate and up side by side, got shape {tuple(x.shape)}; pass up by itself"
         )
     if up is not None:
-        _check.matches(op, "up", up, "x", x)
+        checks.matches(op, "up", up, "x", x)
         if up.dtype is not x.dtype:  # under autocast
             dtype = torch.promote_types(x.dtype, up.dtype)
             x, up = x.to(dtype), up.to(dtype)
@@ -100,7 +100,7 @@ def gated_act(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Shazeer 2020, arXiv:2002.05202; Dauphin et al. 2017, arXiv:1612.08083.
     """
-    _check.one_of("gated_act", "activation", activation, _ACTIVATIONS)
+    checks.one_of("gated_act", "activation", activation, _ACTIVATIONS)
     return _call("gated_act", x, up, bias, activation)
 
 
@@ -126,5 +126,5 @@ def geglu(
 
     Returns, Gradients, Backends, Raises, Source: as `gated_act`.
     """
-    _check.one_of("geglu", "approximate", approximate, tuple(_GELUS))
+    checks.one_of("geglu", "approximate", approximate, tuple(_GELUS))
     return _call("geglu", x, up, bias, _GELUS[approximate])

@@ -9,8 +9,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.gpt_decode import layout
-from genai_fast.ops import _check
-from genai_fast.ops._function import library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import library_call
 
 _OP, _CLASS = "gpt_decode", "GPTDecoder"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -76,12 +76,12 @@ def _fits(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[An
 
 
 def _check_all(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> None:
-    _check.is_floating(_OP, "cache", cache)
+    checks.is_floating(_OP, "cache", cache)
     if cache.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{_OP}: cache: expected torch.float32 or torch.float64, got {cache.dtype}; convert it")
     size = _check_weights(_OP, weights, cache.dtype)
     for name, x in zip(layout.names(size.layers), weights, strict=True):
-        _check.same_device(_OP, f"weights: {name}", x, "cache", cache)
+        checks.same_device(_OP, f"weights: {name}", x, "cache", cache)
     _check_scales(weights, scales, cache.dtype)
     _check_ids(_OP, ids, size.vocabulary, cache.device)
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
@@ -133,7 +133,7 @@ class GPTDecoder:
         dtype: str = "float32",
         eps: float = 1e-5,
     ) -> None:
-        _check.one_of(_CLASS, "dtype", dtype, tuple(_DTYPES))
+        checks.one_of(_CLASS, "dtype", dtype, tuple(_DTYPES))
         for name, value in (("heads", heads), ("block", block), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{_CLASS}: {name}: expected an int of at least 1, got {value!r}")
@@ -234,7 +234,7 @@ def _in_order(weights: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], 
             w = torch.zeros(found[-1].shape[:1])
         elif w is None:
             raise ValueError(f"{_CLASS}: weights: expected a tensor {name!r}, got {len(weights)} of other names")
-        _check.is_floating(_CLASS, name, w)
+        checks.is_floating(_CLASS, name, w)
         if not w.is_cpu:
             raise ValueError(f"{_CLASS}: {name}: expected a CPU tensor, got one on {w.device}; move it with .cpu()")
         tied = name == layout.LAST[-1] and w.shape == found[0].shape and w.data_ptr() == found[0].data_ptr()

@@ -10,8 +10,8 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.layer_norm import reference
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 
 class _LayerNorm(KernelFunction):
@@ -51,16 +51,16 @@ class _LayerNorm(KernelFunction):
 
 
 def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool) -> Any:
-    _check.is_floating(op, "x", x)
+    checks.is_floating(op, "x", x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(
             f"{op}: x: expected [..., D] with D > 0, got shape {tuple(x.shape)}; the last dimension is normalized"
         )
     if residual is not None:
-        _check.matches(op, "residual", residual, "x", x)
+        checks.matches(op, "residual", residual, "x", x)
     if torch.is_autocast_enabled(x.device.type):
         x, residual = _autocast(x, residual)
-    _check.per_column(op, {"weight": weight, "bias": bias}, x)
+    checks.per_column(op, {"weight": weight, "bias": bias}, x)
     if rms and eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:

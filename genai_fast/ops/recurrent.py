@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.recurrent import reference
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, _transformed, library_call, needs_graph
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, _transformed, library_call, needs_graph
 
 
 def _differentiated_again() -> bool:
@@ -87,7 +87,7 @@ class _Lstm(KernelFunction):
 def _checked(op: str, gates: int, **given: Any) -> dict[str, torch.Tensor | None]:
     """The arguments by name, in one dtype, states as zeros where they are None; all is known to fit."""
     for name in ("x", "weight_ih", "weight_hh"):
-        _check.is_floating(op, name, given[name])
+        checks.is_floating(op, name, given[name])
     x, weight_hh = given["x"], given["weight_hh"]
     if x.dim() != 3:
         raise ValueError(f"{op}: x: expected [T, B, I], got shape {tuple(x.shape)}; add a batch with .unsqueeze(1)")
@@ -113,8 +113,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, torch.Tensor | None
         if value is None:
             found[name] = None
             continue
-        _check.is_floating(op, name, value)
-        _check.same_device(op, name, value, "x", x)
+        checks.is_floating(op, name, value)
+        checks.same_device(op, name, value, "x", x)
         expected = shapes.get(name)
         if expected is not None and value.shape != expected:
             raise ValueError(

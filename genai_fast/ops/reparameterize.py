@@ -6,8 +6,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.reparameterize import reference
-from genai_fast.ops import _check, rows
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks, rows
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 
 class _Reparameterize(KernelFunction):
@@ -38,13 +38,13 @@ class _Reparameterize(KernelFunction):
 
 
 def _call(op, mu, logvar, seed, offset, with_kl):
-    _check.is_floating(op, "mu", mu)
-    _check.has_batch(op, "mu", mu)
-    _check.matches(op, "logvar", logvar, "mu", mu)
-    _check.offset(op, offset)
+    checks.is_floating(op, "mu", mu)
+    checks.has_batch(op, "mu", mu)
+    checks.matches(op, "logvar", logvar, "mu", mu)
+    checks.offset(op, offset)
     if seed is None and not offset:
         offset = rows.offset(mu.numel())
-    seed = _check.seed(op, seed, "mu", mu)
+    seed = checks.seed(op, seed, "mu", mu)
     if mu.dtype is not logvar.dtype:  # under autocast only
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
         mu, logvar = mu.to(dtype), logvar.to(dtype)

@@ -8,8 +8,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.rotary import reference
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "rotary"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -70,8 +70,8 @@ def rotary_tables(
 
 def _check_tables(x: torch.Tensor, cos: Any, sin: Any) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
-        _check.is_floating(_OP, name, table)
-        _check.same_device(_OP, name, table, "x", x)
+        checks.is_floating(_OP, name, table)
+        checks.same_device(_OP, name, table, "x", x)
         if table.requires_grad:
             raise ValueError(
                 f"{_OP}: {name}: expected a table without a gradient, got requires_grad=True; pass {name}.detach()"
@@ -94,7 +94,7 @@ def _check_positions(x: torch.Tensor, positions: Any, known: int) -> None:
     if not isinstance(positions, torch.Tensor) or positions.dtype is not torch.int64:
         got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
         raise TypeError(f"{_OP}: positions: expected None or a tensor of torch.int64, got {got}")
-    _check.same_device(_OP, "positions", positions, "x", x)
+    checks.same_device(_OP, "positions", positions, "x", x)
     if positions.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(
             f"{_OP}: positions: expected shape ({tokens},) or ({batch}, {tokens}), one for each token of x, got"
@@ -143,7 +143,7 @@ def rotary(
         region, their tokens come out as NaN.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    _check.is_floating(_OP, "x", x)
+    checks.is_floating(_OP, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x: expected [B, H, T, D], got shape {tuple(x.shape)}; heads come second")
     _check_tables(x, cos, sin)

@@ -8,8 +8,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.vae_loss import reference
-from genai_fast.ops import _check
-from genai_fast.ops._function import KernelFunction, library_call
+from genai_fast.ops import checks
+from genai_fast.ops.dispatch import KernelFunction, library_call
 
 _OP = "vae_loss"
 
@@ -89,21 +89,21 @@ def vae_loss(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Kingma & Welling 2013, arXiv:1312.6114; beta: Higgins et al. 2017.
     """
-    _check.is_floating(_OP, "recon", recon)
-    _check.has_batch(_OP, "recon", recon)
-    _check.matches(_OP, "target", target, "recon", recon)
-    _check.is_floating(_OP, "mu", mu)
-    _check.has_batch(_OP, "mu", mu)
-    _check.same_device(_OP, "mu", mu, "recon", recon)
+    checks.is_floating(_OP, "recon", recon)
+    checks.has_batch(_OP, "recon", recon)
+    checks.matches(_OP, "target", target, "recon", recon)
+    checks.is_floating(_OP, "mu", mu)
+    checks.has_batch(_OP, "mu", mu)
+    checks.same_device(_OP, "mu", mu, "recon", recon)
     if mu.shape[0] != recon.shape[0]:
         raise ValueError(f"{_OP}: mu: batch expected {recon.shape[0]} as recon has, got {mu.shape[0]}")
-    _check.matches(_OP, "logvar", logvar, "mu", mu)
-    _check.one_of(_OP, "likelihood", likelihood, ("bernoulli", "gaussian"))
-    _check.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    checks.matches(_OP, "logvar", logvar, "mu", mu)
+    checks.one_of(_OP, "likelihood", likelihood, ("bernoulli", "gaussian"))
+    checks.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
     if mu.dtype is not logvar.dtype:  # under autocast only
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
         mu, logvar = mu.to(dtype), logvar.to(dtype)
-    beta_tensor, beta = _check.scalar(_OP, "beta", beta, recon)
+    beta_tensor, beta = checks.scalar(_OP, "beta", beta, recon)
     return VAELoss(
         *_VAELoss.call(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction, forced_backend())
     )

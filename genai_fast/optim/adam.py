@@ -10,7 +10,7 @@ import torch
 
 from genai_fast.backends import FallbackWarning, forced_backend
 from genai_fast.kernels.common.rows import is_dense
-from genai_fast.ops._function import library_call
+from genai_fast.ops.dispatch import library_call
 
 
 class _OneCall:

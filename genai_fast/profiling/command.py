@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from genai_fast.errors import UsageError, require
+from genai_fast.models.registry import RECIPES
 from genai_fast.profiling import loops, report
 from genai_fast.profiling.figures import figures
 from genai_fast.profiling.loops import COMPILE, LOOP, Subject
 from genai_fast.profiling.measure import Measurement, measure
-from genai_fast.training.recipes import RECIPES
-from genai_fast.training.runs import device_of, new_folder
+from genai_fast.runs.run import device_of, new_folder
 
 FILES = "profile.json, profile.txt, profile.png, trace-VARIANT.json (open it at ui.perfetto.dev)"
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from genai_fast import data, imports
+from genai_fast.config import TextConfig
 from genai_fast.errors import UsageError
-from genai_fast.fuse import Row, explain, fuse
+from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.systems import System, of_recipe
 from genai_fast.profiling.waiting import Waiting
-from genai_fast.training.config import TextConfig
-from genai_fast.training.feed import Feed
-from genai_fast.training.recipes import RECIPES
-from genai_fast.training.runs import task_of
+from genai_fast.runs.run import task_of
+from genai_fast.swap import Row, explain, fuse
+from genai_fast.training.batches import Feed
 
 EAGER, COMPILE, FUSED, LOOP = "eager", "compile", "fused", "loop"
 VARIANTS = (EAGER, COMPILE, FUSED)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from genai_fast.autotune import processor
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.extension import cpu_kernels, extension
-from genai_fast.paths import processor
 from genai_fast.precision import float32_products
 from genai_fast.versions import __version__, version
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.config import Config
 from genai_fast.errors import UsageError
-from genai_fast.models import dcgan_init, peers, peers_sequences, peers_text
+from genai_fast.models import dcgan_init, peers, peers_sequences, peers_text, settings
 from genai_fast.models.peers_text import language_model_step
-from genai_fast.training import Step, make_optimizer, settings
-from genai_fast.training.config import Config
-from genai_fast.training.recipes import RECIPES, make
+from genai_fast.models.registry import RECIPES, make
+from genai_fast.training import Step, make_optimizer
 
 RunStep = Callable[..., Any]
 Prepare = Callable[[nn.Module, str], nn.Module]  # a model and the method that the script calls -> it, wrapped

@@ -1,7 +1,7 @@
 """The training step, the loop, checkpoints and configuration."""
 
+from genai_fast.config import ConfigError
 from genai_fast.training.checkpoint import CheckpointError, DiskError
-from genai_fast.training.config import ConfigError
 from genai_fast.training.loop import TrainingInterrupted, TrainingStopped, fit
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.step import Step

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast import paths
+from genai_fast import autotune
 from genai_fast.errors import UsageError
-from genai_fast.training import disk, distributed
+from genai_fast.training import atomic_files, distributed
 from genai_fast.training.environment import changes, environment
 
 VERSION = 2
@@ -81,16 +81,16 @@ def save(
     temporary = run / f".{final.name}.new"
     with writing(run):
         for left in run.glob(".checkpoint-*"):  # by a process that was killed
-            disk.discard(left)
+            atomic_files.discard(left)
         try:
             temporary.mkdir(parents=True)
             _write(temporary, model, optimizer, step, progress, about, best, training_step or {})
             _remove(final)  # left by an earlier run of the same step
             os.rename(temporary, final)
         except BaseException:
-            disk.discard(temporary)
+            atomic_files.discard(temporary)
             raise
-        disk.synchronize(run)
+        atomic_files.synchronize(run)
         for old in found(run)[keep:]:
             if old != _folder(run, best):
                 _remove(old)
@@ -110,8 +110,8 @@ def _write(
     }
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
-    disk.write_tensors(folder / _MODEL, plain(model.state_dict()))
-    disk.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
+    atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
+    atomic_files.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
     state = {
         "format": _FORMAT,
         "version": VERSION,
@@ -121,13 +121,13 @@ def _write(
         "about": about,
         "optimizer": [{k: _number(v) for k, v in group.items()} for group in settings["param_groups"]],
         "environment": environment(device),
-        "routes": paths.routes(device),
-        "files": {name: disk.digest(folder / name) for name in (_MODEL, _TRAINING)},
+        "routes": autotune.routes(device),
+        "files": {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)},
     }
     state["digest"] = _digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        disk.synchronize(path)
+        atomic_files.synchronize(path)
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def writing(run: Path) -> Iterator[None]:
         stand = found(run)
         stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
         then = f"go on with --run {run.name} --resume" if stand else "begin again"
-        reason = f"{error.strerror} ({disk.room(run)})"
+        reason = f"{error.strerror} ({atomic_files.room(run)})"
         raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
 
 
@@ -219,7 +219,7 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
         CheckpointError: the file cannot be read, or nothing in it fits.
     """
     try:
-        tensors = disk.read_tensors(path)
+        tensors = atomic_files.read_tensors(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: expected a whole safetensors file, got {error}") from error
     wanted = model.state_dict()
@@ -264,7 +264,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}", UserWarning, stacklevel=2
         )
     else:
-        paths.take(device, state["routes"])
+        autotune.take(device, state["routes"])
     state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
     return state
 
@@ -298,10 +298,10 @@ def _tensors(checkpoint: Path, name: str, state: dict) -> dict[str, torch.Tensor
     """A file of tensors, which must be the one that was written with the state."""
     path = checkpoint / name
     try:
-        tensors = disk.read_tensors(path)
+        tensors = atomic_files.read_tensors(path)
     except ValueError as error:
         raise _damaged(checkpoint, path, "a whole safetensors file", str(error)) from error
-    if disk.digest(path) != state["files"].get(name):
+    if atomic_files.digest(path) != state["files"].get(name):
         raise _damaged(checkpoint, path, "the file that belongs to state.json", "another, or a damaged one")
     return tensors
 
@@ -408,6 +408,6 @@ def _remove(folder: Path) -> None:
     """Remove a checkpoint so that at no time half of one carries its name."""
     if os.path.lexists(folder):
         doomed = folder.with_name(f".{folder.name}.old")
-        disk.discard(doomed)
+        atomic_files.discard(doomed)
         os.rename(folder, doomed)
-        disk.discard(doomed)
+        atomic_files.discard(doomed)

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from genai_fast.config import Config
 from genai_fast.cpu import allowed_cores
 from genai_fast.errors import UsageError
 from genai_fast.ops import rows
-from genai_fast.training.config import Config
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 _PATIENCE = datetime.timedelta(hours=1)  # with the others, who may wait for one that reads data or draws pictures

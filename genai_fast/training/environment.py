@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from genai_fast import backends, cpu, paths
+from genai_fast import autotune, backends, cpu
 from genai_fast.kernels.common import extension
 from genai_fast.training import distributed
 from genai_fast.versions import version
@@ -28,7 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = ("genai_fast", "torch", *(("triton",) if "triton" in served.values() else ()))
     return {
         **{name: version(name) for name in packages},
-        "processor": paths.processor(),
+        "processor": autotune.processor(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
         "threads": torch.get_num_threads(),
@@ -37,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "backends": served,
         "precision": _precision(on_cuda),
         "deterministic": {
-            "paths": paths.pinned(),
+            "paths": autotune.pinned(),
             "algorithms": torch.are_deterministic_algorithms_enabled(),
             **({"cudnn": torch.backends.cudnn.deterministic} if on_cuda else {}),
         },

@@ -12,7 +12,7 @@ import torch
 from genai_fast.backends import FallbackWarning
 from genai_fast.capture import aside, capture
 from genai_fast.errors import UsageError
-from genai_fast.training import losses
+from genai_fast.training import loss_output
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -136,7 +136,7 @@ def _capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[
 
     def entries() -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         result = body()
-        values = losses.entries(result)
+        values = loss_output.entries(result)
         return result, values, torch.stack(values)
 
     pool = pool or torch.cuda.graph_pool_handle()
@@ -146,6 +146,6 @@ def _capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[
     def replay() -> Any:
         graph.replay()
         copies = together.clone().unbind()
-        return losses.like(result, [x.to(dtype) for x, dtype in zip(copies, dtypes, strict=True)])
+        return loss_output.like(result, [x.to(dtype) for x, dtype in zip(copies, dtypes, strict=True)])
 
     return replay, pool

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from genai_fast import data
+from genai_fast.config import Config
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint, distributed, parallel
-from genai_fast.training.board import Board
-from genai_fast.training.config import Config
-from genai_fast.training.display import display
-from genai_fast.training.feed import Feed
+from genai_fast.training.batches import Feed
 from genai_fast.training.meter import Meter, Metrics, Progress, rates
+from genai_fast.training.progress import display
 from genai_fast.training.schedule import Schedule
 from genai_fast.training.step import Step, autocast
+from genai_fast.training.tensorboard import Board
 
 METRICS = "metrics.jsonl"
 _HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none

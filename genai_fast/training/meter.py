@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 
-from genai_fast.training import disk
-from genai_fast.training.board import Board
-from genai_fast.training.feed import Feed
+from genai_fast.training import atomic_files
+from genai_fast.training.batches import Feed
+from genai_fast.training.tensorboard import Board
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Metrics:
             except (ValueError, KeyError, TypeError, RecursionError):
                 break
             kept.append(line + "\n")
-        disk.write_text(path, "".join(kept))
+        atomic_files.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from genai_fast.config import Config
 from genai_fast.errors import UsageError
 from genai_fast.optim import Adam, AdamW
-from genai_fast.training.config import Config
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

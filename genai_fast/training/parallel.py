@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from genai_fast.config import Config
 from genai_fast.training import distributed
-from genai_fast.training.config import Config
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.step import Step
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from genai_fast.training.config import Config
+from genai_fast.config import Config
 
 
 class Schedule:

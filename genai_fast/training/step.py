@@ -12,9 +12,9 @@ from torch import nn
 
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
-from genai_fast.training import losses
+from genai_fast.training import loss_output
+from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs
-from genai_fast.training.kept import Kept, modules_of
 from genai_fast.training.optimizer import owners
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,13 +225,16 @@ class Step:
             if number:
                 with autocast(self._device, self.precision):
                     result = self._function(*part)
-            loss, values = losses.differentiable(losses.minimised(result)), [x.detach() for x in losses.entries(result)]
+            loss, values = (
+                loss_output.differentiable(loss_output.minimised(result)),
+                [x.detach() for x in loss_output.entries(result)],
+            )
             if len(parts) > 1:
                 loss, values = loss * share, [x * share for x in values]
             self._backward(self._parameters, loss)
             sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-        means = losses.like(result, sums)
-        self._update(self._parameters, losses.minimised(means))
+        means = loss_output.like(result, sums)
+        self._update(self._parameters, loss_output.minimised(means))
         return means
 
     def _take_turns(self, turns: Generator) -> Any:
@@ -246,7 +249,7 @@ class Step:
                 if not yielded:
                     raise UsageError("Step: turns: expected (parameters, loss) to be yielded, got nothing") from None
                 result = tuple(yielded) if end.value is None else end.value
-                return losses.like(result, [x.detach() for x in losses.entries(result)])
+                return loss_output.like(result, [x.detach() for x in loss_output.entries(result)])
             parameters, loss = self._checked(turn)
             self._drop_gradients()
             self._backward(parameters, loss)
@@ -265,7 +268,7 @@ class Step:
         if strange or not trained:
             got = _described(strange[0]) + " that no optimizer has" if strange else "none that is trained"
             raise UsageError(f"{expected}, got {got}")
-        return trained, losses.differentiable(turn[1])
+        return trained, loss_output.differentiable(turn[1])
 
     def _drop_gradients(self) -> None:
         for p in self._parameters:

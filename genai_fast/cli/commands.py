@@ -1,0 +1,344 @@
+"""What the command line's commands do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from genai_fast import config, data
+from genai_fast.cpu import tune_cpu
+from genai_fast.errors import UsageError, require
+from genai_fast.models import latents, slerp
+from genai_fast.models.registry import RECIPES
+from genai_fast.runs import pictures, text_generation
+from genai_fast.runs.image_evaluation import decode, generate, shown
+from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
+from genai_fast.runs.text_task import TextTask
+from genai_fast.training import distributed
+from genai_fast.training.batches import batch_for
+
+
+def run_train(options: argparse.Namespace) -> int:
+    kind = RECIPES[options.recipe].config
+    flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    if "init" in flags:
+        flags["init"] = _run_or_file(flags["init"], options.out)
+    resume = options.resume
+    if resume:
+        if options.name is None:
+            raise UsageError("--resume: expected the run's name as well; remedy: --run NAME")
+        # torchrun starts the same command again after a failure: the first time there is no run yet.
+        resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
+    if resume:
+        if options.config is not None:
+            raise UsageError("--resume goes on with the run's own settings; remedy: leave --config out")
+        settings = saved_settings(options.recipe, options.out / options.name, flags)
+    else:
+        file = config.read(options.config, options.recipe) if options.config else {}
+        if file:
+            config.build(kind, file, str(options.config))  # its mistakes in its own name
+        settings = config.build(kind, {**file, **flags}, "settings")
+    settings = replace(settings, init=_run_or_file(settings.init, options.out))
+    default = f"{options.recipe}-{Path(settings.data).stem}"
+    folder = options.out / options.name if options.name else new_folder(options.out, default)
+    with tune_cpu(), distributed.processes(settings):
+        result = train(options.recipe, settings, folder, resume=resume)
+        if distributed.first():
+            _say(options.recipe, result)
+    return 0
+
+
+def _run_or_file(init: str, out: Path) -> str:
+    """What --init means: a path, or the name of a run in `out`."""
+    return str(out / init) if init and not Path(init).exists() and (out / init).exists() else init
+
+
+def _say(recipe: str, result: Trained) -> None:
+    """What has come of it, and what can be done with it."""
+    folder = result.folder
+    figures = result.record.get("validation", {})
+    terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
+    print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
+    best = result.record.get("best")
+    if best and best != result.record["step"]:
+        print(f"best on held-out data after step {best}: kept; the commands below take it with --best")
+    if isinstance(result.task, TextTask):
+        prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
+        print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
+    elif hasattr(result.model, "sample"):
+        print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    _at_least("--count", options.count, 1)
+    _check_seed(options.seed)
+    _check_parent(options.out)
+    picture = options.out.suffix.lower() == ".png"
+    if not picture and options.out.suffix:
+        raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
+    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    run = _open(options, "sample")
+    images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
+    if picture:
+        pictures.grid(images, options.out)
+    else:
+        options.out.mkdir(exist_ok=True)
+        for k, image in enumerate(images):
+            pictures.single(image, options.out / f"{k:06d}.png")
+    print(f"{options.out}: {options.count} samples of {run.folder}")
+    return 0
+
+
+def run_interpolate(options: argparse.Namespace) -> int:
+    _at_least("--pairs", options.pairs, 1)
+    _at_least("--steps", options.steps, 2)
+    _check_seed(options.seed)
+    _check_png(options.out)
+    run = _open(options, "sample")
+    a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
+    ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
+    labels = _labels(run, options.label, options.pairs)
+    if labels is None and run.classes:  # a class a row, not a picture
+        labels = torch.arange(options.pairs) % len(run.classes)
+    labels = None if labels is None else labels.repeat_interleave(options.steps)
+    images = decode(run.model, run.shape, torch.stack(ways, dim=1).flatten(0, 1), labels)
+    pictures.grid(images, options.out, columns=options.steps)
+    print(f"{options.out}: {options.pairs} interpolations of {run.folder}")
+    return 0
+
+
+def run_inpaint(options: argparse.Namespace) -> int:
+    _at_least("--count", options.count, 1)
+    _at_least("--steps", options.steps, 1)
+    _check_seed(options.seed)
+    _check_png(options.out)
+    if (options.box is None) == (options.mask is None):
+        raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
+    run = _open(options, "inpaint")
+    images = data.load(options.data, run.shape[1])
+    if images.shape != run.shape:
+        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    count = min(options.count, len(images))
+    missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
+    mask = missing.expand(count, 1, *run.shape[1:])
+    batch = batch_for(run.model, images, slice(0, count))
+    repaired = run.model.inpaint(*batch, mask, steps=options.steps, seed=options.seed)
+    x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
+    pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
+    print(f"{options.out}: {count} images, damaged and repaired by {run.folder}, a row each")
+    return 0
+
+
+def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """[1, 1, H, W], True in the box."""
+    try:
+        left, top, width, height = (int(x) for x in text.split(","))
+    except ValueError:
+        raise UsageError(f"--box: expected LEFT,TOP,WIDTH,HEIGHT, got {text}") from None
+    if not (0 <= left < left + width <= shape[2] and 0 <= top < top + height <= shape[1]):
+        raise UsageError(f"--box: expected a box inside {shape[2]} x {shape[1]} pixels, got {text}")
+    mask = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
+    mask[..., top : top + height, left : left + width] = True
+    return mask
+
+
+def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+    """[1, 1, H, W], True where the picture is light."""
+    image = require("PIL.Image", "train")
+    try:
+        with image.open(path) as picture:
+            light = picture.convert("L").resize((shape[2], shape[1]))
+            mask = torch.tensor(list(light.tobytes()), dtype=torch.uint8).view(1, 1, *shape[1:]) > 127
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UsageError(f"--mask: expected a picture, got {path} ({error})") from error
+    if not mask.any():
+        raise UsageError(f"--mask: expected white where pixels are missing, got none in {path}")
+    return mask
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    _check_seed(options.seed)
+    style = text_generation.Style(
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop),
+        not options.no_repeats, options.weights,
+    )  # fmt: skip
+    prompts = _prompts(options)
+    if options.out is not None:
+        _check_parent(options.out)
+    run = _open(options)
+    if run.tokenizer is None:
+        raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
+    records = []
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f"--- {prompt}")
+        print(prompt if text_generation.continues(run.model) else "", end="", flush=True)
+        pieces = []
+        for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        records.append(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False) + "\n")
+    if options.out is not None:
+        options.out.write_text("".join(records), encoding="utf-8")
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt is not None and options.prompts is not None:
+        raise UsageError("expected --prompt TEXT or --prompts FILE, got both")
+    if options.prompts is None:
+        if options.prompt == "":
+            raise UsageError("--prompt: expected a text, got an empty one; remedy: leave it out, or give a word")
+        return [options.prompt or ""]
+    try:
+        prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got {error}") from error
+    if not prompts:
+        raise UsageError(f"--prompts: {options.prompts}: expected a prompt a line, got an empty file")
+    return prompts
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from genai_fast.runs import export
+
+    _check_parent(options.out)
+    one_file = options.out.suffix == ".safetensors"
+    if options.out.suffix and not one_file:
+        raise UsageError(
+            f"--out: expected the name of a .safetensors file, or of a folder for weights and script, got {options.out}"
+        )
+    if one_file and options.onnx:
+        raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
+    if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    run = _open(options)
+    network = export.network_of(run)
+    if one_file:
+        export.write_weights(run, options.out)
+        use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
+    else:
+        export.write_folder(run, options.out, onnx=options.onnx)
+        use = f"next: python {options.out / export.SCRIPT} --help"
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{options.out}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
+    return 0
+
+
+def run_tune(options: argparse.Namespace) -> int:
+    from genai_fast import autotune
+    from genai_fast.cli import tune
+
+    _at_least("--batch", options.batch, 1)
+    if autotune.pinned():
+        raise UsageError("choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
+    if options.out is not None:
+        _check_parent(options.out)
+    chosen = {}
+    for model, shape in [tune.load(name, options.input) for name in options.models]:
+        chosen |= tune.tune(
+            model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
+        )
+    if options.out is not None:
+        options.out.write_text(tune.markdown(autotune.machine(device), chosen))
+    rows = tune.table(chosen)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(chosen)} convolutions; remembered in {autotune.file()}")
+    return 0
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    from genai_fast.profiling import command
+
+    return command.run(options)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from genai_fast.cli import doctor
+
+    report = doctor.examine()
+    print(doctor.as_json(report) if options.json else doctor.as_text(report))
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from genai_fast.cli import demo
+
+    with tune_cpu():
+        demo.run(options.out, options.epochs)
+    return 0
+
+
+def run_demo_gan(options: argparse.Namespace) -> int:
+    from genai_fast.cli import demo
+
+    with tune_cpu():
+        demo.run_gan(options.out, options.epochs)
+    return 0
+
+
+def run_demo_text(options: argparse.Namespace) -> int:
+    from genai_fast.cli import demo
+
+    with tune_cpu():
+        demo.run_text(options.out, options.epochs)
+    return 0
+
+
+def _open(options: argparse.Namespace, need: str = "") -> Opened:
+    """A run by its folder, or its name under runs, whose model has method `need`."""
+    folder = Path(options.folder)
+    if not folder.exists() and (Path("runs") / folder).exists():
+        folder = Path("runs") / folder
+    run = open_run(folder, options.best)
+    if need and (run.tokenizer is not None or not hasattr(run.model, need)):
+        raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
+    return run
+
+
+def _labels(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
+    """[count] labels of a class by its name; None: as the model chooses."""
+    if name is None:
+        return None
+    if not run.classes:
+        raise UsageError(
+            f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: leave it out"
+        )
+    if name not in run.classes:
+        raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
+    return torch.full((count,), run.classes.index(name))
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{flag}: expected at least {least}, got {value}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {seed}")
+
+
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"--out: expected a file in an existing folder, got {path}")
+
+
+def _check_png(path: Path) -> None:
+    _check_parent(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected the name of a PNG file, got {path}")

@@ -1,0 +1,151 @@
+"""The demonstrations: VAEs and a GAN on real handwritten digits, their pictures, and the speed measured here."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from genai_fast.data import Images
+from genai_fast.models import MLPVAE, peers
+from genai_fast.models.peers import EagerMLPVAE
+from genai_fast.models.peers_text import EagerGPT, language_model_step
+from genai_fast.models.settings import DCGANConfig, GPTConfig, VAEConfig
+from genai_fast.profiling import Comparison, compare
+from genai_fast.runs import text_generation
+from genai_fast.runs.run import new_folder, train
+from genai_fast.training import Step, make_optimizer
+from genai_fast.training.environment import environment
+
+EPOCHS, GAN_EPOCHS, TEXT_EPOCHS = 40, 25, 8
+ROUNDS, GAN_ROUNDS, TEXT_ROUNDS = 100, 20, 10  # of the comparison with eager PyTorch
+
+_BEGINNING = "If the class has"
+
+
+def run(out: Path, epochs: int | None = None) -> Path:
+    """Train with 20 latent dimensions, then with 2; measure the speed; returns the run's folder."""
+    settings = VAEConfig(epochs=epochs or EPOCHS)
+    folder = new_folder(out, "demo")
+    print(f"A VAE with 20 latent dimensions on 5,000 handwritten digits, in {folder}")
+    first = train("vae", settings, folder)
+    flat = folder / "latent-2"
+    print(f"The same with 2 latent dimensions, in {flat}")
+    train("vae", VAEConfig(epochs=settings.epochs, latent=2), flat)
+    shutil.copy(flat / "latent.png", folder / "latent.png")
+
+    device = next(first.model.parameters()).device
+    comparison = training_speed(first.task.train, settings, device)
+    where = environment(device)
+    served = where["backends"]["vae_loss"]
+    validation = first.record["validation"]
+    print(
+        f"\nvalidation: negative ELBO {validation['loss']:.1f} nats a digit"
+        f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
+        f"pictures:   {folder}/samples.png, reconstructions.png, latent.png\n"
+        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads,"
+        f" {where['device']})\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
+        f" {settings.batch_size}; measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + f"next:       genai-fast sample {folder} --count 100 --seed 2 --out grid.png\n"
+        f"            genai-fast train vae --data digits --likelihood gaussian\n"
+        f"            genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64\n"
+        f"            genai-fast doctor"
+    )
+    return folder
+
+
+def run_gan(out: Path, epochs: int | None = None) -> Path:
+    """Train a DCGAN; measure its step beside the same networks in plain PyTorch; returns the run's folder."""
+    settings = DCGANConfig(epochs=epochs or GAN_EPOCHS, ema=0.99)
+    folder = new_folder(out, "demo-gan")
+    print(f"A DCGAN on 5,000 handwritten digits, in {folder}; grids/ shows how it learns")
+    trained = train("dcgan", settings, folder)
+    model, size = trained.model, settings.batch_size
+    device = next(model.parameters()).device
+    x = trained.task.train.batch(slice(0, size), signed=True).to(device)
+    generator = nn.Sequential(nn.Unflatten(1, (model.latent, 1, 1)), *copy.deepcopy(model.generator.main))
+    discriminator = nn.Sequential(*copy.deepcopy(model.discriminator.main), nn.Flatten(0), nn.Sigmoid())
+    plain = peers.gan_step(generator.train(), discriminator.train(), model.latent, device.type)
+    step = Step(model.train(), make_optimizer(model, settings))
+    # Five samples of warm-up: on CUDA, the graph is captured by then.
+    comparison = compare({"eager": lambda: plain(x), "fused": lambda: step(x)}, rounds=GAN_ROUNDS, warm_up=5)
+    validation = trained.record["validation"]
+    print(
+        f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
+        f" diversity {validation['diversity']:.2f} of the data's\n"
+        f"pictures:   {folder}/samples.png, grids/\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
+        f" measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + f"next:       genai-fast sample {folder} --count 1000 --out digits\n"
+        f"            genai-fast interpolate {folder} --out interpolation.png\n"
+        f"            genai-fast export {folder} --out generator.safetensors\n"
+        f"            genai-fast train dcgan --data YOUR_FOLDER --size 64"
+    )
+    return folder
+
+
+def run_text(out: Path, epochs: int | None = None) -> Path:
+    """Train a small GPT on Python's documentation; measure its step and its writing; returns the run's folder."""
+    settings = GPTConfig(
+        layers=4,
+        heads=4,
+        width=256,
+        block=128,
+        dropout=0.0,
+        warmup=50,
+        epochs=epochs or TEXT_EPOCHS,
+        lr=2e-3,
+        sample_every=2,
+    )
+    folder = new_folder(out, "demo-text")
+    print(f"A GPT of {settings.layers} layers on Python's own documentation, in {folder}; samples/ tells how it learns")
+    trained = train("gpt", settings, folder)
+    model, task = trained.model, trained.task
+    device = next(model.parameters()).device
+    batch = tuple(x.to(device) for x in next(task.feeds(model)[0].epoch(0)))
+    peer = EagerGPT(task.tokenizer.size, settings.block, settings.layers, settings.heads, settings.width).to(device)
+    plain = language_model_step(peer, device.type)
+    again = task.model().to(device)
+    step = Step(again, make_optimizer(again, settings))
+    # Five samples of warm-up: on CUDA, the graph is captured by then.
+    comparison = compare({"eager": lambda: plain(*batch), "fused": lambda: step(*batch)}, rounds=TEXT_ROUNDS, warm_up=5)
+    figures = trained.record["validation"]
+    style = text_generation.Style(max_tokens=150, temperature=0.5, top_k=20, repeats=False)
+    text = _BEGINNING + "".join(text_generation.write(model, task.tokenizer, _BEGINNING, style))
+    print(
+        f"\n{text.strip()}\n\n"
+        f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
+        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
+        f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + f'next:       genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2\n'
+        f"            genai-fast export {folder} --out gpt.safetensors\n"
+        f"            genai-fast train gpt --data YOUR_FILE.txt\n"
+        f"            genai-fast train seq2seq --data YOUR_CATALOGUE.po"
+    )
+    return folder
+
+
+def training_speed(images: Images, settings: VAEConfig, device: torch.device) -> Comparison:
+    """The whole training step as `Step` runs it, against the same VAE in plain PyTorch and default Adam."""
+    x = images.batch(slice(0, settings.batch_size)).to(device)
+    size = x[0].numel()
+    model = MLPVAE(size, settings.hidden, settings.latent).to(device)
+    step = Step(model, make_optimizer(model, settings))
+    peer = EagerMLPVAE(size, settings.hidden, settings.latent).to(device)
+    adam = torch.optim.Adam(peer.parameters(), lr=settings.lr)
+
+    def eager() -> None:
+        adam.zero_grad()
+        peer.loss(x).backward()
+        adam.step()
+
+    # Five samples of warm-up: on CUDA, the graph is captured by then.
+    return compare({"eager": eager, "fused": lambda: step(x)}, rounds=ROUNDS, warm_up=5)

@@ -1,0 +1,105 @@
+"""The fastest path of every convolution of a model, measured ahead of its use."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from genai_fast import autotune, imports
+from genai_fast.errors import UsageError
+from genai_fast.models import MODELS
+from genai_fast.swap import fuse
+
+
+def load(name: str, sizes: str | None) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
+
+    Raises:
+        UsageError: no such model, file or factory; no module from it; the input's shape is missing or none.
+    """
+    if name in MODELS:
+        make, shape = MODELS[name]
+        return make(), shape if sizes is None else _shape(sizes)
+    if ":" not in name:
+        raise UsageError(
+            f"MODEL: expected one of {', '.join(MODELS)}, or MODULE:FACTORY or FILE.py:FACTORY, got {name!r}"
+        )
+    if sizes is None:
+        raise UsageError("--input: expected the shape of one input without the batch, such as 3x64x64")
+    model = imports.load(name)()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"MODEL: expected {name} to give an nn.Module, got {type(model).__name__}")
+    return model, _shape(sizes)
+
+
+def _shape(sizes: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in sizes.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input: expected sizes such as 3x64x64, got {sizes!r}")
+    return shape
+
+
+def tune(
+    model: nn.Module, shape: tuple[int, ...], *, batch: int, device: torch.device, bf16: bool = False,
+    channels_last: bool = False,
+) -> dict[str, autotune.Choice]:  # fmt: skip
+    """Run a model in training, with and without a gradient for its input, and in evaluation; gives what was chosen.
+
+    Args:
+        model: is fused and moved to the device.
+        shape: of one input, without the batch.
+        batch: inputs at a time: choices hold for this batch.
+        bf16: run under autocast to bfloat16.
+        channels_last: lay model and input out so.
+
+    Raises: RuntimeError where choices are pinned (`GENAI_FAST_DETERMINISTIC=1`).
+    """
+    if autotune.pinned():
+        raise RuntimeError("tune: choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
+    autotune.forget()
+    model = fuse(model).to(device)
+    x = torch.randn(batch, *shape, device=device)
+    if channels_last and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for training, gradient in ((True, False), (True, True), (False, False)):
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                model(x.requires_grad_(gradient))
+    return autotune.chosen(device)
+
+
+def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
+    """Header and rows: what runs, its path, why that one, and the times that speak for it."""
+    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
+    rows = [("convolution", "path", "why", *(f"{name} us" for name in names))]
+    for key, (path, times) in chosen.items():
+        shown = (f"{times[name]:.0f}" if name in times else "-" for name in names)
+        rows.append((key, path, _why(path, times), *shown))
+    return rows
+
+
+def _why(path: str, times: dict[str, float]) -> str:
+    if not times:
+        return "the only one"
+    fixed = "torch" if "torch" in times else next(iter(times))
+    if path != fixed:
+        return f"{times[fixed] / times[path]:.2f} x {fixed}"
+    return f"no other takes less than {autotune.MARGIN:.0%} of its time"
+
+
+def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
+    """The table as a document."""
+    header, *rows = table(chosen)
+    lines = [
+        "# The path of each convolution",
+        "",
+        machine,
+        "",
+        f"| {' | '.join(header)} |",
+        "| --- " * len(header) + "|",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])

@@ -1,0 +1,380 @@
+"""Methods that somebody wrote: chains of calls in their source are found, and compiled again as one call each.
+
+Everything else of a method stays what it was: its branches, loops, flags and names are compiled from the same source
+into the same code, so nothing is frozen. A chain is what calls children and activations on one another's results:
+nested in one expression, or by statements in a row, where nothing else can see what is in between.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genai_fast.fusion.chains import global_hooks, letter, runs
+from genai_fast.fusion.run import run
+from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
+
+_SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
+
+
+class Called(NamedTuple):
+    """An activation that is called as a function, or as a method of a tensor (function is None then)."""
+
+    module: nn.Module
+    function: Any
+    settings: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__}()"
+
+
+class Chain(NamedTuple):
+    """Steps that follow each other: paths of children, and activations."""
+
+    steps: tuple[str | Called, ...]
+    modules: tuple[nn.Module, ...]
+
+
+def _relu(inplace: bool = False) -> nn.Module:
+    return nn.ReLU(inplace)
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> nn.Module:
+    return nn.LeakyReLU(negative_slope, inplace)
+
+
+def _silu(inplace: bool = False) -> nn.Module:
+    return nn.SiLU(inplace)
+
+
+def _gelu(approximate: str = "none") -> nn.Module:
+    return nn.GELU(approximate)
+
+
+_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: _relu, F.leaky_relu: _leaky_relu, F.silu: _silu, F.gelu: _gelu, torch.relu: lambda: nn.ReLU(),
+    **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
+}  # fmt: skip
+_METHODS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(),
+    "relu_": lambda: nn.ReLU(True),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class _Step(NamedTuple):
+    """A call of one module or activation on one value."""
+
+    given: ast.expr
+    name: str | Called
+    module: nn.Module
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Puts one call in the place of each chain that holds something to run as one."""
+
+    def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
+        arguments = definition.args.posonlyargs + definition.args.args
+        if not arguments:
+            raise Refused("it takes no self")
+        self.model, self.self, self.globals = model, arguments[0].arg, function.__globals__
+        code = function.__code__
+        names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
+        self.bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        self.bound |= {a.arg for a in ast.walk(definition) if isinstance(a, ast.arg)}
+        self.bound |= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        if any(node.id == self.self and not isinstance(node.ctx, ast.Load) for node in names):
+            raise Refused(f"it assigns to {self.self}")
+        # Variables of this method alone, that no function inside it sees.
+        self.variables = set() if _SEE_ALL & set(code.co_names) else set(code.co_varnames) - set(code.co_cellvars)
+        self.parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
+        self.uses = {name: sum(node.id == name for node in names) for name in self.variables}
+        self.prefix = "chain"
+        while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
+            self.prefix = f"_{self.prefix}"
+        self.chains: list[Chain] = []
+        self.swallows = False  # whether what is raised here may end here, and who goes on see what is in between
+        definition.body = self._body(definition.body)
+
+    # --- statements in a row become one expression
+
+    def _body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        if self.swallows:
+            return [self.visit(statement) for statement in statements]
+        joined: list[ast.stmt] = []
+        for statement in statements:
+            if joined and (whole := self._joined(joined[-1], statement)):
+                joined[-1] = whole
+            else:
+                joined.append(statement)
+        return [self.visit(statement) for statement in joined]
+
+    def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
+        """One statement that does both, if a step's result is only used as what the second one computes first."""
+        name = _target(first)
+        if name not in self.variables or self._step(first.value) is None or _loads(second, name) != 1:
+            return None
+        rebound = _target(second) == name or isinstance(second, ast.Return)
+        if not rebound and (self.uses[name] != 2 or name in self.parameters or _target(second) is None):
+            return None
+        slot = self._first(second.value, name)
+        if slot is None:
+            return None
+        whole = copy.copy(second)
+        whole.value = _Replace(slot, first.value).visit(second.value)
+        return whole
+
+    def _first(self, node: ast.expr | None, name: str, within: bool = False) -> ast.Name | None:
+        """The variable, where it is a step's input and nothing but plain reads is evaluated before."""
+        if isinstance(node, ast.Name):
+            return node if within and node.id == name else None
+        if step := self._step(node):
+            return self._first(step.given, name, True)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
+            return self._first(node.func.value, name, True)
+        parts: list[ast.expr] = []
+        if isinstance(node, ast.BinOp):
+            parts = [node.left, node.right]
+        elif isinstance(node, (ast.Tuple, ast.List)):
+            parts = node.elts
+        elif isinstance(node, ast.Call) and self._global(node.func) is not None:
+            parts = node.args
+        for part in parts:
+            variable = isinstance(part, ast.Name) and part.id in self.variables  # others may see a global one change
+            if not variable and not isinstance(part, ast.Constant):
+                return self._first(part, name)
+        return None
+
+    # --- a chain becomes a call
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        steps, given = [], node
+        while step := self._step(given):
+            steps.insert(0, (step, given))
+            given = step.given
+        chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
+        cut = runs("".join([letter(module) for module in chain.modules]))
+        if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
+            return self.generic_visit(node)
+        called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
+        self.chains.append(chain)
+        # What is called is looked up at every call, but for a tensor's methods.
+        children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
+        return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
+
+    def _step(self, node: ast.expr | None) -> _Step | None:
+        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
+            return None
+        path = self._path(node.func)
+        if path and (child := self._child(node.func)) is not None:
+            alone = len(node.args) == 1 and not node.keywords
+            return _Step(node.args[0], path, child) if alone else None
+        function = self._global(node.func) if node.args else None
+        make = _FUNCTIONS.get(function)
+        if make is not None:
+            given, settings = node.args[0], node.args[1:]
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
+            function, given, settings, make = None, node.func.value, node.args, _METHODS[node.func.attr]
+            before = self._step(given)
+            if before is None or letter(before.module) == ".":
+                return None  # nobody knows whether this is a tensor
+        else:
+            return None
+        try:
+            constants = tuple(map(ast.literal_eval, settings))
+            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+            module = make(*constants, **named)
+        except (ValueError, TypeError):  # a setting that is no constant, or none of the function
+            return None
+        return _Step(given, Called(module, function, constants, named), module)
+
+    def _named(self, node: ast.expr) -> Any:
+        """What a dotted name is in the module of the method; None if it is none."""
+        if isinstance(node, ast.Name):
+            return None if node.id in self.bound else self.globals.get(node.id)
+        owner = self._named(node.value) if isinstance(node, ast.Attribute) else None
+        return vars(owner).get(node.attr) if isinstance(owner, types.ModuleType) else None
+
+    def _global(self, node: ast.expr) -> Any:
+        """The function that a dotted name is; None if it is none."""
+        found = self._named(node)
+        return found if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) else None
+
+    def _path(self, node: ast.expr) -> str:
+        """a.0.b of self.a[0].b; "" of anything else."""
+        parts: list[str] = []
+        while not isinstance(node, ast.Name):
+            if isinstance(node, ast.Attribute):
+                parts.append(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                parts.append(str(node.slice.value))
+            else:
+                return ""
+            node = node.value
+        return ".".join(reversed(parts)) if node.id == self.self else ""
+
+    def _child(self, node: ast.expr) -> nn.Module | None:
+        """The module that self.a, self.a[0] or self.a.b is now."""
+        if isinstance(node, ast.Name):
+            return self.model
+        owner = self._child(node.value)
+        if isinstance(node, ast.Attribute):
+            return None if owner is None else owner._modules.get(node.attr)
+        if type(owner) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            return None
+        return owner._modules.get(str(node.slice.value))
+
+    # --- where statements are, and where nothing is looked for
+
+    def visit_If(self, node: ast.If | ast.For | ast.While | ast.With) -> ast.AST:
+        bodies = {name: self._body(getattr(node, name)) for name in ("body", "orelse") if hasattr(node, name)}
+        for name in bodies:
+            setattr(node, name, [])
+        node = self.generic_visit(node)
+        for name, body in bodies.items():
+            setattr(node, name, body)
+        return node
+
+    visit_For = visit_While = visit_If
+
+    def visit_With(self, node: ast.With) -> ast.AST:
+        before = self.swallows
+        managers = (
+            self._named(i.context_expr.func) if isinstance(i.context_expr, ast.Call) else None for i in node.items
+        )
+        self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
+        try:
+            return self.visit_If(node)
+        finally:
+            self.swallows = before
+
+    def visit_Try(self, node: ast.Try) -> ast.AST:
+        return node  # a handler may see what is in between
+
+    visit_TryStar = visit_Try
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        return node  # its arguments may hide self
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda = visit_FunctionDef
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.expr, new: ast.expr) -> None:
+        self.old, self.new = old, new
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.new if node is self.old else node
+
+
+def _target(statement: ast.stmt) -> str | None:
+    """The one variable that the statement assigns to."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    return statement.targets[0].id if isinstance(statement.targets[0], ast.Name) else None
+
+
+def _loads(statement: ast.stmt, name: str) -> int:
+    return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
+
+
+def _call(chain: Chain) -> Callable[..., Any]:
+    """run on the chain; what it calls comes along, as it is looked up at every call."""
+    steps = tuple(None if isinstance(step, str) else step for step in chain.steps)
+
+    def run_chain(x: Any, *called: Any) -> Any:
+        given = iter(called)
+        modules = []
+        usual = not (isinstance(x, torch.fx.Proxy) or _watched())
+        for step in steps:
+            now = step.function if step is not None and step.function is None else next(given)
+            usual &= step is None or now is step.function
+            modules.append(now if step is None else step.module)
+        if usual:
+            return run(modules, x)
+        called = iter(called)
+        for step, module in zip(steps, modules, strict=True):
+            if step is None:
+                x = next(called)(x)
+            elif step.function is None:
+                x = module.forward(x)
+            else:
+                x = next(called)(x, *step.settings, **step.named)
+        return x
+
+    return run_chain
+
+
+def _watched() -> bool:
+    """Whether somebody follows the calls: a tracer knows the children, and hooks on all modules see only those."""
+    if torch.compiler.is_compiling():
+        return False
+    return global_hooks() or torch.fx._symbolic_trace.is_fx_tracing()
+
+
+class Written(NamedTuple):
+    """A method made again: its source, and the chains that run as one."""
+
+    function: types.FunctionType
+    source: Source
+    prefix: str
+    chains: tuple[Chain, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for methods of one class that are the same."""
+        return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
+
+    def compile(self) -> types.FunctionType:
+        old = self.function
+        calls = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
+        code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
+        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
+        closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
+        new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
+            setattr(new, name, getattr(old, name))
+        new.__dict__.update(old.__dict__)
+        return new
+
+
+def written(model: nn.Module, function: Any) -> Written:
+    """A method of the model's class, with its chains as calls.
+
+    Raises:
+        Refused: why it stays as it is.
+    """
+    if not isinstance(function, types.FunctionType):
+        raise Refused("it is no plain function")
+    source = source_of(function)
+    source = source._replace(definition=copy.deepcopy(source.definition))
+    rewriter = _Rewriter(model, function, source.definition)
+    if not rewriter.chains:
+        raise NothingFound("it calls no batch norm or dropout itself, in a row of single uses")
+    return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
+
+
+def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """forward, and the other methods of the model's class that name one of its children."""
+    yield "forward", cls.forward
+    for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
+        function = inspect.getattr_static(cls, name)
+        if name == "forward" or name.startswith("__") or name in model.__dict__:
+            continue
+        if not isinstance(function, types.FunctionType):
+            continue
+        if (function.__module__ or "").startswith(("torch.", "genai_fast.")):
+            continue
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is not None and not model._modules.keys().isdisjoint(code.co_names):
+            yield name, function

@@ -1,0 +1,60 @@
+"""The library torch.ops.genai_fast: every LibraryOp of every spec, routed by genai_fast.backends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from genai_fast.backends import select, survey
+from genai_fast.kernels.common.spec import LibraryOp
+from genai_fast.ops.checks import draw_seed
+from genai_fast.registry import OPS
+
+LIBRARY = torch.library.Library("genai_fast", "DEF")
+
+
+def _register(op: LibraryOp) -> None:
+    name = op.name
+
+    def route(*arguments):
+        device, dtype, _ = survey(arguments)
+        return select(name, arguments[-1], device, dtype)(*arguments[:-1])
+
+    def fake(*arguments):
+        return op.fake(*arguments[:-1])
+
+    LIBRARY.define(op.schema)
+    LIBRARY.impl(name, route, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genai_fast::{name}", fake, lib=LIBRARY)
+
+
+for _op in dict.fromkeys(library for spec in OPS.values() for library in spec.library):
+    _register(_op)
+
+
+# Seeds come from an opaque op: inside a compiled region torch.randint would draw other numbers than in eager mode.
+LIBRARY.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def _fake_seed(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+LIBRARY.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
+torch.library.register_fake("genai_fast::draw_seed", _fake_seed, lib=LIBRARY)
+
+
+def override(library: torch.library.Library, name: str, key: str, ours: Callable[..., Any]) -> None:
+    """Put `ours` before aten's kernel `name`; what it answers with NotImplemented goes to the kernel that was there."""
+    before = torch.library.get_kernel(f"aten::{name}", key)
+
+    def serve(keys: Any, *arguments: Any, **more: Any) -> Any:
+        result = ours(*arguments, **more)
+        return before.call_boxed(keys, *arguments, **more) if result is NotImplemented else result
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant to be overridden
+        library.impl(name, serve, key, with_keyset=True)

@@ -1,0 +1,143 @@
+"""What is looked at while a model trains: grids of samples, figures on held-out images, and warnings from them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast.data.images import Images
+from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
+from genai_fast.models import GAN, WGANGP, latents
+from genai_fast.training import distributed
+from genai_fast.runs import pictures
+from genai_fast.training.tensorboard import Board
+from genai_fast.config import ImageConfig
+from genai_fast.training.batches import ImageFeed, batch_for
+from genai_fast.training.loop import Look, evaluate
+
+_SAMPLES = 64  # in a grid
+_MOST = 1000  # images that figures compare
+_AT_ONCE = 100  # images generated at a time
+
+
+def generate(
+    model: nn.Module, shape: tuple[int, ...], count: int, seed: int, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Samples [count, *shape] in [0, 1], on the CPU, for z ~ N(0, I); see `decode`."""
+    return decode(model, shape, latents.normal(count, model.latent, seed), labels)
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, shape: tuple[int, ...], z: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Latents [N, latent] -> images [N, *shape] in [0, 1], on the CPU, some at a time.
+
+    Of a conditional model labels [N] say the classes; None: each in turn.
+    """
+    classes, device = getattr(model, "classes", 0), next(model.parameters()).device
+    if classes and labels is None:
+        labels = torch.arange(len(z)) % classes
+    inputs = (z,) if labels is None else (z, labels)
+    parts = []
+    with latents.evaluating(model):
+        for part in zip(*(x.split(_AT_ONCE) for x in inputs), strict=True):
+            x = model.decode(*(x.to(device) for x in part))
+            x = x.sigmoid() if getattr(model, "likelihood", "") == "bernoulli" else x
+            parts.append(shown(model, x).view(-1, *shape).cpu())
+    return torch.cat(parts)
+
+
+def shown(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A model's images in [0, 1]."""
+    x = x.float()
+    return (x * 0.5 + 0.5 if getattr(model, "signed", False) else x).clamp(0, 1)
+
+
+def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> None:
+    """samples.png, reconstructions.png (above, the originals) and latent.png, as far as the model has them."""
+    if hasattr(model, "sample"):
+        pictures.grid(generate(model, train.shape, _SAMPLES, seed=1), folder / "samples.png")
+    if hasattr(model, "reconstruct"):
+        _reconstructions(model, validation, folder / "reconstructions.png")
+    if getattr(model, "latent", 0) == 2 and hasattr(model, "encode") and train.labels is not None:
+        with torch.no_grad():
+            mu = model.encode(*batch_for(model, train, slice(None)))[0]
+        pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
+
+
+def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
+    """Images above, what the model makes of them below."""
+    batch = batch_for(model, images, slice(0, 12))
+    with latents.evaluating(model):
+        pair = torch.cat([batch[0], model.reconstruct(*batch)])
+    return pictures.grid(shown(model, pair), path, columns=len(batch[0]))
+
+
+class Watch:
+    """Called at the end of an epoch: writes grids/epoch-<n>.png, to a board too; gives figures on held-out images."""
+
+    def __init__(
+        self, model: nn.Module, train: Images, validation: Images, config: ImageConfig, folder: Path,
+        board: Board | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self._train, self._validation = model, train, validation
+        self._config, self._folder, self._board = config, folder, board
+        self._quality: SampleQuality | None = None
+
+    def __call__(self, epoch: int, train: dict[str, float]) -> Look:
+        """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
+        model, config, draws = self._model, self._config, distributed.first()
+        if draws and config.grid_every and epoch % config.grid_every == 0:
+            self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
+        figures = {} if hasattr(model, "turns") else self._likelihood()
+        said: dict[str, Any] = {"latent": getattr(model, "latent", None), "kl": figures.get("kl")}
+        warnings: list[str] = []
+        if draws and config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
+            try:
+                quality, samples, real = self._compare()
+            except ValueError as error:  # too few images, too small or too large ones, or all alike
+                warnings.append(f"no comparison of samples with held-out images: {error}")
+            else:
+                figures |= quality
+                said |= {"samples": samples, "real": real}
+                said |= {name: quality[name] for name in ("diversity", "coverage")}
+        if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
+            said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
+        return Look(figures, warnings + warnings_of(figures, **said))
+
+    def _likelihood(self) -> dict[str, float]:
+        """Losses on held-out images, and bits per dimension of models with a likelihood."""
+        model = self._model
+        figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
+        if {"reconstruction", "kl"} <= figures.keys():
+            elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
+            likelihood, signed = getattr(model, "likelihood", "gaussian"), getattr(model, "signed", False)
+            figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), likelihood, signed=signed)
+        return figures
+
+    def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+        """Figures of samples beside held-out images, the samples, the images."""
+        count = min(len(self._validation), _MOST)
+        real = self._validation.batch(slice(0, count))
+        if self._quality is None:
+            self._quality = SampleQuality(real)
+        samples = generate(self._model, self._train.shape, count, seed=self._config.seed + 1)
+        if not samples.isfinite().all():
+            names = ("frechet_distance", "precision", "recall", "density", "coverage", "diversity")
+            return dict.fromkeys(names, math.nan), samples, real
+        return self._quality.quality(samples), samples, real
+
+    def _grid(self, path: Path) -> None:
+        """Samples, or reconstructions of a model that has no samples."""
+        path.parent.mkdir(exist_ok=True)
+        if hasattr(self._model, "sample"):
+            name, sheet = "samples", pictures.grid(generate(self._model, self._train.shape, _SAMPLES, seed=1), path)
+        else:
+            name, sheet = "reconstructions", _reconstructions(self._model, self._validation, path)
+        if self._board is not None:
+            self._board.picture(name, sheet)

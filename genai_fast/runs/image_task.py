@@ -1,0 +1,62 @@
+"""Training on images: the data, the model that fits them, what is looked at, and the pictures at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from genai_fast import data
+from genai_fast.errors import UsageError
+from genai_fast.training.tensorboard import Board
+from genai_fast.config import ImageConfig
+from genai_fast.training.batches import Feed, ImageFeed
+from genai_fast.models.registry import RECIPES, make
+from genai_fast.runs.image_evaluation import Watch, draw
+
+
+class ImageTask:
+    """A recipe for images and its data."""
+
+    packages = ("PIL.Image", "matplotlib.figure")
+
+    def __init__(self, name: str, settings: ImageConfig, resumed: Path | None = None) -> None:
+        images = data.load(settings.data, settings.size or None, strict=settings.strict)
+        self.name, self.settings, self.images = name, settings, images
+        self.train, self.validation = images.split(settings.validation, settings.seed)
+        self.about: dict[str, Any] = {
+            "recipe": name,
+            "shape": list(images.shape),
+            "images": len(images),
+            "classes": list(images.classes) if RECIPES[name].labelled else [],
+        }
+
+    def model(self) -> nn.Module:
+        return make(self.name, self.settings, self.images.shape, len(self.images.classes))
+
+    def feeds(self, model: nn.Module) -> tuple[Feed, Feed]:
+        """For training and for validation."""
+        train = ImageFeed(model, self.train, self.settings)
+        if not train.steps:
+            size = self.settings.batch_size * getattr(model, "n_critic", 1)
+            raise UsageError(
+                f"{self.settings.data}: expected at least {size} images for training, a batch, got {len(self.train)}"
+                f" besides {len(self.validation)} held out; remedy: more images, or a smaller --batch-size"
+            )
+        return train, ImageFeed(model, self.validation, self.settings)
+
+    def prepare(self, folder: Path) -> None:
+        """What a run's folder holds besides: nothing."""
+
+    def watch(self, model: nn.Module, folder: Path, board: Board | None) -> Watch:
+        return Watch(model, self.train, self.validation, self.settings, folder, board)
+
+    def finish(self, model: nn.Module, folder: Path) -> None:
+        draw(model, self.train, self.validation, folder)
+
+    @staticmethod
+    def open(name: str, settings: ImageConfig, about: dict[str, Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """A run's model, without its weights, and what else `Opened` says of it."""
+        shape, classes = tuple(about["shape"]), tuple(about["classes"])
+        return make(name, settings, shape, len(classes)), {"shape": shape, "classes": classes}

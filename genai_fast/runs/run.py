@@ -1,0 +1,206 @@
+"""Runs in folders: begun, resumed, opened again, sampled."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast.data.text import Tokenizer
+from genai_fast.errors import UsageError, require
+from genai_fast.precision import float32_products
+from genai_fast.training import checkpoint, atomic_files, distributed, parallel
+from genai_fast import config
+from genai_fast.training.tensorboard import Board
+from genai_fast.config import Config, ConfigError, TextConfig
+from genai_fast.runs.image_task import ImageTask
+from genai_fast.training.loop import fit
+from genai_fast.training.optimizer import make_optimizer
+from genai_fast.models.registry import RECIPES
+from genai_fast.training.step import check_accumulates
+from genai_fast.runs.text_task import TextTask
+
+CONFIG = "config.toml"
+_NAMED = 8  # tensors that do not match, in a message
+# What a resumed run may change.
+ON_RESUME = (
+    "epochs", "threads", "device", "log_every", "checkpoint_every", "keep", "grid_every", "quality_every",
+    "sample_every", "tensorboard",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, in memory."""
+
+    folder: Path
+    config: Config
+    model: nn.Module
+    task: ImageTask | TextTask
+    record: dict[str, Any]  # of the last epoch
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's model, on the CPU and in evaluation mode."""
+
+    folder: Path
+    recipe: str
+    config: Config
+    model: nn.Module
+    shape: tuple[int, ...] = ()  # (C, H, W) of an image
+    classes: tuple[str, ...] = ()  # names of the labels
+    tokenizer: Tokenizer | None = None  # of a model of text
+
+
+def task_of(name: str) -> type[ImageTask] | type[TextTask]:
+    """What recipe `name` trains on."""
+    return TextTask if issubclass(RECIPES[name].config, TextConfig) else ImageTask
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """out/name, or out/name-2, -3, ... if that is taken."""
+    number, folder = 1, out / name
+    while folder.exists():
+        number += 1
+        folder = out / f"{name}-{number}"
+    return folder
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: expected one that works here, got {name!r} ({reason})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu or cuda, got {name!r}")
+    return device
+
+
+def train(name: str, settings: Config, folder: Path, *, resume: bool = False) -> Trained:
+    """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints, pictures or texts there.
+
+    With `resume`, goes on from the folder's newest checkpoint; begins anew, and says so, if there is none yet.
+    Of the processes that torchrun started, the first one decides on the folder, writes and speaks.
+
+    Raises:
+        UsageError: data, device, packages or the folder do not serve; nothing has been written then.
+        DiskError: the folder cannot be written to, or no longer; the last checkpoint stands.
+        TrainingStopped, TrainingInterrupted: as `fit` does.
+    """
+    with distributed.processes(settings), _products(settings):
+        return _train(name, settings, distributed.agreed(folder), resume)
+
+
+@contextlib.contextmanager
+def _products(settings: Config) -> Iterator[None]:
+    """How float32 products are computed meanwhile."""
+    if not settings.tf32:
+        yield
+        return
+    if device_of(settings.device).type != "cuda":
+        raise ConfigError("--tf32: expected a CUDA device, got a CPU; remedy: leave it out, or --precision bfloat16")
+    with float32_products("tf32", "tf32"):
+        yield
+
+
+def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
+    kind = task_of(name)
+    for module in ("safetensors.torch", "rich.progress", *kind.packages):
+        require(module, "train")  # now rather than after the training
+    if settings.tensorboard:
+        require("tensorboard", "tensorboard")
+    device = device_of(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with distributed.machine_by_machine():
+        task = kind(name, settings, folder if resume else None)
+    distributed.check_alike(task.about)
+    newest = distributed.agreed(next(iter(checkpoint.found(folder)), None)) if resume else None
+    if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
+        raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")
+    if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
+        raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
+    torch.manual_seed(settings.seed)
+    model = task.model()
+    check_accumulates(model, settings.accumulate)
+    if settings.accumulate > 1 and distributed.size() > 1:
+        raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
+    if resume and not newest and distributed.first():
+        print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
+    if settings.init and not newest:
+        _begin_with(Path(settings.init), model)
+    model = parallel.placed(model, device, settings)
+    feeds = task.feeds(model)
+    optimizer = make_optimizer(model, settings)
+    state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
+    optimizer = parallel.sharded(model, optimizer, device, settings)
+    with checkpoint.writing(folder), contextlib.ExitStack() as stack:
+        board = None
+        if distributed.first():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(atomic_files.held(folder))
+            atomic_files.write_text(folder / CONFIG, config.to_toml(settings, name))
+            task.prepare(folder)
+            if settings.tensorboard:
+                board = stack.enter_context(Board(folder, state["step"] if state else 0))
+        about, watch = task.about, task.watch(model, folder, board)
+        record = fit(
+            model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
+        )
+        model = parallel.whole_model(model, task.model).eval()
+        if distributed.first():
+            task.finish(model, folder)
+    return Trained(folder, settings, model, task, record)
+
+
+def _begin_with(source: Path, model: nn.Module) -> None:
+    """Put the weights of another run, or of a safetensors file, into the model; names those that do not fit."""
+    path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
+    taken, left = checkpoint.load_matching(path, model)
+    text = f"{path}: {taken} tensors taken"
+    if left:
+        text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
+    if distributed.first():
+        print(text, file=sys.stderr)
+
+
+def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
+    """The settings of a run, with the changes that a resumed run may make.
+
+    A setting said again is no change, so a job that begins with `--resume` may be started again as it is.
+    """
+    path = folder / CONFIG
+    saved = config.read(path, name) if path.exists() else {}
+    fixed = [key for key, value in changes.items() if key not in ON_RESUME and saved.get(key) != value]
+    if fixed:
+        flags, allowed = (", ".join(f"--{k.replace('_', '-')}" for k in keys) for keys in (fixed, ON_RESUME))
+        raise ConfigError(f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}")
+    if not path.exists():
+        raise UsageError(f"{folder}: expected a run ({CONFIG} in it), got none; remedy: leave --resume out")
+    return config.build(RECIPES[name].config, {**saved, **changes}, str(path))
+
+
+def open_run(folder: Path, best: bool = False) -> Opened:
+    """The newest model of a run, or the best on held-out data."""
+    chosen = checkpoint.best(folder) if best else checkpoint.latest(folder)
+    about = checkpoint.read_state(chosen)["about"]
+    try:
+        name = about["recipe"]
+        settings = config.build(RECIPES[name].config, config.read(folder / CONFIG, name), str(folder / CONFIG))
+        model, said = task_of(name).open(name, settings, about, folder)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{chosen}: expected a run of {', '.join(RECIPES)}, got {about}") from error
+    checkpoint.load_model(chosen, model)
+    return Opened(folder, name, settings, model.eval(), **said)

@@ -1,0 +1,83 @@
+"""The command line is an interface: scripts rely on its commands, flags, choices and defaults.
+
+python tests/cli/test_cli_frozen.py    write cli_frozen.txt anew, after a change that is meant
+"""
+
+import argparse
+import difflib
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from genai_fast import config
+from genai_fast.cli.parser import _parser, commands_of
+from genai_fast.cli.examples import EXAMPLES
+from genai_fast.models.registry import RECIPES
+
+FROZEN = Path(__file__).with_name("cli_frozen.txt")
+
+
+def _line(action):
+    """Flags or position, type, choices, default."""
+    words = ["  " + (", ".join(action.option_strings) or action.metavar or action.dest)]
+    if action.nargs != 0:
+        words.append("text" if action.type is None else action.type.__name__.lower())
+    if action.nargs in ("+", "*", "?"):
+        words.append(f"({action.nargs})")
+    if action.choices is not None:
+        words.append("of " + "|".join(map(str, action.choices)))
+    elif action.option_strings and "|" in str(action.metavar):
+        words.append(f"of {action.metavar}")
+    if isinstance(action, argparse._AppendAction):
+        words.append("repeated")
+    if action.required:
+        words.append("required")
+    if action.default is argparse.SUPPRESS:  # a recipe's: a setting says it, so that a file may come between
+        if "default: " in action.help:
+            words.append("default " + (action.help.rpartition("default: ")[2] or "''"))
+    elif action.default not in (None, False, []):
+        words.append(f"default {action.default}")
+    return " ".join(words)
+
+
+def table():
+    """A paragraph a command."""
+    lines = []
+    for name, parser in commands_of(_parser()).items():
+        lines.append(f"genai-fast {name}".rstrip())
+        lines += [_line(a) for a in parser._actions if not isinstance(a, argparse._HelpAction)]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_interface_is_as_it_was():
+    difference = difflib.unified_diff(FROZEN.read_text().splitlines(), table().splitlines(), "frozen", "now", "", "", 1)
+    text = "\n".join(difference)
+    assert not text, f"{text}\nif that is meant: python tests/cli/test_cli_frozen.py"
+
+
+def test_every_command_has_examples():
+    assert {*EXAMPLES} == {*commands_of(_parser())}
+    assert all(1 <= len(lines) <= 3 for lines in EXAMPLES.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_right_and_shown(name):
+    parser = _parser()
+    shown = commands_of(parser)[name].format_help()
+    for line in EXAMPLES[name]:
+        assert f"  {line}\n" in shown and len(line) <= 100
+        program, *words = shlex.split(line)
+        assert program == "genai-fast" and (not name or words[: len(name.split())] == name.split())
+        if words[-1] == "--help":
+            words.pop()
+        options, unknown = parser.parse_known_args(words)
+        assert not unknown, line
+        if options.command == "train":  # what the parser leaves to the settings
+            kind = RECIPES[options.recipe].config
+            config.build(kind, {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}, "")
+
+
+if __name__ == "__main__":
+    FROZEN.write_text(table())

@@ -1,0 +1,72 @@
+"""`genai-fast tune`: measures, prints and remembers; what cannot be is said."""
+
+import pytest
+import torch
+
+from genai_fast import autotune
+from genai_fast.cli.parser import main
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "0")
+    monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "cache"))
+    autotune.forget()
+    yield
+    autotune.forget()
+
+
+MODEL = """
+from torch import nn
+
+def generator():
+    return nn.Sequential(nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3), nn.Tanh())
+
+def nothing():
+    return 3
+"""
+
+
+def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODEL)
+    assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:5] == ["convolution", "path", "why", "torch", "us"] and "gemm us" in printed[0]
+    ((_, choices),) = autotune.remembered().items()
+    assert printed[-1] == f"{len(choices)} convolutions; remembered in {autotune.file()}"
+    assert {line.split("  ")[0] for line in printed[1:-1]} == {*choices}
+    assert {choice.path for choice in choices.values()} <= {"torch", "channels_last", "gemm", "patches", "kernel"}
+    assert all(choice.microseconds for choice in choices.values())
+    monkeypatch.setattr(autotune, "_measure", lambda *_: pytest.fail("measured again"))
+    out = ["--out", f"{tmp_path}/table.md"]
+    assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4", *out]) == 0
+    written = (tmp_path / "table.md").read_text()
+    assert autotune.machine(torch.device("cpu")) in written
+    assert all(f"| {key} | {choice.path} |" in written for key, choice in choices.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dcgan"], "MODEL: expected one of dcgan-32-generator"),
+        (["none.py:model", "--input", "3x8x8"], "none.py: no such file"),
+        (["no_such_module:model", "--input", "3x8x8"], "cannot be imported"),
+        (["{folder}/mine.py:model", "--input", "3x8x8"], "expected 'model' in"),
+        (["{folder}/mine.py:nothing", "--input", "3x8x8"], "to give an nn.Module, got int"),
+        (["{folder}/mine.py:generator"], "--input: expected the shape"),
+        (["{folder}/mine.py:generator", "--input", "3x0"], "--input: expected sizes such as"),
+        (["dcgan-28-generator", "--out", "{folder}/none/table.md"], "--out: expected a file in an existing folder"),
+        (["dcgan-28-generator", "--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["dcgan-28-generator", "--device", "tpu9"], "--device: tpu9"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, arguments, message):
+    (tmp_path / "mine.py").write_text(MODEL)
+    assert main(["tune", *(a.format(folder=tmp_path) for a in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pinned_choices_cannot_be_tuned(monkeypatch, capsys):
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
+    assert main(["tune", "dcgan-28-generator"]) == 2
+    assert "unset GENAI_FAST_DETERMINISTIC" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""Damaged, foreign and malicious checkpoints: named with a remedy, and nothing in them is executed."""
+
+import dataclasses
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_checkpoint import CONFIG, edit, new, rewrite, same, saved, tensors, train
+
+from genai_fast.training import CheckpointError, atomic_files, checkpoint
+
+
+class Evil:
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def replace_tensors(name, change):
+    def to(path):
+        found = safetensors.torch.load_file(path / name)
+        change(found)
+        safetensors.torch.save_file(found, path / name)
+        state = checkpoint.read_state(path)
+        edit(files={**state["files"], name: atomic_files.digest(path / name)})(path)
+
+    return to
+
+
+def group(**values):
+    def to(path):
+        (one,) = checkpoint.read_state(path)["optimizer"]
+        edit(optimizer=[{**one, **values}])(path)
+
+    return to
+
+
+def in_place_of(name, make):
+    def to(path):
+        (path / name).unlink()
+        make(path / name)
+
+    return to
+
+
+def header(length, text):
+    return lambda b: length.to_bytes(8, "little") + text
+
+
+HUGE = b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776], "data_offsets": [0, 8]}}'
+WHOLE, STATE, BELONGS = (
+    "expected a whole safetensors",
+    "expected a checkpoint's state in JSON",
+    "expected the file that",
+)
+MODEL, TRAINING = "model.safetensors", "training.safetensors"
+BROKEN = {
+    "truncated model": (rewrite(MODEL, lambda b: b[:-5]), rf"model\.safetensors: {WHOLE}"),
+    "empty model": (rewrite(MODEL, lambda b: b""), rf"model\.safetensors: {WHOLE}"),
+    "truncated optimizer": (rewrite(TRAINING, lambda b: b[:100]), rf"training\.safetensors: {WHOLE}"),
+    "no model": (lambda p: (p / MODEL).unlink(), rf"model\.safetensors: {WHOLE} file, got no such file"),
+    "a pipe": (in_place_of(MODEL, os.mkfifo), rf"model\.safetensors: {WHOLE} file, got something else"),
+    "a link to nothing": (in_place_of(MODEL, lambda p: p.symlink_to("/no/where")), "got no such file"),
+    "a folder": (in_place_of(TRAINING, Path.mkdir), rf"training\.safetensors: {WHOLE}"),
+    "one bit": (rewrite(MODEL, lambda b: b[:-7] + bytes([b[-7] ^ 1]) + b[-6:]), rf"model\.safetensors: {BELONGS}"),
+    "zeros": (rewrite(TRAINING, lambda b: b[:-999] + bytes(999)), rf"training\.safetensors: {BELONGS}"),
+    "a header of 2^63 bytes": (rewrite(MODEL, header(2**63, b"{}")), f"{WHOLE}.*header too large"),
+    "a header of 2^40 bytes": (rewrite(MODEL, header(2**40, b"{}")), f"{WHOLE}.*header too large"),
+    "a header beyond the end": (rewrite(MODEL, header(10**7, b"{}")), f"{WHOLE}.*invalid header length"),
+    "a header of brackets": (rewrite(MODEL, header(10**6, b"[" * 10**6)), f"{WHOLE}.*invalid"),
+    "a tensor of 2^80 elements": (rewrite(MODEL, header(len(HUGE), HUGE + bytes(8))), f"{WHOLE}.*overflow"),
+    "no state": (lambda p: (p / "state.json").unlink(), rf"state\.json: {STATE}, got no such file"),
+    "a device as state": (
+        in_place_of("state.json", lambda p: p.symlink_to("/dev/zero")),
+        f"{STATE}, got something else",
+    ),
+    "truncated state": (rewrite("state.json", lambda b: b[:50]), rf"state\.json: {STATE}"),
+    "binary state": (rewrite("state.json", lambda b: b"\xff\xfe\x00"), rf"state\.json: {STATE}"),
+    "nested state": (rewrite("state.json", lambda b: b"[" * 10**5), rf"state\.json: {STATE}"),
+    "deep about": (
+        rewrite("state.json", lambda b: b.replace(b'"about": "this"', b'"about": ' + b"[" * 900 + b"]" * 900)),
+        "state.json: expected",
+    ),
+    "NaN": (rewrite("state.json", lambda b: b.replace(b'"best": 0', b'"best": NaN')), "got NaN, which JSON does not"),
+    "one figure": (rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 0.002')), "was changed since"),
+    "foreign state": (rewrite("state.json", lambda b: b'{"model": 1}'), "expected a genai-fast checkpoint"),
+    "list": (rewrite("state.json", lambda b: b"[1]"), "expected a genai-fast checkpoint"),
+    "newer version": (edit(version=99), "expected version 2, got 99; remedy: read it with the genai_fast that"),
+    "no optimizer": (edit(optimizer=None), "expected optimizer: list, got None"),
+    "step in words": (edit(step="7"), "expected step: int, got 7"),
+    "step of another": (edit(step=8), "got something that was changed since"),
+    "best before all": (edit(best=-1), "expected steps >= 0"),
+    "threads": (edit(environment={"threads": 10**9}), "threads: 1 to 4096, got 1000000000"),
+    "threads in words": (edit(environment={"threads": "all"}), "threads: 1 to 4096, got all"),
+    "paths": (edit(routes={"a": ["b"]}), "names of paths"),
+    "pickled model": (rewrite(MODEL, lambda b: pickle.dumps(Evil())), WHOLE),
+    "pickled state": (rewrite("state.json", lambda b: pickle.dumps(Evil())), STATE),
+    "foreign tensors": (lambda p: safetensors.torch.save_file({"a": torch.ones(1)}, p / MODEL), BELONGS),
+    "missing weight": (
+        replace_tensors(MODEL, lambda t: t.pop("fc1.bias")),
+        r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got nothing",
+    ),
+    "dtype": (
+        replace_tensors(MODEL, lambda t: t.update({"fc1.bias": t["fc1.bias"].double()})),
+        r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got \(32,\) of float64",
+    ),
+    "a way out": (
+        replace_tensors(MODEL, lambda t: t.update({"../../fc1.bias": t.pop("fc1.bias")})),
+        r"\.\./\.\./fc1\.bias: expected nothing as MLPVAE has",
+    ),
+    "moment's shape": (
+        replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(3)})),
+        r"optimizer\.1\.exp_avg: \(32,\), got \(3,\)",
+    ),
+    "moment of none": (
+        replace_tensors(TRAINING, lambda t: t.update({"optimizer.x.exp_avg": torch.ones(3)})),
+        r"optimizer\.x\.exp_avg: no such tensor",
+    ),
+    "generator": (
+        replace_tensors(TRAINING, lambda t: t.update({"rng.cpu": torch.ones(3)})),
+        r"rng\.cpu: a generator's state",
+    ),
+    "no generator": (replace_tensors(TRAINING, lambda t: t.pop("rng.cpu")), r"rng\.cpu: a generator's state"),
+    "device's generator": (
+        replace_tensors(TRAINING, lambda t: t.update({"rng.cuda.one": torch.ones(3)})),
+        r"rng\.cuda\.one: a generator's state",
+    ),
+    "rate in words": (group(lr="fast"), "optimizer: lr: such as 0.001, got fast"),
+    "peak rate in words": (group(initial_lr=None), "optimizer: initial_lr: such as 1.0, got None"),
+    "one beta": (group(betas=[0.9]), r"optimizer: betas: such as \(0.9, 0.999\), got \[0.9\]"),
+    "infinite rate": (
+        rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 1e999')),
+        "something that was changed since|such as",
+    ),
+    "groups": (edit(optimizer=[3]), "expected an optimizer of 10 parameters in 1 groups, got 0 in 1"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_and_foreign_checkpoints_are_named(tmp_path, case):
+    saved(tmp_path, 4)
+    path, _, _ = saved(tmp_path)
+    damage, message = BROKEN[case]
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.restore(path, *new())
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1000
+    if "remedy: remove" in str(error.value):
+        assert re.search(
+            r"remove \S+checkpoint-000000007; then the run goes on from checkpoint-000000004", str(error.value)
+        )
+        shutil.rmtree(path)
+        checkpoint.restore(checkpoint.latest(tmp_path), *new())
+
+
+def test_a_model_of_another_size_is_refused_before_anything_changes(tmp_path):
+    path, _, _ = saved(tmp_path)
+    model, optimizer = new(dataclasses.replace(CONFIG, latent=5))
+    before = [x.clone() for x in tensors(model, optimizer)]
+    with pytest.raises(CheckpointError, match=r"expected \(5,\).* got \(4,\)|expected \(5, 32\).*got \(4, 32\)"):
+        checkpoint.load_model(path, model)
+    with pytest.raises(CheckpointError):
+        checkpoint.restore(path, model, optimizer)
+    assert same(tensors(model, optimizer), before)
+
+
+def test_other_optimizers_and_empty_folders_are_refused(tmp_path):
+    path, model, _ = saved(tmp_path)
+    with pytest.raises(CheckpointError, match="expected an optimizer of 2 parameters in 1 groups, got 10 in 1"):
+        checkpoint.restore(path, model, torch.optim.Adam(model.fc1.parameters()))
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="expected a run with checkpoint-<step> folders, got none"):
+        checkpoint.latest(tmp_path)
+    with pytest.raises(CheckpointError, match="expected a run with"):
+        checkpoint.latest(tmp_path / "nowhere")
+
+
+PROGRESS = {
+    "batch": {"batch": 10**6}, "negative": {"step": -1}, "words": {"epoch": "one"}, "half": {"epoch": 0.5},
+    "sums": {"sums": 3}, "a sum": {"sums": [None]}, "unknown": {"weather": 1}, "another step": {"step": 8},
+    "kinds": {"ailing": [1]}, "best": {"best": True}, "seconds": {"seconds": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", PROGRESS)
+def test_progress_that_cannot_be_is_refused(tmp_path, wrong):
+    model, optimizer = new()
+    good = {"step": 7, "batch": 1, "epoch": 1, "seconds": 0.5, "sums": [1.0, 2.0, 3.0, 4.0]}
+    path = checkpoint.save(tmp_path, model, optimizer, 7, {**good, **PROGRESS[wrong]}, {})
+    before = [x.clone() for x in tensors(model, optimizer)]
+    with pytest.raises(CheckpointError, match=r"progress: expected such as Progress\(.*, batch < 7, got \{"):
+        train(tmp_path, model, optimizer, resume=checkpoint.restore(path, model, optimizer))
+    assert same(tensors(model, optimizer), before)
