@@ -1,9 +1,9 @@
-"""Which of several ways to compute the same is the fastest here: measured once, remembered in a file.
+"""Which of several implementations of one computation is the fastest here: measured once, remembered in a file.
 
-The file is `paths.json` in $GENAI_FAST_CACHE, else in the user's cache folder. It holds, for each machine and set of
+The file is `autotune.json` in $GENAI_FAST_CACHE, else in the user's cache folder. It holds, for each machine and set of
 versions, the choice for each shape and the times that it rests on; a file that cannot be read or belongs to another
-version is measured anew. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, pins every choice to a
-fixed one: two paths differ in rounding, and what was faster yesterday need not be today.
+version is replaced. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, pins every choice to the
+default: two implementations differ in rounding, and the faster one yesterday need not be the faster one today.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
+import stat
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 try:
     import fcntl
@@ -29,61 +33,131 @@ except ImportError:  # not on Windows
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.versions import version
 
-VERSION = 1  # of the file's form and of what the names of paths mean
-MARGIN = 0.95  # a path must take less than this share of the fixed one's time to be chosen over it
-_ROUNDS, _SECONDS = 7, 0.5  # of interleaved measurement of one choice: this many, or three if that takes so long
+VERSION = 2  # of the file's form and of what the names of implementations mean
+MARGIN = 0.95  # of the default's time: an implementation must take less to be chosen over it
+MOST_SHAPES = 8  # of one family that are measured; others take the choice of the nearest
+_ROUNDS, _SECONDS = 7, 0.5  # of interleaved measurement of one choice; three rounds if that takes longer
+_HOPELESS = 1.5  # times the shortest so far: such an implementation is not timed again
+_WAIT = 30.0  # seconds for another process that measures
+_BUSY = 1 << 23  # cycles for which a GPU spins while the host queues what is timed
+_LARGEST_FILE = 1 << 24
 
 Key = tuple[Any, ...]
+Shape = tuple[int, ...]
 Maker = Callable[[], Callable[[], Any]]
 
 
-class PathsWarning(UserWarning):
-    """The file of choices cannot be read or written, so they hold for this process alone; or `take` asked in vain."""
+class AutotuneWarning(UserWarning):
+    """The file of choices cannot be used, an implementation fails, or a resumed run's choice is not available."""
 
 
 class Choice(NamedTuple):
-    path: str
-    microseconds: dict[str, float]  # of each path that was measured; empty if none was
+    name: str
+    microseconds: dict[str, float]  # of each implementation that was measured; empty if none was
 
 
 _PINNED = "pinned"
-_chosen: dict[str, dict[Key, Choice]] = {}  # by machine, or pinned
-_taken: dict[str, dict[str, str]] = {}  # by machine: text of the key -> path, from another process
+_chosen: dict[str, dict[tuple[Key, Shape], Choice]] = {}  # by machine, or pinned
+_taken: dict[str, dict[str, str]] = {}  # by machine: text of the key -> name, from another process
 _only_remembered = False
 
 
-def choose(key: Key, device: torch.device, open_paths: Callable[[], tuple[Mapping[str, Maker], str]]) -> Choice:
-    """The fastest path for what `key` describes, measured on the first call for it on this machine.
+def choose(
+    family: Key, shape: Shape, device: torch.device, candidates: Callable[[], tuple[Mapping[str, Maker], str]]
+) -> Choice:
+    """The fastest implementation for what family and shape describe, measured on the first call for it on this machine.
 
     Args:
-        key: what the time depends on (op, shapes, dtype, layout, ...); its text is the key of the file.
-        open_paths: asked on the first call, gives the paths that there are: name -> a function that prepares inputs of
-            its own and gives the call to clock; and the name of the fixed one, which is taken where nothing may be
-            measured or remembered: deterministic runs, and the capture of a CUDA graph if it comes before all else.
+        family: what the time depends on besides the shape (op, settings, dtype, layout, ...).
+        shape: sizes. Once MOST_SHAPES of a family are measured, the nearest of them serves all others.
+        candidates: asked on the first call, gives what can serve it: name -> a function that prepares a call on tensors
+            of its own and returns it, to be timed; and the name of the default, which is taken where nothing may be
+            measured: deterministic runs, under a dispatch mode, and during the capture of a CUDA graph.
     """
-    fixed_alone = pinned()
-    here = _PINNED if fixed_alone else machine(device)
+    here = _PINNED if pinned() else machine(device)
     known = _chosen.setdefault(here, {})
-    found = known.get(key)
+    found = known.get((family, shape))
     if found is None:
-        paths, fixed = open_paths()
-        unmeasured = Choice(fixed, {})
-        alone = fixed_alone or len(paths) == 1
-        wanted = _taken.get(here, {}).get(_text(key))
-        if wanted in paths:
-            found = Choice(wanted, {})
-        else:
-            if wanted is not None:
-                _warn_once(f"{_text(key)}: went by {wanted} in the run that goes on; here it cannot: not bit for bit")
-            found = unmeasured if alone else remembered(here).get(here, {}).get(_text(key))
-        if found is None or found.path not in paths:
-            if _only_remembered or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                return unmeasured
-            with _unseen():
-                found = _measure(device, paths, fixed)
-            _write(here, _text(key), found)
-        known[key] = found
+        makers, default = candidates()
+        found = _looked_up(here, family, shape, makers)
+        if found is None and (here == _PINNED or len(makers) == 1):
+            found = Choice(default, {})
+        if found is None:
+            if not _may_measure(device):
+                return Choice(default, {})
+            found = _measured(here, family, shape, device, makers, default)
+        known[family, shape] = found
     return found
+
+
+def _looked_up(here: str, family: Key, shape: Shape, makers: Mapping[str, Maker]) -> Choice | None:
+    """From a resumed run, another rank of this job, or the file; the nearest if there are enough."""
+    text = _text(family, shape)
+    wanted = _taken.get(here, {}).get(text)
+    if wanted in makers:
+        return Choice(wanted, {})
+    if wanted is not None:
+        _warn_once(f"{text}: the resumed run used {wanted}, which is not available here: not bit for bit the same")
+    if here == _PINNED or len(makers) == 1:
+        return None
+    agreed = _agreed(text)
+    if agreed in makers:
+        return Choice(agreed, {})
+    family_text, found = _text(family), None
+    known = {s: c for (f, s), c in _chosen[here].items() if f == family and c.microseconds}
+    known = {**remembered(here).get(here, {}).get(family_text, {}), **known}
+    if shape in known:
+        found = known[shape]
+    elif len(known) >= MOST_SHAPES:
+        found = known[min(known, key=lambda other: _distance(shape, other))]
+    if found is None or found.name not in makers:
+        return None
+    _agreed(text, found.name)
+    return found
+
+
+def _distance(a: Shape, b: Shape) -> float:
+    if len(a) != len(b):
+        return math.inf
+    return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
+
+
+def _agreed(text: str, mine: str = "") -> str:
+    """What the first rank of this job chose; `mine` if this is the first. No collective: ranks meet keys in any order.
+
+    Ranks that compute alike stay alike, and those that share a machine do not measure at the same time.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return mine
+    try:
+        store, key = dist.distributed_c10d._get_default_store(), f"genai_fast/{text}"
+        if mine:
+            return store.compare_set(key, "", mine).decode()
+        return store.get(key).decode() if store.check([key]) else ""
+    except (RuntimeError, NotImplementedError, ValueError):  # a store that cannot do this, or is gone
+        return mine
+
+
+def _may_measure(device: torch.device) -> bool:
+    if _only_remembered or torch._C._len_torch_dispatch_stack():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _measured(
+    here: str, family: Key, shape: Shape, device: torch.device, makers: Mapping[str, Maker], default: str
+) -> Choice:
+    """Measured here and remembered, unless another process has done so in the meantime."""
+    text = _text(family, shape)
+    with _locked():
+        found = remembered(here).get(here, {}).get(_text(family), {}).get(shape)
+        if found is None or found.name not in makers:
+            with _unseen(), torch._C.DisableTorchFunction():
+                found = _measure(device, makers, default)
+            if found.microseconds:
+                _write(here, _text(family), shape, found)
+    agreed = _agreed(text, found.name)
+    return found if agreed not in makers else found._replace(name=agreed)
 
 
 def _unseen() -> contextlib.AbstractContextManager[Any]:
@@ -98,13 +172,13 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 
 
 def pinned() -> bool:
-    """Whether every choice is the fixed one."""
+    """Whether every choice is the default."""
     return os.environ.get("GENAI_FAST_DETERMINISTIC", "") == "1" or torch.are_deterministic_algorithms_enabled()
 
 
 @contextlib.contextmanager
 def only_remembered() -> Iterator[None]:
-    """Inside the block nothing is measured: what is not known yet takes its fixed path."""
+    """Inside the block nothing is measured: what is not known yet takes its default."""
     global _only_remembered
     before, _only_remembered = _only_remembered, True
     try:
@@ -114,17 +188,17 @@ def only_remembered() -> Iterator[None]:
 
 
 def chosen(device: torch.device) -> dict[str, Choice]:
-    """What this process has chosen or read for such a device, by the text of the key, in order."""
-    return {_text(key): choice for key, choice in _chosen.get(machine(device), {}).items()}
+    """What this process has chosen or read for such a device, by the text of family and shape, in order."""
+    return {_text(*key): choice for key, choice in _chosen.get(machine(device), {}).items()}
 
 
 def routes(device: torch.device) -> dict[str, str]:
-    """The path that each key's text takes in this process, for another one that is to compute the same bits."""
-    return _taken.get(machine(device), {}) | {text: choice.path for text, choice in chosen(device).items()}
+    """What each key's text takes in this process, for another one that is to compute the same bits."""
+    return _taken.get(machine(device), {}) | {text: choice.name for text, choice in chosen(device).items()}
 
 
 def take(device: torch.device, routes: Mapping[str, str]) -> None:
-    """Take these paths from now on, whatever has been measured; warns of one that is not open, once it is needed."""
+    """Take these from now on, whatever has been measured; warns when one is needed that is not available."""
     here = machine(device)
     _taken[here] = dict(routes)
     _chosen.pop(here, None)
@@ -141,16 +215,20 @@ def folder() -> Path:
     given = os.environ.get("GENAI_FAST_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_fast"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home: nothing can be written below a file, and its users say so
+        cache = Path(os.devnull)
+    return cache / "genai_fast"
 
 
 def file() -> Path:
     """Where choices are remembered."""
-    return folder() / "paths.json"
+    return folder() / "autotune.json"
 
 
 def machine(device: torch.device) -> str:
-    """What a time depends on beside the key, in words: device, versions, threads."""
+    """What a time depends on besides the key, in words: device, versions, threads."""
     return _machine(device.type, device.index or 0, torch.get_num_threads())
 
 
@@ -172,43 +250,49 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _text(key: Key) -> str:
-    return " ".join("x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in key)
+def _text(family: Key, shape: Shape = ()) -> str:
+    parts = (*family, shape) if shape else family
+    return " ".join("x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in parts)
 
 
-def _measure(device: torch.device, paths: Mapping[str, Maker], fixed: str) -> Choice:
-    """Shortest time of each path, interleaved: what disturbs a measurement makes it longer."""
+def _measure(device: torch.device, makers: Mapping[str, Maker], default: str) -> Choice:
+    """Shortest time of each, interleaved: what disturbs a measurement makes it longer."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         calls = {}
-        for name, make in paths.items():
+        for name, make in makers.items():
             try:
                 call = make()
                 call()  # compiles, warms up
-            except torch.OutOfMemoryError:
-                if name == fixed:
-                    raise
+            except Exception as error:
+                if name == default:  # then the call itself says what is wrong
+                    return Choice(default, {})
+                if not isinstance(error, torch.OutOfMemoryError):
+                    _warn_once(f"{name} fails and is left out: {type(error).__name__}: {error}")
             else:
                 calls[name] = call
-        shortest = dict.fromkeys(calls, float("inf"))
+        shortest = dict.fromkeys(calls, math.inf)
         start, turn = time.perf_counter(), 0
         while turn < _ROUNDS and (turn < 3 or time.perf_counter() - start < _SECONDS):
+            best = min(shortest.values())
             for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
-                shortest[name] = min(shortest[name], _clock(device, call))
+                if name == default or shortest[name] <= _HOPELESS * best or not turn:
+                    shortest[name] = min(shortest[name], _clock(device, call))
             turn += 1
     best = min(shortest, key=shortest.__getitem__)
-    if shortest[best] >= MARGIN * shortest[fixed]:
-        best = fixed
+    if shortest[best] >= MARGIN * shortest[default]:
+        best = default
     return Choice(best, {name: round(t * 1e6, 1) for name, t in shortest.items()})
 
 
 def _clock(device: torch.device, call: Callable[[], Any]) -> float:
-    """Seconds of one call: on the device where it has a clock of its own."""
+    """Seconds of one call: on the device, if it has a clock of its own."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_BUSY)  # the host queues the whole call meanwhile, so that its own time does not count
         start.record()
         call()
         end.record()
@@ -216,44 +300,83 @@ def _clock(device: torch.device, call: Callable[[], Any]) -> float:
         return start.elapsed_time(end) * 1e-3
 
 
-def remembered(only: str | None = None) -> dict[str, dict[str, Choice]]:
-    """machine -> key -> choice, as the file has them."""
+def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choice]]]:
+    """machine -> family -> shape -> choice, as the file has them."""
     try:
-        content = json.loads(file().read_text())
+        content = json.loads(_read(file()))
         if content.get("version") != VERSION:
             return {}
         return {
-            name: {key: Choice(str(c["path"]), dict(c["microseconds"])) for key, c in choices.items()}
-            for name, choices in content["machines"].items()
+            name: {
+                family: {
+                    tuple(map(int, filter(None, shape.split("x")))): Choice(str(c["name"]), dict(c["microseconds"]))
+                    for shape, c in shapes.items()
+                }
+                for family, shapes in families.items()
+            }
+            for name, families in content["machines"].items()
             if only is None or name == only
         }
     except FileNotFoundError:
         return {}
     except OSError as error:
-        _warn_once(f"{file()}: cannot be read: {error.strerror}; choices hold for this process alone")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        _warn_once(f"{file()}: is damaged; choices are measured anew and the file is replaced")
+        _warn_once(f"{file()}: cannot be read: {error.strerror or error}; choices hold for this process alone")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        _warn_once(f"{file()}: is damaged; choices are measured again and the file is replaced")
     return {}
 
 
-def _write(here: str, key: str, choice: Choice) -> None:
+def _read(path: Path) -> str:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"expected a regular file at {path}")
+    if found.st_size > _LARGEST_FILE:
+        raise ValueError("too large")
+    return path.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """Alone with the file, among processes; goes on without the lock if its holder does not let go."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # said when the choice is written
+                file().parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(file().with_suffix(".lock"), "w"))
+                end = time.monotonic() + _WAIT
+                while True:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > end:
+                            _warn_once(f"{lock.name}: held by another process for {_WAIT:g} s; measuring without it")
+                            break
+                        time.sleep(0.02)
+        yield
+
+
+def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
     """Add one choice; whole files only, so that a reader never sees half of one."""
-    target = file()
+    target, written = file(), ""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
-            if fcntl is not None:  # other processes add theirs
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            machines = remembered()
-            machines.setdefault(here, {})[key] = choice
-            content = {name: {k: c._asdict() for k, c in choices.items()} for name, choices in machines.items()}
-            written = target.with_suffix(".new")
-            written.write_text(json.dumps({"version": VERSION, "machines": content}, indent=1))
-            os.replace(written, target)
+        machines = remembered()
+        machines.setdefault(here, {}).setdefault(family, {})[shape] = choice
+        content = {
+            name: {f: {"x".join(map(str, s)): c._asdict() for s, c in shapes.items()} for f, shapes in families.items()}
+            for name, families in machines.items()
+        }
+        handle, written = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        with open(handle, "w", encoding="utf-8") as stream:
+            json.dump({"version": VERSION, "machines": content}, stream, indent=1)
+        os.replace(written, target)
     except OSError as error:
         _warn_once(f"{target}: cannot be written: {error.strerror}; choices hold for this process alone")
+        if written:
+            with contextlib.suppress(OSError):
+                os.unlink(written)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, PathsWarning, stacklevel=2)
+    warnings.warn(message, AutotuneWarning, stacklevel=2)

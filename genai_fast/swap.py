@@ -1,36 +1,52 @@
-"""fuse(model): the containers and methods of a model run batch norm, activation and dropout as fused calls.
+"""fuse(model): containers and methods run convolution, batch norm, activation and dropout as fused calls.
 
 GRU and RMS norm become the layers that compute them in one call; PyTorch's layer norm, without a residual, is one.
 
-The model stays the object that it is, with its children, keys and hooks; only the class of some modules changes, to a
-subclass of what it was. Whether a run is fused is decided at each call, by `genai_fast.layers`.
+The model remains the same object, with its children, keys and hooks; only the class of some modules changes, to a
+subclass of what it was. `genai_fast.fusion` decides at each call whether a chain is fused.
 """
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from genai_fast.fusion.chains import STOCK, letter, obstacle, runs
-from genai_fast.fusion.implementations import convolution
+from genai_fast.fusion import implementations
+from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, spans
+from genai_fast.fusion.implementations import Decision
+from genai_fast.fusion.operands import Convolution
 from genai_fast.layers import GRU, FusedSequential, RMSNorm
+
+if TYPE_CHECKING:
+    from genai_fast.fusion.rewrite import Written
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
-
-
+_WRAPPERS = (
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
+)  # fmt: skip
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
 # Modules that become a layer of ours as they are.
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
+
+
+class _Equal(type):
+    """A class that equals the one it was made from: tables of classes (quantization's, say) find it."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or other is _original(cls)
+
+    def __hash__(cls) -> int:
+        return hash(_original(cls)) if _original(cls) is not cls else type.__hash__(cls)
 
 
 class _InPlace:
@@ -52,11 +68,23 @@ class _InPlace:
         inherited = getattr(super(), "__deepcopy__", None)
         if inherited is not None:
             return inherited(memo)
+        if nn.utils.parametrize.is_parametrized(self):  # such a class refuses to be reduced
+            twin = self.__new__(type(self))
+            memo[id(self)] = twin
+            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return twin
         # What deepcopy does without this method, but not by way of the pickle, which is of the original class.
         return copy._reconstruct(self, memo, *super().__reduce_ex__(4))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, which compiles the original class."""
+        plain = object.__new__(_original(type(self)))
+        plain.__dict__ = {**self.__dict__, "_modules": {**self._modules}}
+        return plain
+
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+_kinds: dict[type, type] = {}
 
 
 def _original(cls: type) -> type:
@@ -70,8 +98,18 @@ def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> typ
         base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
         names = {k: v for k, v in vars(cls).items() if k == "__annotations__"}
         names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _classes[key] = type(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
+        kind = _kind(type(base))
+        _classes[key] = kind(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
     return _classes[key]
+
+
+def _kind(metaclass: type) -> type:
+    """The metaclass of a fused class; a class itself is pickled as the original."""
+    if metaclass not in _kinds:
+        bases = (_Equal,) if metaclass is type else (_Equal, metaclass)
+        _kinds[metaclass] = kind = type("_Equal", bases, {})
+        copyreg.pickle(kind, lambda cls: (copy.copy, (_original(cls),)))
+    return _kinds[metaclass]
 
 
 def _is_sequential(cls: type) -> bool:
@@ -100,56 +138,82 @@ def _asks_for_its_class(cls: type) -> str:
     return ""
 
 
-def _plans(module: nn.Module, cls: type[nn.Module]) -> tuple[dict[str, Any], dict[str, str]]:
-    """For a module whose class somebody wrote: its methods that are made again, and why others are not."""
-    from genai_fast.fusion.rewrite import methods, written  # neither is needed to import this package
-    from genai_fast.fusion.source import NothingFound, Refused
-
-    if "forward" in module.__dict__:
-        return {}, {"forward": "it is replaced"}
-    plans, refused = {}, {}
-    for name, function in methods(module, cls):
-        try:
-            plans[name] = written(module, function)
-        except Refused as reason:
-            refused[name] = reason
-        except Exception as error:  # of a class that does what nobody thought of: it stays as it is
-            refused[name] = Refused(f"it cannot be read ({type(error).__name__}: {error})")
-    silent = {name for name, why in refused.items() if isinstance(why, NothingFound) and (plans or name != "forward")}
-    return plans, {name: str(why) for name, why in refused.items() if name not in silent}
-
-
 def _is_generated(module: nn.Module) -> bool:
     return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
 
 
-def _is_written(module: nn.Module, cls: type) -> bool:
-    """Whether somebody wrote this forward that calls children: torch's own modules are leaves or containers."""
+def _is_written(cls: type) -> bool:
+    """Whether this forward is a program's own: torch's modules are leaves or containers."""
     made_in = getattr(cls.forward, "__module__", None) or ""
-    return bool(module._modules) and not made_in.startswith(("torch.", "genai_fast."))
+    return not made_in.startswith(("torch.", "genai_fast."))
+
+
+class Plan(NamedTuple):
+    """What fuse does with a module: it gets a layer's forward, methods compiled again, or stays; and why."""
+
+    layer: type[nn.Module] | None = None
+    methods: dict[str, Written] = {}  # noqa: RUF012
+    reasons: tuple[str, ...] = ()  # why the module, or a method of it, is left as it is
+    chains: tuple[tuple[tuple[str, ...], tuple[nn.Module, ...]], ...] = ()  # names and modules that follow each other
+
+
+def _plan(module: nn.Module) -> Plan:
+    cls = _original(type(module))
+    if wrapper := _wrapper(module):
+        return Plan(reasons=(f"{wrapper}: fuse comes first",))
+    if _is_generated(module):
+        return Plan(reasons=("its forward is generated already",) if module._modules else ())
+    if cls in _LAYERS:
+        reason = obstacle(module) if "forward" in module.__dict__ else ""
+        return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
+    written = bool(module._modules) and _is_written(cls)
+    if not written and not _is_sequential(cls):
+        return Plan()
+    if reason := _asks_for_its_class(cls):
+        return Plan(reasons=(reason,))
+    if "forward" in module.__dict__:
+        return Plan(reasons=("its forward is replaced" if _is_sequential(cls) else "forward: it is replaced",))
+    if _is_sequential(cls):
+        chains = ((tuple(module._modules), tuple(module._modules.values())),)
+        return Plan(FusedSequential, chains=chains)
+    return _plan_of_methods(module, cls)
+
+
+def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
+    from genai_fast.fusion.rewrite import methods, written  # not needed to import this package
+    from genai_fast.fusion.source import NothingFound, Refused
+
+    found, refused = {}, {}
+    for name, function in methods(module, cls):
+        try:
+            found[name] = written(module, function)
+        except Refused as reason:
+            refused[name] = reason
+        except Exception as error:  # unforeseen construct: leave the method unchanged
+            refused[name] = Refused(f"it cannot be read ({type(error).__name__}: {error})")
+    reasons = tuple(
+        f"{name}: {why}"
+        for name, why in refused.items()
+        if not (isinstance(why, NothingFound) and (found or name != "forward"))
+    )
+    chains = tuple((tuple(map(str, c.steps)), c.modules) for method in found.values() for c in method.chains)
+    return Plan(None, found, reasons, chains)
 
 
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a module gets; None if it keeps its own."""
     cls = type(module)
-    if _original(cls) is not cls or "forward" in module.__dict__ or _is_generated(module):
+    if _original(cls) is not cls or issubclass(cls, FusedSequential):
         return None
-    if cls in _LAYERS:
-        return _subclass(cls, (), forward=_LAYERS[cls].forward)
-    if _asks_for_its_class(cls):
+    plan = _plan(module)
+    if plan.layer is not None:
+        return _subclass(cls, (), forward=plan.layer.forward)
+    if not plan.methods:
         return None
-    if _is_sequential(cls):
-        if issubclass(cls, FusedSequential):
-            return None
-        return _subclass(cls, (), forward=FusedSequential.forward)
-    if not _is_written(module, cls):
-        return None
-    plans, _ = _plans(module, cls)
-    if not plans:
-        return None
-    key = tuple((name, *plan.key) for name, plan in plans.items())
+    key = tuple((name, *method.key) for name, method in plan.methods.items())
     if (cls, *key) in _classes:
         return _classes[(cls, *key)]
-    return _subclass(cls, key, **{name: plan.compile() for name, plan in plans.items()})
+    return _subclass(cls, key, **{name: method.compile() for name, method in plan.methods.items()})
 
 
 def _wrapper(module: nn.Module) -> str:
@@ -206,7 +270,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 class Row(NamedTuple):
-    """Modules at a path, what they are, what they become, or ("" then) why they are left alone."""
+    """Modules at a path, what they are, what serves them, or ("" then) why they are left alone."""
 
     path: str
     found: str
@@ -228,73 +292,161 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [("module", "found", "becomes")]
-        lines += [(row.path or ".", row.found, row.becomes or f"left alone: {row.reason}") for row in self.rows]
+        for row in self.rows:
+            said = "; ".join(filter(None, (row.becomes, row.reason)))
+            lines.append((row.path or ".", row.found, said if row.becomes else f"left alone: {row.reason}"))
         widths = [max(len(line[k]) for line in lines) for k in (0, 1)]
         return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, example_input: Any = None) -> Explanation:
     """What `fuse` makes of each part of a model, and why it leaves the others alone; the model is not changed.
 
-    Raises: TypeError on what is no module.
+    Args:
+        model: any module, fused or not.
+        example_input: a tensor, or a tuple of positional arguments. With it the model runs once, fused meanwhile, in
+            the mode and under the contexts (no_grad, autocast) that it has now, and there is a row for each chain that
+            ran and each other leaf: what served it, with the measured times, and why the other implementations did not
+            (a size below a threshold, dtype, layout, device, measured slower). Buffers and random state are restored.
+
+    Raises: TypeError on what is not a module; with an example, what the model raises.
     """
     _check("explain", model, wrapped=True)
-    return Explanation(tuple(row for path, module in model.named_modules() for row in _rows(path, module)))
+    if example_input is not None:
+        return Explanation(tuple(_observed_rows(model, example_input)))
+    covered: set[int] = set()
+    rows = [row for path, module in model.named_modules() for row in _rows(path, module, covered)]
+    return Explanation(tuple(rows))
 
 
-def _rows(path: str, module: nn.Module) -> Iterator[Row]:
-    cls, found = _original(type(module)), type(module).__name__
-    if wrapper := _wrapper(module):
-        yield Row(path, found, "", f"{wrapper}: fuse comes first")
-    elif _is_generated(module):
-        if any(True for _ in module.children()):
-            yield Row(path, found, "", "its forward is generated already")
-    elif cls in _LAYERS:
-        replaced = "forward" in module.__dict__
-        yield Row(path, found, "" if replaced else f"layers.{found}", obstacle(module) if replaced else "")
-    elif (_is_sequential(cls) or _is_written(module, cls)) and (reason := _asks_for_its_class(cls)):
+def _rows(path: str, module: nn.Module, covered: set[int]) -> Iterator[Row]:
+    plan, found = _plan(module), type(module).__name__
+    for reason in plan.reasons:
         yield Row(path, found, "", reason)
-    elif _is_sequential(cls):
-        if "forward" in module.__dict__:
-            yield Row(path, found, "", obstacle(module))
-        else:
-            yield from _chain_rows(path, list(module._modules), list(module._modules.values()))
-    elif _is_written(module, cls):
-        plans, reasons = _plans(module, cls)
-        for method, reason in reasons.items():
-            yield Row(path, found, "", f"{method}: {reason}")
-        for plan in plans.values():
-            for chain in plan.chains:
-                names = list(map(str, chain.steps))
-                yield from _chain_rows(path, names, list(chain.modules))
+    if plan.layer in _LAYERS.values():
+        yield Row(path, found, f"layers.{found}", "")
+    for names, modules in plan.chains:
+        yield from _chain_rows(path, names, modules, covered)
+    left = not module._modules and id(module) not in covered and not plan.reasons and plan.layer is None
+    if left and (reason := _why_left(module)):
+        yield Row(path, found, "", reason)
 
 
-def _chain_rows(path: str, names: list[str], modules: list[nn.Module]) -> Iterator[Row]:
-    for run in runs("".join(letter(m) for m in modules)):
-        here = modules[run.start : run.stop]
-        where = ".".join(part for part in (path, "+".join(names[run.start : run.stop])) if part)
+def _chain_rows(path: str, names: Sequence[str], modules: Sequence[nn.Module], covered: set[int]) -> Iterator[Row]:
+    for span in spans("".join(letter(m) for m in modules)):
+        here = modules[span.start : span.stop]
+        where = ".".join(part for part in (path, "+".join(names[span.start : span.stop])) if part)
         found = " + ".join(type(m).__name__ for m in here)
-        if run.fused:
-            last = f" ({type(here[-1]).__name__})" if run.letters[-1] in "Aa" else ""
-            if run.letters[-1] in "Dd":
-                becomes = "act_dropout in training"
-            else:
-                becomes = f"batch_norm_act{last}" if "N" in run.letters else ""
-            yield Row(where, found, "; ".join(filter(None, (becomes, convolution(here[0])))), "")
-        elif run.letters == "." and (reason := _why_not(here[0])):
+        if span.fused:
+            covered.update(map(id, here))
+            yield Row(where, found, _becomes(span.letters, here), "")
+        elif span.letters == "." and (reason := _why_not(here[0])):
+            covered.add(id(here[0]))
             yield Row(where, found, "", reason)
-        elif (run.letters[0] in "ad" and len(run.letters) > 1) or run.letters == "d":
+        elif (span.letters[0] in "ad" and len(span.letters) > 1) or span.letters == "d":
+            covered.update(map(id, here))
             yield Row(where, found, "", "it works in place on what this container was given")
+
+
+def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
+    """The fused call of a chain, and for a convolution the implementations among which measurement chooses."""
+    if letters[-1] in "Dd":
+        return "act_dropout in training"
+    parts = []
+    if "N" in letters:
+        parts.append("batch_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+    if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
+        conv = Convolution.of(modules[0])
+        names = [option.name for option in implementations.CONVOLUTIONS]
+        reason = implementations.kernel_why_not(conv)
+        if reason:
+            names.remove("kernel")
+        parts.append(f"convolution by the fastest of {', '.join(names)}" + (f" (kernel: {reason})" if reason else ""))
+    elif type(modules[0]) in CONVS + TRANSPOSED:
+        parts.append("convolution by torch")
+    return "; ".join(parts)
 
 
 def _why_not(module: nn.Module) -> str:
     """Why a module that looks like one of torch's does not count as one; "" if it does not look like one."""
-    if not isinstance(module, (*STOCK, nn.modules.batchnorm._NormBase)):
+    if not isinstance(module, (*STOCK, nn.modules.batchnorm._BatchNorm)):
         return ""
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "it is made at its first call"
+        return "it is created at its first call"
     if type(module) in STOCK:
         return obstacle(module)
     return f"a subclass of {', '.join(base.__name__ for base in type(module).__bases__)}"
+
+
+# Leaves that cost time and that fuse leaves to PyTorch: what helps.
+_REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
+    ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its products"),
+    ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
+    ((nn.Linear, nn.Bilinear), "PyTorch's product; genai_fast.tune_cpu() speeds it up where oneDNN is faster"),
+)
+
+
+def _why_left(module: nn.Module) -> str:
+    """Why PyTorch serves a leaf that takes time; "" of one that takes none."""
+    if reason := _why_not(module):
+        return reason
+    for kinds, remedy in _REMEDIES:
+        if isinstance(module, kinds):
+            return remedy
+    costly = any(True for _ in module.parameters(recurse=False)) or isinstance(module, _WITHOUT_PARAMETERS)
+    return f"there is no fused {type(module).__name__}" if costly and not isinstance(module, STOCK) else ""
+
+
+_WITHOUT_PARAMETERS = (
+    nn.Upsample, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AlphaDropout, nn.ELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Softplus, nn.ReLU6, nn.Softmax, nn.LogSoftmax,
+    nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+)  # fmt: skip
+
+
+def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
+    """Runs the model once, and tells what served each chain and leaf."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    decisions: list[tuple[Sequence[nn.Module], Decision]] = []
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    was_fused = any(_original(type(m)) is not type(m) for m in model.modules())
+    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+    token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
+    try:
+        with torch.random.fork_rng(devices):
+            if not was_fused and not _wrapper(model):
+                fuse(model)
+            model(*arguments)
+    finally:
+        implementations.listener.reset(token)
+        if not was_fused and not _wrapper(model):
+            unfuse(model)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    covered: set[int] = set()
+    for modules, decision in decisions:
+        names = [paths.get(id(m), f"{type(m).__name__}()") for m in modules]
+        covered.update(map(id, modules))
+        found = " + ".join(type(m).__name__ for m in modules)
+        yield Row("+".join(names), found, _served(decision), _unserved(decision))
+    for path, module in model.named_modules():
+        if id(module) not in covered:
+            for row in _rows(path, module, covered):
+                if not row.becomes.startswith(("batch_norm_act", "convolution", "act_dropout")):
+                    yield row
+
+
+def _served(decision: Decision) -> str:
+    time = decision.microseconds.get(decision.name)
+    return decision.name if time is None else f"{decision.name} ({time:.0f} us)"
+
+
+def _unserved(decision: Decision) -> str:
+    times = decision.microseconds
+    said = (f"{n}: {why}" + (f" ({times[n]:.0f} us)" if n in times else "") for n, why in decision.reasons.items())
+    return "; ".join(said)

@@ -6,15 +6,6 @@ import torch
 from torch import nn
 
 
-def fuse_small(put=setattr):
-    """Let tensors of any size run fused; `put(module, name, value)` sets what says otherwise."""
-    from genai_fast.fusion import thresholds
-
-    put(thresholds, "NORM_TRAINING", {})
-    for name in ("NORM_TRAINING_PLANES", "NORM_EVALUATION", "DROPOUT", "FOLD", "PATH", "RECURRENCE"):
-        put(thresholds, name, 0)
-
-
 def assert_close(found, expected, tolerance=2e-5, scale=None, what=""):
     """The largest error beside the largest value, so that rounding near 0 does not count."""
     assert found.dtype == expected.dtype and found.shape == expected.shape, what

@@ -4,9 +4,7 @@ import os
 
 import pytest
 import torch
-from alike import fuse_small
 
-os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # paths are measured in the tests that are about them alone
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -36,16 +34,25 @@ def pytest_configure():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """The activations that ops.batch_norm_act was called with."""
-    from genai_fast import ops
+    """The activations that ops.batch_norm_act was called with, measurements apart."""
+    from genai_fast import autotune, ops
 
-    made, op = [], ops.batch_norm_act
+    made, op, measure, measuring = [], ops.batch_norm_act, autotune._measure, []
 
     def counted(*args, **kwargs):
-        made.append(args[8])
+        if not measuring:
+            made.append(args[8])
         return op(*args, **kwargs)
 
+    def measured(*args):
+        measuring.append(True)
+        try:
+            return measure(*args)
+        finally:
+            measuring.pop()
+
     monkeypatch.setattr(ops, "batch_norm_act", counted)
+    monkeypatch.setattr(autotune, "_measure", measured)
     return made
 
 
@@ -55,16 +62,19 @@ def _a_cache_of_its_own(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _small_is_fused(monkeypatch, request):
-    """Tests are small, and about what runs on large tensors."""
-    if "sizes_count" not in request.fixturenames:
-        fuse_small(monkeypatch.setattr)
+@pytest.fixture
+def small_is_fused():
+    """For a small test of what runs on large tensors: outside it, thresholds are those that users have."""
+    from genai_fast.fusion import thresholds
+
+    with thresholds.ignored():
+        yield
 
 
 @pytest.fixture
-def sizes_count():
-    """For a test in which small tensors are left to PyTorch's own modules, as outside tests."""
+def pinned(monkeypatch):
+    """For a test of bits: every choice is its default."""
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
 
 
 @pytest.fixture

@@ -12,15 +12,12 @@ from torch.nn.modules import module as _globals
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# What somebody may put on an instance beside its class: methods that only its own forward calls, tensors that are no
-# parameters or buffers.
-_PUT_ON = ("_conv_forward", "_output_padding", "_check_input_dim", "weight", "bias", "running_mean", "running_var")
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu", nn.GELU: "gelu",
 }  # fmt: skip
 
-# One letter a child, so that a container is a word and a run a pattern. Lower case works in place.
+# One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = {
     **dict.fromkeys((*CONVS, *TRANSPOSED), "C"),
     nn.Linear: "L",
@@ -30,11 +27,16 @@ _LETTERS: dict[type[nn.Module], str] = {
     nn.Dropout: "D",
 }
 STOCK = tuple(_LETTERS)
-_RUN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+
+# What a plain call of such a module runs besides F: torch's own methods, unless they are replaced on instance or class.
+_METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
+_OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in STOCK}
+_REPLACEABLE = frozenset((*_METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 
 
-class Run(NamedTuple):
-    """Children start to stop, their letters, and whether they run as one."""
+class Span(NamedTuple):
+    """Children start to stop, their letters, and whether they are a chain that may run as one."""
 
     start: int
     stop: int
@@ -43,7 +45,7 @@ class Run(NamedTuple):
 
 
 def obstacle(child: nn.Module) -> str:
-    """What somebody has done to a module that only calling it honours; "" if nothing."""
+    """What was done to a module that only calling it honours; "" if nothing."""
     state = child.__dict__
     if "forward" in state:
         return "its forward is replaced"
@@ -51,8 +53,12 @@ def obstacle(child: nn.Module) -> str:
         return "it is compiled"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"
-    if any(name in state for name in _PUT_ON):
+    if not _REPLACEABLE.isdisjoint(state):
         return "a method or tensor of its own is replaced"
+    cls = type(child)
+    for name, own in _OWN.get(cls, ()):
+        if getattr(cls, name) is not own:
+            return f"{cls.__name__}.{name} is replaced"
     return ""
 
 
@@ -67,8 +73,8 @@ def global_hooks() -> bool:
 
 
 def letter(child: nn.Module) -> str:
-    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), I (Identity, which gives the
-    very tensor it was given), D (Dropout), or "." (other).
+    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), I (Identity, which returns
+    the very tensor it was given), D (Dropout), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
     """
@@ -79,21 +85,21 @@ def letter(child: nn.Module) -> str:
 
 
 @functools.cache
-def _runs(word: str) -> tuple[Run, ...]:
+def _spans(word: str) -> tuple[Span, ...]:
     found, owned = [], False
-    for match in _RUN.finditer(word):
-        run = match.group()
-        # What works in place on a tensor that is not the container's own is seen outside: U-Nets live with it.
-        fused = run not in ("L", "A", "a", "I", ".") and (owned or run[0] not in "ad")
-        found.append(Run(match.start(), match.end(), run, fused))
-        owned = run[0] in "CLN" or (owned and run != ".")
+    for match in _CHAIN.finditer(word):
+        letters = match.group()
+        # What works in place on a tensor that is not the container's own is seen outside: U-Nets rely on it.
+        fused = letters not in ("L", "A", "a", "I", ".") and (owned or letters[0] not in "ad")
+        found.append(Span(match.start(), match.end(), letters, fused))
+        owned = letters[0] in "CLN" or (owned and letters != ".")
     return tuple(found)
 
 
-def runs(word: str) -> tuple[Run, ...]:
-    """The children, given as one letter each, cut into what runs as one and what is called by itself."""
-    return _runs(word)
+def spans(word: str) -> tuple[Span, ...]:
+    """The children, given as one letter each, cut into chains that may run as one and single calls."""
+    return _spans(word)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-runs._dynamo_marked_constant = True
+spans._dynamo_marked_constant = True

@@ -1,7 +1,8 @@
 """Convolution, batch norm with running statistics and activation as one oneDNN call on the CPU.
 
-The norm is folded into weight and bias at every call. It costs a pass over the weight, which is small beside the output
-or the fold is not taken; and nothing is kept that an optimizer, a loaded checkpoint or `p.data` could make stale.
+The norm is folded into weight and bias at every call. It costs a pass over the weight, which is small compared with the
+output, or the fold is not taken; and nothing is kept that an optimizer, a loaded checkpoint or `p.data` could make
+stale.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.chains import CONVS, TRANSPOSED
+from genai_fast.fusion.operands import Chain, Convolution, Norm, needs_gradient, tensors_are_plain
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.activations import activate
 
 _NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "silu": "swish"}
-_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @functools.cache
@@ -33,52 +32,44 @@ def _available(dtype: torch.dtype) -> bool:
     )
 
 
-def _output_elements(conv: nn.Module, x: torch.Tensor) -> int:
-    sizes = []
-    for k, length in enumerate(x.shape[2:]):
-        reach = conv.dilation[k] * (conv.kernel_size[k] - 1)
-        if type(conv) in TRANSPOSED:
-            sizes.append((length - 1) * conv.stride[k] - 2 * conv.padding[k] + reach + conv.output_padding[k] + 1)
-        else:
-            sizes.append((length + 2 * conv.padding[k] - reach - 1) // conv.stride[k] + 1)
-    return x.size(0) * conv.out_channels * math.prod(max(size, 0) for size in sizes)
-
-
-def folds(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the fold computes the same, has a gain, and no gradient is asked for."""
-    if norm.training or type(conv) not in CONVS + TRANSPOSED or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-        return False
-    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if any(t is not None and (type(t) not in _PLAIN or not t.is_cpu) for t in tensors):
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return False
-    mean, var, weight = norm.running_mean, norm.running_var, conv.weight
-    if mean is None or var is None or weight.dtype is not x.dtype or x.dim() != weight.dim():
-        return False
+def why_not(chain: Chain, x: torch.Tensor) -> str:
+    """Why the fold does not compute the same here, or has no gain; "" if it does."""
+    conv, norm = chain.conv, chain.norm
+    if norm is None:
+        return "there is no batch norm"
+    tensors = (x, conv.weight, conv.bias, *norm.tensors)
+    if norm.training or norm.mean is None or norm.var is None:
+        return "the norm takes the batch's statistics"
+    if not all(t is None or t.is_cpu for t in tensors) or torch.is_autocast_enabled("cpu"):
+        return "autocast is on" if x.is_cpu else "it is for CPU tensors"
+    if not tensors_are_plain(*tensors):
+        return "a parameter is of a tensor subclass"
+    if needs_gradient(*tensors):
+        return "gradients are needed"
+    if conv.weight.dtype is not x.dtype or x.dim() != conv.weight.dim():
+        return "input and weight differ in dtype or dimensions"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return False
+        return f"padding {conv.padding!r} of mode {conv.padding_mode}"
     if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
-        return False  # with dilation torch takes these, oneDNN does not
-    if x.size(1) != conv.in_channels or mean.numel() != conv.out_channels:
-        return False  # torch's own error comes from the modules
+        return "the output padding is not below the stride"  # with dilation torch takes these, oneDNN does not
+    if (x.size(1), norm.mean.numel()) != conv.channels:
+        return "the channels do not match"  # torch's own error comes from the modules
     if not (_available(x.dtype) and torch.backends.mkldnn.enabled):
-        return False
-    return _output_elements(conv, x) >= max(thresholds.FOLD, weight.numel() * 4)
+        return f"oneDNN does not serve {x.dtype} here"
+    return thresholds.fold(x.size(0) * conv.channels[1] * math.prod(conv.output_plane(x)), conv.weight)
 
 
 @torch.no_grad()
-def scaled(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def folded(conv: Convolution, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the convolution that is norm(conv(x)) in evaluation."""
-    scale = torch.rsqrt(norm.running_var.float() + norm.eps)
+    scale = torch.rsqrt(norm.var.float() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    shift = shift * scale
+    shift = (-norm.mean if conv.bias is None else conv.bias - norm.mean) * scale
     if norm.bias is not None:
         shift = shift + norm.bias
     weight, ones = conv.weight, (1,) * (conv.weight.dim() - 2)
-    if type(conv) in TRANSPOSED:  # [in, out / groups, ...]: input channels are cut into groups, each with its outputs
+    if conv.transposed:  # [in, out / groups, ...]: input channels are cut into groups, each with its outputs
         groups = weight.unflatten(0, (conv.groups, -1))
         weight = (groups * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
     else:
@@ -87,17 +78,18 @@ def scaled(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def folded(conv: nn.Module, norm: nn.Module, x: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
-    """activation(norm(conv(x))) where `folds` says so."""
-    norm._check_input_dim(x)
-    weight, bias = scaled(conv, norm)
+def run(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    """activation(norm(conv(x))), if there is no reason why not."""
+    conv, norm, (_, activation, slope, _) = chain.conv, chain.norm, chain.activation
+    if norm.module is not None:
+        norm.module._check_input_dim(x)
+    weight, bias = folded(conv, norm)
     # oneDNN's relu turns NaN into 0, and that is what its leaky_relu of slope 0 is; its sigmoid sometimes into 1.
     after = activation not in _NAMES or (activation == "leaky_relu" and slope == 0.0)
     name = "none" if after else _NAMES[activation]
-    epilogue = (name, [slope] if name == "leaky_relu" else [], "")
     given = (x, weight, bias, conv.padding)
-    settings = (conv.stride, conv.dilation, conv.groups, *epilogue)
-    if type(conv) in TRANSPOSED:
+    settings = (conv.stride, conv.dilation, conv.groups, name, [slope] if name == "leaky_relu" else [], "")
+    if conv.transposed:
         y = torch.ops.mkldnn._convolution_transpose_pointwise(*given, conv.output_padding, *settings)
     else:
         y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)

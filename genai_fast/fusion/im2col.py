@@ -10,37 +10,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from genai_fast.backends import is_batched
+from genai_fast.fusion.operands import Convolution, memory_format
+from genai_fast.kernels.conv_transpose.shapes import empty_channels_last
 from genai_fast.ops.dispatch import KernelFunction
 
 MOST_POSITIONS = 64  # of the smaller feature map: with more, oneDNN has long enough rows
 MOST_ELEMENTS = 1 << 25  # in the unfolded patches
 
 
-def serves(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether patches are worth measuring for a Conv2d or ConvTranspose2d of x [N, C, H, W]."""
-    if not x.is_cpu or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return False
-    if tuple(conv.dilation) != (1, 1) or x.size(1) != conv.in_channels:
-        return False
-    small = x.shape[2:]
-    if type(conv) is nn.Conv2d:
-        small = _reduced(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
+def why_not(conv: Convolution, x: torch.Tensor) -> str:
+    """Why unfolded patches are not worth measuring for a convolution of x [N, C, H, W]; "" if they are."""
+    if not x.is_cpu:
+        return "it is for CPU tensors"
+    if not conv.is_default:
+        return "groups, dilation or padding other than numbers of zeros"
+    if x.size(1) != conv.channels[0]:
+        return "the channels do not match"
+    small = x.shape[2:] if conv.transposed else conv.output_plane(x)
     positions = small[0] * small[1]
-    columns = conv.weight[0].numel()
-    return 0 < positions <= MOST_POSITIONS and len(x) * positions * columns <= MOST_ELEMENTS
+    if not 0 < positions <= MOST_POSITIONS:
+        return f"{positions} positions are not 1 to {MOST_POSITIONS}"
+    elements = len(x) * positions * conv.weight[0].numel()
+    return "" if elements <= MOST_ELEMENTS else f"{elements} elements of patches are more than {MOST_ELEMENTS}"
 
 
-def convolved(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def convolved(conv: Convolution, x: torch.Tensor) -> torch.Tensor:
     """conv(x), in channels_last memory; under autocast in its dtype."""
     weight, bias = conv.weight, conv.bias
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    transposed = type(conv) is nn.ConvTranspose2d
-    y = _Patches.call(x, weight, conv.stride, conv.padding, conv.output_padding if transposed else None)
+    y = _Patches.call(x, weight, conv.stride, conv.padding, conv.output_padding if conv.transposed else None)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
@@ -80,14 +82,17 @@ class _Patches(KernelFunction):
         if needed[1]:
             grad_weight = _matrix(small).t() @ _columns(large, weight.shape[2:], stride, padding, small.shape[2:])
             grad_weight = grad_weight.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+            grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
         return grad_x, grad_weight, None, None, None
 
 
 def _gather(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> torch.Tensor:
     """The convolution of x [N, C, H, W] with weight [O, C, KH, KW]: patches times weights, [N, O, OH, OW]."""
     size = _reduced(x.shape[2:], weight.shape[2:], stride, padding)
-    y = _columns(x, weight.shape[2:], stride, padding, size) @ _matrix(weight, rows=1).t()
-    return y.view(len(x), *size, -1).permute(0, 3, 1, 2)
+    # Not a view of the product: what comes after may change it in place.
+    y = empty_channels_last(x, len(x), len(weight), *size)
+    torch.mm(_columns(x, weight.shape[2:], stride, padding, size), _matrix(weight, rows=1).t(), out=_matrix(y))
+    return y
 
 
 def _spread(
@@ -106,7 +111,7 @@ def _spread(
         for j in range(kw):
             total[:, rows, j : j + (w - 1) * stride[1] + 1 : stride[1]] += patches[:, :, :, i, j]
     inner = total[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
-    return inner.to(g.dtype).contiguous().permute(0, 3, 1, 2)
+    return empty_channels_last(g, n, c, *size).copy_(inner.permute(0, 3, 1, 2))
 
 
 def _columns(

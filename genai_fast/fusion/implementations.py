@@ -1,10 +1,14 @@
-"""The ways to run a convolution, with the norm and activation behind it, and which of them serves a call."""
+"""The ways to run a chain as one, and the choice among them.
+
+An `Implementation` says why it does not serve a chain on an input, or runs it. The lists here are in order: without a
+measurement the first that serves is taken. Convolutions are measured, on tensors made up for it: `autotune`.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,130 +16,346 @@ from torch import nn
 
 from genai_fast import autotune, ops
 from genai_fast.backends import forced_backend
-from genai_fast.fusion import im2col, thresholds
-from genai_fast.fusion.chains import CONVS, TRANSPOSED
+from genai_fast.fusion import conv_bn_folding, im2col, thresholds
+from genai_fast.fusion.layout import guarded, of_result, relaid
+from genai_fast.fusion.operands import (
+    Activation,
+    Chain,
+    Convolution,
+    like,
+    memory_format,
+    needs_gradient,
+    suggests_channels_last,
+    tensors_are_plain,
+)
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE, miscounted
-from genai_fast.ops.conv2d import serves as conv2d_serves
-from genai_fast.ops.conv_transpose import serves as conv_transpose_serves
+from genai_fast.ops.conv2d import serves as conv2d_why_not
+from genai_fast.ops.conv_transpose import serves as conv_transpose_why_not
 
-TORCH, CHANNELS_LAST, GEMM, PATCHES, KERNEL = "torch", "channels_last", "gemm", "patches", "kernel"
-SMALL = "small"  # torch's too: nothing else would pay
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-# As run: letters, modules, input, path -> output.
-Unit = Callable[[str, Sequence[nn.Module], torch.Tensor, str], torch.Tensor]
+# Multiplications of the part of a batch that is measured: milliseconds.
+_MEASURED = {"cpu": 1 << 27, "cuda": 1 << 34}
 
 
-def path_of(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, run: Unit) -> str:
-    """How to run a convolution and what follows it on x."""
-    conv = modules[0]
-    if torch.compiler.is_compiling() or type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
-        return TORCH  # the compiler lays tensors out by itself
-    if x.dim() != 4 or x.numel() == 0 or type(conv.weight) not in _PLAIN:
-        return TORCH
-    if not thresholds.path(conv, x):
-        return SMALL
-    key = _key(letters, modules, x)
+class Implementation(NamedTuple):
+    """A way to run a chain: `why_not` gives the reason why it does not serve chain and input, or ""."""
 
-    def open_paths() -> tuple[dict[str, autotune.Maker], str]:
-        names = [TORCH]
-        if _layout(x) != CHANNELS_LAST and not (x.is_cpu and _miscounted(conv)):
-            names.append(CHANNELS_LAST)
-        if _is_gemm(conv, x):
-            names.append(GEMM)
-        elif im2col.serves(conv, x):
-            names.append(PATCHES)
-        if _has_kernel(conv, x):
-            names.append(KERNEL)
-        # Unmeasured, ours is taken where it has always won: for an image on a CPU.
-        fixed = KERNEL if KERNEL in names and x.is_cpu and "N" not in letters else TORCH
-        return {name: _maker(letters, modules, x, name, run) for name in names}, fixed
-
-    return autotune.choose(key, x.device, open_paths).path
+    name: str
+    why_not: Callable[[Chain, torch.Tensor], str]
+    run: Callable[[Chain, torch.Tensor], torch.Tensor]
 
 
-def convolution(module: nn.Module) -> str:
-    """In words, the paths among which measurement chooses; "" for what is no convolution."""
-    if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
-        ways = "torch, channels_last, gemm (of 1 x 1), patches (of few pixels, CPU)"
-        return f"convolution by the fastest of {ways}{_kernel_words(module)}"
-    return "convolution by torch" if type(module) in CONVS + TRANSPOSED else ""
+class Decision(NamedTuple):
+    """What serves a call of a chain, why the others do not, and the times in microseconds if it was measured."""
+
+    name: str
+    reasons: dict[str, str]
+    microseconds: dict[str, float]
 
 
-def _kernel_words(conv: nn.Module) -> str:
-    if reason := _unlike(conv):
-        return f"; no kernel of ours: {reason}"
-    if type(conv) is nn.Conv2d:
-        return ", kernel (the input's gradient)" if conv.in_channels <= FEW_CHANNELS else ""
-    return ", kernel" if conv.out_channels <= FEW_CHANNELS else ", kernel (CUDA)"
+Listener = Callable[[Sequence[nn.Module], Decision], None]
+listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-def _unlike(conv: nn.Module) -> str:
-    """What keeps a convolution from the kernels, whatever its input; "" if nothing does."""
-    if conv.groups != 1:
-        return f"groups={conv.groups}"
-    if tuple(conv.dilation) != (1, 1):
-        return f"dilation={conv.dilation}"
+def decide(modules: Sequence[nn.Module], chain: Chain, x: torch.Tensor) -> Implementation:
+    """What serves this call; whoever listens is told why."""
+    if chain.conv is not None:
+        options, chosen, times = CONVOLUTIONS, *_fastest(chain, x)
+    else:
+        options, times = NORMS if chain.norm is not None else DROPOUTS, {}
+        chosen = next(option for option in options if not option.why_not(chain, x))
+    if not torch.compiler.is_compiling() and (tell := listener.get()) is not None:
+        reasons = {option.name: option.why_not(chain, x) for option in options if option is not chosen}
+        slower = {name: "measured slower" if times else "not measured" for name, why in reasons.items() if not why}
+        tell(modules, Decision(chosen.name, reasons | slower, times))
+    return chosen
+
+
+# --- norms and dropout, with the activation next to them
+
+
+def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
+    norm = chain.norm
+    if norm.group is None and x.numel() == 0:
+        return "the batch is empty"  # torch has statistics of nothing, the op refuses
+    if torch.compiler.is_compiling() and (norm.group is not None or (norm.momentum is None and norm.training)):
+        return "torch.compile: collectives, or a momentum that is read from a tensor"
+    if not tensors_are_plain(*norm.tensors):
+        return "a parameter is of a tensor subclass"
+    if any(t is not None and t.shape != (x.size(1),) for t in norm.tensors):
+        return "the channels do not match"  # torch's own error comes from the module
+    if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
+        return ""  # torch's refuses CPU tensors
+    return thresholds.norm(norm.training, x)
+
+
+def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    """activation(norm(x)), with all that _BatchNorm.forward does besides."""
+    norm, (_, activation, slope, _) = chain.norm, chain.activation
+    if norm.module is not None:
+        norm.module._check_input_dim(x)
+    momentum = norm.counted()
+    return ops.batch_norm_act(
+        x, *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
+    )
+
+
+def _norm_modules(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return chain.activation(chain.norm(x))
+
+
+def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
+    if not chain.dropout.training:
+        return "evaluation: nothing is dropped"
+    # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
+    return thresholds.dropout(x) if chain.dropout.p > 0 else "p is 0"
+
+
+def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return ops.act_dropout(x, float(chain.dropout.p), True, chain.activation.name, chain.activation.slope)
+
+
+def _dropout_modules(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return chain.dropout(chain.activation(x))
+
+
+def _always(chain: Chain, x: torch.Tensor) -> str:
+    return ""
+
+
+NORMS = (Implementation("batch_norm_act", _norm_why_not, _norm_act), Implementation("modules", _always, _norm_modules))
+DROPOUTS = (
+    Implementation("act_dropout", _dropout_why_not, _act_dropout),
+    Implementation("modules", _always, _dropout_modules),
+)
+
+
+# --- convolutions, with what follows them
+
+
+def _after(chain: Chain, y: torch.Tensor) -> torch.Tensor:
+    """The norm and the activation after the convolution, which gave y."""
+    if chain.norm is None:
+        return chain.activation(y)
+    return next(option for option in NORMS if not option.why_not(chain, y)).run(chain, y)
+
+
+def _plane_why_not(chain: Chain, x: torch.Tensor) -> str:
+    """Why nothing but PyTorch's convolution comes into question."""
+    conv = chain.conv
+    if torch.compiler.is_compiling():
+        return "torch.compile chooses layouts itself"
+    if conv.weight.dim() != 4 or x.dim() != 4:
+        return "it is for two-dimensional convolutions of batches"
+    if x.numel() == 0 or x.size(1) != conv.channels[0] or x.device != conv.weight.device:
+        return "the input is empty or does not match"
+    if not tensors_are_plain(conv.weight, conv.bias):
+        return "a parameter is of a tensor subclass"
+    return thresholds.convolution(x, conv.multiplications(x))
+
+
+def _torch_why_not(chain: Chain, x: torch.Tensor) -> str:
+    return "" if _folded_why_not(chain, x) else "the norm folds into the convolution"
+
+
+def _torch(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return _after(chain, chain.conv(x))
+
+
+def _relayout_why_not(chain: Chain, x: torch.Tensor) -> str:
+    conv = chain.conv
+    if reason := _plane_why_not(chain, x):
+        return reason
+    if suggests_channels_last(x):
+        return "the input is in channels_last"
+    if x.is_cpu and miscounted(conv.channels[conv.transposed], conv.kernel, conv.stride):
+        return "oneDNN computes this geometry wrong in channels_last"
+    return ""
+
+
+def _channels_last_why_not(chain: Chain, x: torch.Tensor) -> str:
+    return _relayout_why_not(chain, x) or _torch_why_not(chain, x)
+
+
+def _channels_last(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return _torch(chain, relaid(x, torch.channels_last))
+
+
+def _folded_why_not(chain: Chain, x: torch.Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if chain.conv.weight.dim() == 4 and (reason := _plane_why_not(chain, x)):
+        return reason
+    return conv_bn_folding.why_not(chain, x)
+
+
+def _folded_last_why_not(chain: Chain, x: torch.Tensor) -> str:
+    return _relayout_why_not(chain, x) or _folded_why_not(chain, x)
+
+
+def _folded_last(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return conv_bn_folding.run(chain, relaid(x, torch.channels_last))
+
+
+def _gemm_why_not(chain: Chain, x: torch.Tensor) -> str:
+    """One matrix product is the convolution if all of a 1 x 1 input or output meets all of the weight."""
+    conv = chain.conv
+    if reason := _plane_why_not(chain, x):
+        return reason
+    if not conv.is_default or conv.padding != (0, 0) or conv.output_padding != (0, 0):
+        return "groups, dilation or padding"
+    if tuple(x.shape[2:]) != ((1, 1) if conv.transposed else conv.kernel):
+        return "neither input nor output is 1 x 1"
+    return ""
+
+
+def _gemm(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    _, _, weight, bias, *_ = conv = chain.conv
+    if conv.transposed:
+        y = torch.mm(x.flatten(1), weight.flatten(1)).unflatten(1, weight.shape[1:])
+        y = y if bias is None else y + bias.view(-1, 1, 1)
+    else:
+        y = F.linear(x.flatten(1), weight.flatten(1), bias).unflatten(1, (-1, 1, 1))
+    return _after(chain, y)
+
+
+def _im2col_why_not(chain: Chain, x: torch.Tensor) -> str:
+    return _plane_why_not(chain, x) or im2col.why_not(chain.conv, x)
+
+
+def _im2col(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return _after(chain, im2col.convolved(chain.conv, guarded(x)))
+
+
+def kernel_why_not(conv: Convolution) -> str:
+    """What keeps a convolution from our kernels, whatever its input; "" if nothing does."""
+    if not conv.is_default:
+        return "groups, dilation or padding other than numbers of zeros"
     if max(conv.stride) > LARGEST_STRIDE:
-        return f"stride={conv.stride}"
-    if max(conv.kernel_size) > LARGEST_KERNEL:
-        return f"kernel_size={conv.kernel_size}"
-    return f"padding={conv.padding!r}" if conv.padding_mode != "zeros" or isinstance(conv.padding, str) else ""
+        return f"stride {conv.stride}"
+    if max(conv.kernel) > LARGEST_KERNEL:
+        return f"kernel {conv.kernel}"
+    if not conv.transposed and conv.channels[0] > FEW_CHANNELS:
+        return f"{conv.channels[0]} channels are more than an image's {FEW_CHANNELS}"
+    return ""
 
 
-def _has_kernel(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a kernel of ours computes the transposed convolution, or that of a convolution's backward to an image."""
-    if _unlike(conv) or x.size(1) != conv.in_channels:
-        return False
-    if type(conv) is nn.ConvTranspose2d:
-        return not conv_transpose_serves(x, conv.weight, conv.stride, conv.padding, conv.output_padding)
-    if conv.in_channels > FEW_CHANNELS or not _needs_gradient(x):
-        return False
-    return not conv2d_serves(x, conv.weight, conv.stride, conv.padding)
+def _kernel_why_not(chain: Chain, x: torch.Tensor) -> str:
+    """A kernel of ours computes the transposed convolution, or that of a convolution's backward to an image."""
+    conv = chain.conv
+    if reason := _plane_why_not(chain, x) or kernel_why_not(conv):
+        return reason
+    if x.dtype is not conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return "input and weight differ in dtype"
+    if conv.transposed:
+        if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
+            return "the output padding is not below the stride"
+        if min(conv.output_plane(x)) < 1:
+            return "the result has no pixels"
+        return conv_transpose_why_not(x, conv.weight, conv.stride, conv.padding, conv.output_padding)
+    if not needs_gradient(x):
+        return "the input needs no gradient"
+    if min(conv.output_plane(x)) < 1:
+        return "the result has no pixels"
+    return conv2d_why_not(x, conv.weight, conv.stride, conv.padding)
 
 
-def _miscounted(conv: nn.Module) -> bool:
-    larger = conv.out_channels if type(conv) is nn.ConvTranspose2d else conv.in_channels
-    return miscounted(larger, conv.kernel_size, conv.stride)
+def _kernel(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    conv, norm, act = chain.conv, chain.norm, chain.activation
+    x, settings = guarded(x), (conv.stride, conv.padding)
+    if not conv.transposed:
+        return _after(chain, ops.conv2d(x, conv.weight, conv.bias, *settings))
+    settings = (*settings, conv.output_padding)
+    if norm is None:
+        if not _result_may_be_kept(act) and needs_gradient(x, conv.weight, conv.bias):
+            return act(ops.conv_transpose2d(x, conv.weight, conv.bias, *settings))
+        return ops.conv_transpose2d(x, conv.weight, conv.bias, *settings, act.name, act.slope)
+    if norm.group is None and norm.of_batch:
+        if norm.module is not None:
+            norm.module._check_input_dim(x)
+        momentum = norm.counted()
+        return ops.conv_transpose2d_batch_norm_act(
+            x, conv.weight, conv.bias, *norm.tensors, momentum, norm.eps, *settings, act.name, act.slope
+        )
+    if norm.group is None and not needs_gradient(x, conv.weight, conv.bias, norm.weight, norm.bias):
+        if norm.module is not None:
+            norm.module._check_input_dim(x)
+        return ops.conv_transpose2d(x, *conv_bn_folding.folded(conv, norm), *settings, act.name, act.slope)
+    return _after(chain, ops.conv_transpose2d(x, conv.weight, conv.bias, *settings))
 
 
-def _is_gemm(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether one matrix product is the convolution: all of a 1 x 1 input or output meets all of the weight."""
-    if (
-        conv.groups != 1
-        or conv.padding_mode != "zeros"
-        or tuple(conv.padding) != (0, 0)
-        or tuple(conv.dilation) != (1, 1)
-    ):
-        return False
-    if type(conv) is nn.ConvTranspose2d:
-        return tuple(x.shape[1:]) == (conv.in_channels, 1, 1) and tuple(conv.output_padding) == (0, 0)
-    return tuple(x.shape[1:]) == (conv.in_channels, *conv.kernel_size)
+def _result_may_be_kept(activation: Activation) -> bool:
+    """Whether PyTorch keeps the activation's result for backward too, so that a program does not change it."""
+    return activation.inplace or activation.name in ("none", "relu", "tanh", "sigmoid")
 
 
-def convolved(
-    conv: nn.Module, x: torch.Tensor, path: str, activation: str = "none", slope: float = 0.0
-) -> torch.Tensor:
-    """conv(x), and on a transposed convolution's own path its activation too."""
-    if path not in (GEMM, PATCHES, KERNEL):
-        return conv(x)
-    if path == PATCHES:
-        return im2col.convolved(conv, x)
-    weight, bias = conv.weight, conv.bias
-    if path == KERNEL:
-        if type(conv) is nn.Conv2d:
-            return ops.conv2d(x, weight, bias, conv.stride, conv.padding)
-        return ops.conv_transpose2d(x, weight, bias, conv.stride, conv.padding, conv.output_padding, activation, slope)
-    if type(conv) is nn.Conv2d:
-        return F.linear(x.flatten(1), weight.flatten(1), bias).unflatten(1, (-1, 1, 1))
-    y = torch.mm(x.flatten(1), weight.flatten(1)).unflatten(1, weight.shape[1:])
-    return y if bias is None else y + bias.view(-1, 1, 1)
+TORCH = Implementation("torch", _torch_why_not, _torch)
+CONVOLUTIONS = (
+    Implementation("folded", _folded_why_not, conv_bn_folding.run),
+    TORCH,
+    Implementation("folded_channels_last", _folded_last_why_not, _folded_last),
+    Implementation("channels_last", _channels_last_why_not, _channels_last),
+    Implementation("gemm", _gemm_why_not, _gemm),
+    Implementation("im2col", _im2col_why_not, _im2col),
+    Implementation("kernel", _kernel_why_not, _kernel),
+)
+_BY_NAME = {option.name: option for option in CONVOLUTIONS}
 
 
-def _layout(x: torch.Tensor) -> str:
-    if x.is_contiguous():
-        return "contiguous"
-    return CHANNELS_LAST if x.is_contiguous(memory_format=torch.channels_last) else "strided"
+def _fastest(chain: Chain, x: torch.Tensor) -> tuple[Implementation, dict[str, float]]:
+    if _plane_why_not(chain, x):
+        folded = CONVOLUTIONS[0]
+        return (TORCH if folded.why_not(chain, x) else folded), {}
+    shape = (_measured_rows(chain.conv, x), *x.shape[2:])
+
+    def candidates() -> tuple[dict[str, autotune.Maker], str]:
+        serving = [option for option in CONVOLUTIONS if not option.why_not(chain, x)]
+        names = [option.name for option in serving]
+        # Unmeasured, ours is taken where it has always won: for an image on a CPU.
+        default = "kernel" if "kernel" in names and x.is_cpu and chain.norm is None else names[0]
+        return dict(zip(names, _makers(serving, chain, x, shape[0]), strict=True)), default
+
+    choice = autotune.choose(_family(chain, x), shape, x.device, candidates)
+    return _BY_NAME[choice.name], choice.microseconds
+
+
+def _measured_rows(conv: Convolution, x: torch.Tensor) -> int:
+    """The part of the batch that is measured, a power of two: no more time and memory than a small call takes."""
+    each = max(conv.multiplications(x) // len(x), 1)
+    most = max(_MEASURED.get(x.device.type, 1 << 27) // each, 1)
+    return 1 << (min(len(x), most).bit_length() - 1)
+
+
+def _makers(serving: Sequence[Implementation], chain: Chain, x: torch.Tensor, rows: int) -> list[autotune.Maker]:
+    """For each, what gives the call to time: forward, and backward if it will come, on tensors made up once."""
+    gradients, narrow, prepared = torch.is_grad_enabled(), _autocast(x), []
+
+    def prepare() -> tuple[Chain, torch.Tensor]:
+        if not prepared:
+            generator = torch.Generator(x.device).manual_seed(0)  # not the user's: measuring must not move it
+            part = x.detach()[:rows].requires_grad_(x.requires_grad)
+            prepared.append((chain.made_up(generator), like(part, generator)))
+        return prepared[0]
+
+    def maker(option: Implementation) -> autotune.Maker:
+        def make() -> Callable[[], Any]:
+            made, given = prepare()
+            leaves = [t for t in (given, *made.leaves) if t.requires_grad] if gradients else []
+            wanted = of_result(made.conv, memory_format(given))
+            upstream: list[torch.Tensor] = []
+
+            def call() -> None:
+                autocast = torch.autocast(x.device.type, narrow, enabled=narrow is not None)
+                with torch.set_grad_enabled(gradients), autocast:
+                    y = relaid(option.run(made, given), wanted)
+                if leaves:
+                    upstream[:] = upstream or [torch.ones_like(y)]
+                    torch.autograd.grad(y, leaves, upstream[0])
+
+            return call
+
+        return make
+
+    return [maker(option) for option in serving]
 
 
 def _autocast(x: torch.Tensor) -> torch.dtype | None:
@@ -143,61 +363,28 @@ def _autocast(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _key(letters: str, modules: Sequence[nn.Module], x: torch.Tensor) -> autotune.Key:
-    """All that the time of a call depends on."""
-    conv = modules[0]
+def _layout(x: torch.Tensor) -> str:
+    if x.is_contiguous():
+        return "contiguous"
+    return "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def _family(chain: Chain, x: torch.Tensor) -> autotune.Key:
+    """All that the time of a call depends on, but for batch and plane."""
+    conv, norm, act = chain.conv, chain.norm, chain.activation
     narrow, forced = _autocast(x), forced_backend()
+    precision = (str(narrow),) if narrow else _multiplied(x)
+    after = () if norm is None else ("norm", norm.training, norm.of_batch, norm.weight is not None)
     return (
-        type(conv).__name__, tuple(x.shape), "to", conv.out_channels, "kernel", conv.kernel_size, "stride", conv.stride,
-        "padding", conv.padding, conv.output_padding, "dilation", conv.dilation, "groups", conv.groups,
-        *("bias" for _ in range(conv.bias is not None)), *(type(m).__name__ for m in modules[1:]),
-        str(x.dtype).removeprefix("torch."), *((str(narrow).removeprefix("torch."),) if narrow else _multiplied(x)),
-        _layout(x), "weight", _layout(conv.weight), "training" if modules[len(letters) > 1].training else "evaluation",
-        "gradients", _needs_gradient(x), _needs_gradient(*conv.parameters()), *((forced,) if forced else ()),
+        "conv_transpose" if conv.transposed else "conv", conv.channels, "kernel", conv.kernel, "stride", conv.stride,
+        "padding", conv.padding, conv.output_padding, conv.padding_mode, "dilation", conv.dilation, "groups",
+        conv.groups, *("bias" for _ in range(conv.bias is not None)), *after, act.name, str(x.dtype), *precision,
+        _layout(x), "weight", _layout(conv.weight), "gradients", needs_gradient(x), needs_gradient(*chain.leaves),
+        "im2col", not im2col.why_not(conv, x), *((forced,) if forced else ()),
+        *(() if torch.backends.mkldnn.enabled else ("no oneDNN",)),
     )  # fmt: skip
 
 
 def _multiplied(x: torch.Tensor) -> tuple[str, ...]:
     """How a GPU multiplies float32 in convolutions."""
     return (torch.backends.cudnn.conv.fp32_precision,) if x.is_cuda and x.dtype is torch.float32 else ()
-
-
-def _needs_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _maker(letters: str, modules: Sequence[nn.Module], x: torch.Tensor, path: str, run: Unit) -> autotune.Maker:
-    """Gives the call to clock: the same modules and a tensor like x, copied; forward, and backward if it will come."""
-    gradients, narrow = torch.is_grad_enabled(), _autocast(x)
-
-    def make() -> Callable[[], Any]:
-        copies = [copy.deepcopy(module) for module in modules]
-        generator = torch.Generator(x.device).manual_seed(0)  # not the user's: measuring must not move it
-        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(generator=generator)
-        like.requires_grad_(x.requires_grad)
-        parameters = [p for module in copies for p in module.parameters()]
-        leaves = [t for t in (like, *parameters) if t.requires_grad] if gradients else []
-        upstream: list[torch.Tensor] = []
-
-        def call() -> None:
-            with torch.set_grad_enabled(gradients), torch.autocast(x.device.type, narrow, enabled=narrow is not None):
-                y = restored(run(letters, copies, laid_out(like, path), path), like)
-            if leaves:
-                upstream[:] = upstream or [torch.ones_like(y)]
-                torch.autograd.grad(y, leaves, upstream[0])
-
-        return call
-
-    return make
-
-
-def laid_out(x: torch.Tensor, path: str) -> torch.Tensor:
-    """x as the path wants it in memory."""
-    return x.contiguous(memory_format=torch.channels_last) if path == CHANNELS_LAST else x
-
-
-def restored(y: Any, given: torch.Tensor) -> Any:
-    """y in the memory layout that torch gives it for an input such as `given`."""
-    if isinstance(y, torch.Tensor) and y.dim() == 4 and _layout(given) != CHANNELS_LAST:
-        return y.contiguous()
-    return y

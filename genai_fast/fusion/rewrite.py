@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion.chains import global_hooks, letter, runs
+from genai_fast.fusion.chains import global_hooks, letter, spans
 from genai_fast.fusion.run import run
 from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
 
@@ -163,7 +163,7 @@ class _Rewriter(ast.NodeTransformer):
             steps.insert(0, (step, given))
             given = step.given
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
-        cut = runs("".join([letter(module) for module in chain.modules]))
+        cut = spans("".join([letter(module) for module in chain.modules]))
         if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
             return self.generic_visit(node)
         called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())

@@ -1,52 +1,73 @@
-"""From which size on a fused call beats PyTorch's own modules on a CPU: below it the call itself costs more.
+"""CPU size thresholds below which the overhead of a fused call exceeds its gain over PyTorch's own modules.
 
-Measured on two AVX-512 cores with `pytest bench/bench_layers.py` at many sizes; elements of the output unless said.
+Measured on two AVX-512 cores with `pytest bench/bench_layers.py` at many sizes. Each function returns the reason why a
+call is too small, or "".
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
-NORM_TRAINING = {2: 1 << 18}  # by number of dimensions
+import torch
+
+NORM_TRAINING = {2: 1 << 18}  # elements, by number of dimensions
 NORM_TRAINING_PLANES = 1 << 17
 NORM_EVALUATION = 1 << 21  # an activation that works in place on what the cache holds is hard to beat
 DROPOUT = 1 << 13
 FOLD = 1 << 21
-PATH = 1 << 22  # multiplications: a choice of path costs 20 us
+CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
 
-
-def norm(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether batch norm of x, with the activation behind it, is to be one call."""
-    if not x.is_cpu or torch.compiler.is_compiling() or type(module) is nn.SyncBatchNorm:  # torch's refuses CPUs
-        return True
-    if module.training:
-        return x.numel() >= NORM_TRAINING.get(x.dim(), NORM_TRAINING_PLANES)
-    return x.numel() >= NORM_EVALUATION
+_ignored: ContextVar[bool] = ContextVar("ignored", default=False)
 
 
-def dropout(x: torch.Tensor) -> bool:
-    """Whether dropout of x, with the activation before it, is to be one call."""
-    return not x.is_cpu or torch.compiler.is_compiling() or x.numel() >= DROPOUT
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Inside the block tensors of any size run fused: to compare numbers on small models."""
+    token = _ignored.set(True)
+    try:
+        yield
+    finally:
+        _ignored.reset(token)
 
 
-def path(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether to look for the fastest path of a convolution of x, or to fold a norm into it."""
-    if not x.is_cpu:
-        return True
-    work = x.numel() * (conv.weight.numel() // conv.in_channels)
-    if type(conv) is nn.Conv2d:
-        work //= conv.stride[0] * conv.stride[1]
-    return work >= PATH
+def _too_small(what: str, size: int, least: int) -> str:
+    return "" if size >= least or _ignored.get() else f"{size} {what} are fewer than {least}"
 
 
-def recurrence(x: torch.Tensor, steps: int) -> bool:
-    """Whether a layer over that many steps of the sequence x is to be one call, which first packs the weights."""
-    return not x.is_cpu or torch.compiler.is_compiling() or steps >= RECURRENCE
+def norm(training: bool, x: torch.Tensor) -> str:
+    """Batch norm of x with the activation after it."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return ""
+    least = NORM_TRAINING.get(x.dim(), NORM_TRAINING_PLANES) if training else NORM_EVALUATION
+    return _too_small("elements", x.numel(), least)
 
 
-def rms_norm(x: torch.Tensor) -> bool:
-    """Whether RMS norm of x is to be one call, which it is not in PyTorch."""
-    return not x.is_cpu or x.numel() >= RMS_NORM
+def dropout(x: torch.Tensor) -> str:
+    """Dropout of x with the activation before it."""
+    return "" if not x.is_cpu or torch.compiler.is_compiling() else _too_small("elements", x.numel(), DROPOUT)
+
+
+def convolution(x: torch.Tensor, multiplications: int) -> str:
+    """The choice of an implementation for a convolution of x."""
+    return _too_small("multiplications", multiplications, CONVOLUTION) if x.is_cpu else ""
+
+
+def fold(elements: int, weight: torch.Tensor) -> str:
+    """Folding a norm into the weight, at every call, for so many elements of output."""
+    return _too_small("elements of output", elements, FOLD) or (
+        "" if elements >= weight.numel() * 4 else "the weight is large compared with the output"
+    )
+
+
+def recurrence(x: torch.Tensor, steps: int) -> str:
+    """A recurrent layer over the sequence x, whose weights are packed first."""
+    return "" if not x.is_cpu or torch.compiler.is_compiling() else _too_small("steps", steps, RECURRENCE)
+
+
+def rms_norm(x: torch.Tensor) -> str:
+    """RMS norm of x as one call, which PyTorch's is not."""
+    return _too_small("elements", x.numel(), RMS_NORM) if x.is_cpu else ""

@@ -10,14 +10,14 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.run import _observed
+from genai_fast.fusion.run import observed
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
     """Whether the op takes these and is worth its call; else PyTorch's own serves, or says what is wrong."""
-    if type(x) not in _PLAIN or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or _observed():
+    if type(x) not in _PLAIN or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or observed():
         return False
     kind, weight = x.device.type, norm.weight
     mixed = torch.is_autocast_enabled(kind)
@@ -32,9 +32,8 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
         return False
     if residual is not None or forced_backend():
         return True
-    return isinstance(norm, nn.RMSNorm) and thresholds.rms_norm(
-        x
-    )  # PyTorch's layer norm is one call too, and no slower
+    # PyTorch's layer norm is one call too, and no slower.
+    return isinstance(norm, nn.RMSNorm) and not thresholds.rms_norm(x)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -12,7 +12,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.run import _observed
+from genai_fast.fusion.run import observed
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -46,6 +46,8 @@ class GRU(nn.GRU):
                 directions.append(y.flip(0) if suffix else y)
                 last.append(h_n)
             x = torch.cat(directions, -1) if self.bidirectional else directions[0]
+        if x is directions[0] and x.requires_grad:
+            x = x.clone()  # backward needs the states, and what is returned may be changed in place
         h_n = torch.stack(last)
         if not batched:
             return x.squeeze(1), h_n.squeeze(1)
@@ -59,10 +61,10 @@ class GRU(nn.GRU):
     def _is_ours(self, input: Any, hx: Any) -> bool:
         if isinstance(input, nn.utils.rnn.PackedSequence):
             return _served("packed sequences are PyTorch's")
-        if not self._fits(input, hx) or _observed():
+        if not self._fits(input, hx) or observed():
             return False
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
-        if not forced_backend() and (input.is_cuda or not thresholds.recurrence(input, steps)):
+        if not forced_backend() and (input.is_cuda or thresholds.recurrence(input, steps)):
             return False
         kind, dtype = input.device.type, input.dtype
         if torch.is_autocast_enabled(kind):

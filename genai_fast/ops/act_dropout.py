@@ -67,8 +67,8 @@ def act_dropout(
         offset: elements of the global tensor that come before this one. Element i, in the order of memory of a
             contiguous or channels-last x (row-major for other strides), uses position offset + i of the seed's stream.
         save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
-            then stay as it is until backward: autograd refuses one that was changed in place. relu always keeps y;
-            tanh, sigmoid and leaky_relu with a slope above 0 can; silu and the GELUs cannot.
+            then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh, sigmoid and
+            leaky_relu with a slope above 0 can; silu and the GELUs cannot.
 
     Returns:
         y, shape and dtype of x.
@@ -82,7 +82,7 @@ def act_dropout(
     checks.share(_OP, "p", p)
     checks.activation(_OP, activation, negative_slope)
     checks.offset(_OP, offset)
-    from_output = checks.saves_output(_OP, activation, negative_slope, save_output, ("relu",))
+    from_output = checks.saves_output(_OP, activation, negative_slope, save_output, ())
     if seed is None and not offset:
         offset = rows.offset(x.numel())
     seed = checks.seed(_OP, seed, "x", x) if training and p > 0 else None

@@ -19,6 +19,8 @@ from genai_fast import autotune, explain, fuse, ops, unfuse, use_backend
 from genai_fast.fusion import thresholds
 from genai_fast.layers import ConvBNAct, FusedSequential, RMSNorm
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
+
 
 @pytest.fixture(autouse=True)
 def _seed():

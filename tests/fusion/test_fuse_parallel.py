@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from alike import assert_close, assert_gradients_close, fuse_small, with_statistics
+from alike import assert_close, assert_gradients_close, with_statistics
 from fuse_models import HandWritten, UNet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from genai_fast import explain, fuse, ops
+from genai_fast.fusion import thresholds
 from genai_fast.layers import FusedSequential
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 def _start(rank, check, folder):
     torch.set_num_threads(1)
-    fuse_small()
+    thresholds._ignored.set(True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)

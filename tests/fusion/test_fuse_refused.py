@@ -12,6 +12,8 @@ from torch import nn
 
 from genai_fast import explain, fuse, unfuse
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
+
 
 class _Base(nn.Module):
     def __init__(self):

@@ -15,6 +15,8 @@ from torch.nn.functional import leaky_relu as leaky
 
 from genai_fast import explain, fuse, unfuse, use_backend
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
+
 FACTOR = 2.0
 
 

@@ -21,6 +21,8 @@ import genai_fast
 from genai_fast import ops
 from genai_fast.layers import ConvBNAct, ConvTransposeBNAct, FusedSequential
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -201,13 +203,13 @@ def test_dropout_draws_again_in_backward_and_is_none_in_evaluation():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_activation_and_dropout(inplace, monkeypatch):
     made, op = [], ops.act_dropout
-    monkeypatch.setattr(ops, "act_dropout", lambda *a, **k: made.append((a[3], k["save_output"])) or op(*a, **k))
+    monkeypatch.setattr(ops, "act_dropout", lambda *a: made.append(a[3]) or op(*a))
     fused = FusedSequential(nn.Linear(8, 50), nn.LeakyReLU(0.3, inplace), nn.Dropout(0.5, inplace))
     plain = plain_of(fused)[:2]
     x = torch.randn(6, 8)
     torch.manual_seed(1)
     y, found = step(fused, x)
-    assert made == [("leaky_relu", inplace)]
+    assert made == ["leaky_relu"]
     kept = y[0] != 0
     _, expected = step(nn.Sequential(plain, _Times(kept * 2.0)), x)
     assert_gradients_close(found, {name.removeprefix("0."): g for name, g in expected.items()}, 1e-5)
@@ -334,7 +336,8 @@ def test_autocast():
     y.float().sum().backward()
     expected.float().sum().backward()
     assert_close(fused[1].weight.grad, plain[1].weight.grad, 3e-2, scale=fused[0].weight.grad.norm().item())
-    assert_buffers_alike(fused.float(), plain.float())
+    for name, b in plain.named_buffers():
+        assert_close(dict(fused.named_buffers())[name], b, 3e-2, what=name)
 
 
 def test_no_kernel_no_fusion(fused_calls):

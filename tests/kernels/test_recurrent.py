@@ -149,7 +149,7 @@ def test_double_precision_is_left_to_pytorch(calls):
     assert not calls
 
 
-def test_a_few_steps_are_left_to_pytorch(calls, sizes_count):
+def test_a_few_steps_are_left_to_pytorch(calls):
     ours, plain = _pair(5, 8, batch_first=True)
     x = torch.randn(200, 3, 5)
     assert torch.equal(ours(x)[0], plain(x)[0])

@@ -17,6 +17,7 @@ from commands import records
 
 from genai_fast import ops
 from genai_fast.errors import UsageError
+from genai_fast.fusion import thresholds
 from genai_fast.models.settings import VAEConfig
 from genai_fast.ops import rows
 from genai_fast.training import checkpoint, distributed
@@ -37,11 +38,14 @@ def _port():
 def folder(tmp_path_factory):
     """Runs of one process in one/, of two in two/; begun by one and ended by two in one-then-two/, and the reverse."""
     folder, threads = tmp_path_factory.mktemp("distributed"), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="processes: 2 then, 1 now"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="processes: 2 then, 1 now"),
+        thresholds.ignored(),
+    ):
         patch.setenv("GENAI_FAST_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         cases.prepare(folder)
-        cases.fuse_small(patch.setattr)
         for name in cases.RUNS.keys() - cases.SHARDED.keys():
             cases.train(name, folder / "one")
         for name in cases.GO_ON:

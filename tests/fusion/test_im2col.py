@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from genai_fast.fusion import im2col
+from genai_fast.fusion.operands import Convolution
 
 GEOMETRIES = [  # kernel, stride, padding
     (1, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (4, 2, 1), (5, 2, 2), (4, 1, 3), ((3, 5), (2, 1), (0, 2)), (2, 3, 1),
@@ -38,8 +39,8 @@ def results(function, conv, x):
 @pytest.mark.parametrize("conv", list(convolutions()), ids=str)
 def test_every_geometry(conv, layout):
     conv, x = inputs(conv, layout=layout)
-    assert im2col.serves(conv, x)
-    found, expected = results(lambda x: im2col.convolved(conv, x), conv, x), results(conv, conv, x)
+    assert not im2col.why_not(Convolution.of(conv), x)
+    found, expected = results(lambda x: im2col.convolved(Convolution.of(conv), x), conv, x), results(conv, conv, x)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
@@ -52,7 +53,7 @@ def test_a_strided_input_and_gradient(transposed):
     for make in (lambda y: y.sum(), lambda y: (y * y).flip(3).sum()):  # an expanded gradient, a reversed one
         found, expected = (
             torch.autograd.grad(make(f(strided)), [strided, *conv.parameters()])
-            for f in (lambda x: im2col.convolved(conv, x), conv)
+            for f in (lambda x: im2col.convolved(Convolution.of(conv), x), conv)
         )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -65,7 +66,7 @@ def test_rounding_is_that_of_a_convolution(transposed, dtype):
     torch.manual_seed(0)
     conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(48, 64, 4, 2, 1).to(dtype)
     x = torch.randn(8, 48, 8, 8, dtype=dtype, requires_grad=True)
-    found, eager = results(lambda x: im2col.convolved(conv, x), conv, x), results(conv, conv, x)
+    found, eager = results(lambda x: im2col.convolved(Convolution.of(conv), x), conv, x), results(conv, conv, x)
     wide, x = conv.double(), x.detach().double().requires_grad_()
     for k, (a, b, truth) in enumerate(zip(found, eager, results(wide, wide, x), strict=True)):
         error, its = ((y.double() - truth).norm() / truth.norm() for y in (a, b))
@@ -93,7 +94,7 @@ def test_gradients_of_gradients_and_many_at_once(transposed):
 def test_autocast_gives_its_dtype_and_the_parameters_their_own():
     conv, x = nn.Conv2d(3, 5, 4, 2, 1), torch.randn(2, 3, 8, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, expected = im2col.convolved(conv, x), conv(x)
+        y, expected = im2col.convolved(Convolution.of(conv), x), conv(x)
     assert y.dtype is expected.dtype is torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     y.sum().backward()
@@ -115,4 +116,4 @@ def test_autocast_gives_its_dtype_and_the_parameters_their_own():
     ids=["dilation", "groups", "same", "reflect", "large", "kernel", "channels", "memory"],
 )
 def test_what_is_left_to_pytorch(conv, shape):
-    assert not im2col.serves(conv, torch.empty(shape, device="cpu"))
+    assert im2col.why_not(Convolution.of(conv), torch.empty(shape, device="cpu"))

@@ -7,9 +7,11 @@ import torch
 from alike import assert_close, plain_of, with_statistics
 from torch import nn
 
-from genai_fast.fusion import run
+from genai_fast.fusion.implementations import listener
 from genai_fast.kernels.common import onednn
 from genai_fast.layers import FusedSequential
+
+pytestmark = pytest.mark.usefixtures("small_is_fused", "pinned")
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +20,17 @@ def _seed():
 
 
 @pytest.fixture
-def folds(monkeypatch):
-    """How often a norm was folded into its convolution."""
-    made, fold = [], run.folded
+def folds():
+    """The convolutions into which a norm was folded."""
+    made = []
 
-    def counted(conv, *args):
-        made.append(type(conv).__name__)
-        return fold(conv, *args)
+    def tell(modules, decision):
+        if decision.name.startswith("folded"):
+            made.append(type(modules[0]).__name__)
 
-    monkeypatch.setattr(run, "folded", counted)
-    return made
+    token = listener.set(tell)
+    yield made
+    listener.reset(token)
 
 
 FOLDS = {

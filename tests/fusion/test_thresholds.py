@@ -17,7 +17,7 @@ def _model():
     )  # fmt: skip
 
 
-def test_small_calls_go_to_the_modules(sizes_count, fused_calls):
+def test_small_calls_go_to_the_modules(fused_calls):
     torch.manual_seed(0)
     plain, fused = _model(), fuse(_model())
     fused.load_state_dict(plain.state_dict())
@@ -25,7 +25,7 @@ def test_small_calls_go_to_the_modules(sizes_count, fused_calls):
     assert not fused_calls
 
 
-def test_large_calls_do_not(sizes_count, fused_calls):
+def test_large_calls_do_not(fused_calls):
     model = fuse(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()))
     side = 8
     while side * side * 16 < thresholds.NORM_TRAINING_PLANES:
@@ -36,7 +36,7 @@ def test_large_calls_do_not(sizes_count, fused_calls):
     assert fused_calls == ["relu"]
 
 
-def test_forward_mode_derivatives_are_torchs():
+def test_forward_mode_derivatives_are_torchs(small_is_fused):
     for training in (True, False):
         model = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh())).train(training)
         fused = fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh())).train(training)
@@ -48,7 +48,7 @@ def test_forward_mode_derivatives_are_torchs():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batched_gradients_are_torchs(training):
+def test_batched_gradients_are_torchs(training, small_is_fused):
     def make():
         return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3)).train(
             training
@@ -68,7 +68,7 @@ def test_batched_gradients_are_torchs(training):
     assert_close(*gradients, 1e-4)
 
 
-def test_batched_gradients_with_dropout_are_repeated():
+def test_batched_gradients_with_dropout_are_repeated(small_is_fused):
     model = fuse(nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.2), nn.Dropout(0.5)))
     x = torch.randn(5, 4, requires_grad=True)
     y = model(x)

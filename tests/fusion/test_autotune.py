@@ -13,6 +13,8 @@ from torch import nn
 from genai_fast import autotune, fuse
 from genai_fast.fusion import implementations
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
+
 CPU = torch.device("cpu")
 
 
@@ -48,19 +50,19 @@ def _open(made, taken_unmeasured, **seconds):
 
 def test_the_fastest_is_taken_once_and_remembered(clock):
     made = []
-    found = autotune.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=3e-3, fast=1e-3))
+    found = autotune.choose(("op",), (2, 3), CPU, _open(made, "slow", slow=3e-3, fast=1e-3))
     assert found == ("fast", {"slow": 3000.0, "fast": 1000.0}) and sorted(made) == ["fast", "slow"]
-    assert autotune.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
+    assert autotune.choose(("op",), (2, 3), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
     autotune.forget()  # as another process would
-    assert autotune.choose(("op", (2, 3)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
+    assert autotune.choose(("op",), (2, 3), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)) == found
     assert len(made) == 2
     ((machine, choices),) = autotune.remembered().items()
-    assert choices == {"op 2x3": found} and f"torch {torch.__version__}" in machine
-    assert autotune.choose(("op", (2, 4)), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)).path == "slow"
+    assert choices == {"op": {(2, 3): found}} and f"torch {torch.__version__}" in machine
+    assert autotune.choose(("op",), (2, 4), CPU, _open(made, "slow", slow=1e-3, fast=3e-3)).name == "slow"
 
 
 def test_a_path_must_win_clearly(clock):
-    assert autotune.choose(("near",), CPU, _open([], "usual", usual=1.00e-3, other=0.99e-3)).path == "usual"
+    assert autotune.choose(("near",), (2,), CPU, _open([], "usual", usual=1.00e-3, other=0.99e-3)).name == "usual"
 
 
 @pytest.mark.parametrize("how", ["environment", "torch", "only_remembered"])
@@ -69,56 +71,58 @@ def test_pinned_takes_the_fixed_path_and_measures_nothing(clock, monkeypatch, ho
     open_paths = _open(made, "fixed", fixed=3e-3, other=1e-3)
     if how == "environment":
         monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
-        found = autotune.choose(("op",), CPU, open_paths)
+        found = autotune.choose(("op",), (2,), CPU, open_paths)
     elif how == "torch":
         torch.use_deterministic_algorithms(True)
         try:
-            found = autotune.choose(("op",), CPU, open_paths)
+            found = autotune.choose(("op",), (2,), CPU, open_paths)
         finally:
             torch.use_deterministic_algorithms(False)
     else:
         with autotune.only_remembered():
-            found = autotune.choose(("op",), CPU, open_paths)
-    assert found.path == "fixed" and not made and not autotune.file().exists()
+            found = autotune.choose(("op",), (2,), CPU, open_paths)
+    assert found.name == "fixed" and not made and not autotune.file().exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"version": 1}', '{"version": 1, "machines": {"m": {"k": 3}}}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"version": 2}', '{"version": 2, "machines": {"m": {"k": 3}}}'])
 def test_a_damaged_file_is_replaced_and_said(clock, content):
     autotune.file().parent.mkdir()
     autotune.file().write_text(content)
-    with pytest.warns(autotune.PathsWarning, match=r"paths\.json: is damaged"):
-        assert autotune.choose(("op",), CPU, _open([], "a", a=1e-3, b=2e-3)).path == "a"
+    with pytest.warns(autotune.AutotuneWarning, match=r"autotune\.json: is damaged"):
+        assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=1e-3, b=2e-3)).name == "a"
     assert json.loads(autotune.file().read_text())["version"] == autotune.VERSION
 
 
 def test_another_versions_file_is_not_read(clock):
-    autotune.choose(("op",), CPU, _open([], "a", a=2e-3, b=1e-3))
+    autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3))
     content = json.loads(autotune.file().read_text())
     autotune.file().write_text(json.dumps({**content, "version": autotune.VERSION + 1}))
     autotune.forget()
     made = []
-    assert autotune.choose(("op",), CPU, _open(made, "a", a=1e-3, b=2e-3)).path == "a" and len(made) == 2
+    assert autotune.choose(("op",), (2,), CPU, _open(made, "a", a=1e-3, b=2e-3)).name == "a" and len(made) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "file"))
-    with pytest.warns(autotune.PathsWarning, match="this process alone"):
-        assert autotune.choose(("op",), CPU, _open([], "a", a=2e-3, b=1e-3)).path == "b"
-    assert autotune.choose(("op",), CPU, _open([], "a", a=1e-3, b=2e-3)).path == "b"
+    with pytest.warns(autotune.AutotuneWarning, match="this process alone"):
+        assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3)).name == "b"
+    assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=1e-3, b=2e-3)).name == "b"
 
 
 def test_processes_that_write_at_once_lose_nothing():
     code = (
-        "import sys, torch; from genai_fast import paths; paths._clock = lambda device, call: call()\n"
-        "for k in range(40): paths.choose((sys.argv[1], k), torch.device('cpu'),"
+        "import sys, torch; from genai_fast import autotune; autotune._clock = lambda device, call: call()\n"
+        "for k in range(40): autotune.choose((sys.argv[1], k), (2,), torch.device('cpu'),"
         " lambda: ({'a': lambda: lambda: 1e-3, 'b': lambda: lambda: 2e-3}, 'a'))"
     )
     environment = {**os.environ, "GENAI_FAST_CACHE": str(autotune.file().parent)}
     running = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in ("one", "two")]
     assert [process.wait() for process in running] == [0, 0]
     ((_, choices),) = autotune.remembered().items()
-    assert {*choices} == {f"{name} {k}" for name in ("one", "two") for k in range(40)}
+    assert {f for f, shapes in choices.items() if (2,) in shapes} == {
+        f"{name} {k}" for name in ("one", "two") for k in range(40)
+    }
 
 
 # --- layers
@@ -150,13 +154,13 @@ def _critic():
     )  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "channels_last", "gemm", "patches", "kernel"])
+@pytest.fixture(params=["torch", "channels_last", "gemm", "im2col", "kernel"])
 def path(request, monkeypatch):
     """One path for everything, where it is open."""
 
-    def choose(key, device, open_paths):
-        makers, fixed = open_paths()
-        taken.append(request.param if request.param in makers else fixed)
+    def choose(family, shape, device, candidates):
+        makers, default = candidates()
+        taken.append(request.param if request.param in makers else default)
         for make in makers.values():
             make()()  # what would be measured runs
         return autotune.Choice(taken[-1], {})

@@ -1,0 +1,260 @@
+"""What a chain of modules computes with: tensors and plain numbers, read from the modules or made up to be timed.
+
+Settings are read as a plain call reads them: an int serves all dimensions, sizes come from the weight, and any number
+that converts is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from genai_fast.fusion.chains import ACTIVATIONS, TRANSPOSED
+
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def tensors_are_plain(*tensors: torch.Tensor | None) -> bool:
+    return all(t is None or type(t) in PLAIN for t in tensors)
+
+
+def like(x: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | None:
+    """A leaf of random numbers with x's sizes, strides, dtype and requires_grad."""
+    if x is None:
+        return None
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return made.normal_(generator=generator).requires_grad_(x.requires_grad)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def suggests_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch's convolutions take x [N, C, H, W] for channels_last, by its strides; in doubt they do not."""
+    (n, c, h, w), (sn, sc, sh, sw) = x.shape, x.stride()
+    if sc == 0 or 0 in (n, c, h, w):
+        return False
+    least = 0
+    for size, stride in ((c, sc), (w, sw), (h, sh)):
+        if stride < least:
+            return False
+        least = stride * size if size > 1 else stride
+    return sn >= least and least != sc
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Of a four-dimensional tensor."""
+    return torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+
+
+class Convolution(NamedTuple):
+    """A convolution or transposed convolution: [N, C, ...] to [N, C_out, ...]."""
+
+    module: nn.Module | None  # None of one made up
+    transposed: bool
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    @staticmethod
+    def of(conv: nn.Module) -> Convolution:
+        weight, dims = conv._parameters["weight"], len(conv._parameters["weight"].shape) - 2
+
+        def sizes(value: Any) -> tuple[int, ...]:
+            given = tuple(value) if isinstance(value, Sequence) else (value,)
+            return tuple(int(v) for v in (given * dims if len(given) == 1 else given))
+
+        padding = conv.padding if isinstance(conv.padding, str) else sizes(conv.padding)
+        return Convolution(
+            conv, type(conv) in TRANSPOSED, weight, conv._parameters["bias"], sizes(conv.stride), padding,
+            sizes(conv.output_padding), sizes(conv.dilation), int(conv.groups), conv.padding_mode,
+        )  # fmt: skip
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of input and output."""
+        first, second = self.weight.shape[:2]
+        return (first, second * self.groups) if self.transposed else (second * self.groups, first)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def is_default(self) -> bool:
+        """Whether groups and dilation are 1, and the padding numbers of zeros."""
+        zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        return self.groups == 1 and zeros and all(d == 1 for d in self.dilation)
+
+    def multiplications(self, x: torch.Tensor) -> int:
+        """About how many the convolution of x takes."""
+        inner = self.weight.numel() // max(self.weight.size(0 if self.transposed else 1) * self.groups, 1)
+        return x.numel() * inner // (1 if self.transposed else math.prod(self.stride))
+
+    def output_plane(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Sizes of the result's plane; 0 where there is none."""
+        if isinstance(self.padding, str):
+            return tuple(x.shape[2:])
+        sizes = []
+        for k, size in enumerate(x.shape[2:]):
+            reach = self.dilation[k] * (self.kernel[k] - 1)
+            if self.transposed:
+                sizes.append((size - 1) * self.stride[k] - 2 * self.padding[k] + reach + self.output_padding[k] + 1)
+            else:
+                sizes.append((size + 2 * self.padding[k] - reach - 1) // self.stride[k] + 1)
+        return tuple(max(size, 0) for size in sizes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module gives."""
+        if self.module is not None:
+            return self.module(x)
+        function = getattr(F, f"conv{'_transpose' if self.transposed else ''}{self.weight.dim() - 2}d")
+        if self.transposed:
+            return function(
+                x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        padding = self.padding
+        if self.padding_mode != "zeros":  # the cost of another border is about that of this one
+            padding = "same" if isinstance(padding, str) else padding
+        return function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def made_up(self, generator: torch.Generator) -> Convolution:
+        weight, bias = like(self.weight, generator), like(self.bias, generator)
+        return self._replace(module=None, weight=weight, bias=bias)
+
+
+class Norm(NamedTuple):
+    """Batch norm, of this process's batch or of a group's."""
+
+    module: nn.Module | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    group: Any  # the processes that share their statistics; None: this one alone
+
+    @staticmethod
+    def of(norm: nn.Module) -> Norm:
+        parameters, buffers = norm._parameters, norm._buffers  # norm.weight looks in three places
+        mean, var, training = buffers["running_mean"], buffers["running_var"], bool(norm.training)
+        if training and not norm.track_running_stats:
+            mean = var = None
+        momentum = None if norm.momentum is None else float(norm.momentum)
+        group = _process_group(norm) if type(norm) is nn.SyncBatchNorm and training else None
+        return Norm(
+            norm, parameters["weight"], parameters["bias"], mean, var, training, momentum, float(norm.eps), group
+        )
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.weight, self.bias, self.mean, self.var
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether it takes the batch's statistics."""
+        return self.training or (self.mean is None and self.var is None)
+
+    def counted(self) -> float:
+        """Count the batch as the module does; the share of its statistics in the running ones."""
+        if self.module is None:
+            return 0.1
+        seen = self.module._buffers["num_batches_tracked"] if self.training else None
+        if self.module.track_running_stats and seen is not None:
+            seen.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(seen)
+        return 0.0 if self.momentum is None else self.momentum
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.module is not None:
+            return self.module(x)
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, self.of_batch, 0.1, self.eps)
+
+    def made_up(self, generator: torch.Generator) -> Norm:
+        weight, bias, mean, var = (like(t, generator) for t in self.tensors)
+        var = None if var is None else var.abs_().add_(0.5)
+        return Norm(None, weight, bias, mean, var, self.training, self.momentum, self.eps, None)
+
+
+def _process_group(norm: nn.Module) -> Any:
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class Activation(NamedTuple):
+    """An activation by the name that ops know it by."""
+
+    module: nn.Module
+    name: str
+    slope: float
+    inplace: bool
+
+    @staticmethod
+    def of(module: nn.Module) -> Activation:
+        name = ACTIVATIONS[type(module)]
+        if name == "gelu" and module.approximate == "tanh":
+            name = "gelu_tanh"
+        slope = float(module.negative_slope) if name == "leaky_relu" else 0.0
+        return Activation(module, name, slope, bool(module.__dict__.get("inplace")))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+NO_ACTIVATION = Activation(nn.Identity(), "none", 0.0, False)
+
+
+class Chain(NamedTuple):
+    """A convolution, a norm, an activation and a dropout in a row, each of which may be missing."""
+
+    letters: str
+    conv: Convolution | None
+    norm: Norm | None
+    activation: Activation
+    dropout: nn.Module | None
+
+    @staticmethod
+    def of(letters: str, modules: Sequence[nn.Module]) -> Chain:
+        """Raises: ValueError or TypeError on settings that are no numbers: a plain call says what is wrong."""
+        conv = norm = dropout = None
+        activation = NO_ACTIVATION
+        for kind, module in zip(letters.upper(), modules, strict=True):
+            if kind == "C":
+                conv = Convolution.of(module)
+            elif kind == "N":
+                norm = Norm.of(module)
+            elif kind == "D":
+                dropout = module
+            else:
+                activation = Activation.of(module)
+        return Chain(letters, conv, norm, activation, dropout)
+
+    def made_up(self, generator: torch.Generator) -> Chain:
+        """The same on tensors that belong to no module: with no hooks, no buffers of the user's and no collectives."""
+        conv = self.conv and self.conv.made_up(generator)
+        norm = self.norm and self.norm.made_up(generator)
+        return self._replace(conv=conv, norm=norm)
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """Parameters that ask for gradients."""
+        conv, norm = self.conv, self.norm
+        found = [*((conv.weight, conv.bias) if conv else ()), *((norm.weight, norm.bias) if norm else ())]
+        return [t for t in found if t is not None and t.requires_grad]
