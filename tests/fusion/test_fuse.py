@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genai_fast import autotune, explain, fuse, ops, unfuse, use_backend
-from genai_fast.fusion import thresholds
-from genai_fast.layers import ConvBNAct, FusedSequential, RMSNorm
+from genai_fast.layers import ConvBNAct, FusedSequential
 
 pytestmark = pytest.mark.usefixtures("small_is_fused")
 
@@ -42,7 +41,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_fused_model_is_the_model(name, fused_calls):
+def test_a_fused_model_is_the_model(name, fused_calls, pinned, monkeypatch):
     make, data = MODELS[name]
     fused, plain = _pair(make)
     x = data()
@@ -51,7 +50,8 @@ def test_a_fused_model_is_the_model(name, fused_calls):
     assert fused_calls[-len(EXPECTED[name]) :] == EXPECTED[name]
     if name == "branches":
         assert len(fused_calls) == 1 + 1  # its first norm has two uses: fused by itself
-    assert_alike(fused, plain, x)
+    monkeypatch.delenv("GENAI_FAST_DETERMINISTIC")
+    assert_alike(fused, plain, x)  # by whatever is measured to be the fastest
     assert_buffers_alike(fused, plain)
     assert isinstance(fused, make) and type(fused).__name__ == make.__name__
     assert repr(fused) == repr(plain)
@@ -64,9 +64,10 @@ def test_unfuse_gives_every_class_back(name, fused_calls):
     classes, optimizer = [type(m) for m in model.modules()], torch.optim.Adam(model.parameters())
     assert fuse(model) is model and fuse(model) is model
     fused_classes = [type(m) for m in model.modules()]
-    assert fused_classes != classes and all(issubclass(f, c) for f, c in zip(fused_classes, classes, strict=True))
+    assert any(f is not c for f, c in zip(fused_classes, classes, strict=True))
+    assert all(issubclass(f, c) for f, c in zip(fused_classes, classes, strict=True))
     assert optimizer.param_groups[0]["params"] == [*model.parameters()]
-    assert unfuse(model) is model and [type(m) for m in model.modules()] == classes
+    assert unfuse(model) is model and all(type(m) is c for m, c in zip(model.modules(), classes, strict=True))
     model(data())
     assert not fused_calls
     assert [type(m) for m in fuse(model).modules()] == fused_classes
@@ -120,7 +121,7 @@ def test_training_goes_on_after_fuse_and_unfuse():
 # --- what stays right later
 
 
-def test_hooks_that_come_late(fused_calls):
+def test_hooks_that_come_late(fused_calls, pinned):
     model, seen = fuse(HandWritten()), []
     z = torch.randn(7, 6)
     model.bn1.register_forward_hook(lambda module, args, y: seen.append(y))
@@ -129,7 +130,7 @@ def test_hooks_that_come_late(fused_calls):
     assert [y.shape[1] for y in seen] == [6, 3] and fused_calls == ["relu", "leaky_relu"]
 
 
-def test_children_of_another_class(fused_calls):
+def test_children_of_another_class(fused_calls, pinned):
     fused, plain = _pair(HandWritten)
     for model in (fused, plain):
         torch.manual_seed(2)
@@ -141,7 +142,7 @@ def test_children_of_another_class(fused_calls):
     assert len(fused(torch.randn(7, 6))) == 7
 
 
-def test_instances_of_one_class_are_decided_one_by_one(fused_calls):
+def test_instances_of_one_class_are_decided_one_by_one(fused_calls, pinned):
     x = torch.randn(4, 3, 8, 8)
     with_norm, without = OneNorm(nn.BatchNorm2d(4)), OneNorm(nn.Identity())
     both = fuse(nn.ModuleList([with_norm, without]))
@@ -168,7 +169,7 @@ class _Aliased(nn.Module):
         return self.bn(h) + y + F.relu(self.bn2(y), True)
 
 
-def test_what_works_in_place_keeps_its_order(fused_calls):
+def test_what_works_in_place_keeps_its_order(fused_calls, pinned):
     fused, plain = _pair(_Aliased)
     assert type(fused) is not _Aliased
     x = torch.randn(4, 3, 6, 6)
@@ -208,7 +209,6 @@ def test_gru_and_rms_norm_become_ours(monkeypatch, backend):
     for name in ("gru", "rms_norm"):
         op = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: calls.append(name) or op(*args))
-    monkeypatch.setattr(thresholds, "RMS_NORM", 1)
     fused, plain = _pair(Recurrent)
     x = torch.randn(9, 4, 6)
     with use_backend(backend) if backend else contextlib.nullcontext():
@@ -224,14 +224,7 @@ def test_gru_and_rms_norm_become_ours(monkeypatch, backend):
     assert [row.reason for row in explain(fuse(fused)) if row.path == "gru"] == ["its forward is replaced"]
 
 
-def test_small_norms_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(ops, "rms_norm", lambda *args: pytest.fail("called"))
-    fused, x = fuse(nn.Sequential(nn.RMSNorm(8))), torch.randn(4, 8)
-    assert isinstance(fused[0], RMSNorm)  # ours by class, PyTorch's by size
-    assert torch.equal(fused(x), F.rms_norm(x, (8,), fused[0].weight))
-
-
-def test_a_subclass_of_sequential(fused_calls):
+def test_a_subclass_of_sequential(fused_calls, pinned):
     fused, plain = _pair(lambda: _Block(3, 4))
     assert isinstance(fused, _Block)
     assert_alike(fused, plain, torch.randn(4, 3, 8, 8), steps=1)

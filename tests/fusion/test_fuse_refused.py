@@ -122,8 +122,8 @@ def test_explain_says_what_happens():
     rows = list(explain(model))
     assert [type(m) for m in model.modules()] == classes
     found = {row.path: row for row in rows}
-    paths = "convolution by the fastest of torch, channels_last, gemm (of 1 x 1), patches (of few pixels, CPU), kernel"
-    assert found["0.main.0+1+2"].becomes == f"batch_norm_act (ReLU); {paths} (CUDA)"
+    paths = "convolution by the fastest of folded, torch, folded_channels_last, channels_last, gemm, im2col, kernel"
+    assert found["0.main.0+1+2"].becomes == f"batch_norm_act (ReLU); {paths}"
     assert found["0.main.0+1+2"].found == "ConvTranspose2d + BatchNorm2d + ReLU"
     assert found["0.main.6+7"].becomes == paths and found["0.main.6+7"].found == "ConvTranspose2d + Tanh"
     assert "hooks" in found["1.old.0"].reason and found["1.old.1+2"].becomes == "batch_norm_act (LeakyReLU)"

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from alike import assert_alike, assert_close, with_statistics
 from torch import nn
 from torch.autograd import forward_ad
 
-from genai_fast import fuse
+from genai_fast import fuse, ops
 from genai_fast.fusion import thresholds
+from genai_fast.layers import RMSNorm
 
 
 def _model():
@@ -78,3 +80,10 @@ def test_batched_gradients_with_dropout_are_repeated(small_is_fused):
     (alone,) = torch.autograd.grad(y.sum(), x)
     assert_close(batch[0], alone)
     assert_close(batch[1], alone)
+
+
+def test_small_norms_are_pytorchs(monkeypatch):
+    monkeypatch.setattr(ops, "rms_norm", lambda *args: pytest.fail("called"))
+    fused, x = fuse(nn.Sequential(nn.RMSNorm(8))), torch.randn(4, 8)
+    assert isinstance(fused[0], RMSNorm)  # ours by class, PyTorch's by size
+    assert torch.equal(fused(x), F.rms_norm(x, (8,), fused[0].weight))
