@@ -199,7 +199,7 @@ def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
                     "onednn": lambda: lambda: _onednn(None, *operands),
                 }, "torch"
 
-            if autotune.choose(("matmul", form, shape), torch.device("cpu"), calls).path == "torch":
+            if autotune.choose(("matmul", form), shape, torch.device("cpu"), calls).name == "torch":
                 break
             faster[form] = math.prod(shape)
         if form not in faster:

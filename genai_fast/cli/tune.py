@@ -1,4 +1,4 @@
-"""The fastest path of every convolution of a model, measured ahead of its use."""
+"""The fastest implementation of every convolution of a model, measured ahead of its use."""
 
 from __future__ import annotations
 
@@ -73,21 +73,21 @@ def tune(
 
 
 def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
-    """Header and rows: what runs, its path, why that one, and the times that speak for it."""
+    """Header and rows: what runs, its implementation, why that one, and the measured times."""
     names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
-    rows = [("convolution", "path", "why", *(f"{name} us" for name in names))]
-    for key, (path, times) in chosen.items():
-        shown = (f"{times[name]:.0f}" if name in times else "-" for name in names)
-        rows.append((key, path, _why(path, times), *shown))
+    rows = [("convolution", "implementation", "why", *(f"{name} us" for name in names))]
+    for key, (name, times) in chosen.items():
+        shown = (f"{times[n]:.0f}" if n in times else "-" for n in names)
+        rows.append((key, name, _why(name, times), *shown))
     return rows
 
 
-def _why(path: str, times: dict[str, float]) -> str:
+def _why(name: str, times: dict[str, float]) -> str:
     if not times:
         return "the only one"
-    fixed = "torch" if "torch" in times else next(iter(times))
-    if path != fixed:
-        return f"{times[fixed] / times[path]:.2f} x {fixed}"
+    default = "torch" if "torch" in times else next(iter(times))
+    if name != default:
+        return f"{times[default] / times[name]:.2f} x {default}"
     return f"no other takes less than {autotune.MARGIN:.0%} of its time"
 
 
@@ -95,7 +95,7 @@ def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
     """The table as a document."""
     header, *rows = table(chosen)
     lines = [
-        "# The path of each convolution",
+        "# The implementation of each convolution",
         "",
         machine,
         "",

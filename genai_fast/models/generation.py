@@ -299,9 +299,9 @@ class CachedGPT:
             return make
 
         if _decode.serves(self._model, self._batch):
-            key = ("step of a GPT", tuple(self._keys.shape), "vocabulary", self._model.vocabulary, self._keys.dtype)
-            makers = {name: maker(name) for name in ways}
-            self.path = autotune.choose(key, self._lengths.device, lambda: (makers, "modules")).path
+            family = ("step of a GPT", "vocabulary", self._model.vocabulary, self._keys.dtype)
+            makers, shape = {name: maker(name) for name in ways}, tuple(self._keys.shape)
+            self.path = autotune.choose(family, shape, self._lengths.device, lambda: (makers, "modules")).name
             self._lengths.fill_(self._held)
         return graphs.get(self.path) or _graphed(ways[self.path], ids, self._lengths)
 

@@ -5,11 +5,11 @@ import torch
 
 from genai_fast import autotune
 from genai_fast.cli.parser import main
+from genai_fast.fusion.implementations import CONVOLUTIONS
 
 
 @pytest.fixture(autouse=True)
-def _measured(monkeypatch, tmp_path):
-    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "0")
+def _measured(monkeypatch, tmp_path, small_is_fused):
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "cache"))
     autotune.forget()
     yield
@@ -31,18 +31,19 @@ def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypa
     (tmp_path / "mine.py").write_text(MODEL)
     assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[:5] == ["convolution", "path", "why", "torch", "us"] and "gemm us" in printed[0]
-    ((_, choices),) = autotune.remembered().items()
+    assert printed[0].split()[:5] == ["convolution", "implementation", "why", "torch", "us"] and "gemm us" in printed[0]
+    ((_, families),) = autotune.remembered().items()
+    choices = {autotune._text((f,), s): choice for f, shapes in families.items() for s, choice in shapes.items()}
     assert printed[-1] == f"{len(choices)} convolutions; remembered in {autotune.file()}"
     assert {line.split("  ")[0] for line in printed[1:-1]} == {*choices}
-    assert {choice.path for choice in choices.values()} <= {"torch", "channels_last", "gemm", "patches", "kernel"}
+    assert {choice.name for choice in choices.values()} <= {option.name for option in CONVOLUTIONS}
     assert all(choice.microseconds for choice in choices.values())
     monkeypatch.setattr(autotune, "_measure", lambda *_: pytest.fail("measured again"))
     out = ["--out", f"{tmp_path}/table.md"]
     assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4", *out]) == 0
     written = (tmp_path / "table.md").read_text()
     assert autotune.machine(torch.device("cpu")) in written
-    assert all(f"| {key} | {choice.path} |" in written for key, choice in choices.items())
+    assert all(f"| {key} | {choice.name} |" in written for key, choice in choices.items())
 
 
 @pytest.mark.parametrize(

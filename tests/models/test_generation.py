@@ -173,7 +173,6 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
         (_decode, "serves", lambda *_: True),
     ):
         monkeypatch.setattr(module, name, instead)
-    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "0")
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
     autotune.forget()
     for _ in range(2):  # the second decoder remembers

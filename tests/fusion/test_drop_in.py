@@ -1,0 +1,380 @@
+"""A model that ran in plain PyTorch runs fused: whatever was done to its modules, with measurement on."""
+
+import copy
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from alike import assert_alike, assert_close, assert_gradients_close, step
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from genai_fast import autotune, explain, fuse
+from genai_fast.fusion import implementations
+from genai_fast.fusion.implementations import CONVOLUTIONS
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
+    autotune.forget()
+    torch.manual_seed(0)
+    yield
+    autotune.forget()
+
+
+def pair(make):
+    model = make()
+    return fuse(copy.deepcopy(model)), model
+
+
+class View(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x):
+        return x.view(len(x), *self.sizes)
+
+
+@pytest.fixture(params=[option.name for option in CONVOLUTIONS])
+def forced(request, monkeypatch):
+    """One implementation for every convolution that it serves."""
+
+    def choose(family, shape, device, candidates):
+        makers, default = candidates()
+        return autotune.Choice(request.param if request.param in makers else default, {})
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    return request.param
+
+
+# --- measuring never touches the model
+
+
+def block():
+    return nn.Sequential(nn.Conv2d(16, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU())
+
+
+def test_parameters_that_are_no_leaves():
+    fused, plain = pair(block)
+    weight = torch.randn(32, 16, 3, 3, requires_grad=True)
+    x = torch.randn(4, 16, 31, 33)
+    found, expected = (torch.func.functional_call(m, {"0.weight": weight * 2}, (x,)) for m in (fused, plain))
+    assert_close(found, expected, 1e-4)
+    assert autotune.chosen(x.device)
+
+
+def test_modules_that_cannot_be_copied():
+    fused, plain = pair(block)
+    fused[0].lock = threading.Lock()
+    x = torch.randn(4, 16, 32, 33)
+    assert_close(fused(x), plain(x), 1e-4)
+    assert autotune.chosen(x.device)
+
+
+def test_a_norm_with_a_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        plain = block()
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), dist.new_group([0])).eval()
+        x = torch.randn(4, 16, 32, 32)
+        assert_close(fuse(model)(x), plain.eval()(x), 1e-4)
+        assert_close(model.train()(x), plain.train()(x), 1e-4)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_measuring_leaves_random_state_buffers_and_gradients_alone():
+    fused, plain = pair(block)
+    x = torch.randn(4, 16, 32, 32)
+    state = torch.get_rng_state()
+    y = fused(x)
+    assert torch.equal(torch.get_rng_state(), state) and autotune.chosen(x.device)
+    assert all(p.grad is None for p in fused.parameters())
+    plain(x)
+    assert fused[1].num_batches_tracked == 1
+    assert_close(fused[1].running_mean, plain[1].running_mean, 1e-4)
+    assert y.requires_grad
+
+
+def test_measuring_is_bounded_in_batch_and_shapes(monkeypatch):
+    measured = []
+
+    def measure(device, makers, default):
+        rows = implementations._MEASURED["cpu"]
+        for make in makers.values():
+            make()()
+        measured.append(rows)
+        return autotune.Choice(default, dict.fromkeys(makers, 1.0))
+
+    made, like = [], implementations.like
+    monkeypatch.setattr(autotune, "_measure", measure)
+    monkeypatch.setattr(implementations, "like", lambda x, g: made.append(x.shape) or like(x, g))
+    monkeypatch.setitem(implementations._MEASURED, "cpu", 1 << 22)
+    fused = fuse(block())
+    for k in range(2 * autotune.MOST_SHAPES):
+        fused(torch.randn(9, 16, 32 + k, 32))
+    assert len(measured) == autotune.MOST_SHAPES
+    assert {shape[0] for shape in made} == {1}
+    fused(torch.randn(5, 16, 32, 32))
+    assert len(measured) == autotune.MOST_SHAPES
+
+
+def test_an_implementation_that_fails_is_left_out_with_a_warning():
+    def makers():
+        def broken():
+            raise RuntimeError("broken")
+
+        return {"torch": lambda: lambda: None, "broken": lambda: broken}, "torch"
+
+    autotune._warn_once.cache_clear()
+    with pytest.warns(autotune.AutotuneWarning, match="broken fails and is left out"):
+        assert autotune.choose(("op",), (1,), torch.device("cpu"), makers).name == "torch"
+
+
+class _Mode(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", []), str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+def test_under_a_mode_nothing_is_measured():
+    fused, plain = pair(block)
+    x = torch.randn(4, 16, 32, 32)
+    with _Mode() as mode:
+        y = fused(x)
+    assert sum("convolution" in name for name in mode.seen) == 1 and not autotune.chosen(x.device)
+    assert_close(y, plain(x), 1e-4)
+
+
+# --- what comes after may change a result in place
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_an_activation_in_place_after_any_convolution(forced, kind, bias):
+    fused, plain = pair(lambda: nn.Sequential(kind(64, 32, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2, inplace=True)))
+    assert_alike(fused, plain, torch.randn(16, 64, 8, 8), steps=1)
+
+
+CHANGED = {
+    "dropout": lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.0)),
+    "norm": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+    "leaky_relu": lambda: nn.Sequential(nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.LeakyReLU(0.2)),
+    "conv": lambda: nn.Sequential(nn.Conv2d(3, 16, 3)),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGED])
+def test_a_result_may_be_changed_in_place(name, forced, small_is_fused):
+    fused, plain = pair(CHANGED[name])
+    x = torch.randn(64, 64) if name == "dropout" else torch.randn(4, 16 if name == "leaky_relu" else 3, 12, 12)
+    gradients = []
+    for model in (fused, plain):
+        y = model(x)
+        if name == "norm" and model is plain:  # PyTorch's ReLU keeps its result
+            y = y.clone()
+        y += 1.0
+        y.square().sum().backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters()})
+    assert_gradients_close(*gradients)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.LeakyReLU], ids=lambda a: a.__name__)
+def test_dropout_after_an_activation_in_place(act):
+    model = fuse(nn.Sequential(nn.Linear(256, 256), act(inplace=True), nn.Dropout(0.1)))
+    y = model(torch.randn(64, 256))
+    y += 1.0
+    y.sum().backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+def test_states_may_be_changed_in_place(options):
+    fused, plain = pair(lambda: nn.GRU(16, 16, **options))
+    x = torch.randn(20, 20, 16)
+    gradients = []
+    for model in (fused, plain):
+        y, h = model(x)
+        y *= 2.0
+        h += 1.0
+        (y.square().sum() + h.sum()).backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters()})
+    assert_gradients_close(*gradients)
+
+
+# --- numbers are read as a plain call reads them
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(
+    "settings", [{"stride": 1}, {"padding": 2}, {"dilation": 2}, {"stride": [2, 2], "padding": np.int64(1)}], ids=str
+)
+def test_settings_changed_later(kind, settings, forced):
+    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU()))
+    for model in (fused, plain):
+        for name, value in settings.items():
+            setattr(model[0], name, value)
+    if "padding" in settings and isinstance(settings["padding"], np.int64):
+        plain[0].padding = 1  # F takes no NumPy integer
+    assert_alike(fused, plain, torch.randn(4, 32, 24, 24), steps=1)
+
+
+def test_numbers_of_numpy():
+    fused, plain = pair(
+        lambda: nn.Sequential(nn.Linear(256, 64), nn.LeakyReLU(np.float32(0.25)), nn.Dropout(np.float64(0.0)))
+    )
+    x = torch.randn(512, 256)
+    assert_close(fused(x), plain(x))
+    model = fuse(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Dropout(np.float32(0.5))))
+    assert (model(torch.randn(128, 256)) == 0).any()
+
+
+def test_sizes_that_attributes_no_longer_tell():
+    """A pruned convolution: its weight has other sizes than its attributes say."""
+    fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()))
+    for model in (fused, plain):
+        model[0].weight = nn.Parameter(model[0].weight[:24, :12].detach().clone())
+        model[0].bias = nn.Parameter(model[0].bias[:24].detach().clone())
+    plain.load_state_dict(fused.state_dict())
+    assert_alike(fused, plain, torch.randn(4, 12, 32, 32), steps=1)
+
+
+# --- memory layouts are those of the place
+
+
+def textbook():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 32 * 32, 32 * 16 * 16), View(32, 16, 16), nn.ConvTranspose2d(32, 3, 4, 2, 1),
+        nn.Sigmoid(), View(-1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_views_between_layers(forced, layout):
+    fused, plain = pair(textbook)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=layout)
+    assert_close(fused(x), plain(x), 1e-4)
+    assert fused(x).shape == (4, 3072)
+
+
+@pytest.mark.parametrize("weight", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("given", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_results_lie_as_pytorchs(forced, kind, given, weight):
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU()))
+    x = torch.randn(4, 32, 24, 26)
+    x = x.transpose(2, 3) if given == "strided" else x.contiguous(memory_format=formats[given])
+    for model in (fused, plain):
+        model.to(memory_format=formats[weight])
+    assert_alike(fused, plain, x, steps=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d, lambda c: nn.GroupNorm(8, c)], ids=str)
+def test_gradients_reach_a_norm_in_its_layout(forced, batch, norm):
+    fused, plain = pair(lambda: nn.Sequential(norm(128), nn.Conv2d(128, 128, 3, padding=1)))
+    x = torch.randn(batch, 128, 8, 8)
+    (_, found), (_, expected) = step(fused, x), step(plain, x)
+    assert_gradients_close(found, expected)
+
+
+# --- what a plain call would run
+
+
+def test_a_method_replaced_on_the_class(monkeypatch):
+    fused, plain = pair(lambda: nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()).eval())
+    x = torch.randn(8, 64, 128, 128)
+
+    def of_batch(self, x):
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True)
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", of_batch)
+    assert_close(fused(x), plain(x))
+    monkeypatch.undo()
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: nn.functional.conv2d(x, 2 * w, b))
+    fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU()))
+    x = torch.randn(4, 16, 64, 64)
+    assert_close(fused(x), plain(x))
+
+
+def test_a_nested_tensor():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1))
+    x = torch.nested.nested_tensor([torch.randn(200, 64), torch.randn(100, 64)])
+    assert fuse(model)(x).is_nested
+
+
+# --- tables of classes, copies and scripts find the original class
+
+
+def test_quantization_finds_a_fused_gru():
+    fused = fuse(nn.Sequential(nn.GRU(16, 16)))
+    quantized = torch.ao.quantization.quantize_dynamic(fused, {nn.GRU})
+    assert isinstance(quantized[0], torch.ao.nn.quantized.dynamic.GRU)
+
+
+def test_a_fused_gru_is_scripted():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(6, 8)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    fused, plain = pair(lambda: nn.Sequential(nn.GRU(6, 8)))
+    x = torch.randn(9, 2, 6)
+    assert_close(torch.jit.script(fused[0])(x)[0], plain(x)[0])
+
+
+def test_a_class_is_saved_as_the_original():
+    fused, stream = fuse(block()), io.BytesIO()
+    torch.save({"class": type(fused), "state": fused.state_dict()}, stream)
+    stream.seek(0)
+    assert torch.load(stream, weights_only=False)["class"] is nn.Sequential
+
+
+def test_a_parametrized_fused_module_is_copied():
+    fused = fuse(nn.GRU(16, 32))
+    parametrizations.weight_norm(fused, "weight_hh_l0")
+    averaged = torch.optim.swa_utils.AveragedModel(fused)
+    x = torch.randn(9, 2, 16)
+    assert_close(averaged(x)[0], fused(x)[0])
+    twin = copy.deepcopy(fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    assert type(twin[0]) is nn.Conv2d
+
+
+# --- explain says what serves a call
+
+
+def test_explain_with_an_example():
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.GroupNorm(8, 32), nn.Flatten(),
+        nn.Linear(32 * 32 * 32, 8), nn.ReLU(), nn.Dropout(0.5),
+    )  # fmt: skip
+    classes, state = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    rows = {row.path: row for row in explain(model, torch.randn(4, 16, 32, 32))}
+    assert all(type(m) is c for m, c in zip(model.modules(), classes, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    conv = rows["0+1+2"]
+    assert conv.becomes.endswith(" us)") and "torch" in conv.becomes + conv.reason
+    assert "measured slower (" in conv.reason and "gemm: neither input nor output is 1 x 1" in conv.reason
+    assert rows["6+7"].becomes == "modules" and "32 elements are fewer than 8192" in rows["6+7"].reason
+    assert "no fused GroupNorm" in rows["3"].reason and "tune_cpu" in rows["5"].reason
+    assert "0+1+2" in str(explain(model, torch.randn(4, 16, 32, 32)))
+
+
+def test_explain_names_every_leaf_that_costs_time():
+    model = nn.Sequential(
+        nn.LSTM(4, 4), nn.PReLU(), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(3), nn.Linear(3, 3), nn.Flatten()
+    )
+    reasons = {row.path: row.reason for row in explain(model)}
+    assert "one call already" in reasons["0"] and "PReLU" in reasons["1"] and "Upsample" in reasons["2"]
+    assert "InstanceNorm2d" in reasons["3"] and "5" not in reasons
