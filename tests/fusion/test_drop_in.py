@@ -162,7 +162,6 @@ def test_an_activation_in_place_after_any_convolution(forced, kind, bias):
 
 
 CHANGED = {
-    "dropout": lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.0)),
     "norm": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
     "leaky_relu": lambda: nn.Sequential(nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.LeakyReLU(0.2)),
     "conv": lambda: nn.Sequential(nn.Conv2d(3, 16, 3)),
@@ -172,7 +171,7 @@ CHANGED = {
 @pytest.mark.parametrize("name", [*CHANGED])
 def test_a_result_may_be_changed_in_place(name, forced, small_is_fused):
     fused, plain = pair(CHANGED[name])
-    x = torch.randn(64, 64) if name == "dropout" else torch.randn(4, 16 if name == "leaky_relu" else 3, 12, 12)
+    x = torch.randn(4, 16 if name == "leaky_relu" else 3, 12, 12)
     gradients = []
     for model in (fused, plain):
         y = model(x)
@@ -184,9 +183,10 @@ def test_a_result_may_be_changed_in_place(name, forced, small_is_fused):
     assert_gradients_close(*gradients)
 
 
+@pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.LeakyReLU], ids=lambda a: a.__name__)
-def test_dropout_after_an_activation_in_place(act):
-    model = fuse(nn.Sequential(nn.Linear(256, 256), act(inplace=True), nn.Dropout(0.1)))
+def test_the_result_of_dropout_after_an_activation(act, inplace):
+    model = fuse(nn.Sequential(nn.Linear(256, 256), act(inplace=inplace), nn.Dropout(0.1)))
     y = model(torch.randn(64, 256))
     y += 1.0
     y.sum().backward()
@@ -215,11 +215,13 @@ def test_states_may_be_changed_in_place(options):
     "settings", [{"stride": 1}, {"padding": 2}, {"dilation": 2}, {"stride": [2, 2], "padding": np.int64(1)}], ids=str
 )
 def test_settings_changed_later(kind, settings, forced):
-    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU()))
+    if kind is nn.ConvTranspose2d and not isinstance(settings.get("padding", (0, 0)), tuple):
+        pytest.skip("PyTorch's takes no int here either")
+    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.Tanh()))
     for model in (fused, plain):
         for name, value in settings.items():
             setattr(model[0], name, value)
-    if "padding" in settings and isinstance(settings["padding"], np.int64):
+    if isinstance(settings.get("padding"), np.int64):
         plain[0].padding = 1  # F takes no NumPy integer
     assert_alike(fused, plain, torch.randn(4, 32, 24, 24), steps=1)
 
@@ -267,7 +269,7 @@ def test_views_between_layers(forced, layout):
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_results_lie_as_pytorchs(forced, kind, given, weight):
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU()))
+    fused, plain = pair(lambda: nn.Sequential(kind(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.Tanh()))
     x = torch.randn(4, 32, 24, 26)
     x = x.transpose(2, 3) if given == "strided" else x.contiguous(memory_format=formats[given])
     for model in (fused, plain):
@@ -318,18 +320,20 @@ def test_quantization_finds_a_fused_gru():
     assert isinstance(quantized[0], torch.ao.nn.quantized.dynamic.GRU)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 8)
+
+    def forward(self, x):
+        return self.gru(x)[0]
+
+
 def test_a_fused_gru_is_scripted():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gru = nn.GRU(6, 8)
-
-        def forward(self, x):
-            return self.gru(x)[0]
-
-    fused, plain = pair(lambda: nn.Sequential(nn.GRU(6, 8)))
+    fused, plain = pair(Recurrent)
+    assert type(fused.gru) is not nn.GRU
     x = torch.randn(9, 2, 6)
-    assert_close(torch.jit.script(fused[0])(x)[0], plain(x)[0])
+    assert_close(torch.jit.script(fused)(x), plain(x))
 
 
 def test_a_class_is_saved_as_the_original():
@@ -358,14 +362,14 @@ def test_explain_with_an_example():
         nn.Linear(32 * 32 * 32, 8), nn.ReLU(), nn.Dropout(0.5),
     )  # fmt: skip
     classes, state = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
-    random = torch.get_rng_state()
-    rows = {row.path: row for row in explain(model, torch.randn(4, 16, 32, 32))}
+    x, random = torch.randn(4, 16, 32, 32), torch.get_rng_state()
+    rows = {row.path: row for row in explain(model, x)}
     assert all(type(m) is c for m, c in zip(model.modules(), classes, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
     conv = rows["0+1+2"]
     assert conv.becomes.endswith(" us)") and "torch" in conv.becomes + conv.reason
-    assert "measured slower (" in conv.reason and "gemm: neither input nor output is 1 x 1" in conv.reason
+    assert "measured slower (" in conv.reason and "gemm: groups, dilation or padding" in conv.reason
     assert rows["6+7"].becomes == "modules" and "32 elements are fewer than 8192" in rows["6+7"].reason
     assert "no fused GroupNorm" in rows["3"].reason and "tune_cpu" in rows["5"].reason
     assert "0+1+2" in str(explain(model, torch.randn(4, 16, 32, 32)))

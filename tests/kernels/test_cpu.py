@@ -116,8 +116,8 @@ def test_an_inexact_library_is_refused(onednn_is_faster, monkeypatch):
     assert len(said) == 3 and all("stay as they are: oneDNN's relative error is" in text for text in said)
 
 
-def test_deterministic_runs_keep_torchs_library():
-    assert autotune.pinned()  # as all tests run
+def test_deterministic_runs_keep_torchs_library(pinned):
+    assert autotune.pinned()
     with genai_fast.tune_cpu(memory=False) as tuning:
         assert tuning.onednn == {} and "by PyTorch's own library" in str(tuning)
 
