@@ -139,10 +139,8 @@ _COMPILE_CASES = (
     CompileCase("geglu_bias", _inputs(4096, 1024, packed=True, bias=True, activation="gelu")),
     CompileCase("geglu_tanh", _inputs(4096, 1024, packed=True, activation="gelu_tanh")),
 )
-_MOST = {
-    "gelu": 95,
-    "gelu_tanh": 70,
-}  # instructions per element; those of the loop that sums a bias's gradient count once
+# Instructions per element; those of the loop that sums a bias's gradient count once.
+_MOST = {"gelu": 95, "gelu_tanh": 70}
 _EXPECTED = dict.fromkeys(
     ("_gated_act_forward", "_gated_act_backward"),
     Expected(
