@@ -1,41 +1,42 @@
 """The compile gate: every Triton kernel compiled for every architecture, without a GPU.
 
-    python -m bench.compile_gate [--arch 80 90]            the table
-    python -m bench.compile_gate --check [--arch 80 90]    and a comparison with the committed one
-    python -m bench.compile_gate --update                  and the committed one written anew
-    python -m bench.compile_gate --check --once            each kernel in one case only: what tests can wait for
+    python -m bench.compile_gate [FOLDER ...] [--arch 80 90]  the table, of these folders of kernels/ or of all
+    python -m bench.compile_gate --check                   and a comparison with the committed one
+    python -m bench.compile_gate --update                  and the committed one rewritten
+    python -m bench.compile_gate --check --once            each kernel as one case launches it: for tests
+
+What is compiled are the launches of the ops' bench cases and compile cases, as bench.launches records them.
 
 Each committed table, bench/gate/triton-<version>.json, is of one Triton version, whose compiler is part of
 what is measured. `--check` fails on spills, on lost matrix instructions or loads of 16 bytes, on registers or
-shared memory that leave room for fewer warps, on more instructions, and on a case's own limit of instructions
-an element.
+shared memory that leave room for fewer warps, on more instructions, and on what the op's spec expects of a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from bench import sass
-from bench.record import write_json
+from bench.launches import Launch, launches
+from bench.record import write_all, write_json
 from genai_fast import registry
 from genai_fast.kernels.common.extension import interpreting
-from genai_fast.kernels.common.spec import CompileCase
+from genai_fast.kernels.common.spec import PRECISIONS, Case, Expected, OpSpec
 
 ARCHITECTURES = (80, 90, 100, 120)
-LIMITED = 90  # the architecture of CompileCase.max_instructions_per_element
+LIMITED = 90  # the architecture of Expected.most
 INSTRUCTION_SLACK = 0.03  # relative: compilers reorder, so a handful more is no regression
 TABLES = Path(__file__).parent / "gate"
 REMEDY = "if this is intended: python -m bench.compile_gate --update"
@@ -72,86 +73,92 @@ MULTIPROCESSORS = {
 class Job:
     """One kernel to compile for one architecture."""
 
-    folder: str
-    case: CompileCase
+    name: str  # <folder>/<kernel>/<op>-<case that launches it>-<precision>
+    launch: Launch
     arch: int
+    expected: Expected = field(default_factory=Expected)
+    precision: str = "fp32"
 
     def __str__(self) -> str:
-        return f"{self.folder}/{self.case.name}/sm_{self.arch}"
-
-    def source(self) -> Any:
-        """Triton's source: pointers and integers are multiples of 16 where the launcher may say so.
-
-        A type says otherwise by its divisor: "i32:1".
-        """
-        from triton.compiler import ASTSource
-
-        module = self.case.module or f"{self.folder}.triton_kernel"
-        kernel = getattr(importlib.import_module(f"genai_fast.kernels.{module}"), self.case.kernel)
-        given = self.case.signature
-        if set(given) != set(kernel.arg_names):
-            difference = ", ".join(sorted(set(given) ^ set(kernel.arg_names)))
-            raise ValueError(f"{self}: the signature and the arguments of {self.case.kernel} differ in: {difference}")
-        types, constants, attributes = {}, {}, {}
-        for parameter in kernel.params:
-            value = given[parameter.name]
-            if parameter.is_constexpr or not isinstance(value, str):
-                types[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            types[parameter.name], _, divisor = value.partition(":")
-            may_divide = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-            if may_divide and int(divisor or 16) % 16 == 0 and re.match(r"[*iu]", value):
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+        return f"{self.name}/sm_{self.arch}"
 
     def key(self) -> str:
         """Changes with the kernel, the functions it calls, its arguments, Triton and the way of counting."""
         import triton
 
         counting = Path(sass.__file__).read_bytes()
-        options = (triton.__version__, self.arch, self.case.num_warps, self.case.num_stages)
-        return hashlib.sha256(f"{self.source().hash()}{options}".encode() + counting).hexdigest()
+        options = (triton.__version__, self.arch, *self.launch.options.items())
+        return hashlib.sha256(f"{self.launch.source().hash()}{options}".encode() + counting).hexdigest()
 
     def row(self, usage: dict[str, Any]) -> Row:
-        """What is committed: the usage, and instructions an element (a warp executes each for 32 threads).
+        """What is committed: the usage, and instructions per element (a warp executes each for 32 threads).
 
-        All are counted once: exact for straight-line code, too many where some branch is rare.
+        All are counted once: exact for straight-line code, too many if some branch is rare.
         """
         if "error" in usage:
             return usage
-        threads = 32 * self.case.num_warps
-        elements = self.case.elements
-        per_element = round(usage["instructions"] * threads / elements, 2) if elements else None
-        return {"num_warps": self.case.num_warps, **usage, "instructions_per_element": per_element}
+        warps = self.launch.options["num_warps"]
+        elements = self.expected.elements and self.expected.elements(self.launch.named_constants())
+        per_element = round(usage["instructions"] * 32 * warps / elements, 2) if elements else None
+        return {"num_warps": warps, **usage, "instructions_per_element": per_element}
 
 
-def jobs(architectures: Iterable[int]) -> list[Job]:
-    """Every compile case of every op; ops of one folder share their kernels."""
-    found: dict[str, Job] = {}
+def jobs(architectures: Iterable[int], folders: Collection[str] = ()) -> list[Job]:
+    """Every kernel as the bench cases and compile cases of its folder's ops launch it, by the first case that does.
+
+    Args:
+        folders: of kernels/; all by default.
+    """
+    found: dict[tuple[str, int, str], Job] = {}
+    begun: set[str] = set()
     for op in registry.OPS.values():
-        for case in op.compile_cases:
-            for arch in [a for a in architectures if a in (case.architectures or (a,))]:
-                job = Job(op.folder, case, arch)
-                if found.setdefault(str(job), job) != job:
-                    raise ValueError(f"{job}: two compile cases have this name; rename one in {op.folder}/spec.py")
+        if (folders and op.folder not in folders) or not any("triton" in library.kernels for library in op.library):
+            continue
+        own = (f"genai_fast.kernels.{op.folder}.", "genai_fast.kernels.common.")
+        first = op.folder not in begun
+        begun.add(op.folder)
+        for case, precision in _cases(op, first):
+            if PRECISIONS[precision][0] not in op.dtypes:
+                continue
+            for arch in architectures:
+                seen: Counter[str] = Counter()
+                for launch in launches(op, case, precision, arch):
+                    key = op.folder, arch, launch.identity
+                    if key in found or not launch.module.startswith(own):
+                        continue
+                    seen[launch.kernel] += 1
+                    name = f"{op.folder}/{launch.kernel[1:]}/{op}-{case}-{precision}"
+                    name += f"-{seen[launch.kernel]}" if seen[launch.kernel] > 1 else ""
+                    expected = op.expected.get(launch.kernel, Expected())
+                    found[key] = Job(name, launch, arch, expected, precision)
+    repeated = [name for name, times in Counter(map(str, found.values())).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]}: two launches have this name; rename a case in the spec")
     return list(found.values())
+
+
+def _cases(op: OpSpec, first: bool) -> Iterator[tuple[Case, str]]:
+    """And how each is launched: the first bench case of a folder in every precision, the others in bfloat16."""
+    for k, case in enumerate(op.bench_cases):
+        yield from ((case, precision) for precision in ("bf16", *(("fp32", "tf32") if first and not k else ())))
+    for case in op.compile_cases:
+        yield from ((case, precision) for precision in case.precisions)
 
 
 def once(todo: list[Job]) -> list[Job]:
-    """The first case of each kernel on each architecture."""
-    found: dict[tuple[Any, ...], Job] = {}
+    """The first launch of each kernel on each architecture."""
+    found: dict[tuple[str, str, int], Job] = {}
     for job in todo:
-        found.setdefault((job.folder, job.case.kernel, job.arch), job)
+        found.setdefault((job.launch.module, job.launch.kernel, job.arch), job)
     return list(found.values())
 
 
-def _compile(job: Job) -> dict[str, Any]:
+def _compile(launch: Launch, arch: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": job.case.num_warps, "num_stages": job.case.num_stages}
     try:
-        compiled = triton.compile(job.source(), target=GPUTarget("cuda", job.arch, 32), options=options)
+        compiled = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         return sass.analyse(compiled.asm["cubin"], compiled.metadata.shared, tools).as_dict()
     except Exception as error:  # whatever the compiler raises is the result
@@ -161,17 +168,17 @@ def _compile(job: Job) -> dict[str, Any]:
 def _compile_apart(waiting: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Usages as they are ready. Should a compiler abort, and its process with it, each is tried alone."""
     fork = get_context("fork")
-    done = 0
+    done, work = 0, [(job.launch, job.arch) for job in waiting]  # as much of a job as can be sent to a process
     try:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=fork) as pool:
-            for job, usage in zip(waiting, pool.map(_compile, waiting), strict=True):
+            for job, usage in zip(waiting, pool.map(_compile, *zip(*work, strict=True)), strict=True):
                 done += 1
                 yield job, usage
     except BrokenProcessPool:
-        for job in waiting[done:]:
+        for job, sent in zip(waiting[done:], work[done:], strict=True):
             try:
                 with ProcessPoolExecutor(1, mp_context=fork) as pool:
-                    yield job, pool.submit(_compile, job).result()
+                    yield job, pool.submit(_compile, *sent).result()
             except BrokenProcessPool:
                 yield job, {"error": "the compiler aborted"}
 
@@ -192,7 +199,7 @@ def measure(todo: list[Job], cache: Path) -> dict[str, Row]:
             usages[str(job)] = json.loads(kept[str(job)].read_text())
         except (OSError, ValueError):
             waiting.append(job)
-    for job, usage in _compile_apart(waiting):
+    for job, usage in _compile_apart(waiting) if waiting else ():
         usages[str(job)] = usage
         if "error" not in usage:
             write_json(kept[str(job)], usage)
@@ -204,7 +211,7 @@ def violations(
 ) -> list[str]:
     """What is wrong with `table`: by itself, and (unless `committed` is None) against the committed one.
 
-    `every`: all jobs that the committed table is of, where `todo` is a part of them.
+    `every`: all jobs that the committed table is of, if `todo` is a part of them.
     """
     wrong = []
     for job in todo:
@@ -224,31 +231,37 @@ def violations(
     if committed is not None:
         architectures, names = {job.arch for job in todo}, {str(job) for job in every or todo}
         stale = [n for n in committed if n not in names and int(n.rsplit("_", 1)[1]) in architectures]
-        wrong += [f"{name}: expected a compile case of this name, got none; {REMEDY}" for name in stale]
+        wrong += [f"{name}: expected a launch of this name, got none; {REMEDY}" for name in stale]
     return wrong
 
 
 def _absolute(job: Job, row: Row) -> Iterator[str]:
-    if row["spill_bytes"] or row["local_accesses"]:
+    expected, constants = job.expected, job.launch.named_constants()
+    may_spill = expected.may_spill is not None and expected.may_spill(constants)
+    if (row["spill_bytes"] or row["local_accesses"]) and not may_spill:
         yield (
             f"spills: expected 0 bytes, got {row['spill_bytes']} bytes a thread and {row['local_accesses']}"
             f" accesses to local memory; use a smaller block or more warps"
         )
-    if job.case.tensor_cores and not row["tensor_cores"]:
+    exact = job.precision == "fp32" and constants.get("PRECISION") == "ieee"
+    if expected.tensor_cores and not exact and not row["tensor_cores"]:
         yield "matrix instructions: expected some, got none; the kernel multiplies on the ordinary units"
-    if job.case.wide_loads and not row["wide_loads"]:
+    aligned = all(map(job.launch.is_aligned, expected.wide_loads or ()))
+    if expected.wide_loads is not None and aligned and not row["wide_loads"]:
         yield "loads of 16 bytes: expected some, got none; strides or masks hide that addresses are aligned"
-    limit, got = job.case.max_instructions_per_element, row["instructions_per_element"]
-    if job.arch == LIMITED and limit is not None:
+    limit, got = expected.most(constants) if callable(expected.most) else expected.most, row["instructions_per_element"]
+    if job.arch == LIMITED and limit is not None and aligned:
         if got is None:
-            yield "instructions an element: the case has a limit, but no `elements` to count them by"
+            yield "instructions per element: the kernel has a limit, but no `elements` to count them by"
         elif got > limit:
-            yield f"instructions an element: expected at most {limit:g}, got {got:g}"
+            yield f"instructions per element: expected at most {limit:g}, got {got:g}"
 
 
 def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
     if row["wide_loads"] < before.get("wide_loads", 0):
         yield f"loads of 16 bytes: expected {before['wide_loads']}, got {row['wide_loads']}"
+    if row["spill_bytes"] > before["spill_bytes"]:
+        yield f"spills: expected at most {before['spill_bytes']} bytes a thread, got {row['spill_bytes']}"
     lost = sorted(set(before["tensor_cores"]) - set(row["tensor_cores"]))
     if lost:
         got = ", ".join(row["tensor_cores"]) or "none"
@@ -295,16 +308,30 @@ def render(table: dict[str, Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in rows)
 
 
+def write_table(path: Path, table: dict[str, Row]) -> None:
+    """One line per row, by name."""
+    rows = (f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(table.items()))
+    write_all({path: ("{\n" + ",\n".join(rows) + "\n}\n").encode()})
+
+
+def _covered(name: str, options: argparse.Namespace) -> bool:
+    """Whether a row of the committed table is of the chosen folders and architectures."""
+    chosen = not options.folders or name.split("/")[0] in options.folders
+    return chosen and int(name.rsplit("_", 1)[1]) in options.arch
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=__doc__.splitlines()[0])
+    folders = sorted({op.folder for op in registry.OPS.values()})
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", choices=[*folders, []], help="default: all")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="fail where the committed table was better")
-    parser.add_argument("--once", action="store_true", help="each kernel in one case only")
+    parser.add_argument("--once", action="store_true", help="each kernel as one case launches it")
     parser.add_argument("--update", action="store_true", help="write the committed table")
     parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the committed tables")
     options = parser.parse_args(arguments)
     if options.once and options.update:
-        parser.error("--once: expected --check beside it, got --update, which writes every case")
+        parser.error("--once: expected --check with it, got --update, which writes every case")
     if interpreting():
         print("compile gate: TRITON_INTERPRET is set, and an interpreting process cannot compile; unset it")
         return 2
@@ -315,16 +342,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check and not committed:
         print(f"compile gate: there is no table {path}; remedy: python -m bench.compile_gate --update")
         return 2
-    every = jobs(options.arch)
+    every = jobs(options.arch, options.folders)
     todo = once(every) if options.once else every
     table = measure(todo, cache_folder())
     print(render(table))
     if options.update:
-        others = {n: row for n, row in committed.items() if int(n.rsplit("_", 1)[1]) not in options.arch}
-        committed = {**others, **table}
-        write_json(path, committed)
+        committed = {n: row for n, row in committed.items() if not _covered(n, options)} | table
+        write_table(path, committed)
         print(f"written: {path}")
-    wrong = violations(todo, table, committed if options.check or options.update else None, every)
+    compared = {n: row for n, row in committed.items() if _covered(n, options)}
+    wrong = violations(todo, table, compared if options.check or options.update else None, every)
     for message in wrong:
         print(f"FAILED {message}")
     print(f"{len(todo)} kernels x architectures under Triton {triton.__version__}, {len(wrong)} failures")

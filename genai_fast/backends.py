@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
-from genai_fast.registry import OPS
+from genai_fast.registry import FOLDERS, LIBRARIES
 
 __all__ = [
     "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "interpreting",
@@ -21,9 +21,6 @@ __all__ = [
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
-
-FOLDERS = {library.name: op.folder for op in OPS.values() for library in op.library}
-LIBRARIES = {library.name: library for op in OPS.values() for library in op.library}
 
 _forced = ""
 
@@ -111,12 +108,12 @@ def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float
     backend = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
     if backend == "reference":
         return backend, "" if forced else f"there is no kernel for {device} tensors"
-    op = next(op for op in OPS.values() if op.folder == FOLDERS[name])
-    if backend not in LIBRARIES[name].kernels and not forced:
+    library = LIBRARIES[name]
+    if backend not in library.kernels and not forced:
         return "reference", ""  # as planned: PyTorch's own is fast there
-    if backend not in LIBRARIES[name].kernels:
+    if backend not in library.kernels:
         reason = f"it has no {backend} kernel"
-    elif dtype not in op.dtypes:
+    elif dtype not in library.dtypes:
         reason = f"its kernels do not take {dtype}"
     else:
         reason = unavailable(backend, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_fast.registry import OPS
+from genai_fast.registry import FOLDERS, LIBRARIES, OPS
 from genai_fast.table import op_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def test_every_op_folder_is_complete():
     for op in OPS.values():
         folder = ROOT / "kernels" / op.folder
         stems = {"reference": "reference.py", "cpu": "cpu_kernel.cpp", "triton": "triton_kernel.py"}
-        for name in ("spec.py", "README.md", *(stems[backend] for backend in op.backends)):
+        for name in ("schema.py", "spec.py", "README.md", *(stems[backend] for backend in op.backends)):
             assert (folder / name).exists(), f"{op}: kernels/{op.folder}/{name} is missing"
 
 
@@ -111,6 +111,22 @@ def test_bare_pytest_imports_the_checkout():
     command = [sys.executable, "-P", "-c", code, "tests/bench/test_clock.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "test_clock.py::" in done.stdout, done.stdout + done.stderr
+
+
+def test_import_loads_no_spec():
+    """Cases, peers and costs are for tests and benchmarks; run time needs schemas alone."""
+    done = _python("import sys, genai_fast; print(*sorted(m for m in sys.modules if m.startswith('genai_fast.')))")
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.split()
+    assert "genai_fast.kernels.vae_loss.schema" in modules
+    assert [m for m in modules if m.endswith(("spec", "_kernel", "_triton"))] == []
+
+
+def test_every_op_is_what_the_registry_says():
+    for name, op in OPS.items():
+        assert op.name == name
+        assert {FOLDERS[library.name] for library in op.library} == {op.folder}
+        assert all(LIBRARIES[library.name] is library for library in op.library)
 
 
 def test_import_is_light_and_needs_no_triton():

@@ -8,7 +8,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend
 from genai_fast.fusion.chains import global_hooks, obstacle
-from genai_fast.kernels.common.spec import FLOAT_DTYPES
+from genai_fast.kernels.common.schema import FLOAT_DTYPES
 from genai_fast.kernels.decode_linear.layout import MOST_ROWS
 from genai_fast.layers import LayerNorm
 from genai_fast.models import gpt

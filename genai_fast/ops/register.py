@@ -1,4 +1,4 @@
-"""The library torch.ops.genai_fast: every LibraryOp of every spec, routed by genai_fast.backends."""
+"""The library torch.ops.genai_fast: every LibraryOp of every schema, routed by genai_fast.backends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from genai_fast.backends import select, survey
-from genai_fast.kernels.common.spec import LibraryOp
+from genai_fast.kernels.common.schema import LibraryOp
 from genai_fast.ops.checks import draw_seed
-from genai_fast.registry import OPS
+from genai_fast.registry import LIBRARIES
 
 LIBRARY = torch.library.Library("genai_fast", "DEF")
 
@@ -31,7 +31,7 @@ def _register(op: LibraryOp) -> None:
     torch.library.register_fake(f"genai_fast::{name}", fake, lib=LIBRARY)
 
 
-for _op in dict.fromkeys(library for spec in OPS.values() for library in spec.library):
+for _op in LIBRARIES.values():
     _register(_op)
 
 

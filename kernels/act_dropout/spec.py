@@ -6,21 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.act_dropout import reference
+from genai_fast.kernels.act_dropout.schema import LIBRARY
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
-
-LIBRARY = (
-    LibraryOp(
-        "act_dropout(Tensor x, Tensor? seed, float p, SymInt offset, str activation, float slope, str backend)"
-        " -> Tensor",
-        lambda x, *rest: torch.empty_like(reference.dense(x)),
-    ),
-    LibraryOp(
-        "act_dropout_backward(Tensor grad_y, Tensor saved, Tensor? seed, float p, SymInt offset, bool from_output,"
-        " str activation, float slope, str backend) -> Tensor",
-        lambda grad_y, saved, *rest: torch.empty_like(reference.dense(saved)),
-    ),
-)
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
 
 
 def _reference(
@@ -121,31 +109,12 @@ BENCH_CASES = (
     Case("dcgan_mnist-128x128x14x14-half", _bench(128, 128, 14, 14, p=0.5)),
 )
 
-_SIZES = dict(seed_ptr="*i64", count="i32", offset="i64", bound="i32", scale="fp32", slope="fp32")
-_CONSTANTS = dict(ALIGNED=True, BLOCK=1024)
-
-
-def _compile_case(dtype, backward=None, activation="leaky_relu"):
-    """`backward`: from x, or from the output."""
-    constants = {**_SIZES, **_CONSTANTS, "ACTIVATION": activation}
-    if backward is None:
-        kernel, pointers = "_act_dropout_forward", dict(x_ptr=dtype, y_ptr=dtype)
-    else:
-        kernel, pointers = "_act_dropout_backward", dict(grad_y_ptr=dtype, saved_ptr=dtype, grad_x_ptr=dtype)
-        constants.update(share="fp32", FROM_OUTPUT=backward == "output")
-    return CompileCase(
-        f"{activation}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}",
-        kernel,
-        {**pointers, **constants},
-        wide_loads=True,
-        elements=1024,
-        max_instructions_per_element=40,
-    )
-
-
 _COMPILE_CASES = (
-    *(_compile_case(dtype, backward) for dtype in ("*fp32", "*bf16") for backward in (None, "x", "output")),
-    _compile_case("*fp32", "output", "relu"),
+    CompileCase("saved_output", _bench(64, 64, 32, 32, p=0.25, save_output=True), ("fp32", "bf16")),
+    CompileCase("saved_relu", _bench(64, 64, 32, 32, p=0.25, activation="relu", save_output=True), ("fp32",)),
+)
+_EXPECTED = dict.fromkeys(
+    ("_act_dropout_forward", "_act_dropout_backward"), Expected(("count",), lambda c: c["BLOCK"], 40)
 )
 
 _CHOICES = choices_of(BLOCK=(512, 512, 2048, 2048, 4096), num_warps=(2, 4, 4, 8, 8))
@@ -163,5 +132,6 @@ ACT_DROPOUT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices=dict.fromkeys(("act_dropout/forward", "act_dropout/backward"), _CHOICES),
 )

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch.optim.adam import adam
 
 from genai_fast.kernels.adam import reference
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
-
-
-def _fake(*arguments):
-    return None
-
-
-LIBRARY = (
-    LibraryOp(
-        "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-        " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
-        " str backend) -> ()",
-        _fake,
-        kernels=("cpu",),
-    ),
-)
+from genai_fast.kernels.adam.schema import LIBRARY
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
 
 _DEFAULTS = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False)
 
@@ -99,7 +84,6 @@ ADAM_STEP = OpSpec(
     bench_cases=(Case("vae_mnist-652k", _inputs(*_VAE)),),
     peers={"eager": _optimizer_step(foreach=False), "eager (fused=True)": _optimizer_step(fused=True)},
     cost=_cost,
-    dtypes=(torch.float32,),
     backends=("reference", "cpu"),
     double_backward=False,
 )

@@ -5,49 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from genai_fast.kernels.batch_norm_act.schema import LIBRARY
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
-from genai_fast.kernels.common.channels import dense_channels, wide
+from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.common.spec import (
     ELEMENTWISE_CHOICES,
     Case,
     CompileCase,
     Cost,
     ErrorCase,
-    LibraryOp,
+    Expected,
     OpSpec,
     choices_of,
-)
-
-
-def _wide_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _channel_vectors(x, count):
-    return tuple(x.new_empty(x.size(1), dtype=_wide_dtype(x)) for _ in range(count))
-
-
-LIBRARY = (
-    LibraryOp(
-        "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps,"
-        " str backend) -> (Tensor mean, Tensor squares, Tensor rstd)",
-        lambda x, *settings: _channel_vectors(x, 3),
-    ),
-    LibraryOp(
-        "batch_norm_act_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str activation,"
-        " float slope, str backend) -> Tensor",
-        lambda x, *rest: torch.empty_like(dense_channels(x)),
-    ),
-    LibraryOp(
-        "batch_norm_act_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-        " str activation, float slope, str backend) -> (Tensor sum_dz, Tensor sum_dz_x_hat)",
-        lambda grad_y, x, *rest: _channel_vectors(x, 2),
-    ),
-    LibraryOp(
-        "batch_norm_act_grad(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-        " Tensor? sum_dz, Tensor? sum_dz_x_hat, SymInt count, str activation, float slope, str backend) -> Tensor",
-        lambda grad_y, x, *rest: torch.empty_like(dense_channels(x)),
-    ),
 )
 
 
@@ -206,69 +175,14 @@ GPU_CASES = tuple(
     for c, n in ((64, 32), (128, 16), (256, 8), (512, 4))
 )
 
-# The launches of a DCGAN block: [64, 64, 32, 32], channels last and not.
-_LAYOUTS = {
-    "last": (dict(LAST=True, ROWS=16, BLOCK=64, inner=1, across=1), dict(LAST=True, ROWS=32, BLOCK=64, inner=1)),
-    "planes": (
-        dict(LAST=False, ROWS=1, BLOCK=1024, inner="i32", across=1),
-        dict(LAST=False, ROWS=2, BLOCK=1024, inner="i32"),
-    ),
+_COMPILE_CASES = (CompileCase("silu", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu")),)
+_SUMS, _EACH = Expected(()), Expected((), lambda c: c["ROWS"] * c["BLOCK"])
+_EXPECTED = {
+    "_batch_norm_moments": _SUMS,
+    "_batch_norm_act_apply": _EACH,
+    "_batch_norm_act_sums": _SUMS,
+    "_batch_norm_act_grad": _EACH,
 }
-_PARAMETERS = dict(weight_ptr="*fp32", bias_ptr="*fp32", mean_ptr="*fp32", rstd_ptr="*fp32")
-_SUM_SIZES = dict(outer="i32", channels="i32", row_stride="i32", plane="i32", tiles="i32")
-_MATRIX_SIZES = dict(rows="i32", columns="i32", channels="i32", slope="fp32")
-
-
-def _compile_cases(layout, dtype, activation="leaky_relu"):
-    tile, sums = _LAYOUTS[layout]
-    tile = {k: v for k, v in tile.items() if k != "inner"}
-    name = f"{layout}-{dtype[1:]}" + ("" if activation == "leaky_relu" else f"-{activation}")
-    of = dict(elements=1024, wide_loads=True)
-    if activation == "leaky_relu":
-        yield CompileCase(
-            f"moments-{name}",
-            "_batch_norm_moments",
-            dict(x_ptr=dtype, partial_ptr="*fp32", **_SUM_SIZES, **sums),
-            num_warps=8,
-            wide_loads=True,
-        )
-    yield CompileCase(
-        f"apply-{name}",
-        "_batch_norm_act_apply",
-        dict(x_ptr=dtype, y_ptr=dtype, **_PARAMETERS, **_MATRIX_SIZES, ACTIVATION=activation, **tile),
-        **of,
-    )
-    yield CompileCase(
-        f"sums-{name}", "_batch_norm_act_sums",
-        dict(grad_y_ptr=dtype, x_ptr=dtype, **_PARAMETERS, partial_ptr="*fp32", slope="fp32", ACTIVATION=activation,
-             **_SUM_SIZES, **sums), num_warps=8, wide_loads=True,
-    )  # fmt: skip
-    yield CompileCase(
-        f"grad-{name}", "_batch_norm_act_grad",
-        dict(grad_y_ptr=dtype, x_ptr=dtype, grad_x_ptr=dtype, **_PARAMETERS, sum_dz_ptr="*fp32",
-             sum_dz_x_hat_ptr="*fp32", share="fp32", **_MATRIX_SIZES, ACTIVATION=activation, **tile), **of,
-    )  # fmt: skip
-
-
-_COMBINE = dict(groups="i32", channels="i32", plane="i32", GROUPS=64, CHANNELS=16)
-_COMPILE_CASES = (
-    *(case for layout in _LAYOUTS for dtype in ("*fp32", "*bf16") for case in _compile_cases(layout, dtype)),
-    *_compile_cases("last", "*bf16", "silu"),
-    CompileCase(
-        "combine_moments", "_combine_moments",
-        dict(partial_ptr="*fp32", mean_ptr="*fp32", squares_ptr="*fp32", rstd_ptr="*fp32", running_mean_ptr="*fp32",
-             running_var_ptr="*fp32", total="fp32", momentum="fp32", eps="fp32", **_COMBINE),
-        module="common.moments_triton",
-    ),
-    CompileCase(
-        "merge_moments", "_merge_moments",
-        dict(partial_ptr="*fp32", merged_ptr="*fp32", merged_plane="i32", **_COMBINE), module="common.moments_triton",
-    ),
-    CompileCase(
-        "combine_sums", "_batch_norm_combine_sums",
-        dict(partial_ptr="*fp32", rstd_ptr="*fp32", sum_dz_ptr="*fp32", sum_dz_x_hat_ptr="*fp32", **_COMBINE),
-    ),
-)  # fmt: skip
 
 _SUM_CHOICES = choices_of(
     elements=(1024, 2048, 2048, 4096, 4096),
@@ -292,6 +206,7 @@ BATCH_NORM_ACT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True), "eager (NCHW)": _eager_contiguous},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices={
         **dict.fromkeys(("batch_norm_act/apply", "batch_norm_act/grad"), ELEMENTWISE_CHOICES),
         **dict.fromkeys(("batch_norm_act/moments", "batch_norm_act/sums"), _SUM_CHOICES),

@@ -5,27 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from genai_fast.kernels.bias_act.schema import LIBRARY
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
-from genai_fast.kernels.common.channels import dense_channels, per_channel, wide
-from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
-
-
-def _fake_backward(grad_y, saved, bias, from_output, with_bias, activation, slope):
-    dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
-    return torch.empty_like(dense_channels(saved)), saved.new_empty(saved.size(1) if with_bias else 0, dtype=dtype)
-
-
-LIBRARY = (
-    LibraryOp(
-        "bias_act(Tensor x, Tensor? bias, str activation, float slope, str backend) -> Tensor",
-        lambda x, *rest: torch.empty_like(dense_channels(x)),
-    ),
-    LibraryOp(
-        "bias_act_backward(Tensor grad_y, Tensor saved, Tensor? bias, bool from_output, bool with_bias, str activation,"
-        " float slope, str backend) -> (Tensor grad_x, Tensor grad_bias)",
-        _fake_backward,
-    ),
-)
+from genai_fast.kernels.common.channels import per_channel, wide
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
 
 
 def _reference(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_output=False):
@@ -128,49 +111,22 @@ BENCH_CASES = (
     Case("gpt_nano-16384x1536-gelu_tanh", _inputs(16384, 1536, activation="gelu_tanh")),
 )
 
-# The launches of BENCH_CASES: 1024 elements of a plane, or 16 rows of 64 channels. And planes of 14 x 14.
-_SIZES = dict(rows="i32", units="i32", channels="i32", splits="i32", slope="fp32", UNIT=8, JOINED=False)
-_PLANE, _ROWS = dict(LAST=False, ROWS=1, BLOCK=1024), dict(LAST=True, ROWS=16, BLOCK=64)
-_WIDE = dict(LAST=True, ROWS=1, BLOCK=1024)
-_SMALL = dict(LAST=False, ROWS=4, BLOCK=256, UNIT=4)
-_MOST = {"gelu": 60, "gelu_tanh": 50}  # instructions an element
-
-
-def _compile_case(name, tile, dtype, backward=None, activation="leaky_relu"):
-    """`backward`: from x, or from the output."""
-    pointers = dict(bias_ptr="*fp32", **{p: dtype for p in ("grad_y_ptr", "saved_ptr", "grad_x_ptr")})
-    constants = {**_SIZES, **tile, "ACTIVATION": activation}
-    if backward is None:
-        kernel, pointers = "_bias_act_forward", dict(x_ptr=dtype, bias_ptr="*fp32", y_ptr=dtype)
-    else:
-        kernel = "_bias_act_backward"
-        pointers["bias_ptr"] = None if backward == "output" else "*fp32"
-        constants.update(partial_ptr="*fp32", FROM_OUTPUT=backward == "output", STEPS=4 if tile["LAST"] else 1)
-    return CompileCase(
-        f"{activation}-{name}{'_backward_from_' + backward if backward else ''}-{dtype[1:]}",
-        kernel,
-        {**pointers, **constants},
-        wide_loads=True,
-        elements=1024 * constants.get("STEPS", 1),
-        max_instructions_per_element=_MOST.get(activation, 35 if backward else 22),
-    )
-
-
 _COMPILE_CASES = (
     *(
-        _compile_case(name, tile, dtype, backward)
-        for name, tile in (("planes", _PLANE), ("rows", _ROWS))
-        for dtype in ("*fp32", "*bf16")
-        for backward in (None, "x", "output")
+        CompileCase(
+            f"saved_output-{layout}", _inputs(64, 64, 32, 32, layout=layout, save_output=True), ("fp32", "bf16")
+        )
+        for layout in ("contiguous", "channels_last")
     ),
-    _compile_case("small_planes", _SMALL, "*fp32"),
-    _compile_case("small_planes", _SMALL, "*fp32", "x"),
-    *(
-        _compile_case("wide_rows", _WIDE, "*bf16", backward, activation)
-        for activation in ("gelu", "gelu_tanh")
-        for backward in (None, "x")
-    ),
+    CompileCase("small_planes", _inputs(128, 128, 14, 14), ("fp32",)),
 )
+_MOST = {"gelu": 60, "gelu_tanh": 50}  # instructions per element
+_EXPECTED = {
+    "_bias_act_forward": Expected((), lambda c: c["ROWS"] * c["BLOCK"], lambda c: _MOST.get(c["ACTIVATION"], 22)),
+    "_bias_act_backward": Expected(
+        (), lambda c: c["ROWS"] * c["BLOCK"] * c["STEPS"], lambda c: _MOST.get(c["ACTIVATION"], 35)
+    ),
+}
 
 BIAS_ACT = OpSpec(
     name="bias_act",
@@ -185,5 +141,6 @@ BIAS_ACT = OpSpec(
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices={"bias_act/forward": ELEMENTWISE_CHOICES, "bias_act/backward": ELEMENTWISE_CHOICES},
 )

@@ -6,17 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.causal_attention import reference
-from genai_fast.kernels.causal_attention.layout import empty_alike
-from genai_fast.kernels.causal_attention.spec import empty_lse
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
-
-LIBRARY = (
-    LibraryOp(
-        "decode_attention(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? k, Tensor? v,"
-        " float scale, SymInt window, float softcap, str backend) -> (Tensor, Tensor)",
-        lambda q, *rest: (empty_alike(q), empty_lse(q)),
-    ),
-)
+from genai_fast.kernels.causal_attention.schema import DECODE_LIBRARY
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
 
 
 def _reference(
@@ -107,56 +98,18 @@ ERROR_CASES = (
 )  # fmt: skip
 
 
-def _compile_case(name, dtype, channels=64, queries="i32", **more):
-    """The launcher's tiles; one query is a constant."""
-    strides = [f"{x}_{of}" for x in ("q", "kc", "vc") for of in "bht"]
-    narrow = dtype != "*fp32"
-    pointers = dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), dtype)
-    parts = dict.fromkeys(("sum_ptr", "most_ptr", "total_ptr"), "*fp32")
-    sizes = dict.fromkeys(("heads", "key_heads", "room", "rows_of_all", "window"), "i32:1")
-    signature = {
-        **pointers, "lengths_ptr": "*i32", **parts, **dict.fromkeys(strides, "i32"), **sizes,
-        "queries": queries, "added": queries, **dict.fromkeys(("scale", "cap", "cap_inverse"), "fp32"),
-        "D": channels, "BLOCK_D": channels, "CAPPED": False, "WINDOWED": False, "PRECISION": "ieee", "UPCAST": False,
-        "BLOCK_M": 16, "BLOCK_N": max(min(16384 // (channels * (2 if narrow else 4)), 64), 16), **more,
-    }  # fmt: skip
-    return CompileCase(
-        f"decode_{name}-{dtype[1:]}",
-        "_decode_split",
-        signature,
-        tensor_cores=narrow,
-        wide_loads=True,
-        num_stages=3 if narrow or channels < 256 else 2,
-        module=_MODULE,
-    )
+def _held(heads, channels, *, queries=1, **more):
+    return _inputs(2, heads, queries, channels, 1024, (1000, 63), **more)
 
-
-_COMBINED = dict(
-    sum_ptr="*fp32", most_ptr="*fp32", total_ptr="*fp32", out_ptr="*bf16", lse_ptr="*fp32", out_b="i32", out_h="i32",
-    out_t="i32", heads="i32:1", queries=1, rows_of_all="i32:1", splits="i32:1", D=64, BLOCK_S=32, BLOCK_D=64,
-)  # fmt: skip
-_APPENDED = dict(
-    **dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16"), lengths_ptr="*i32",
-    **dict.fromkeys([f"{x}_{of}" for x in ("k", "v", "kc", "vc") for of in "bht"], "i32"), key_heads="i32:1", added=1,
-    room="i32:1", D=64, BLOCK_D=64,
-)  # fmt: skip
-_MODULE = "causal_attention.decode_triton"
 
 _COMPILE_CASES = (
-    *(
-        case
-        for dtype in ("*bf16", "*fp16", "*fp32")
-        for case in (
-            _compile_case("d64", dtype, queries=1),
-            _compile_case("d128", dtype, 128, queries=1),
-            _compile_case("d256", dtype, 256),
-            _compile_case("window-softcap-d64", dtype, WINDOWED=True, CAPPED=True),
-        )
-    ),
-    *(_compile_case(f"many-rows-d{d}", "*bf16", d, BLOCK_M=m) for d, m in ((64, 64), (128, 32), (256, 32))),
-    CompileCase("decode_append-bf16", "_decode_append", _APPENDED, num_warps=1, module=_MODULE),
-    CompileCase("decode_combine-bf16", "_decode_combine", _COMBINED, module=_MODULE),
+    CompileCase("d64", _held(12, 64), ("fp32", "fp16")),
+    CompileCase("d128", _held(12, 128)),
+    CompileCase("d256", _held(12, 256), ("fp32", "bf16")),
+    CompileCase("window_softcap", _held(12, 64, window=256, softcap=20.0)),
+    *(CompileCase(f"many_rows-d{d}", _held(16, d, queries=5, key_heads=1)) for d in (64, 128, 256)),
 )
+_EXPECTED = {"_decode_split": Expected((), tensor_cores=True)}
 
 BENCH_CASES = (
     Case("gpt_nano-1x6x1x64-256", _inputs(1, 6, 1, 64, 256, (255,))),
@@ -169,7 +122,7 @@ DECODE_ATTENTION = OpSpec(
     folder="causal_attention",
     formula="appends k and v to a cache, then attends over all that it holds",
     source="Dao et al. 2023 (Flash-Decoding)",
-    library=LIBRARY,
+    library=DECODE_LIBRARY,
     reference=_reference,
     cases=CASES,
     error_cases=ERROR_CASES,
@@ -179,4 +132,5 @@ DECODE_ATTENTION = OpSpec(
     double_backward=False,
     mutates=("k_cache", "v_cache"),
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
 )

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genai_fast.kernels.causal_attention import reference
-from genai_fast.kernels.causal_attention.compile_cases import COMPILE_CASES
-from genai_fast.kernels.causal_attention.layout import empty_alike
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
-
-_SETTINGS = "float scale, SymInt window, float softcap, bool causal, float share, SymInt offset, str backend"
-_PACKED = "Tensor? starts_q, Tensor? starts_k, SymInt most_q, SymInt most_k, Tensor? seed"
-
-
-def empty_lse(q):
-    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-
-
-LIBRARY = (
-    LibraryOp(
-        f"causal_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor)",
-        lambda q, *rest: (empty_alike(q), empty_lse(q)),
-    ),
-    LibraryOp(
-        "causal_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
-        f" Tensor lse, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-        lambda grad_out, grad_lse, q, k, v, *rest: tuple(empty_alike(x) for x in (q, k, v)),
-    ),
-)
+from genai_fast.kernels.causal_attention.schema import CAUSAL_LIBRARY
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
 
 
 def _reference(
@@ -234,12 +214,59 @@ GPU_CASES = tuple(
     for backward in (False, True)
 )
 
+
+def _masked(name, channels=64, precisions=("bf16",), heads=12, **more):
+    return CompileCase(name, _inputs(2, heads, 1024, channels, **more), precisions)
+
+
+def _unaligned(**more):
+    """One head of 20 channels, with memory at any address."""
+
+    def make(t):
+        parts = [t.normal(1, 1, 1024, 21, grad=False)[..., 1:].requires_grad_() for _ in range(3)]
+        return dict(zip("qkv", parts, strict=True)) | {name: x(t) for name, x in more.items()}
+
+    return make
+
+
+_DROPPED = dict(dropout=lambda t: 0.1, seed=_seed)
+_PACKED = dict(cu_seqlens_q=_starts(0, 300, 1024))
+_COMPILE_CASES = (
+    _masked("d64", precisions=("fp16",)),
+    _masked("d128", 128, ("fp32", "bf16")),
+    _masked("d256", 256, ("fp32", "bf16")),
+    CompileCase("short", _inputs(2, 12, 64, 64)),
+    _masked("full", causal=False),
+    _masked("window", window=256),
+    _masked("softcap", softcap=20.0),
+    _masked("dropout", **_DROPPED),
+    _masked("dropout-d128", 128, **_DROPPED),
+    CompileCase("packed_grouped", _inputs(1, 12, 1024, 64, key_heads=4, **_PACKED)),
+    CompileCase("packed_dropout", _inputs(1, 12, 1024, 64, **_PACKED, **_DROPPED)),
+    CompileCase("unaligned", _unaligned()),
+    CompileCase("unaligned-packed_dropout", _unaligned(**_PACKED, **_DROPPED)),
+)
+
+
+def _wide(*tensors):
+    return Expected(tuple(f"{x}_row" for x in tensors), tensor_cores=True)
+
+
+_EXPECTED = {
+    "_causal_attention_forward": _wide(*"qkv"),
+    "_causal_attention_summary": Expected(("grad_row", "out_row")),
+    "_causal_attention_grad_queries": _wide(*"qkv", "grad"),
+    "_causal_attention_grad_keys": replace(
+        _wide(*"qkv", "grad"), may_spill=lambda c: c["BLOCK_D"] == 256 and c["PRECISION"] == "ieee"
+    ),
+}
+
 CAUSAL_ATTENTION = OpSpec(
     name="causal_attention",
     folder="causal_attention",
     formula="softmax(scale q k^T) v over the keys that each query sees",
     source="Vaswani et al. 2017; Dao et al. 2022 (FlashAttention)",
-    library=LIBRARY,
+    library=CAUSAL_LIBRARY,
     reference=_reference,
     cases=CASES,
     error_cases=ERROR_CASES,
@@ -252,7 +279,8 @@ CAUSAL_ATTENTION = OpSpec(
         "SDPA (efficient)": _pinned(SDPBackend.EFFICIENT_ATTENTION),
     },
     cost=_cost,
-    compile_cases=COMPILE_CASES,
+    compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices={
         "causal_attention/forward": choices_of(  # no fewer queries than keys: tiles on the diagonal would be wasted
             BLOCK_M=(64, 64, 128, 128, 128, 128),

@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels, known to the launchers and to the gate that compiles them without a GPU.
+"""Tile sizes of the GPU kernels.
 
 Where a `capability` (80, 90, 100, 120: ten times the compute capability) has a tile of its own, the usual one spills
 registers there.

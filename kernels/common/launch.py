@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -22,9 +23,12 @@ def row_tile(columns: int, elements: int, least: int = 4) -> tuple[int, int, int
 
 
 @functools.cache
+def properties(device: torch.device) -> Any:
+    """What CUDA says of a device; None for any other device, on which kernels are interpreted."""
+    return torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+
+
 def capability(device: torch.device) -> int:
     """Ten times the compute capability: 90 for an H100, and for what has none (interpreted kernels)."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    found = properties(device)
+    return 90 if found is None else 10 * found.major + found.minor

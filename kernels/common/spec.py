@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from genai_fast.kernels.common.schema import LibraryOp
 
 # Largest error, beyond twice eager's own, that counts as right: about four units in the last place of the
 # accumulated value. One table for every op; an op that needs more says so in its spec, with the reason.
@@ -86,44 +86,32 @@ class Cost:
     bytes: int
 
 
-@dataclass(frozen=True)
-class LibraryOp:
-    """One operator of torch.ops.genai_fast: its schema (the last argument is always `str backend`) and its fake.
-
-    `reference.py`, `cpu_kernel.py` and `triton_kernel.py` of the folder each define a function of the same name
-    that takes the same arguments without `backend`.
-    """
-
-    schema: str
-    fake: Callable[..., Any]
-    # Backends with a kernel of it, where the folder has them; on the others the reference is what is meant to serve.
-    kernels: tuple[str, ...] = ("cpu", "triton")
-    # (backend, *arguments) -> why its kernel leaves such arguments to the reference, or "".
-    refuses: Callable[..., str] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.schema.split("(", 1)[0]
+# How a case is launched: its dtype, and how CUDA multiplies float32.
+PRECISIONS = {
+    "fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class CompileCase:
-    """One Triton kernel as the launcher would compile it, for the gate that needs no GPU.
+class CompileCase(Case):
+    """Arguments whose launches the compile gate records besides those of the bench cases; no number is computed."""
 
-    `signature` maps every argument of the kernel to a Triton type ("*fp32", "i32", ...) or to a constexpr's value.
+    precisions: tuple[str, ...] = ("bf16",)  # names in PRECISIONS
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the compile gate expects of a kernel, besides that it compiles and spills no registers.
+
+    `elements`, `most` and `may_spill` are functions of a launch's constants by name.
     """
 
-    name: str
-    kernel: str  # name of the function
-    signature: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    elements: int | None = None  # elements that one program handles: instructions per element are then known
-    max_instructions_per_element: float | None = None  # on sm_90
-    tensor_cores: bool = False
-    wide_loads: bool = False  # must load 16 bytes at a time
-    module: str = ""  # that holds it, below genai_fast.kernels; the folder's triton_kernel by default
-    architectures: tuple[int, ...] = ()  # that it is launched on (80, 90, ...); all by default
+    wide_loads: tuple[str, ...] | None = None  # loads of 16 bytes, if these arguments are multiples of 16
+    elements: Callable[[dict[str, Any]], int] | None = None  # that one program handles
+    most: Callable[[dict[str, Any]], float | None] | float | None = None  # instructions per element, on sm_90
+    tensor_cores: bool = False  # matrix instructions, unless float32 is multiplied in full
+    may_spill: Callable[[dict[str, Any]], bool] | None = None
 
 
 def choices_of(**settings: Sequence[int]) -> tuple[dict[str, int], ...]:
@@ -153,14 +141,19 @@ class OpSpec:
     gpu_cases: tuple[Case, ...] = ()  # bench cases of a GPU's size, on CUDA only
     gpu_peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # more peers there; one may refuse a case
     compile_cases: tuple[CompileCase, ...] = ()
+    expected: dict[str, Expected] = field(default_factory=dict)  # Triton kernel -> what the compile gate expects of it
     # <folder>/<kernel>, as launchers ask kernels.common.tuned -> the settings that a tuner tries beside the default.
     choices: dict[str, tuple[dict[str, int], ...]] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     backends: tuple[str, ...] = ("reference", "cpu", "triton")
     double_backward: bool = True
     mutates: tuple[str, ...] = ()  # arguments that the op and its reference update in place
     extra_tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)  # output or input -> (floor, reason)
     compiled: bool = True  # whether the bench has torch.compile of the first peer: long loops take it minutes
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """That its kernels take."""
+        return self.library[0].dtypes
 
     def __str__(self) -> str:
         return self.name

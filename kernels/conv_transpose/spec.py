@@ -7,74 +7,9 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import activate
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
-from genai_fast.kernels.conv_transpose.compile_cases import COMPILE_CASES
-from genai_fast.kernels.conv_transpose.shapes import empty_channels_last, not_served, output_size
-
-_KERNELS = ("triton",)  # on the CPU PyTorch's own convolutions (oneDNN) are the fast ones, but for few channels
-
-
-def _fake_forward(x, weight, bias, stride, padding, output_padding, *activation):
-    out = output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    return empty_channels_last(x, x.size(0), weight.size(1), *out)
-
-
-def _fake_statistics(x, weight, bias, running_mean, running_var, momentum, eps, *geometry):
-    y = _fake_forward(x, weight, bias, *geometry)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, *(y.new_empty(y.size(1), dtype=dtype) for _ in range(3))
-
-
-def _fake_grad_weight(grad_y, x, kernel_size, stride, padding, as_channels_last):
-    grad = empty_channels_last(x, x.size(1), grad_y.size(1), *kernel_size)
-    return grad if as_channels_last else torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-def _refuses_forward(backend, x, weight, bias, stride, padding, output_padding, *activation):
-    out = output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    y = (x.size(0), weight.size(1), *out)
-    return not_served(x.shape, y, weight.shape[2:], stride, few=backend == "cpu")
-
-
-def _refuses_statistics(backend, x, weight, bias, running_mean, running_var, momentum, eps, *geometry):
-    return _refuses_forward(backend, x, weight, bias, *geometry)
-
-
-def _refuses_grad_input(backend, grad_y, weight, size, stride, padding):
-    x = (grad_y.size(0), weight.size(0), *size)
-    return not_served(x, grad_y.shape, weight.shape[2:], stride, few=backend == "cpu")
-
-
-def _refuses_grad_weight(backend, grad_y, x, kernel_size, stride, padding, as_channels_last):
-    return not_served(x.shape, grad_y.shape, kernel_size, stride, few=backend == "cpu")
-
-
-_CONVOLUTION = (
-    LibraryOp(
-        "conv_transpose(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding,"
-        " str activation, float slope, str backend) -> Tensor",
-        _fake_forward, ("cpu", "triton"), _refuses_forward,
-    ),
-    LibraryOp(
-        "conv_transpose_grad_input(Tensor grad_y, Tensor weight, SymInt[] size, int[] stride, int[] padding,"
-        " str backend) -> Tensor",
-        lambda grad_y, weight, size, *rest: empty_channels_last(grad_y, grad_y.size(0), weight.size(0), *size),
-        ("cpu", "triton"), _refuses_grad_input,
-    ),
-    LibraryOp(
-        "conv_transpose_grad_weight(Tensor grad_y, Tensor x, SymInt[] kernel_size, int[] stride, int[] padding,"
-        " bool as_channels_last, str backend) -> Tensor",
-        _fake_grad_weight, ("cpu", "triton"), _refuses_grad_weight,
-    ),
-)  # fmt: skip
-_STATISTICS = LibraryOp(
-    "conv_transpose_statistics(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int[] stride, int[] padding, int[] output_padding,"
-    " str backend) -> (Tensor y, Tensor mean, Tensor squares, Tensor rstd)",
-    _fake_statistics,
-    _KERNELS,
-    _refuses_statistics,
-)
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.conv_transpose.schema import CONVOLUTION, STATISTICS
+from genai_fast.kernels.conv_transpose.shapes import output_size
 
 
 def _narrow(bias, x):
@@ -351,10 +286,25 @@ _CHOICES = choices_of(
     num_warps=(4, 4, 4, 8, 8),
     num_stages=(4, 4, 3, 3, 3),
 )
+# Layers of a DCGAN, the first of which has one pixel and 100 channels, in the third dtype.
+_HALF = ("fp16",)
+_COMPILE_CASES = (
+    CompileCase("dcgan_64-64x128x16x16-64", _inputs(64, 128, 16, 16, to=64, layout="channels_last", **_S2), _HALF),
+    CompileCase("dcgan_64-64x64x32x32-3", BENCH_CASES[2].inputs, ("fp32", "tf32", "fp16")),
+    CompileCase("dcgan_64-64x100x1x1-1024", _inputs(64, 100, 1, 1, to=1024, kernel=4, layout="channels_last"), _HALF),
+    CompileCase("one_channel", _inputs(1, 1, 1, 1, to=1, kernel=1), _HALF),
+)
+_TILES = Expected(tensor_cores=True)
+_EXPECTED = {
+    "_conv_transpose_forward": Expected(("channels",), tensor_cores=True),
+    "_conv_transpose_grad_input": Expected(("channels", "out_channels"), tensor_cores=True),
+    **dict.fromkeys(("_conv_transpose_grad_weight", "_few_grad_input", "_few_grad_weight"), _TILES),
+    "_sum_splits": Expected(("count",)),
+}
 _SHARED = dict(
     folder="conv_transpose",
-    compile_cases=COMPILE_CASES,
-    backends=("reference", *_KERNELS),
+    expected=_EXPECTED,
+    backends=("reference", "triton"),
     choices={f"conv_transpose/{kernel}": _CHOICES for kernel in ("forward", "grad_input", "grad_weight")},
 )
 _PHASES = "phases: Shi et al. 2016, arXiv:1609.07009"
@@ -363,11 +313,12 @@ CONV_TRANSPOSE2D = OpSpec(
     name="conv_transpose2d",
     formula="activation(conv_transpose2d(x, weight) + bias)",
     source=f"Dumoulin & Visin 2016, arXiv:1603.07285; {_PHASES}",
-    library=_CONVOLUTION,
+    library=CONVOLUTION,
     reference=_eager2d,
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    compile_cases=_COMPILE_CASES,
     peers={"eager": _eager2d, "eager (channels_last)": _channels_last(_eager2d)},
     cost=_cost,
     **_SHARED,
@@ -376,7 +327,7 @@ CONV_TRANSPOSE1D = OpSpec(
     name="conv_transpose1d",
     formula="activation(conv_transpose1d(x, weight) + bias)",
     source="Dumoulin & Visin 2016, arXiv:1603.07285",
-    library=_CONVOLUTION,
+    library=CONVOLUTION,
     reference=_eager1d,
     cases=CASES_1D,
     error_cases=ERROR_CASES_1D,
@@ -389,7 +340,7 @@ UPSAMPLE_CONV2D = OpSpec(
     name="upsample_conv2d",
     formula="activation(conv2d(upsample(x), weight, padding=1) + bias), nearest, twice the size, 3 x 3",
     source=f"Odena, Dumoulin & Olah 2016; {_PHASES}",
-    library=_CONVOLUTION,
+    library=CONVOLUTION,
     reference=_eager_upsample,
     cases=CASES_UPSAMPLE,
     error_cases=ERROR_CASES_UPSAMPLE,
@@ -402,13 +353,14 @@ CONV_TRANSPOSE2D_BATCH_NORM_ACT = OpSpec(
     name="conv_transpose2d_batch_norm_act",
     formula="activation(batch_norm(conv_transpose2d(x, weight) + bias)) in training, statistics from the convolution",
     source="Radford, Metz & Chintala 2016, arXiv:1511.06434; Ioffe & Szegedy 2015, arXiv:1502.03167",
-    library=(_STATISTICS, *_CONVOLUTION[1:]),  # and batch_norm_act's; where no kernel serves, the two ops in turn
+    library=(STATISTICS, *CONVOLUTION[1:]),  # and batch_norm_act's; where no kernel serves, the two ops in turn
     reference=_reference_block,
     mutates=("running_mean", "running_var"),
     cases=CASES_BLOCK,
     error_cases=ERROR_CASES_BLOCK,
     bench_cases=BENCH_CASES_BLOCK,
     gpu_cases=GPU_CASES_BLOCK,
+    compile_cases=(CompileCase("dcgan_64-64x128x16x16-64", BENCH_CASES_BLOCK[0].inputs, _HALF),),
     peers={"eager": _eager_block, "eager (channels_last)": _channels_last(_eager_block)},
     cost=_cost_block,
     **_SHARED,

@@ -4,32 +4,9 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
 from genai_fast.kernels.cross_entropy import spec
-
-
-def _fake(
-    x, weight, bias, target, grad_rows, ignore_index, label_smoothing, z_loss, reduction, chunk, of_x, of_weight,
-    of_bias,
-):  # fmt: skip
-    dtype = spec.wide_dtype(x)
-    return (
-        x.new_empty(target.shape if reduction == "none" else (), dtype=dtype),
-        x.new_empty(x.shape if of_x else 0),
-        weight.new_empty(weight.shape if of_weight else 0, dtype=dtype),
-        weight.new_empty(weight.shape[:1] if of_bias else 0, dtype=dtype),
-    )
-
-
-LIBRARY = (
-    LibraryOp(
-        "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? grad_rows,"
-        " int ignore_index, float label_smoothing, float z_loss, str reduction, SymInt chunk, bool of_x,"
-        " bool of_weight, bool of_bias, str backend)"
-        " -> (Tensor loss, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-        _fake,
-    ),
-)
+from genai_fast.kernels.cross_entropy.schema import LINEAR_LIBRARY
 
 
 def _reference(x, weight, target, bias=None, *, chunk=None, **settings):
@@ -77,7 +54,7 @@ LINEAR_CROSS_ENTROPY = OpSpec(
     folder="cross_entropy",
     formula="cross_entropy(x weight^T + bias, target) by chunks of rows, so that the logits never exist as a whole",
     source="Wijmans et al. 2024, arXiv:2411.09009; chunks: Hsu et al. 2024, arXiv:2410.10989",
-    library=LIBRARY,
+    library=LINEAR_LIBRARY,
     reference=_reference,
     cases=(
         Case("gpt", _inputs(40, 24, classes=65, bias=False, chunk=16)),

@@ -6,19 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATIONS
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
 from genai_fast.kernels.decode_linear import reference
-from genai_fast.kernels.decode_linear.layout import refusal
-
-LIBRARY = (
-    LibraryOp(
-        "decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-        " str activation, Tensor? residual, str backend) -> Tensor",
-        lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.size(0))),
-        ("triton",),
-        refusal,
-    ),
-)
+from genai_fast.kernels.decode_linear.schema import LIBRARY
 
 
 def _reference(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-5, activation="none", residual=None):
@@ -146,40 +136,14 @@ BENCH_CASES = (
 )
 
 
-def _compile_case(name, dtype, block_n, block_k, rows=1, warps=4, norm=False, residual=False, activation="none"):
-    """The launcher's tiles: a thread of float32 holds half as many rows."""
-    block_n = block_n // 2 if dtype == "*fp32" and block_n * block_k > 1024 * warps else block_n
-    pointers = dict(
-        x_ptr=dtype, weight_ptr=dtype, bias_ptr=dtype, norm_weight_ptr=dtype if norm else None,
-        norm_bias_ptr=dtype if norm else None, residual_ptr=dtype if residual else None, y_ptr=dtype,
-    )  # fmt: skip
-    sizes = dict(N="i32:1", K="i32", x_stride="i32", weight_stride="i32", residual_stride="i32")
-    return CompileCase(
-        f"{name}-{dtype[1:]}",
-        "_decode_linear",
-        dict(**pointers, **sizes, eps="fp32", ROWS=rows, ACTIVATION=activation, BLOCK_N=block_n, BLOCK_K=block_k),
-        num_warps=warps,
-        elements=block_n * block_k,
-        wide_loads=True,
-    )
-
-
 _CHOICES = choices_of(BLOCK_N=(1, 2, 2, 4, 4, 8, 8, 16), num_warps=(1, 1, 2, 2, 4, 4, 8, 8))
 
-_COMPILE_CASES = tuple(
-    case
-    for dtype in ("*bf16", "*fp32")
-    for case in (
-        _compile_case("norm-768", dtype, 4, 1024, norm=True, activation="gelu_tanh"),
-        _compile_case("residual-768", dtype, 2, 1024, residual=True),
-        _compile_case("residual-3072", dtype, 2, 4096, residual=True),
-        _compile_case("head-768", dtype, 8, 1024, norm=True),
-        _compile_case("one_warp-768", dtype, 2, 1024, warps=1, norm=True),
-        _compile_case("widest", dtype, 2, 16384 if dtype == "*bf16" else 8192, warps=16 if dtype == "*bf16" else 8,
-                      norm=True, residual=True),
-        _compile_case("16_rows", dtype, 4, 1024, rows=16, norm=True, residual=True),
-    )
-)  # fmt: skip
+_COMPILE_CASES = (
+    CompileCase("widest", _inputs(1, 8192, outputs=1024, residual=True), ("fp32", "bf16")),
+    CompileCase("widest-16384", _inputs(1, 16384, outputs=1024, residual=True)),
+    CompileCase("16_rows", _inputs(16, 768, outputs=3072, residual=True), ("fp32", "bf16")),
+)
+_EXPECTED = {"_decode_linear": Expected((), lambda c: c["BLOCK_N"] * c["BLOCK_K"])}
 
 DECODE_LINEAR = OpSpec(
     name="decode_linear",
@@ -196,5 +160,6 @@ DECODE_LINEAR = OpSpec(
     double_backward=False,
     backends=("reference", "triton"),
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices={"decode_linear/forward": _CHOICES},
 )

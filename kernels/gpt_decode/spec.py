@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
 from genai_fast.kernels.gpt_decode import reference
 from genai_fast.kernels.gpt_decode.layout import (
     FIRST,
@@ -20,15 +20,7 @@ from genai_fast.kernels.gpt_decode.layout import (
     shapes,
     sizes_of,
 )
-
-LIBRARY = (
-    LibraryOp(
-        "gpt_decode(Tensor(a!) cache, Tensor ids, SymInt length, Tensor[] weights, Tensor[] scales, float eps,"
-        " str backend) -> Tensor",
-        lambda cache, ids, length, weights, scales, eps: cache.new_empty(ids.size(0), weights[-1].size(0)),
-        ("cpu",),
-    ),
-)
+from genai_fast.kernels.gpt_decode.schema import LIBRARY
 
 
 def _reference(ids, cache, length, weights, scales=(), *, eps=1e-5):
@@ -200,7 +192,6 @@ GPT_DECODE = OpSpec(
     peers={"eager": _eager},
     compiled=False,
     cost=_cost,
-    dtypes=(torch.float32, torch.bfloat16),
     backends=("reference", "cpu"),
     double_backward=False,
     mutates=("cache",),

@@ -6,42 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.rows import dense_like
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec, choices_of
-
-
-def _wide_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fake(x, residual, weight, bias, rms, eps):
-    of_rows = x.new_empty(x.shape[:-1], dtype=_wide_dtype(x))
-    return (
-        dense_like(x),
-        x.new_empty(0) if residual is None else dense_like(x),
-        of_rows.new_empty(0) if rms else of_rows,
-        torch.empty_like(of_rows),
-    )
-
-
-def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms):
-    sums = (h.new_empty(h.size(-1) if wanted else 0, dtype=_wide_dtype(h)) for wanted in (with_weight, with_bias))
-    return dense_like(h), *sums
-
-
-LIBRARY = (
-    LibraryOp(
-        "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool rms, float eps, str backend)"
-        " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
-        _fake,
-    ),
-    LibraryOp(
-        "layer_norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
-        " bool with_weight, bool with_bias, bool rms, str backend)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-        _fake_backward,
-    ),
-)
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.layer_norm.schema import LIBRARY
 
 
 def _wide(*parameters):
@@ -202,70 +168,19 @@ _BIAS_DTYPE = ErrorCase(
 )
 
 
-# The launches of the bench cases: rows of 384, 768 and 4096, and of 65536 in blocks.
-_STRIDES = dict(columns="i32", x_stride="i32", residual_stride="i32")
-_GRADIENT_STRIDES = dict(columns="i32", grad_y_stride="i32", grad_h_stride="i32", h_stride="i32")
+def _compile_cases(bias):
+    """Rows that need more warps than those of the bench cases, and rows in blocks."""
+    for columns in (4096, 8192, 65536) if bias else (8192, 65536):
+        yield CompileCase(f"columns_{columns}", _inputs(256, columns, bias=bias), ("fp32", "bf16"))
 
 
-def _compile_cases(dtype, rms):
-    name = f"{'rms' if rms else 'layer'}-{dtype[1:]}"
-    of_rows = dict(mean_ptr=None if rms else "*fp32", rstd_ptr="*fp32")
-    parameters = dict(weight_ptr="*fp32", bias_ptr=None if rms else "*fp32")
-    pointers = dict(x_ptr=dtype, residual_ptr=dtype, y_ptr=dtype, h_ptr=dtype, **parameters, **of_rows)
-    gradients = dict(grad_y_ptr=dtype, grad_h_ptr=dtype, h_ptr=dtype, grad_x_ptr=dtype, weight_ptr="*fp32", **of_rows)
-    sums = dict(weight_sums_ptr="*fp32", bias_sums_ptr=None if rms else "*fp32")
-    # columns, BLOCK, then ROWS and warps of forward and of backward
-    for columns, block, (rows, warps), back in (
-        (384, 512, (4, 4), (2, 4)),
-        (768, 1024, (2, 4), (1, 4)),
-        (4096, 4096, (1, 8), (1, 16 if rms or dtype != "*fp32" else 8)),
-        (8192, 8192, (1, 16), (1, 16) if rms else None),
-    ):
-        yield CompileCase(
-            f"forward-{columns}-{name}",
-            "_layer_norm_forward",
-            dict(**pointers, rows="i32", **_STRIDES, eps="fp32", ROWS=rows, BLOCK=block),
-            num_warps=warps,
-            elements=rows * block,
-            wide_loads=True,
-        )
-        if back is not None:
-            yield CompileCase(
-                f"backward-{columns}-{name}",
-                "_layer_norm_backward",
-                dict(**gradients, **sums, rows="i32", **_GRADIENT_STRIDES, tiles="i32", ROWS=back[0], BLOCK=block),
-                num_warps=back[1],
-                wide_loads=True,
-            )
-    yield CompileCase(
-        f"forward-long-{name}",
-        "_layer_norm_forward_long",
-        dict(**pointers, **_STRIDES, eps="fp32", BLOCK=2048),
-        num_warps=8,
-        wide_loads=True,
-    )
-    yield CompileCase(
-        f"backward-long-{name}",
-        "_layer_norm_backward_long",
-        dict(**gradients, **_GRADIENT_STRIDES, BLOCK=2048),
-        num_warps=8,
-        wide_loads=True,
-    )
-    yield CompileCase(
-        f"sums-long-{name}", "_layer_norm_sums_long",
-        dict(grad_y_ptr=dtype, h_ptr=dtype, **of_rows, **sums, rows="i32", columns="i32", grad_y_stride="i32",
-             h_stride="i32", tiles="i32", ROWS=16, BLOCK=128), wide_loads=True,
-    )  # fmt: skip
-
-
-_COMPILE_CASES = (
-    *(case for dtype in ("*fp32", "*bf16") for rms in (False, True) for case in _compile_cases(dtype, rms)),
-    CompileCase(
-        "add",
-        "_layer_norm_add",
-        dict(sums_ptr="*fp32", total_ptr="*fp32", programs="i32", columns="i32", ROWS=64, BLOCK=16),
+_EXPECTED = {
+    "_layer_norm_forward": Expected((), lambda c: c["ROWS"] * c["BLOCK"]),
+    **dict.fromkeys(
+        ("_layer_norm_backward", "_layer_norm_forward_long", "_layer_norm_backward_long", "_layer_norm_sums_long"),
+        Expected(()),
     ),
-)
+}
 
 _CHOICES = choices_of(elements=(1024, 1024, 2048, 4096), num_warps=(4, 8, 8, 8))
 
@@ -281,7 +196,8 @@ LAYER_NORM = OpSpec(
     bench_cases=_bench_cases(("gpt_nano", 64, 256, 384), ("gpt2", 8, 1024, 768), bias=True),
     peers={"eager": _eager_layer_norm},
     cost=_cost,
-    compile_cases=_COMPILE_CASES,
+    compile_cases=tuple(_compile_cases(True)),
+    expected=_EXPECTED,
     choices=dict.fromkeys(("layer_norm/forward", "layer_norm/backward"), _CHOICES),
 )
 
@@ -297,6 +213,7 @@ RMS_NORM = OpSpec(
     bench_cases=_bench_cases(("llama", 2, 1024, 4096), bias=False),
     peers={"eager": _eager_rms_norm},
     cost=_cost,
-    compile_cases=_COMPILE_CASES,
+    compile_cases=tuple(_compile_cases(False)),
+    expected=_EXPECTED,
     choices=dict.fromkeys(("layer_norm/rms_forward", "layer_norm/rms_backward"), _CHOICES),
 )

@@ -4,61 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, LibraryOp, OpSpec
-from genai_fast.kernels.recurrent.compile_cases import compile_cases
-
-
-def _saved(like, keep, *shape):
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return like.new_empty(shape if keep else (0,), dtype=dtype)
-
-
-def _states(gates, h0, count):
-    """y, and states of the last step."""
-    return gates.new_empty(gates.size(0), *h0.shape), *(gates.new_empty(h0.shape) for _ in range(count))
-
-
-GRU_LIBRARY = (
-    LibraryOp(
-        "gru(Tensor gates, Tensor h0, Tensor weight_hh, Tensor? bias_n, bool keep, str backend)"
-        " -> (Tensor y, Tensor h_n, Tensor saved)",
-        lambda gates, h0, weight_hh, bias_n, keep: (
-            *_states(gates, h0, 1),
-            _saved(gates, keep, gates.size(0), h0.size(0), 4 * h0.size(1)),
-        ),
-    ),
-    LibraryOp(
-        "gru_backward(Tensor? grad_y, Tensor? grad_last, Tensor saved, Tensor y, Tensor h0, Tensor weight_hh,"
-        " str backend) -> (Tensor grad_gates, Tensor grad_n, Tensor grad_h0)",
-        lambda grad_y, grad_last, saved, y, h0, weight_hh: (
-            y.new_empty(*y.shape[:2], 3 * y.size(2)),
-            y.new_empty(y.shape),
-            y.new_empty(h0.shape),
-        ),
-    ),
-)
-# On the CPU PyTorch's own (oneDNN) is the fast one.
-LSTM_LIBRARY = (
-    LibraryOp(
-        "lstm(Tensor gates, Tensor h0, Tensor c0, Tensor weight_hh, bool keep, str backend)"
-        " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)",
-        lambda gates, h0, c0, weight_hh, keep: (
-            *_states(gates, h0, 2),
-            _saved(gates, keep, gates.size(0), h0.size(0), 5 * h0.size(1)),
-        ),
-        ("triton",),
-    ),
-    LibraryOp(
-        "lstm_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor saved, Tensor c0, Tensor weight_hh,"
-        " str backend) -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0)",
-        lambda grad_y, grad_h, grad_c, saved, c0, weight_hh: (
-            weight_hh.new_empty(*saved.shape[:2], weight_hh.size(0)),
-            weight_hh.new_empty(c0.shape),
-            weight_hh.new_empty(c0.shape),
-        ),
-        ("triton",),
-    ),
-)
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.recurrent.schema import GRU_LIBRARY, LSTM_LIBRARY
 
 
 def _parameters(weight_ih, weight_hh, bias_ih, bias_hh):
@@ -203,6 +150,29 @@ def _wrong(name, good, message, error=ValueError, **change):
 
 
 _CELL = dict(states=("h0", "c0"))
+
+
+def _compile_cases(gates, **more):
+    """512 units in one launch, and 1024, which are launched step by step."""
+    return (
+        CompileCase("units_256", _inputs(4, 32, 256, 256, gates, given=False, **more), ("fp32", "tf32")),
+        CompileCase("units_512", _inputs(4, 32, 256, 512, gates, given=False, **more)),
+        CompileCase("units_1024", _inputs(4, 32, 256, 1024, gates, given=False, **more), ("fp32", "bf16")),
+    )
+
+
+_STEP = Expected(None, lambda c: c["BLOCK"], 220)
+_SEQUENCE = Expected(("hidden",), tensor_cores=True)
+
+
+def _expected(op):
+    return {
+        f"_{op}_{kernel}{way}": of
+        for kernel, of in (("step", _STEP), ("sequence", _SEQUENCE))
+        for way in ("", "_backward")
+    }
+
+
 _GRU_CASES, _LSTM_CASES = _cases(3), _cases(4, **_CELL)
 
 GRU = OpSpec(
@@ -222,7 +192,8 @@ GRU = OpSpec(
     peers={"eager": _eager_gru},
     compiled=False,
     cost=_sequence_cost(4),
-    compile_cases=compile_cases("gru"),
+    compile_cases=_compile_cases(3),
+    expected=_expected("gru"),
 )
 LSTM = OpSpec(
     name="lstm",
@@ -245,6 +216,7 @@ LSTM = OpSpec(
     peers={"eager": _eager_lstm},
     compiled=False,
     cost=_sequence_cost(5),
-    compile_cases=compile_cases("lstm"),
+    compile_cases=_compile_cases(4, **_CELL),
+    expected=_expected("lstm"),
     backends=("reference", "triton"),
 )

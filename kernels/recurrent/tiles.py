@@ -1,4 +1,4 @@
-"""How a layer is spread over a GPU, known to the launchers and to the gate that compiles them without a GPU."""
+"""How a layer is spread over a GPU."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ each step is PyTorch's matrix product with weight_hh and one kernel for the rest
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
 
+from genai_fast.kernels.common import launch
 from genai_fast.kernels.common.activations_triton import sigmoid, tanh
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
@@ -198,15 +198,14 @@ def _of_step(x, t):
     return x if x is None else x[t]
 
 
-@functools.cache
 def _room(device):
     """(multiprocessors, bytes of shared memory, hidden units) for tiles.plan; none where programs cannot meet."""
-    if device.type != "cuda":
+    found = launch.properties(device)
+    if found is None:
         return 2**20, 2**30, 128  # interpreted: the fewer programs, the better
     if torch.version.hip is not None or os.environ.get("GENAI_FAST_SEQUENCE", "1") == "0":
         return 0, 0, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin, 0
+    return found.multi_processor_count, found.shared_memory_per_block_optin, 0
 
 
 def planned(like, batch, hidden, backward):

@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, Cost, ErrorCase, Expected, OpSpec
 from genai_fast.kernels.reparameterize import reference
-
-
-def _fake(mu, logvar, seed, offset, with_kl):
-    wide = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    return mu.new_empty(mu.shape), mu.new_empty(mu.shape[:1] if with_kl else (0,), dtype=wide)
-
-
-def _fake_backward(grad_z, grad_kl, mu, logvar, seed, offset):
-    return mu.new_empty(mu.shape), logvar.new_empty(mu.shape)
-
-
-LIBRARY = (
-    LibraryOp(
-        "reparameterize(Tensor mu, Tensor logvar, Tensor seed, SymInt offset, bool with_kl, str backend)"
-        " -> (Tensor z, Tensor kl)",
-        _fake,
-    ),
-    LibraryOp(
-        "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor seed,"
-        " SymInt offset, str backend) -> (Tensor grad_mu, Tensor grad_logvar)",
-        _fake_backward,
-    ),
-)
+from genai_fast.kernels.reparameterize.schema import LIBRARY
 
 
 def _reference_kl(mu, logvar, *, seed, offset=0):
@@ -140,44 +118,13 @@ GPU_CASES = (
     Case("wide-131072x512-forward", lambda t: {n: t.normal(131072, 512, grad=False) for n in ("mu", "logvar")}),
 )
 
-# The launches of BENCH_CASES: aligned rows of 512 columns, as ROWS x BLOCK = 2 x 512.
-_SIZES = dict(batch="i32", columns="i32", splits=1, mu_stride="i32", logvar_stride="i32", offset="i64")
-_TILE = dict(ROWS=2, BLOCK=512, ALIGNED=True)
+
+def _expected(most):
+    """At most so many instructions per element, for rows that fill a block."""
+    return Expected(None, lambda c: c["ROWS"] * c["BLOCK"], lambda c: most if c["ROWS"] <= 2 else None)
 
 
-def _forward_case(name, dtype, with_kl, limit):
-    pointers = dict(mu_ptr=dtype, logvar_ptr=dtype, z_ptr=dtype, kl_ptr="*fp32" if with_kl else None, seed_ptr="*i64")
-    return CompileCase(
-        f"reparameterize{'_kl' if with_kl else ''}-{name}",
-        "_reparameterize_forward",
-        {**pointers, **_SIZES, **_TILE},
-        elements=1024,
-        max_instructions_per_element=limit,
-    )
-
-
-def _backward_case(name, dtype, limit):
-    pointers = dict(
-        grad_z_ptr=dtype, grad_kl_ptr="*fp32", mu_ptr=dtype, logvar_ptr=dtype, grad_mu_ptr=dtype,
-        grad_logvar_ptr=dtype, seed_ptr="*i64",
-    )  # fmt: skip
-    strides = dict(grad_z_stride="i32", grad_kl_stride="i32")
-    return CompileCase(
-        f"reparameterize_kl_backward-{name}",
-        "_reparameterize_backward",
-        {**pointers, **_SIZES, **strides, **_TILE},
-        elements=1024,
-        max_instructions_per_element=limit,
-    )
-
-
-_COMPILE_CASES = (
-    _forward_case("fp32", "*fp32", True, 70),
-    _forward_case("bf16", "*bf16", True, 70),
-    _forward_case("fp32", "*fp32", False, 70),
-    _backward_case("fp32", "*fp32", 75),
-    _backward_case("bf16", "*bf16", 75),
-)
+_EXPECTED = {"_reparameterize_forward": _expected(70), "_reparameterize_backward": _expected(75)}
 
 _SHARED = dict(
     folder="reparameterize",
@@ -188,7 +135,7 @@ _SHARED = dict(
     bench_cases=BENCH_CASES,
     gpu_cases=GPU_CASES,
     cost=_cost,
-    compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
     choices={"reparameterize/forward": ELEMENTWISE_CHOICES, "reparameterize/backward": ELEMENTWISE_CHOICES},
 )
 

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.launch import next_power_of_2
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, LibraryOp, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
 from genai_fast.kernels.rotary import reference
-
-LIBRARY = (
-    LibraryOp(
-        "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse,"
-        " str backend) -> Tensor",
-        lambda x, *rest: reference.in_order_of(reference.with_unit_stride(x)),
-    ),
-)
+from genai_fast.kernels.rotary.schema import LIBRARY
 
 
 def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0):
@@ -189,25 +181,11 @@ BENCH_CASES = (
 )
 
 
-def _compile_case(name, dtype, columns, rotary, interleaved=False, positions=False, table="*fp32"):
-    half, rest = rotary // 2, columns - rotary
-    most = next_power_of_2(rest) if rest else 0
-    sizes = ("second", "third", "x_batch", "x_second", "x_third", "cos_stride", "sin_stride", "known", "offset")
-    return CompileCase(
-        f"{name}-{dtype[1:]}", "_rotary",
-        dict(x_ptr=dtype, cos_ptr=table, sin_ptr=table, positions_ptr="*i64" if positions else None, y_ptr=dtype,
-             **dict.fromkeys(sizes, "i32"), positions_stride="i32", sign="fp32", blocks="i32:1", BY_TOKEN=True,
-             INTERLEAVED=interleaved, COLUMNS=columns, HALF=half, ROWS=1024 // half, BLOCK=half, REST=most),
-        elements=2048 + 1024 // half * rest, max_instructions_per_element=40, wide_loads=True,
-    )  # fmt: skip
-
-
 _COMPILE_CASES = (
-    *(_compile_case("halves", dtype, 64, 64) for dtype in ("*fp32", "*bf16")),
-    *(_compile_case("pairs", dtype, 64, 64, True) for dtype in ("*fp32", "*bf16")),
-    _compile_case("halves_at_positions", "*bf16", 64, 64, False, True, "*bf16"),
-    _compile_case("pairs_of_some_channels", "*bf16", 256, 64, True),
+    CompileCase("pairs", _inputs(1, 32, 2048, 64, layout="by_token", interleaved=True), ("fp32", "bf16")),
+    CompileCase("at_positions", _inputs(1, 32, 2048, 64, layout="by_token", at="BT", narrow=True)),
 )
+_EXPECTED = {"_rotary": Expected((), lambda c: c["ROWS"] * (2 * c["BLOCK"] + c["COLUMNS"] - 2 * c["HALF"]), 40)}
 
 ROTARY = OpSpec(
     name="rotary",
@@ -222,4 +200,5 @@ ROTARY = OpSpec(
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
 )

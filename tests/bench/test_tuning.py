@@ -16,7 +16,7 @@ from genai_fast.registry import OPS
 from genai_fast.testing import Run, assert_matches_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHOICES = {name: op for op in reversed(OPS.values()) for name in op.choices}
+CHOICES = {name: op for op in reversed([*OPS.values()]) for name in op.choices}
 pytestmark = pytest.mark.skipif(bool(unavailable("triton", DEVICE)), reason=unavailable("triton", DEVICE))
 
 

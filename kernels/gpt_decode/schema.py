@@ -1,0 +1,17 @@
+"""The library ops of gpt_decode: schemas, fakes, and which backends serve them."""
+
+from __future__ import annotations
+
+import torch
+
+from genai_fast.kernels.common.schema import LibraryOp
+
+LIBRARY = (
+    LibraryOp(
+        "gpt_decode(Tensor(a!) cache, Tensor ids, SymInt length, Tensor[] weights, Tensor[] scales, float eps,"
+        " str backend) -> Tensor",
+        lambda cache, ids, length, weights, scales, eps: cache.new_empty(ids.size(0), weights[-1].size(0)),
+        ("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+    ),
+)
