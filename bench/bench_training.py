@@ -22,9 +22,9 @@ import pytest
 import torch
 
 import genai_fast
-from bench import record
+from bench.gpu_gate.training import UNROLLED, red
 from bench.points import COMPILED, DEVICE, FUSED
-from bench.training_figures import UNROLLED, red
+from bench.report import files
 from genai_fast.kernels.common import onednn
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.loops import preparing
@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, system: str, side: str, setting: str, device: str) -> None:
         command = [sys.executable, "-m", "bench.bench_training", system, side, setting, device]
         self._process = subprocess.Popen(
-            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=files.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._read()
 

@@ -1,17 +1,13 @@
-"""A GPT that writes, a token at a time, behind half a block of text: ours beside the loops that people write.
+"""The stage "decoding": a GPT generating token by token after half a block of text, beside the loops people write.
 
-    python -m bench.decoding DEVICE [--rounds N] [--no-compile] < a JSON list of models
-
-Logits are compared first: where they are wrong there are no figures. All variants live in one process and are clocked
-in turn. The peer that torch.compile cannot do is skipped, and the figure says why; the others must run.
+Logits are compared first: if they are wrong there are no figures. All variants share one process and are timed in turn.
+A peer that torch.compile cannot serve is skipped, with the reason in the figure; the others must run.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import isolated, roofs
-from bench.training_figures import REDUCED, say, wait
+from bench import roofs
+from bench.gpu_gate.training import REDUCED, say, wait
 from genai_fast.errors import UsageError
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.models.generation import Sampler, decoder_for
@@ -268,14 +264,5 @@ def _medians(loops: dict[str, Loop], first: torch.Tensor, rounds: int) -> dict[s
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out")
-    options = parser.parse_args()
-    return isolated.serve(lambda name: figures(name, options.device, options.rounds, options.compiled))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def work(name: str, device: str, rounds: int = ROUNDS, compiled: bool = True) -> dict[str, Any]:
+    return figures(name, device, rounds, compiled)

@@ -1,20 +1,16 @@
-"""Whole training steps: the fused one beside the plain script, as it is and as people speed it up.
+"""The stage "training": whole training steps, fused beside the plain script, as it is and as people speed it up.
 
-    python -m bench.training_figures DEVICE [--rounds N] [--batch N] [--no-compile] < a JSON list of systems
-
-Losses are compared first: where they differ there are no figures. All variants live in one process and are clocked in
-turn. A peer that cannot run is skipped, and the figure says why; the fused step must run.
+Losses are compared first: if they differ there are no figures. All variants share one process and are timed in turn.
+A peer that cannot run is skipped, with the reason in the figure; the fused step must run.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import isolated, parity
+from bench.gpu_gate import parity
 from genai_fast import autotune
 from genai_fast.errors import UsageError
 from genai_fast.profiling import ForeignLoad, compare
@@ -298,19 +294,4 @@ def say(name: str, what: str) -> None:
     print(f"{name}: {what}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--batch", type=int, help="samples a step; default: as the system has it")
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out")
-    options = parser.parse_args()
-
-    def work(name: str) -> dict[str, Any]:
-        return figures(name, options.device, options.rounds, options.batch, options.compiled)
-
-    return isolated.serve(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+work = figures
