@@ -19,6 +19,7 @@ from torch import nn
 
 from bench import roofs
 from bench.gpu_gate.training import REDUCED, say, wait
+from bench.variants import in_turn, ratios, ready, walls
 from genai_fast.errors import UsageError
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.models.generation import Sampler, decoder_for
@@ -219,23 +220,19 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     if message := red(model, device):
         return {**head, "failures": {"numerics": message}}
     load, first = ForeignLoad(), torch.zeros(model.batch, dtype=torch.int64, device=device)
-    loops: dict[str, Loop] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for variant, make in variants(model, device, compile_too).items():
+
+    @torch.no_grad()
+    def warmed(variant: str, make: Callable[[], Loop]) -> Loop:
         say(name, variant)
-        try:
-            with torch.no_grad():
-                loops[variant] = make()
-            written(loops[variant], likeliest, first)  # compiled and captured by then
-            found[variant] = {}
-        except Exception as error:  # whatever a compiler raises
-            if variant != REDUCED:
-                raise
-            loops.pop(variant, None)
-            found[variant] = {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        loop = make()
+        written(loop, likeliest, first)  # compiled and captured by then
+        return loop
+
+    makers = {v: functools.partial(warmed, v, make) for v, make in variants(model, device, compile_too).items()}
+    loops, skipped = ready(makers, (REDUCED,))
     say(name, "figures")
-    for variant, seconds in _medians(loops, first, rounds).items():
-        found[variant]["wall_us"] = round(seconds * 1e6, 2)
+    seconds = in_turn(lambda loop: written(loop, likeliest, first), loops, rounds)
+    found = walls(seconds) | skipped
     sampler, ours = Sampler(**PICK), found[FUSED]["wall_us"]
     sampled = statistics.median(
         written(loops[FUSED], lambda logits: sampler(logits).to(device), first) for _ in range(rounds)
@@ -245,7 +242,7 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     return {
         **head,
         "variants": {variant: found[variant] for variant in (*(v for v in found if v != FUSED), FUSED)},
-        "ratio": {v: round(f["wall_us"] / ours, 3) for v, f in found.items() if v != FUSED and "wall_us" in f},
+        "ratio": ratios(seconds),
         "tokens_per_second": round(model.batch / ours * 1e6, 1),
         "sampled_us": round(sampled * 1e6, 2),
         "gigabytes_per_second": round(cost.bytes / ours / 1e3, 2),
@@ -253,15 +250,6 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
         "share_of_roof": round(roofs.share(device, ours / 1e6, cost.bytes, cost.flops), 3),
         "foreign_load": load.cores(),
     }
-
-
-def _medians(loops: dict[str, Loop], first: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Seconds a token, in turn (A B B A ...)."""
-    taken: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(rounds):
-        for name, loop in list(loops.items())[:: -1 if turn % 2 else 1]:
-            taken[name].append(written(loop, likeliest, first))
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def work(name: str, device: str, rounds: int = ROUNDS, compiled: bool = True) -> dict[str, Any]:
