@@ -40,9 +40,9 @@ from genai_fast.errors import UsageError
 from genai_fast.training import atomic_files, checkpoint
 
 SECONDS, BYTES = 1.0, 256 << 20  # of processor time, and of memory beyond what the process held before
-HANGS = 20.0  # seconds of wall time after which a load is killed
+HANGS = 60.0  # seconds of wall time after which a load is killed; starting a process takes some of them
 _ROOM = 4 * BYTES  # of address space: what asks for more gets a MemoryError
-_CHUNK = 50  # files for one process
+_CHUNK = 200  # files for one process
 _NESTED = (b"[" * 200_000, b'{"a":' * 100_000, b"<div>" * 100_000)
 _NUMBERS = (b"-1", b"0", b"1e999", b"NaN", b"99999999999999999999", b"4294967297", b"null", b'"x"', b"[]", b"{}")
 
@@ -237,6 +237,7 @@ def _serve() -> int:
     torch.set_num_threads(1)
     for kind in KINDS:
         load(f"{kind}-sound")
+        print(f"{kind}: ready", flush=True)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + _ROOM, resource.RLIM_INFINITY))
     return worker.serve(_work)
