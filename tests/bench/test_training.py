@@ -44,7 +44,7 @@ def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys):
     assert figure["mfu"] == pytest.approx(figure["model_flops"] / wall[FUSED] / 1e3, rel=0.01)  # of 1e9 a second
     for variant, ratio in figure["ratio"].items():
         assert ratio == pytest.approx(wall[variant] / wall[FUSED], rel=0.01)
-    assert figure["samples_per_second"] == pytest.approx(2e6 / wall[FUSED], rel=0.01)
+    assert figure["samples_per_second"] == pytest.approx(2e6 / wall[FUSED], rel=0.01, abs=0.1)
 
 
 def test_variants_are_the_system_s_own():
@@ -94,7 +94,7 @@ def test_text_and_a_compiler_that_fails(tiny_gpt, quick):
     for variant in (COMPILE, REDUCED):
         assert figure["variants"][variant] == {"skipped": "RuntimeError: no compiler and more lines"}
     assert set(figure["ratio"]) == {EAGER, "eager autocast"}
-    assert figure["tokens_per_second"] == pytest.approx(8 * figure["samples_per_second"], rel=0.01)
+    assert figure["tokens_per_second"] == pytest.approx(8 * figure["samples_per_second"], abs=0.5)
     # Three products of each matrix for each of 16 tokens, and attention's.
     matrices, attention = 12 * 16 * 16 + 300 * 16, 2 * (2 * 2 * 2 * 8 * 8 * 8)
     assert figure["model_flops"] >= 3 * 2 * 16 * matrices + attention
