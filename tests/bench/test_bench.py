@@ -162,7 +162,7 @@ def test_figures_name_everything_and_say_what_was_skipped(quick):
     fused = figure["variants"][points.FUSED]["wall_us"]
     assert figure["ratio"]["eager"] == pytest.approx(figure["variants"]["eager"]["wall_us"] / fused, rel=0.01)
     cost = VAE_LOSS.cost(**point.inputs())
-    assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01)
+    assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01, abs=0.01)
     json.dumps(figure)
 
 
