@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from bench import memory
-from bench.points import COMPILED, DEVICE, FUSED, ROUNDS
+from bench.points import DEVICE, ROUNDS
+from bench.variants import COMPILED, FUSED, ratios, ready, walls, warm
 from genai_fast import fuse
 from genai_fast.profiling import ForeignLoad, compare
 
@@ -43,24 +44,8 @@ def _dcgan_discriminator(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 0, bias=False))
 
 
-def _generator_block() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(True))
-
-
-def _discriminator_block() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, True))
-
-
-def _vae_first_block() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.LeakyReLU())
-
-
-def _vae_last_block() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(32, 32, 3, 2, 1, 1), nn.BatchNorm2d(32), nn.LeakyReLU())
-
-
-def _dense_block() -> nn.Module:
-    return nn.Sequential(nn.Linear(100, 12544, bias=False), nn.BatchNorm1d(12544), nn.LeakyReLU())
+def _leaky(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.LeakyReLU())
 
 
 class _CharRNN(nn.Module):
@@ -75,11 +60,17 @@ class _CharRNN(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "dcgan_64_generator_block": (_generator_block, (64, 128, 16, 16)),
-    "dcgan_64_discriminator_block": (_discriminator_block, (64, 64, 32, 32)),
-    "conv_vae_64_first_block": (_vae_first_block, (64, 3, 64, 64)),
-    "conv_vae_64_last_block": (_vae_last_block, (64, 32, 32, 32)),
-    "dense_to_image_first_block": (_dense_block, (128, 100)),
+    "dcgan_64_generator_block": (lambda: _dcgan_generator()[9:12], (64, 128, 16, 16)),
+    "dcgan_64_discriminator_block": (lambda: _dcgan_discriminator()[2:5], (64, 64, 32, 32)),
+    "conv_vae_64_first_block": (lambda: _leaky(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32)), (64, 3, 64, 64)),
+    "conv_vae_64_last_block": (
+        lambda: _leaky(nn.ConvTranspose2d(32, 32, 3, 2, 1, 1), nn.BatchNorm2d(32)),
+        (64, 32, 32, 32),
+    ),
+    "dense_to_image_first_block": (
+        lambda: _leaky(nn.Linear(100, 12544, bias=False), nn.BatchNorm1d(12544)),
+        (128, 100),
+    ),
     "char_rnn_gru": (_CharRNN, (128, 32, 256)),
     "dcgan_64_generator": (_dcgan_generator, (32, 100, 1, 1)),
     "dcgan_64_discriminator": (_dcgan_discriminator, (32, 3, 64, 64)),
@@ -166,30 +157,20 @@ def red(subject: Subject) -> str:
 @functools.cache
 def figures(subject: Subject) -> dict[str, Any]:
     """Median wall time of each variant, interleaved, and the bytes that it holds at most."""
-    load, steps, skipped = ForeignLoad(), {}, {}
-    for variant in subject.variants:
-        try:
-            steps[variant] = subject.step(variant)
-            steps[variant]()
-        except Exception as error:
-            if variant != COMPILED:
-                raise
-            skipped[variant] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]
-            steps.pop(variant, None)
+    load = ForeignLoad()
+    steps, skipped = ready({v: lambda v=v: warm(subject.step(v)) for v in subject.variants}, (COMPILED,))
     wall = {name: t.median for name, t in compare(steps, rounds=ROUNDS, seconds=SECONDS).timings.items()}
-    variants: dict[str, dict[str, Any]] = {
-        name: {"wall_us": round(t * 1e6, 2), "peak_bytes": memory.peak_bytes(steps[name], DEVICE)}
-        for name, t in wall.items()
-    }
-    variants.update({name: {"skipped": reason} for name, reason in skipped.items()})
+    variants = walls(wall)
+    for name, step in steps.items():
+        variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
     mode = "training" if subject.training else "evaluation"
     return {
         "op": f"fuse, {mode}",
         "case": f"{subject.model}-{subject.layout}",
         "dtype": "float32",
         "device": DEVICE,
-        "variants": variants,
-        "ratio": {name: round(t / wall[FUSED], 3) for name, t in wall.items() if name != FUSED},
+        "variants": variants | skipped,
+        "ratio": ratios(wall),
         "foreign_load": load.cores(),
     }
 

@@ -22,34 +22,24 @@ import pytest
 import torch
 
 import genai_fast
-from bench import record
+from bench.gpu_gate.training import autocast_of, red, variants
 from bench.points import COMPILED, DEVICE, FUSED
-from bench.training_figures import UNROLLED, red
+from bench.report import files
 from genai_fast.kernels.common import onednn
 from genai_fast.profiling import ForeignLoad, compare
-from genai_fast.profiling.loops import preparing
+from genai_fast.profiling.loops import EAGER
 from genai_fast.profiling.systems import SYSTEMS
 from genai_fast.training.step import PRECISIONS
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 1.0  # of clocking in each turn, at least
-EAGER, AUTOCAST = "eager", "eager autocast"
 STOCK, TUNED = "stock process", "tuned process"
 
 
 def make_step(system: str, side: str, device: str) -> Callable[[], Any]:
     """One step on a batch that stays the same, as one call."""
     torch.manual_seed(0)
-    chosen = SYSTEMS[system]
-    batch = chosen.inputs(device)
-    narrow = chosen.config.precision == "bfloat16"
-    step = {
-        EAGER: lambda: chosen.plain(device),
-        AUTOCAST: lambda: chosen.plain(device, preparing(EAGER, bf16=True)),
-        COMPILED: lambda: chosen.plain(device, preparing(COMPILED, bf16=narrow)),
-        FUSED: lambda: chosen.fused(device),
-    }[side]()
-    return lambda: step(*batch)
+    return variants(SYSTEMS[system], device)[side]()
 
 
 class Worker:
@@ -58,7 +48,7 @@ class Worker:
     def __init__(self, system: str, side: str, setting: str, device: str) -> None:
         command = [sys.executable, "-m", "bench.bench_training", system, side, setting, device]
         self._process = subprocess.Popen(
-            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=files.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._read()
 
@@ -83,8 +73,8 @@ class Worker:
 def sides(system: str) -> list[tuple[str, str]]:
     """What is measured, and in which process: the others are peers as PyTorch comes."""
     chosen = SYSTEMS[system]
-    more = [AUTOCAST] if chosen.config.precision == "bfloat16" else []
-    more += [COMPILED] if chosen.recipe not in UNROLLED else []
+    more = [autocast_of(chosen)] if chosen.config.precision == "bfloat16" else []
+    more += [COMPILED] if COMPILED in variants(chosen, "cpu") else []
     return [*((side, setting) for setting in (STOCK, TUNED) for side in (EAGER, FUSED)), *((m, STOCK) for m in more)]
 
 
@@ -156,7 +146,7 @@ def main() -> None:
     """What a `Worker` starts: says when it is ready, then clocks the step for each line that it reads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=SYSTEMS)
-    parser.add_argument("side", choices=(EAGER, AUTOCAST, COMPILED, FUSED))
+    parser.add_argument("side")
     parser.add_argument("setting", choices=(STOCK, TUNED))
     parser.add_argument("device")
     options = parser.parse_args()

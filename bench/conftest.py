@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench import record, roofs
+from bench import roofs
 from bench.points import DEVICE
-from bench.report import summary
+from bench.report.tables import summary
+from genai_fast.profiling.machine import environment
 
 FIGURES = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -24,7 +25,7 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["genai_fast"] = {**record.environment(DEVICE), "roofs": roofs.roofs(DEVICE)}
+    machine_info["genai_fast"] = {**environment(DEVICE), "roofs": roofs.roofs(DEVICE)}
 
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own tables

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench import clock, memory, roofs
+from bench.variants import COMPILED, FUSED, ratios, ready, walls, warm
 from genai_fast import ops, registry
 from genai_fast.backends import choose
 from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
@@ -20,7 +21,6 @@ from genai_fast.testing import AUTOMATIC, Run, assert_matches_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
-FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the op's peers
 ROUNDS = 11  # of interleaved clocking for one point, at least
 SECONDS = {"cpu": 2.0, "cuda": 0.3}  # the same; on CUDA ratios are of device time, which has a clock of its own
 INPUT_SETS = 4  # used in rotation on CUDA
@@ -182,20 +182,12 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
     torch.compile out, which may take a minute a point; `seconds`: SECONDS if None.
     """
     seconds = SECONDS[point.device] if seconds is None else seconds
-    load, steps, skipped = ForeignLoad(), {}, {}
-    for variant in (v for v in point.variants if compiled or v != COMPILED):
-        try:
-            steps[variant] = point.step(variant)
-            steps[variant]()
-        except Exception as error:
-            if variant != COMPILED and variant not in point.op.gpu_peers:
-                raise
-            skipped[variant] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
-            steps.pop(variant, None)
+    load = ForeignLoad()
+    makers = {v: lambda v=v: warm(point.step(v)) for v in point.variants if compiled or v != COMPILED}
+    steps, skipped = ready(makers, (COMPILED, *point.op.gpu_peers))
     timings = compare(steps, rounds=ROUNDS, seconds=seconds).timings
-    wall = {name: t.median for name, t in timings.items()}
-    variants: dict[str, dict[str, Any]] = {name: {"wall_us": round(t * 1e6, 2)} for name, t in wall.items()}
-    best = wall
+    best = {name: t.median for name, t in timings.items()}
+    variants = walls(best)
     if point.device == "cuda":
         sets = {name: [point.step(name, seed) for seed in range(point.input_sets)] for name in steps}
         waiting = [name for name in steps if not getattr(point.function(name), "capturable", True)]
@@ -205,7 +197,6 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
             variants[name].update(device_us=round(t * 1e6, 2), device_clock=how)
     for name in variants:
         variants[name]["peak_bytes"] = memory.peak_bytes(steps[name], point.device)
-    variants.update({name: {"skipped": reason} for name, reason in skipped.items()})
     cost, fused = point.op.cost(**point.inputs()), best[FUSED]
     return {
         "op": point.op.name,
@@ -213,8 +204,8 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
         "dtype": point.precision,
         "device": point.device,
         "backend": fused_backend(point.op, point.device),
-        "variants": variants,
-        "ratio": {name: round(t / fused, 3) for name, t in best.items() if name != FUSED},
+        "variants": variants | skipped,
+        "ratio": ratios(best),
         "gigabytes_per_second": round(cost.bytes / fused / 1e9, 2),
         "gigaflops_per_second": round(cost.flops / fused / 1e9, 2),
         "share_of_roof": round(roofs.share(point.device, fused, cost.bytes, cost.flops), 3),

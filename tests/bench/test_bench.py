@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_gate, memory, points, record, roofs, training_figures
+from bench import memory, points, roofs
+from bench.gpu_gate import __main__ as gpu_gate
+from bench.gpu_gate import training
+from bench.report import files
 from genai_fast import ops
 from genai_fast.kernels.common.spec import Tensors
 from genai_fast.profiling.systems import SYSTEMS
@@ -154,12 +157,12 @@ def test_figures_name_everything_and_say_what_was_skipped(quick):
     point = point_of(VAE_LOSS)
     figure = points.figures(point, seconds=0.0)
     assert set(figure["variants"]) == {*VAE_LOSS.peers, points.COMPILED, points.FUSED}
-    assert figure["variants"][points.COMPILED] == {"skipped": "RuntimeError: no compiler"}
+    assert figure["variants"][points.COMPILED] == {"skipped": "RuntimeError: no compiler and more lines"}
     assert set(figure["ratio"]) == set(VAE_LOSS.peers)
     fused = figure["variants"][points.FUSED]["wall_us"]
     assert figure["ratio"]["eager"] == pytest.approx(figure["variants"]["eager"]["wall_us"] / fused, rel=0.01)
     cost = VAE_LOSS.cost(**point.inputs())
-    assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01)
+    assert figure["gigabytes_per_second"] == pytest.approx(cost.bytes / fused / 1e3, rel=0.01, abs=0.01)
     json.dumps(figure)
 
 
@@ -204,10 +207,10 @@ def test_gate_is_red_on_what_is_wrong(monkeypatch):
 
 
 def test_training_gate(monkeypatch):
-    assert training_figures.red(SYSTEMS["mlp_vae"], "cpu") == "" == training_figures.red(SYSTEMS["mlp_gan"], "cpu")
+    assert training.red(SYSTEMS["mlp_vae"], "cpu") == "" == training.red(SYSTEMS["mlp_gan"], "cpu")
     right = ops.vae_loss
     monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
-    assert training_figures.red(SYSTEMS["mlp_vae"], "cpu").startswith("losses of step 1: expected about")
+    assert training.red(SYSTEMS["mlp_vae"], "cpu").startswith("losses of step 1: expected about")
 
 
 @pytest.mark.parametrize("system", ["mlp_vae", "mlp_gan", "dcgan_64", "dense_dcgan", "conv_vae_64"])
@@ -226,16 +229,16 @@ def test_plain_and_fused_steps_begin_with_the_same_weights(system):
 
 def test_record_is_whole_or_absent(tmp_path):
     path = tmp_path / "folder" / "record.json"
-    record.write_json(path, {"figures": 1})
+    files.write_json(path, {"figures": 1})
     with pytest.raises(TypeError):
-        record.write_json(path, {"figures": 2, "not": object()})
+        files.write_json(path, {"figures": 2, "not": object()})
     assert json.loads(path.read_text()) == {"figures": 1}
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):
     path = tmp_path / "record.json"
-    record.write_json(path, {"losses": [1.5, float("nan")], "a": {"b": (float("inf"), 2, None, "NaN", True)}})
+    files.write_json(path, {"losses": [1.5, float("nan")], "a": {"b": (float("inf"), 2, None, "NaN", True)}})
     assert "Infinity" not in path.read_text()
     assert json.loads(path.read_text()) == {"losses": [1.5, None], "a": {"b": [None, 2, None, "NaN", True]}}
 
@@ -245,7 +248,7 @@ def test_several_files_are_written_all_or_none(tmp_path):
     (tmp_path / "file").write_text("")
     for impossible in ("file/b", "taken"):  # no folder, no file
         with pytest.raises(OSError):
-            record.write_all({tmp_path / impossible: b"b", tmp_path / "a": b"a"})
+            files.write_all({tmp_path / impossible: b"b", tmp_path / "a": b"a"})
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
 
 

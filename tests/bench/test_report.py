@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import decoding, headline, points, record, report, results_page, training_figures
+from bench import points
+from bench.gpu_gate import decoding, training
+from bench.report import __main__ as report
+from bench.report import files, headline, page, plots
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "tests" / "records" / "sample.json"
@@ -42,6 +45,20 @@ ON_DEVICE = {
 MACHINE = {"device": "a processor", "roofs": {"bytes_per_second": 4e10, "float32": 1e11}}
 
 
+CASE, RATE, NO_RATE = "vae_loss mnist float32", {"GB/s": "12.34", "of roof": "50%"}, {"GB/s": "-", "of roof": "-"}
+
+
+def ratios(of_variant, of_best="-"):
+    return {"time / fused": of_variant, "best peer / fused": of_best}
+
+
+def cells_of(text):
+    """The rows of the first table, by the column's name."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    header, _, *found = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in found]
+
+
 def from_pytest_benchmark(*figures):
     benchmarks = [{"extra_info": {**f, "variant": v}} for f in figures for v in f["variants"]]
     return {"benchmarks": [*benchmarks, {"extra_info": {}}], "machine_info": {"genai_fast": MACHINE}}
@@ -51,10 +68,44 @@ def test_report_of_a_benchmark(tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps(from_pytest_benchmark(FIGURE, ON_DEVICE)))
     assert report.main([str(tmp_path / "run.json"), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "run.md").read_text()
-    table = [line for line in text.splitlines() if line.startswith("| vae_loss")]
-    assert table == [
-        "| vae_loss | mnist | float32 | eager | 30.0 | - | 10.0 | 3.00 | 12.3 | 50% | 3.0 | 2.0 | wall |",
-        "| vae_loss | mnist | float32 | eager | 8.0 | 6.0 | 2.0 | 4.00 | 12.3 | 50% | - | - | graph |",
+    assert cells_of(text) == [
+        {"case": CASE, "variant": "eager", "ms": "0.0300", "device ms": "-", "MiB": "3.0", **NO_RATE, **ratios("3.00")},
+        {
+            "case": CASE,
+            "variant": "fused",
+            "ms": "0.0100",
+            "device ms": "-",
+            "MiB": "2.0",
+            **RATE,
+            **ratios("-", "3.00"),
+        },
+        {
+            "case": CASE,
+            "variant": "eager",
+            "ms": "0.0900",
+            "device ms": "0.0080",
+            "MiB": "-",
+            **NO_RATE,
+            **ratios("4.00"),
+        },
+        {
+            "case": CASE,
+            "variant": "compile",
+            "ms": "0.0500",
+            "device ms": "0.0060",
+            "MiB": "-",
+            **NO_RATE,
+            **ratios("3.00"),
+        },
+        {
+            "case": CASE,
+            "variant": "fused",
+            "ms": "0.0400",
+            "device ms": "0.0020",
+            "MiB": "-",
+            **RATE,
+            **ratios("-", "3.00"),
+        },
     ]
     assert "- device: a processor" in text
     assert "- roof, copy: 40.0 GB/s" in text
@@ -87,12 +138,13 @@ def test_report_refuses_what_it_cannot_read(tmp_path, capsys, content, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_chart_draws_a_group_of_bars_a_case():
-    (axes,) = report.chart(MACHINE, [FIGURE, ON_DEVICE]).axes
+def test_plot_has_a_bar_for_each_best_peer():
+    slow = {**FIGURE, "ratio": {"eager": 0.5}}
+    (axes,) = plots.speed_plot([FIGURE, ON_DEVICE, slow], "a processor").axes
     lengths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-    assert lengths["genai_fast"] == [3.0, 4.0]
-    assert lengths["torch.compile"] == [0.0, pytest.approx(4.0 / 3.0)]
-    assert lengths["eager"] == [1.0, 1.0]
+    assert lengths == {"best peer": [2.0, 2.0], "best peer, which is faster": [-0.5]}
+    dots = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert dots["eager"] == [3.0, 4.0, 0.5] and dots["compile"] == [3.0]
 
 
 # The page of one GPU
@@ -119,7 +171,7 @@ def with_failure(content, stage, task, message="wrong by 1\nand a second line"):
 def made(folder, *contents):
     """The page's text, of these records in that folder."""
     for k, content in enumerate(contents):
-        record.write_json(folder / f"{k}.json", content)
+        files.write_json(folder / f"{k}.json", content)
     assert report.main([str(folder)]) == 0
     return (folder / "README.md").read_text()
 
@@ -129,13 +181,10 @@ def section(text, name):
 
 
 def rows(text, name):
-    """The rows of a section's table, by the column's name."""
-    lines = [line for line in section(text, name).splitlines() if line.startswith("|")]
-    header, _, *found = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
-    return [dict(zip(header, row, strict=True)) for row in found]
+    return cells_of(section(text, name))
 
 
-RATIOS = ("eager / fused", "best peer / fused", "its time / fused")
+RATIOS = ("time / fused", "best peer / fused")
 
 
 def test_page_of_a_green_record(tmp_path):
@@ -143,42 +192,40 @@ def test_page_of_a_green_record(tmp_path):
     assert "the gate is green" in text and "\n> " not in text
     for said in ("- driver: 0.0", "- power_limit_watts: 100 W", "- torch: 2.0", "- roof, copy: 1000.0 GB/s"):
         assert said in text
-    kl, loss, entropy = rows(text, "Ops")
-    assert kl == {
-        "op": "reparameterize_kl", "case": "vae_wide-4096x512", "dtype": "float32", "fused ms": "0.100",
-        "eager ms": "0.300", "best eager ms": "0.300", "torch.compile ms": "0.200", "eager / fused": "3.00",
-        "best peer / fused": "2.00", "rate": "500 GB/s", "of roof": "50%",
+    ops = {(row["case"].split()[0], row["variant"]): row for row in rows(text, "Ops")}
+    assert ops["reparameterize_kl", "fused"] == {
+        "case": "reparameterize_kl vae_wide-4096x512 float32", "variant": "fused", "ms": "0.200", "device ms": "0.100",
+        "MiB": "2.0", "GB/s": "500", "GFLOP/s": "10", "of roof": "50%", **ratios("-", "2.00"),
     }  # fmt: skip
-    assert (loss["best eager ms"], loss["torch.compile ms"], loss["best peer / fused"]) == ("0.200", "-", "2.00")
-    assert entropy["best peer / fused"] == "**0.500 slower**" and entropy["eager / fused"] == "2.00"
+    peers = {key: row["time / fused"] for key, row in ops.items() if key[1] != "fused"}
+    assert peers == {
+        ("cross_entropy", "eager"): "2.00", ("cross_entropy", "compile"): "**0.500 slower**",
+        ("reparameterize_kl", "eager"): "3.00", ("reparameterize_kl", "compile"): "2.00",
+        ("vae_loss", "eager"): "4.00", ("vae_loss", "eager (logits)"): "2.00",
+    }  # fmt: skip
+    assert ops["cross_entropy", "fused"]["best peer / fused"] == "**0.500 slower**"
     assert section(text, "Where the fused path is slower").split("\n\n")[1].splitlines() == [
         "- cross_entropy gpt2-512x50257 bfloat16: 0.500 against compile",
         "- training step of gpt_nano float32: 0.500 against compile",
     ]
-    steps = rows(text, "Training steps")
-    assert [(s["system"], s["variant"]) for s in steps if s["system"] == "mlp_vae"] == [
-        ("mlp_vae", v) for v in ("eager", "compile", "compile reduce-overhead", "fused")
-    ]
-    fused = {s["system"]: s for s in steps if s["variant"] == "fused"}
-    assert (fused["mlp_vae"]["ms"], fused["mlp_vae"]["device ms"], fused["mlp_vae"]["launches"]) == (
-        "1.000",
-        "0.500",
-        "10",
-    )
-    assert (fused["gpt_nano"]["tokens/s"], fused["gpt_nano"]["device ms"]) == ("500000", "-")
+    steps = [row for row in rows(text, "Training steps") if "mlp_vae" in row["case"]]
+    assert [s["variant"] for s in steps] == ["eager", "compile", "compile reduce-overhead", "fused"]
+    assert (steps[-1]["ms"], steps[-1]["device ms"], steps[-1]["launches"]) == ("1.000", "0.500", "10")
+    *_, gpt = (row for row in rows(text, "Training steps") if "gpt_nano" in row["case"])
+    assert (gpt["tokens/s"], gpt["device ms"]) == ("500000", "-")
     (path,) = rows(text, "The path of each convolution")
     assert (path["path"], path["why"], path["kernel us"], path["torch us"]) == ("kernel", "2.00 x torch", "100", "200")
     *_, compiled, written = rows(text, "Decoding")
-    assert (compiled["us a token"], compiled["tokens/s"], compiled["its time / fused"]) == ("500.0", "-", "2.00")
-    assert (written["us a token"], written["drawn, us"], written["tokens/s"]) == ("250.0", "500.0", "4000")
-    assert (written["rate"], written["of roof"]) == ("1000 GB/s", "50%")
+    assert (compiled["ms"], compiled["tokens/s"], compiled["time / fused"]) == ("0.500", "-", "2.00")
+    assert (written["ms"], written["sampled ms"], written["tokens/s"]) == ("0.250", "0.500", "4000")
+    assert (written["GB/s"], written["of roof"]) == ("1000", "50%")
     (kept,) = rows(text, "Tuning")
     assert kept["settings"] == "BLOCK 1024, num_warps 4" and "1 (less than 3% faster)" in section(text, "Tuning")
-    notes = section(text, "To know")
+    notes = section(text, "Notes")
     assert "compile was skipped: made up: no compiler" in notes and "0.5 processors busy" in notes
-    for image in results_page.IMAGES:
+    for image in page.IMAGES:
         assert f"({image})" in text and (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    assert not section(text, "Other records") and results_page.SAMPLE not in text
+    assert not section(text, "Other records") and page.SAMPLE not in text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +238,7 @@ def test_page_of_a_green_record(tmp_path):
         (lambda c: with_failure(c, "training", "gpt_nano"), "> - gpt_nano: `numerics: wrong by 1`"),
         (lambda c: {**c, "runs": {**c["runs"], "gru-a": {"died": "no end after 5 s"}}}, "> - gru-a: `died: no end"),
         (lambda c: {**c, "memory_check": {"passed": False, "output": "\nout of bounds\n"}}, "memory_check: `out of"),
-        (lambda c: {**c, "refused": [{"point": "gru-a", "reason": "x\ny"}]}, "> - gru-a: `no figure: x`"),
+        (lambda c: with_failure(c, "figures", "gru-a", "x\ny"), "> - gru-a: `numerics: x`"),
         (lambda c: {**c, "errors": {"tuning": "OSError: x\ny"}}, "> - stage tuning: `OSError: x`"),
         (lambda c: {**c, "green": False}, "does not say what is wrong"),
     ],
@@ -204,8 +251,8 @@ def test_no_speed_up_without_a_green_gate(tmp_path, change, said):
     banner, _, rest = text.partition("\n- commit ")
     assert "**The gate is red**" in banner and said in banner and "second line" not in text
     assert "the gate is red" in rest.splitlines()[0]
-    assert rows(text, "Ops")[0]["fused ms"] == "0.100" and rows(text, "Training steps")[0]["ms"]
-    assert rows(text, "Decoding")[0]["us a token"]
+    assert rows(text, "Ops")[0]["ms"] == "0.800" and rows(text, "Training steps")[0]["ms"]
+    assert rows(text, "Decoding")[0]["ms"]
     assert not any(name in text for name in (*RATIOS, "slower", "of roof"))
     assert {path.name for path in tmp_path.iterdir()} == {"0.json", "README.md", "parity.png"}
 
@@ -240,11 +287,12 @@ def test_the_newest_that_is_through_is_shown_and_the_others_listed(tmp_path):
         ["2000-01-01", "old", "green", "8"],
         ["1999-12-31", "red", "red", "10"],
     ]
-    assert rows(text, "Ops")[0]["eager / fused"] == "3.00"
+    assert "time / fused" in rows(text, "Ops")[0]
 
 
 def test_page_without_the_optional_parts(tmp_path):
-    content = measured(figures=measured()["figures"][:1])
+    content, point = measured(), "reparameterize_kl-vae_wide-4096x512-float32-cuda"
+    content["figures"] = {point: content["figures"][point]}
     for name in (
         "training",
         "decoding",
@@ -257,20 +305,18 @@ def test_page_without_the_optional_parts(tmp_path):
         "dirty",
     ):
         del content[name]
-    (figure,) = content["figures"]
+    (figure,) = content["figures"].values()
     figure["variants"] = {name: {"wall_us": v["wall_us"]} for name, v in figure["variants"].items()}
     for name in ("gigabytes_per_second", "gigaflops_per_second", "share_of_roof", "foreign_load", "backend"):
         del figure[name]
     del content["environment"]["roofs"]
     text = made(tmp_path, content)
-    (row,) = rows(text, "Ops")
-    assert (row["fused ms"], row["rate"], row["of roof"]) == ("0.200", "-", "-")
-    assert not any(
-        section(text, name) for name in ("Training steps", "Decoding", "Tuning", "Training curves", "To know")
-    )
-    assert "Nowhere, of what was measured." in section(text, "Where the fused path is slower")
+    *_, row = rows(text, "Ops")
+    assert set(row) == {"case", "variant", "ms", *RATIOS} and row["ms"] == "0.200"
+    assert not any(section(text, name) for name in ("Training steps", "Decoding", "Tuning", "Training curves", "Notes"))
+    assert "Nowhere in what was measured." in section(text, "Where the fused path is slower")
     assert {path.name for path in tmp_path.iterdir()} == {"0.json", "README.md", "speed.png"}
-    empty = {**content, "figures": [], "runs": {}, "green": False, "through": False}
+    empty = {**content, "figures": {}, "runs": {}, "green": False, "through": False}
     assert "Nothing was measured." in made(tmp_path, empty)
 
 
@@ -289,7 +335,11 @@ def test_a_sample_says_that_it_is_one(tmp_path):
     content = sample()
     assert content["sample"] is True and content["environment"]["device"] == "sample GPU (no such device)"
     text = made(tmp_path, content)
-    assert text.splitlines()[4] == f"> **{results_page.SAMPLE}**"
+    assert text.splitlines()[4] == f"> **{page.SAMPLE}**"
+
+
+def first(content):
+    return next(iter(content["figures"].values()))
 
 
 def damaged(change):
@@ -303,15 +353,20 @@ def damaged(change):
     [
         (lambda: json.dumps(measured())[:-50], "cut off"),
         (lambda: json.dumps([1]), "got neither"),
-        (lambda: damaged(lambda c: c.pop("commit")), "commit: expected str, got 'None'"),
+        (lambda: damaged(lambda c: c.pop("commit")), "commit missing"),
         (lambda: damaged(lambda c: c.update(green="yes")), "green: expected bool"),
-        (lambda: damaged(lambda c: c["environment"].pop("device")), "environment: device: expected str"),
+        (lambda: damaged(lambda c: c["environment"].pop("device")), "environment: device missing"),
         (lambda: damaged(lambda c: c["runs"].update(a=1)), "runs: a: expected dict"),
-        (lambda: damaged(lambda c: c["figures"].append({"op": "gru"})), "figures: 3: expected case, device"),
-        (lambda: damaged(lambda c: c["figures"][1]["variants"].pop("fused")), "figures: 1: variants: fused"),
-        (lambda: damaged(lambda c: c["figures"][1]["ratio"].update(eager=None)), "figures: 1: ratio: eager"),
-        (lambda: damaged(lambda c: c["training"].update(x={"batch": 1})), "training: x: expected ratio"),
-        (lambda: damaged(lambda c: c.update(refused=[{}])), "refused: expected point, reason"),
+        (
+            lambda: damaged(lambda c: c["figures"].update(x={"op": "gru"})),
+            "figures: x: case, device, dtype, ratio, variants missing",
+        ),
+        (lambda: damaged(lambda c: first(c)["variants"].pop("fused")), "variants: fused missing"),
+        (lambda: damaged(lambda c: first(c)["ratio"].update(eager=None)), "ratio: eager: expected int | float"),
+        (
+            lambda: damaged(lambda c: c["training"].update(x={"batch": 1})),
+            "training: x: ratio, system, variants missing",
+        ),
     ],
 )
 def test_a_damaged_record_is_named_and_nothing_is_written(tmp_path, capsys, text, message):
@@ -320,7 +375,7 @@ def test_a_damaged_record_is_named_and_nothing_is_written(tmp_path, capsys, text
     assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"report: {tmp_path / 'bad.json'}") and message in error
-    record.write_json(tmp_path / "good.json", measured())  # nor beside a good one
+    files.write_json(tmp_path / "good.json", measured())  # nor beside a good one
     assert report.main([str(tmp_path)]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"bad.json", "good.json"}
 
@@ -335,7 +390,7 @@ def test_records_that_make_no_page_are_refused(tmp_path, capsys):
     one, other = measured(), measured()
     other["environment"]["device"] = "another device"
     for name, content in (("a/one", one), ("a/other", other), ("b/one", one)):
-        record.write_json(tmp_path / f"{name}.json", content)
+        files.write_json(tmp_path / f"{name}.json", content)
     assert "expected records of one GPU, got another device" in said(tmp_path / "a")
     assert "expected records of one folder" in said(tmp_path / "a" / "one.json", tmp_path / "b" / "one.json")
     (tmp_path / "b" / "README.md").write_text("somebody's")
@@ -355,14 +410,14 @@ def test_the_readme_shows_what_was_measured():
 
 def test_the_headline_is_of_cases_that_the_gate_measures():
     known = {(p.op.name, p.case.name, p.precision) for p in points.points("cuda")}
-    assert set(headline.OPS) <= known and set(headline.TRAINING) <= set(training_figures.MEASURED)
+    assert set(headline.OPS) <= known and set(headline.TRAINING) <= set(training.MEASURED)
     assert set(headline.DECODING) <= set(decoding.MEASURED)
 
 
 def test_headline_before_any_gpu(tmp_path, capsys):
     said = headline.headline(tmp_path)
     assert said.startswith("No GPU has been measured yet") and "python -m bench.gpu_gate" in said and "\n" not in said
-    record.write_json(tmp_path / "sample" / "a.json", sample())
+    files.write_json(tmp_path / "sample" / "a.json", sample())
     assert headline.headline(tmp_path) == said
     assert "a.json: left out: a made-up sample" in capsys.readouterr().err
 
@@ -379,7 +434,7 @@ def test_headline_of_the_newest_green_record_of_each_gpu(tmp_path, capsys):
         "a/4": with_failure(measured(date="2000-01-04T00:00:00+00:00", commit="red"), "runs", "gru-a"),
         "b/1": other,
     }.items():
-        record.write_json(results / f"{name}.json", content)
+        files.write_json(results / f"{name}.json", content)
     assert report.main(["--headline", str(results), str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith(f"before\n{headline.BEGIN}\n**device of this test**, 2000-01-02, commit chosen")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import points, tuning
+from bench import points
+from bench.gpu_gate import tuning
 from genai_fast import ops
 from genai_fast.backends import unavailable, use_backend
 from genai_fast.kernels.common import tuned
@@ -173,9 +174,9 @@ def test_the_nearest_shape_counts():
 def gpu(tmp_path, monkeypatch):
     """A GPU in name, and a folder for its files."""
     monkeypatch.setattr(tuned, "KERNELS", tmp_path)
-    monkeypatch.setattr(tuning.record, "ROOT", tmp_path)
+    monkeypatch.setattr(tuning.files, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(tuning.record, "device_name", lambda device: torch.cuda.get_device_name())
+    monkeypatch.setattr(tuning, "device_name", lambda device: torch.cuda.get_device_name())
     for module in (tuned, tuning):
         monkeypatch.setattr(module, "capability", lambda device: 90)
     tuned.reload()

@@ -345,7 +345,7 @@ def test_which_layers_run_in_one_launch_on_an_h100():
 def barrier():
     if unavailable("triton", "cpu"):
         pytest.skip(unavailable("triton", "cpu"))
-    from bench import barrier
+    from bench.gpu_gate import barrier
 
     return barrier
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import checks, parity, training_figures
+from bench.gpu_gate import parity, runs, training
 from genai_fast import ops, testing
 from genai_fast.precision import float32_products
 from genai_fast.profiling.systems import SYSTEMS
@@ -79,9 +79,9 @@ def test_numbers_are_compared_in_the_precision_of_the_run(seen):
 
 def test_the_gate_checks_second_derivatives_in_full_alone(monkeypatch):
     called = []
-    monkeypatch.setattr(checks, "assert_second_derivative", called.append)
+    monkeypatch.setattr(runs, "assert_second_derivative", called.append)
     exact = conv_run("second_order")
-    assert checks.check(exact, checks._again) == {} == checks.check(conv_run("second_order", tf32=True), checks._again)
+    assert runs.check(exact, runs._again) == {} == runs.check(conv_run("second_order", tf32=True), runs._again)
     assert called == [exact]
 
 
@@ -113,7 +113,7 @@ class Recorder:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_losses_are_compared_in_full_along_the_paths_that_are_timed(device):
     system = Recorder()
-    assert training_figures.red(system, device, 2) == ""
+    assert training.red(system, device, 2) == ""
     chosen = [("fused", DEFAULT)] * (device == "cuda")  # what chooses the paths
     assert system.steps == [*chosen, *[("plain", EXACT)] * 2, *[("fused", EXACT)] * 2]
     assert switches() == DEFAULT

@@ -16,7 +16,8 @@ import pytest
 import torch
 from test_checkpoint import CONFIG, edit, new, same, tensors, train
 
-from bench import kill, record
+from bench import kill
+from bench.report import files
 from genai_fast import autotune
 from genai_fast.cli import parser
 from genai_fast.models.settings import VAEConfig
@@ -151,7 +152,7 @@ def test_two_processes_do_not_train_in_one_folder(here, capsys):
     code += "with disk.held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(here / "runs" / "a")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    holder = subprocess.Popen(command, **pipes, text=True, cwd=record.ROOT)
+    holder = subprocess.Popen(command, **pipes, text=True, cwd=files.ROOT)
     assert holder.stdout.readline() == "inside\n"
     before = {p: p.read_bytes() for p in (here / "runs" / "a").rglob("*") if p.is_file()}
     assert call(*going_on) == 2

@@ -1,24 +1,19 @@
-"""Fifty steps of training, fused (and on CUDA one captured graph) against the plain PyTorch script: the same curve.
+"""The stage "parity": fifty fused steps (on CUDA one captured graph) follow the curve of the plain PyTorch script.
 
-    python -m bench.parity DEVICE [--steps N] < a JSON list of systems
-
-Both begin with the same weights and see the same batches; float32 is multiplied in full. Noise and dropout are other
-draws, and arithmetic on a GPU rounds otherwise, so means over ten steps are compared: they may differ by `TOLERANCE` of
-the plain curve's, and that is a check: an optimizer that does nothing, or a frozen batch, is far outside.
+Both start from the same weights and see the same batches, with float32 multiplied in full precision. Noise and dropout
+are drawn differently, and GPU arithmetic rounds differently, so means over ten steps are compared within `TOLERANCE` of
+the plain curve's. That is enough to catch an optimizer that does nothing or a frozen batch.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from bench import isolated
 from genai_fast.precision import float32_products
 from genai_fast.profiling.systems import SYSTEMS, System
 
@@ -94,19 +89,7 @@ def _mean(losses: list[float]) -> float:
     return sum(losses) / len(losses)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-
-    def work(system: str) -> dict[str, Any]:
-        found = curves(system, options.device, options.steps)
-        message = wrong(found, TOLERANCE[system])
-        return {"failures": {"parity": message} if message else {}, **found}
-
-    return isolated.serve(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def work(system: str, device: str, steps: int = STEPS) -> dict[str, Any]:
+    found = curves(system, device, steps)
+    message = wrong(found, TOLERANCE[system])
+    return {"failures": {"parity": message} if message else {}, **found}

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from bench import decoding, isolated
-from bench.training_figures import REDUCED
+from bench.gpu_gate import decoding, processes, worker
+from bench.gpu_gate.training import REDUCED
 from genai_fast.profiling.loops import EAGER, FUSED
 
 TINY = decoding.Model(1, 2, 16, 40, 24)
@@ -23,9 +23,9 @@ def _tiny(monkeypatch):
 
 def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(["nobody's", "tiny"])))
-    monkeypatch.setattr(sys, "argv", ["decoding", "cpu", "--rounds", "2", "--no-compile"])
-    assert decoding.main() == 0
-    messages = filter(None, map(isolated._message, capsys.readouterr().out.splitlines()))
+    monkeypatch.setattr(sys, "argv", ["worker", "decoding", "cpu", '{"rounds": 2, "compiled": false}'])
+    assert worker.main() == 0
+    messages = filter(None, map(processes.parsed, capsys.readouterr().out.splitlines()))
     refused, found = (message for message in messages if "run" in message)
     assert refused["failures"]["raised"].startswith("UsageError: nobody's: expected one of gpt2_bfloat16")
     assert "failures" not in found and list(found["variants"]) == [EAGER, FUSED]

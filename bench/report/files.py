@@ -1,4 +1,4 @@
-"""What a measurement says of where it was made, and the file that keeps it."""
+"""Writing result files, and the commit that they are results of."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genai_fast.profiling.machine import device_name, environment, processor
-
-__all__ = ["ROOT", "commit", "device_name", "environment", "processor", "write_all", "write_json"]
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all; a number that is not finite, for which JSON has no word, as null."""
-    write_all({path: (json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()})
+    """Write a whole file or nothing; NaN and infinities, which JSON lacks, become null."""
+    write_all({path: (json.dumps(_finite(value), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()})
 
 
-def _plain(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
+        return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
+        return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """Each file whole, and none where one of them cannot be written; their folders are made."""
+    """Write whole files, creating their folders; if one cannot be written, none is."""
     hidden = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
         for path, temporary in hidden.items():
@@ -48,11 +44,10 @@ def write_all(files: Mapping[Path, bytes]) -> None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """Abbreviated hash of the checkout's commit, and whether tracked files differ from it; a gate's tuned ones may."""
+    """The commit's abbreviated hash and whether tracked files differ from it; tuned files, a gate's output, may."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!kernels/*/tuned")
-        return head, bool(changed.strip())
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!kernels/*/tuned").strip())
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
 

@@ -1,21 +1,17 @@
-"""What a GPU must prove of one run of one op: its numbers, those of its second derivative where the case is small, the
-same bits twice, and capture as a CUDA graph.
+"""The stage "runs": what a GPU must prove of one run of one op.
 
-    python -m bench.checks DEVICE < a JSON list of runs
-
-is the process that `bench.gpu_gate` starts, several at a time (bench.isolated): most of a gate's time is Triton's
-compiler's.
+Its numbers, those of its second derivative if the case is small, the same bits twice, and capture as a CUDA graph.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from bench import clock, isolated
+from bench import clock
 from bench.points import fused_backend
 from genai_fast import ops
 from genai_fast.backends import use_backend
@@ -58,52 +54,57 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def numerics(run: Run, right: Callable[[Run], None] = assert_matches_reference) -> str:
+def _raising_is_red(check: Callable[..., str | None]) -> Callable[..., str]:
+    """A failed launch is as red as a wrong number."""
+
+    @functools.wraps(check)
+    def checked(run: Run, *arguments: Any) -> str:
+        try:
+            return check(run, *arguments) or ""
+        except Exception as error:
+            return f"{run}: {type(error).__name__}: {error}"[:1000]
+
+    return checked
+
+
+@_raising_is_red
+def numerics(run: Run, right: Callable[[Run], None] = assert_matches_reference) -> str | None:
     """What is wrong with a run's numbers; "" if nothing."""
-    try:
-        right(run)
-    except Exception as error:  # an error of the launch is as red as a wrong number
-        return f"{type(error).__name__}: {error}"[:1000]
-    return ""
+    right(run)
 
 
+@_raising_is_red
 def determinism(run: Run) -> str:
     """What is wrong when forward and backward run twice on the same inputs; "" if nothing."""
-    try:
-        first, second = (step_of(run, inputs_of(run))() for _ in range(2))
-        return "" if _same(first, second) else f"{run}: two runs on the same inputs differ in their bits"
-    except Exception as error:
-        return f"{run}: {type(error).__name__}: {error}"[:1000]
+    first, second = (step_of(run, inputs_of(run))() for _ in range(2))
+    return "" if _same(first, second) else f"{run}: two runs on the same inputs differ in their bits"
 
 
+@_raising_is_red
 def graph_replay(run: Run, capture: Capture = clock.capture) -> str:
     """What is wrong with the captured graph of a run; "" if nothing.
 
-    New numbers are put into the graph's inputs, so a replay that does nothing is seen.
+    New numbers are put into the graph's inputs, so that a replay that does nothing is noticed.
     """
-    try:
-        inputs = inputs_of(run)
-        replay, outputs = capture(step_of(run, inputs))
-        new = inputs_of(run)
-        with torch.no_grad():
-            for static, x in zip(tensors(inputs), tensors(new), strict=True):
-                if _writable(x):
-                    static.copy_(x.mul_(0.5) if x.is_floating_point() else x)
-        replay()
-        replayed = [x.clone() for x in outputs]
-        if not _same(replayed, step_of(run, new)()):
-            return f"{run}: the replay's numbers differ from eager's"
-        if "seed" not in inputs or replayed[0].numel() < 2:
-            return ""
-        replay, outputs = capture(step_of(run, {**inputs, "seed": None}))
-        replay()
-        first = outputs[0].clone()
-        replay()
-        if torch.isfinite(first).all() and torch.equal(first, outputs[0]):
-            return f"{run}: with seed=None two replays draw the same numbers"
-    except Exception as error:
-        return f"{run}: {type(error).__name__}: {error}"[:1000]
-    return ""
+    inputs = inputs_of(run)
+    replay, outputs = capture(step_of(run, inputs))
+    new = inputs_of(run)
+    with torch.no_grad():
+        for static, x in zip(tensors(inputs), tensors(new), strict=True):
+            if _writable(x):
+                static.copy_(x.mul_(0.5) if x.is_floating_point() else x)
+    replay()
+    replayed = [x.clone() for x in outputs]
+    if not _same(replayed, step_of(run, new)()):
+        return f"{run}: the replay's numbers differ from eager's"
+    if "seed" not in inputs or replayed[0].numel() < 2:
+        return ""
+    replay, outputs = capture(step_of(run, {**inputs, "seed": None}))
+    replay()
+    first = outputs[0].clone()
+    replay()
+    drawn = not torch.isfinite(first).all() or not torch.equal(first, outputs[0])
+    return "" if drawn else f"{run}: with seed=None two replays draw the same numbers"
 
 
 def tensors(inputs: dict[str, Any]) -> list[torch.Tensor]:
@@ -117,24 +118,27 @@ def _writable(x: torch.Tensor) -> bool:
 
 
 def check(run: Run, capture: Capture = clock.capture) -> dict[str, str]:
-    """What is wrong with a run, by kind; what is right is not in it.
+    """What is wrong with a run, by kind.
 
-    Bits and graphs are those of what PyTorch's defaults launch: on CUDA convolutions of float32 are in TF32 there.
+    Bits and graphs are checked under PyTorch's default precision: on CUDA that is TF32 for float32 convolutions.
     """
     found = {"numerics": numerics(run)}
     exact = run.dtype is torch.float32 and not run.tf32
     if run.op.double_backward and exact and run.case.name in SECOND_ORDER:
         found["second"] = numerics(run, assert_second_derivative)
-    # Not where the reference is what serves: it may wait for the device, which no capture outlives.
+    # Not if the reference serves: it may synchronise with the device, which ends a capture.
     if run.backend != "reference" and run.backend == fused_backend(run.op, run.device):
         found |= {"determinism": determinism(run), "graph": graph_replay(run, capture)}
     return {kind: message for kind, message in found.items() if message}
 
 
-def main() -> int:
-    device = sys.argv[1]
-    known = {str(run): run for run in every_run((device,))}
-    return isolated.serve(lambda name: {"failures": check(known[name], capture_on(device))})
+@functools.cache
+def _known(device: str) -> dict[str, Run]:
+    return {str(run): run for run in every_run((device,))}
+
+
+def work(name: str, device: str) -> dict[str, Any]:
+    return {"failures": check(_known(device)[name], capture_on(device))}
 
 
 def capture_on(device: str) -> Capture:
@@ -142,7 +146,7 @@ def capture_on(device: str) -> Capture:
 
 
 def _again(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
-    """Stands for a capture where there is no GPU: a replay runs the step again, into the same outputs."""
+    """Stands in for a capture without a GPU: a replay runs the step again, into the same outputs."""
     outputs = step()
 
     def replay() -> None:
@@ -150,7 +154,3 @@ def _again(step: Step) -> tuple[Callable[[], None], list[torch.Tensor]]:
             static.copy_(fresh)
 
     return replay, outputs
-
-
-if __name__ == "__main__":
-    sys.exit(main())

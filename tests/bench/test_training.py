@@ -10,26 +10,28 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu_gate, isolated, parity, records, training_figures
+from bench.gpu_gate import __main__ as gpu_gate
+from bench.gpu_gate import parity, processes, training, worker
+from bench.report import records
 from genai_fast import ops
 from genai_fast.models.settings import GPTConfig
 from genai_fast.profiling.loops import COMPILE, EAGER, FUSED
 
-MEASURED, REDUCED = training_figures.MEASURED, training_figures.REDUCED
+MEASURED, REDUCED = training.MEASURED, training.REDUCED
 LAST = "eager channels_last autocast"
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(training_figures, "SECONDS", 0.0)
-    monkeypatch.setattr(training_figures, "roof", lambda device, count: {"precision": "x", "flops_per_second": 1e9})
+    monkeypatch.setattr(training, "SECONDS", 0.0)
+    monkeypatch.setattr(training, "roof", lambda device, count: {"precision": "x", "flops_per_second": 1e9})
 
 
 def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(["nobody's", "mlp_vae"])))
-    monkeypatch.setattr(sys, "argv", ["training_figures", "cpu", "--rounds", "2", "--batch", "2", "--no-compile"])
-    assert training_figures.main() == 0
-    messages = filter(None, map(isolated._message, capsys.readouterr().out.splitlines()))
+    monkeypatch.setattr(sys, "argv", ["worker", "training", "cpu", '{"rounds": 2, "batch": 2, "compiled": false}'])
+    assert worker.main() == 0
+    messages = filter(None, map(processes.parsed, capsys.readouterr().out.splitlines()))
     found = {message["run"]: message for message in messages if "run" in message}
     assert list(found) == ["nobody's", "mlp_vae"]
     assert records.failures(found["nobody's"])["raised"].startswith("UsageError: nobody's: expected one of mlp_vae")
@@ -42,11 +44,11 @@ def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys):
     assert figure["mfu"] == pytest.approx(figure["model_flops"] / wall[FUSED] / 1e3, rel=0.01)  # of 1e9 a second
     for variant, ratio in figure["ratio"].items():
         assert ratio == pytest.approx(wall[variant] / wall[FUSED], rel=0.01)
-    assert figure["samples_per_second"] == pytest.approx(2e6 / wall[FUSED], rel=0.01)
+    assert figure["samples_per_second"] == pytest.approx(2e6 / wall[FUSED], rel=0.01, abs=0.1)
 
 
 def test_variants_are_the_system_s_own():
-    names = {name: list(training_figures.variants(system, "cpu")) for name, system in MEASURED.items()}
+    names = {name: list(training.variants(system, "cpu")) for name, system in MEASURED.items()}
     assert names["dcgan_64_batch128"] == [FUSED, EAGER, LAST, COMPILE, REDUCED]
     assert names["gpt2_bfloat16"] == [FUSED, EAGER, "eager autocast", COMPILE, REDUCED]
     assert names["lstm"] == names["text_vae"] == names["vrnn"] == [FUSED, EAGER, "eager autocast"]
@@ -64,7 +66,7 @@ def test_autocast_has_channels_last_weights_and_images(monkeypatch):
         seen.append(net.weight.is_contiguous(memory_format=torch.channels_last))
         return lambda x: seen.append((x.is_contiguous(memory_format=torch.channels_last), net(x).dtype))
 
-    makers = training_figures.variants(replace(MEASURED["dcgan_64"], script=script, batch=2), "cpu")
+    makers = training.variants(replace(MEASURED["dcgan_64"], script=script, batch=2), "cpu")
     makers[LAST]()()
     makers[EAGER]()()
     assert seen == [True, (True, torch.float32), False, (False, torch.float32)]
@@ -87,12 +89,12 @@ def tiny_gpt(monkeypatch):
 
 
 def test_text_and_a_compiler_that_fails(tiny_gpt, quick):
-    figure = training_figures.figures("gpt_nano", "cpu", rounds=2)
+    figure = training.figures("gpt_nano", "cpu", rounds=2)
     assert list(figure["variants"]) == [EAGER, "eager autocast", COMPILE, REDUCED, FUSED]
     for variant in (COMPILE, REDUCED):
         assert figure["variants"][variant] == {"skipped": "RuntimeError: no compiler and more lines"}
     assert set(figure["ratio"]) == {EAGER, "eager autocast"}
-    assert figure["tokens_per_second"] == pytest.approx(8 * figure["samples_per_second"], rel=0.01)
+    assert figure["tokens_per_second"] == pytest.approx(8 * figure["samples_per_second"], abs=0.5)
     # Three products of each matrix for each of 16 tokens, and attention's.
     matrices, attention = 12 * 16 * 16 + 300 * 16, 2 * (2 * 2 * 2 * 8 * 8 * 8)
     assert figure["model_flops"] >= 3 * 2 * 16 * matrices + attention
@@ -101,7 +103,7 @@ def test_text_and_a_compiler_that_fails(tiny_gpt, quick):
 
 def test_what_nothing_is_compiled_of_is_skipped(tiny_gpt, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, mode: function)
-    figure = training_figures.figures("gpt_nano", "cpu", rounds=2)
+    figure = training.figures("gpt_nano", "cpu", rounds=2)
     for variant in (COMPILE, REDUCED):
         assert figure["variants"][variant] == {"skipped": "RuntimeError: torch.compile found nothing to compile"}
 
@@ -109,7 +111,7 @@ def test_what_nothing_is_compiled_of_is_skipped(tiny_gpt, monkeypatch):
 def test_no_figures_where_losses_differ(monkeypatch):
     right = ops.vae_loss
     monkeypatch.setattr(ops, "vae_loss", lambda *a, **k: right(*a, **{**k, "beta": 50.0}))
-    figure = training_figures.figures("mlp_vae", "cpu", rounds=2, batch=4, compiled=False)
+    figure = training.figures("mlp_vae", "cpu", rounds=2, batch=4, compiled=False)
     assert figure["failures"]["numerics"].startswith("losses of step 1: expected about")
     assert not {"variants", "ratio", "samples_per_second"} & set(figure)
     assert records.failures(figure)
@@ -132,17 +134,17 @@ def test_losses_of_later_steps_count_too(fused, wrong):
         plain_scale=1,
         tolerance=5e-3,
     )
-    message = training_figures.red(system, "cpu", 3)
+    message = training.red(system, "cpu", 3)
     assert message.startswith(f"losses of {wrong}: expected") if wrong else message == ""
 
 
 def test_fused_step_that_raises_is_no_figure(monkeypatch):
-    makers = training_figures.variants
+    makers = training.variants
     monkeypatch.setattr(
-        training_figures, "variants", lambda *a: {**makers(*a), FUSED: lambda: exec("raise RuntimeError('broken')")}
+        training, "variants", lambda *a: {**makers(*a), FUSED: lambda: exec("raise RuntimeError('broken')")}
     )
     with pytest.raises(RuntimeError, match="broken"):
-        training_figures.figures("mlp_vae", "cpu", rounds=2, batch=2, compiled=False)
+        training.figures("mlp_vae", "cpu", rounds=2, batch=2, compiled=False)
 
 
 class Device:
@@ -188,24 +190,24 @@ def test_what_only_a_gpu_tells(monkeypatch):
         call()
         return traced[device.now - before]
 
-    monkeypatch.setattr(training_figures, "trace", trace)
+    monkeypatch.setattr(training, "trace", trace)
     found = {FUSED: {}, EAGER: {}}
-    training_figures._on_device(steps, found, energy)
+    training._on_device(steps, found, energy)
     assert found == {
         FUSED: {"device_us": 250000.0, "joules_per_step": 75.0, "captured": True, "launches": 2.0},
         EAGER: {"device_us": 1500000.0, "joules_per_step": 450.0},  # no kernel seen: launches are not known
     }
     energy = SimpleNamespace(joules=lambda: None)
-    assert training_figures.joules_of(steps[EAGER], 1.5, energy) is None
+    assert training.joules_of(steps[EAGER], 1.5, energy) is None
 
 
 # The gate's stage
 
 
 def test_tasks_of_the_gate(monkeypatch):
-    assert gpu_gate.tasks_of("cpu", [])["training"] == []
-    assert gpu_gate.tasks_of("cuda", [])["training"] == [[name] for name in MEASURED]
-    found = {name: training_figures.parity_of(name) for name in MEASURED}
+    assert gpu_gate.tasks_of("cpu", [], [])["training"] == ()
+    assert gpu_gate.tasks_of("cuda", [], [])["training"] == [[name] for name in MEASURED]
+    found = {name: training.parity_of(name) for name in MEASURED}
     assert found["dcgan_64_bfloat16_batch128"] == found["dense_dcgan"] == "dcgan_64"
     assert found["gpt2_bfloat16"] == "gpt_nano" and found["mlp_gan"] is None
     assert set(found.values()) - {None} == set(parity.TOLERANCE)

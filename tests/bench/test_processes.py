@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import isolated, records
+from bench.gpu_gate import processes, worker
+from bench.report import records
 
 WORKER = """
 import json, os, subprocess, sys, time
-def say(message): print("@bench.isolated " + json.dumps(message), flush=True)
+def say(message): print("@bench.gpu_gate " + json.dumps(message), flush=True)
 for name in json.load(sys.stdin):
     print("chatter", flush=True)
     print('{-# external_resources: {} #-}', flush=True)
@@ -31,15 +32,15 @@ for name in json.load(sys.stdin):
 """
 
 
-def isolated_run(batches, **limits):
+def run(batches, **limits):
     found = {}
     limits = {"jobs": 2, "deadline": time.monotonic() + 100, "silent": 5.0, **limits}
-    isolated.run([sys.executable, "-c", WORKER], batches, found.__setitem__, **limits)
+    processes.run([sys.executable, "-c", WORKER], batches, found.__setitem__, **limits)
     return found
 
 
 def test_tasks_that_hang_or_die_take_no_others_along():
-    found = isolated_run([["a", "dies", "b", "wrong"], ["hangs", "c"], ["breaks", "d", "aborts", "e"]], jobs=3)
+    found = run([["a", "dies", "b", "wrong"], ["hangs", "c"], ["breaks", "d", "aborts", "e"]], jobs=3)
     right = {"a", "b", "breaks", "c", "d", "aborts", "e"}
     assert {name for name, result in found.items() if not records.failures(result)} == right
     assert found["dies"]["died"].startswith("the process ended with 7: chatter")
@@ -48,10 +49,10 @@ def test_tasks_that_hang_or_die_take_no_others_along():
 
 
 def test_what_compilers_print_is_no_message():
-    assert isolated._message("{-# external_resources: {} #-}\n") is None
-    assert isolated._message('{"begin": "a"}\n') is None
-    assert isolated._message(f"{isolated.MARK}{{-# torn\n") is None
-    assert isolated._message(f'50 % {isolated.MARK}{{"begin": "a"}}\n') == {"begin": "a"}
+    assert processes.parsed("{-# external_resources: {} #-}\n") is None
+    assert processes.parsed('{"begin": "a"}\n') is None
+    assert processes.parsed(f"{worker.MARK}{{-# torn\n") is None
+    assert processes.parsed(f'50 % {worker.MARK}{{"begin": "a"}}\n') == {"begin": "a"}
 
 
 def running(pid):
@@ -65,31 +66,31 @@ def running(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
 def test_what_a_process_started_ends_with_it(tmp_path):
     ends, hangs = tmp_path / "ends", tmp_path / "hangs"
-    assert set(isolated_run([[str(ends)]])) == {str(ends)}  # it has ended: its child keeps the pipe open
-    assert isolated_run([[str(hangs)]], deadline=time.monotonic() + 3.0) == {}
-    assert set(isolated_run([[str(hangs)]], silent=1.0)) == {str(hangs)}
+    assert set(run([[str(ends)]])) == {str(ends)}  # it has ended: its child keeps the pipe open
+    assert run([[str(hangs)]], deadline=time.monotonic() + 3.0) == {}
+    assert set(run([[str(hangs)]], silent=1.0)) == {str(hangs)}
     called = tmp_path / "call"
     child = f"(sleep 60; echo > {called}.ended) & echo $! > {called}"
-    code, said = isolated.call(["sh", "-c", f"echo begun; {child}; sleep 60"], 1.0)
+    code, said = processes.call(["sh", "-c", f"echo begun; {child}; sleep 60"], 1.0)
     assert code is None and said == "begun\n"
-    assert isolated.call(["sh", "-c", "echo said; echo more >&2; exit 4"], 60.0) == (4, "said\nmore\n")
+    assert processes.call(["sh", "-c", "echo said; echo more >&2; exit 4"], 60.0) == (4, "said\nmore\n")
     assert not any(running((tmp_path / name).read_text().strip()) for name in ("ends", "hangs", "call"))
     assert not list(tmp_path.glob("*.ended"))  # nobody waited for them
 
 
 INTERRUPTED = """
 import signal, sys, time
-from bench import isolated
+from bench.gpu_gate import processes
 signal.signal(signal.SIGALRM, lambda *_: sys.exit(5))
 signal.setitimer(signal.ITIMER_REAL, 2.0)
 command = ["sh", "-c", "sleep 60; echo > " + sys.argv[1]]
-isolated.run(command, [["a"]], print, jobs=1, deadline=time.monotonic() + 100)
+processes.run(command, [["a"]], print, jobs=1, deadline=time.monotonic() + 100)
 """
 
 
 def test_an_interrupt_waits_for_no_task(tmp_path):
     ended = tmp_path / "ended"
-    assert isolated.call([sys.executable, "-c", INTERRUPTED, str(ended)], 120.0)[0] == 5
+    assert processes.call([sys.executable, "-c", INTERRUPTED, str(ended)], 120.0)[0] == 5
     assert not ended.exists()
 
 
@@ -101,11 +102,11 @@ def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeyp
 
     def serve(*tasks):
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(tasks)))
-        code = isolated.serve(work)
+        code = worker.serve(work)
         return code, said()
 
     def said():
-        lines = [isolated._message(line) for line in capsys.readouterr().out.splitlines()]
+        lines = [processes.parsed(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["begin"] for line in lines[::2]] == [line["run"] for line in lines[1::2]]
         return {line["run"]: line["failures"] for line in lines[1::2]}
 
@@ -126,8 +127,8 @@ def test_a_process_says_what_was_wrong_and_ends_where_its_device_is_lost(monkeyp
 
 
 def test_what_is_not_done_in_time_stays_undone():
-    assert isolated_run([["hangs"]], deadline=time.monotonic() + 1.0) == {}
-    assert isolated_run([["a"]], deadline=time.monotonic()) == {}
+    assert run([["hangs"]], deadline=time.monotonic() + 1.0) == {}
+    assert run([["a"]], deadline=time.monotonic()) == {}
     found = {}
-    isolated.run(["false"], [["a", "b"]], found.__setitem__, jobs=1, deadline=time.monotonic() + 10)
+    processes.run(["false"], [["a", "b"]], found.__setitem__, jobs=1, deadline=time.monotonic() + 10)
     assert {r["died"] for r in found.values()} == {"the process ended with 1: "} and set(found) == {"a", "b"}

@@ -1,22 +1,16 @@
-"""Tensors of more than 2^31 elements: what an op makes of the last rows is what it makes of those rows alone.
+"""The stage "large": in tensors of more than 2^31 elements the last rows come out as those rows alone do.
 
-    python -m bench.large DEVICE [--elements N] < a JSON list of ops
-
-An index of 32 bits that overflows reads or writes somewhere else, so the last rows come out wrong, forward or
-backward. An op takes up to 35 GB of the device's memory. `bench.gpu_gate` starts it, as bench.isolated tells, for one
-op after the other.
+A 32-bit index that overflows reads or writes elsewhere, so that the last rows are wrong, forward or backward. An op
+takes up to 35 GB of device memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import isolated
 from genai_fast import ops
 
 ELEMENTS = (1 << 31) + (1 << 24)
@@ -85,18 +79,6 @@ def wrong(name: str, device: str, elements: int = ELEMENTS, dtype: torch.dtype =
     return ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--elements", type=int, default=ELEMENTS)
-    options = parser.parse_args()
-
-    def work(name: str) -> dict[str, Any]:
-        message = wrong(name, options.device, options.elements)
-        return {"failures": {"large": message} if message else {}}
-
-    return isolated.serve(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def work(name: str, device: str, elements: int = ELEMENTS) -> dict[str, Any]:
+    message = wrong(name, device, elements)
+    return {"failures": {"large": message} if message else {}}

@@ -1,29 +1,28 @@
-"""The fastest settings of a kernel's launch on this GPU, among those that its spec lists.
+"""The stage "tuning": the fastest settings of a kernel's launch on this GPU, among those that its spec lists.
 
-    python -m bench.tuning DEVICE < a JSON list of tasks
-
-A task is a bench point and a launch in it. Each setting is timed in the whole of forward and backward, interleaved with
-the default; the fastest of those that are faster by `GAIN` replaces it with which the point itself is right, and each
-case of the op that would be launched with it. `bench.gpu_gate` starts it, as bench.isolated tells, and writes what is
-found (`write`).
+A task is a bench point and a launch in it. Each setting is timed in the whole forward and backward, interleaved with
+the default. The default is replaced by the fastest setting that gains `GAIN` and with which the point itself is right,
+and so is each case of the op that would be launched with it. `write` stores the results.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bench import clock, isolated, record
-from bench.checks import capture_on, check, inputs_of, numerics, step_of
+from bench import clock
+from bench.gpu_gate.runs import capture_on, check, inputs_of, numerics, step_of
 from bench.points import FUSED, Point, fused_backend, points, run_of
+from bench.report import files
 from genai_fast.kernels.common import tuned
 from genai_fast.kernels.common.launch import capability
 from genai_fast.profiling import compare
+from genai_fast.profiling.machine import device_name
 from genai_fast.testing import CONVOLUTIONS, Run, every_run
 
 GAIN = 1.02
@@ -158,34 +157,29 @@ def wall_times(ready: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
 
 
 def write(results: Iterable[dict[str, Any]], device: torch.device, commit: str) -> list[str]:
-    """kernels/<op>/tuned/<gpu>.json of all that was measured, beside what stands there already; their names.
+    """Add what was measured to kernels/<op>/tuned/<gpu>.json; returns the files' names.
 
-    A shape at which the default is best is written too: a neighbour's settings would be taken for it otherwise.
+    A shape at which the default is best is written too: otherwise it would take a neighbour's settings.
     """
-    device_name, files = record.device_name(device.type), {}
-    for result in results:
-        if "settings" not in result:
-            continue
-        path = tuned.file_of(result["kernel"], device_name)
-        content = files.setdefault(path, tuned.read(path))
-        content |= {"device": device_name, "capability": capability(device), "commit": commit}
-        content.setdefault("launches", {})
-        key = result["dtype"], result["shape"]
-        others = [e for e in content["launches"].get(result["kernel"], []) if (e["dtype"], e["shape"]) != key]
-        entry = {name: result[name] for name in ("dtype", "shape", "settings", "default_us", "best_us")}
-        content["launches"][result["kernel"]] = [*others, entry]
-    for path, content in files.items():
-        record.write_json(path, content)
+    name, changed = device_name(device.type), {}
+    for result in (result for result in results if "settings" in result):
+        path = tuned.file_of(result["kernel"], name)
+        content = changed.setdefault(path, tuned.read(path))
+        content |= {"device": name, "capability": capability(device), "commit": commit}
+        known, key = content.setdefault("launches", {}), (result["dtype"], result["shape"])
+        others = [e for e in known.get(result["kernel"], []) if (e["dtype"], e["shape"]) != key]
+        entry = {key: result[key] for key in ("dtype", "shape", "settings", "default_us", "best_us")}
+        known[result["kernel"]] = [*others, entry]
+    for path, content in changed.items():
+        files.write_json(path, content)
     tuned.reload()
-    return [str(path.relative_to(record.ROOT)) for path in files]
+    return [str(path.relative_to(files.ROOT)) for path in changed]
 
 
-def main() -> int:
-    device = sys.argv[1]
-    known = {task: (point, name) for task, point, name in tasks(device)}
-    times = device_times if device == "cuda" else wall_times
-    return isolated.serve(lambda task: tune(*known[task], times))
+@functools.cache
+def _known(device: str) -> dict[str, tuple[Point, str]]:
+    return {task: (point, name) for task, point, name in tasks(device)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def work(task: str, device: str) -> dict[str, Any]:
+    return tune(*_known(device)[task], device_times if device == "cuda" else wall_times)

@@ -6,8 +6,14 @@ import math
 import pytest
 import torch
 
-from bench import checks, gating, gpu_gate, large, parity, points, record, records
+from bench import points
+from bench.gpu_gate import __main__ as gpu_gate
+from bench.gpu_gate import gate as gates
+from bench.gpu_gate import large, parity
+from bench.gpu_gate import runs as checks
+from bench.report import records
 from genai_fast import ops
+from genai_fast.autotune import processor
 from genai_fast.kernels.common.extension import extension
 from genai_fast.registry import OPS
 from genai_fast.testing import Run
@@ -158,27 +164,30 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     if extension()[0] is None:
         pytest.skip(extension()[1])
     few = [Run(VAE_LOSS, case, torch.float32, gpu_gate_backend(), "cpu") for case in VAE_LOSS.cases[:3]]
-    for stage in ("figures", "compiled"):
-        monkeypatch.setitem(gating.MODULES, stage, "tests.quick_figures")
+    monkeypatch.setattr(gates, "WORKER", "tests.bench.quick_worker")
     path = tmp_path / "record.json"
 
     def gate(content):
-        return gating.Gate(path, content, gpu_gate.tasks_of("cpu", few), [point_of(VAE_LOSS)])
+        return gates.Gate(path, content, gpu_gate.tasks_of("cpu", few, [point_of(VAE_LOSS)]), "cpu")
 
     first = gate(gpu_gate.begin("cpu", "abc"))
-    gpu_gate.perform(first, "cpu", minutes=0.0, jobs=1)
+    gpu_gate.perform(first, minutes=0.0, jobs=1)
     assert not first.through() and not first.green()
     left = json.loads(path.read_text())["left"]
-    assert left == {"runs": [str(run) for run in few], "figures": [str(point_of(VAE_LOSS))], "checks": ["memory_check"]}
+    assert left == {
+        "runs": [str(run) for run in few],
+        "figures": [str(point_of(VAE_LOSS))],
+        "checks": [*records.CHECKS],
+    }
     second = gate(json.loads(path.read_text()))
-    gpu_gate.perform(second, "cpu", minutes=5.0, jobs=1)
+    gpu_gate.perform(second, minutes=5.0, jobs=1)
     assert second.through() and second.green()
     found = json.loads(path.read_text())
     assert found["commit"] == "abc" and found["green"] and found["through"] and found["left"] == {}
     assert set(found["runs"]) == {str(run) for run in few} and found["environment"]["torch"] == torch.__version__
-    assert set(found["figures"][0]["variants"]) >= {"fused", "compile"}
+    assert set(found["figures"][str(point_of(VAE_LOSS))]["variants"]) >= {"fused", "compile"}
     read = records.read(path)
-    assert read.green and read.device == record.processor()
+    assert read.green and read.device == processor()
 
 
 def gpu_gate_backend():

@@ -1,20 +1,15 @@
-"""Whole training steps: the fused one beside the plain script, as it is and as people speed it up.
+"""The stage "training": whole training steps, fused beside the plain script, as it is and as people speed it up.
 
-    python -m bench.training_figures DEVICE [--rounds N] [--batch N] [--no-compile] < a JSON list of systems
-
-Losses are compared first: where they differ there are no figures. All variants live in one process and are clocked in
-turn. A peer that cannot run is skipped, and the figure says why; the fused step must run.
+Losses are compared first: if they differ there are no figures. All variants share one process and are timed in turn.
+A peer that cannot run is skipped, with the reason in the figure; the fused step must run.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
 import math
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import isolated, parity
+from bench.gpu_gate import parity
+from bench.variants import in_turn, ratios, ready, walls
 from genai_fast import autotune
 from genai_fast.errors import UsageError
 from genai_fast.profiling import ForeignLoad, compare
@@ -180,22 +176,19 @@ def figures(
     say(name, "losses")
     if message := red(system, device, WARM_UP):
         return {**head, "failures": {"numerics": message}}
-    load, steps, found = ForeignLoad(), {}, {}
-    makers = variants(system, device, compiled)
-    for variant, make in makers.items():
+    load, makers = ForeignLoad(), variants(system, device, compiled)
+
+    def prepared(variant: str, make: Callable[[], Call]) -> tuple[Call, dict[str, Any]]:
         say(name, variant)
-        try:
-            with _compiling() if variant in (COMPILE, REDUCED) else contextlib.nullcontext():
-                warm = warmed(make, device)
-            steps[variant], found[variant] = warm
-        except Exception as error:  # whatever a compiler raises, or the lack of memory
-            if variant == FUSED:
-                raise
-            found[variant] = {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        with _compiling() if variant in (COMPILE, REDUCED) else contextlib.nullcontext():
+            return warmed(make, device)
+
+    peers = [variant for variant in makers if variant != FUSED]
+    made, skipped = ready({v: functools.partial(prepared, v, make) for v, make in makers.items()}, peers)
+    steps = {variant: step for variant, (step, _) in made.items()}
     say(name, "figures")
     times = {n: t.median for n, t in compare(steps, rounds=rounds, seconds=SECONDS).timings.items()}
-    for variant, seconds in times.items():
-        found[variant]["wall_us"] = round(seconds * 1e6, 2)
+    found = {variant: made[variant][1] | wall for variant, wall in walls(times).items()} | skipped
     counted = _count(steps, autocast_of(system) if system.config.precision == "bfloat16" else EAGER)
     energy = Energy(device == "cuda")
     if device == "cuda":
@@ -203,8 +196,8 @@ def figures(
     fused, tokens = times[FUSED], system.shape[0] if isinstance(system, TextSystem) else 0
     return {
         **head,
-        "variants": {variant: found[variant] for variant in (*(v for v in makers if v != FUSED), FUSED)},
-        "ratio": {variant: round(seconds / fused, 3) for variant, seconds in times.items() if variant != FUSED},
+        "variants": {variant: found[variant] for variant in (*peers, FUSED)},
+        "ratio": ratios(times),
         "samples_per_second": round(system.batch / fused, 1),
         **({"tokens_per_second": round(system.batch * tokens / fused, 1)} if tokens else {}),
         **(_utilisation(counted, fused, device) if counted is not None else {}),
@@ -261,18 +254,18 @@ def _on_device(steps: Mapping[str, Call], found: dict[str, dict[str, Any]], ener
 
 def queued_times(steps: Mapping[str, Call]) -> dict[str, float]:
     """Median seconds of a step, by CUDA events around QUEUED of them back to back, in turn (A B B A ...)."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(QUEUES):
-        for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()  # no step runs in the shadow of another variant's
-            start.record()
-            for _ in range(QUEUED):
-                step()
-            end.record()
-            torch.cuda.synchronize()
-            taken[name].append(start.elapsed_time(end) / QUEUED / 1e3)
-    return {name: statistics.median(values) for name, values in taken.items()}
+
+    def clock(step: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # no step overlaps another variant's
+        start.record()
+        for _ in range(QUEUED):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / QUEUED / 1e3
+
+    return in_turn(clock, steps, QUEUES)
 
 
 def joules_of(step: Call, seconds: float, energy: Energy) -> float | None:
@@ -298,19 +291,4 @@ def say(name: str, what: str) -> None:
     print(f"{name}: {what}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--batch", type=int, help="samples a step; default: as the system has it")
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out")
-    options = parser.parse_args()
-
-    def work(name: str) -> dict[str, Any]:
-        return figures(name, options.device, options.rounds, options.batch, options.compiled)
-
-    return isolated.serve(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+work = figures

@@ -1,17 +1,13 @@
-"""A GPT that writes, a token at a time, behind half a block of text: ours beside the loops that people write.
+"""The stage "decoding": a GPT generating token by token after half a block of text, beside the loops people write.
 
-    python -m bench.decoding DEVICE [--rounds N] [--no-compile] < a JSON list of models
-
-Logits are compared first: where they are wrong there are no figures. All variants live in one process and are clocked
-in turn. The peer that torch.compile cannot do is skipped, and the figure says why; the others must run.
+Logits are compared first: if they are wrong there are no figures. All variants share one process and are timed in turn.
+A peer that torch.compile cannot serve is skipped, with the reason in the figure; the others must run.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import isolated, roofs
-from bench.training_figures import REDUCED, say, wait
+from bench import roofs
+from bench.gpu_gate.training import REDUCED, say, wait
+from bench.variants import in_turn, ratios, ready, walls
 from genai_fast.errors import UsageError
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.models.generation import Sampler, decoder_for
@@ -223,23 +220,19 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     if message := red(model, device):
         return {**head, "failures": {"numerics": message}}
     load, first = ForeignLoad(), torch.zeros(model.batch, dtype=torch.int64, device=device)
-    loops: dict[str, Loop] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for variant, make in variants(model, device, compile_too).items():
+
+    @torch.no_grad()
+    def warmed(variant: str, make: Callable[[], Loop]) -> Loop:
         say(name, variant)
-        try:
-            with torch.no_grad():
-                loops[variant] = make()
-            written(loops[variant], likeliest, first)  # compiled and captured by then
-            found[variant] = {}
-        except Exception as error:  # whatever a compiler raises
-            if variant != REDUCED:
-                raise
-            loops.pop(variant, None)
-            found[variant] = {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        loop = make()
+        written(loop, likeliest, first)  # compiled and captured by then
+        return loop
+
+    makers = {v: functools.partial(warmed, v, make) for v, make in variants(model, device, compile_too).items()}
+    loops, skipped = ready(makers, (REDUCED,))
     say(name, "figures")
-    for variant, seconds in _medians(loops, first, rounds).items():
-        found[variant]["wall_us"] = round(seconds * 1e6, 2)
+    seconds = in_turn(lambda loop: written(loop, likeliest, first), loops, rounds)
+    found = walls(seconds) | skipped
     sampler, ours = Sampler(**PICK), found[FUSED]["wall_us"]
     sampled = statistics.median(
         written(loops[FUSED], lambda logits: sampler(logits).to(device), first) for _ in range(rounds)
@@ -249,7 +242,7 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     return {
         **head,
         "variants": {variant: found[variant] for variant in (*(v for v in found if v != FUSED), FUSED)},
-        "ratio": {v: round(f["wall_us"] / ours, 3) for v, f in found.items() if v != FUSED and "wall_us" in f},
+        "ratio": ratios(seconds),
         "tokens_per_second": round(model.batch / ours * 1e6, 1),
         "sampled_us": round(sampled * 1e6, 2),
         "gigabytes_per_second": round(cost.bytes / ours / 1e3, 2),
@@ -259,23 +252,5 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     }
 
 
-def _medians(loops: dict[str, Loop], first: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Seconds a token, in turn (A B B A ...)."""
-    taken: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(rounds):
-        for name, loop in list(loops.items())[:: -1 if turn % 2 else 1]:
-            taken[name].append(written(loop, likeliest, first))
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="leave torch.compile out")
-    options = parser.parse_args()
-    return isolated.serve(lambda name: figures(name, options.device, options.rounds, options.compiled))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def work(name: str, device: str, rounds: int = ROUNDS, compiled: bool = True) -> dict[str, Any]:
+    return figures(name, device, rounds, compiled)
