@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
 def test_processes_that_write_at_once_lose_nothing():
     code = (
         "import sys, torch; from genai_fast import autotune; autotune._clock = lambda device, call: call()\n"
-        "for k in range(40): paths.choose((sys.argv[1], k), torch.device('cpu'),"
+        "for k in range(40): autotune.choose((sys.argv[1], k), torch.device('cpu'),"
         " lambda: ({'a': lambda: lambda: 1e-3, 'b': lambda: lambda: 2e-3}, 'a'))"
     )
     environment = {**os.environ, "GENAI_FAST_CACHE": str(autotune.file().parent)}
