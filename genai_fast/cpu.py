@@ -38,7 +38,7 @@ class CPUTuning:
 
     def __init__(self) -> None:
         self.memory, self.calls = False, 1
-        self.onednn: dict[str, float] = {}
+        self.onednn: dict[str, int] = {}
         self.notes: list[str] = []
         self.threads = self._threads = torch.get_num_threads()
         self._library: torch.library.Library | None = None
@@ -170,12 +170,11 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> str:
 
     A slice is another: by 64 of a weight's 320 columns oneDNN multiplies 300 times slower than by a copy of them.
     """
-    along = tuple("rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b))
-    return {
-        ("rows", "columns"): "output",
-        ("rows", "rows"): "input gradient",
-        ("columns", "rows"): "weight gradient",
-    }.get(along, "")
+    along_a, along_b = (
+        "rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b)
+    )
+    forms = {("rows", "columns"): "output", ("rows", "rows"): "input gradient", ("columns", "rows"): "weight gradient"}
+    return forms.get((along_a, along_b), "")
 
 
 def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

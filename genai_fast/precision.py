@@ -30,7 +30,7 @@ def float32_products(matrices: str = "ieee", convolutions: str = "ieee") -> Iter
 
     Not by allow_tf32: reading that raises once fp32_precision has been set.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     wanted = {torch.backends.cuda.matmul: matrices, cudnn.conv: convolutions, cudnn.rnn: convolutions}
     before = {switch: switch.fp32_precision for switch in wanted}
     try:

@@ -88,7 +88,7 @@ def _register() -> SDPASwitch:
         override(library, _FORWARD, "CUDA", _cuda_forward)
         override(library, _BACKWARD, "CUDA", _cuda_backward)
         priority = torch._C._get_sdp_priority_order()
-        flash = int(attention.SDPBackend.FLASH_ATTENTION)
+        flash = attention.SDPBackend.FLASH_ATTENTION.value
         torch._C._set_sdp_priority_order([flash, *(b for b in priority if b != flash)])
     _active = SDPASwitch(library, priority)
     return _active

@@ -20,6 +20,7 @@ LAYERS = [
         "genai_fast.kernels.common",
         "genai_fast.errors",
         "genai_fast.imports",
+        "genai_fast.scoped",
         "genai_fast.versions",
         "genai_fast._moved",
     ),

@@ -40,7 +40,7 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if _is_ours(self, input, residual):
@@ -54,7 +54,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if _is_ours(self, x, residual):

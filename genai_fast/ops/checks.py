@@ -64,8 +64,8 @@ def integer(op: str, name: str, value: Any, least: int | None = None, what: str 
 
 def flag(op: str, name: str, value: Any) -> bool:
     """A bool, NumPy's among them, or 0 or 1."""
-    if isinstance(value, (bool, torch.SymBool)):
-        return value
+    if value is True or value is False or isinstance(value, torch.SymBool):
+        return value  # type: ignore[return-value]  # a symbol of torch.compile's
     if isinstance(value, np.bool_) or (isinstance(value, numbers.Integral) and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{op}: {name}: expected a bool, got {value!r}")

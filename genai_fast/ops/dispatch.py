@@ -86,7 +86,7 @@ class KernelFunction(torch.autograd.Function):
             found = {**nothing, **by_name(ctx, *upstream)}.values()
             return tuple([g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True)])
 
-        cls.backward = staticmethod(backward)
+        setattr(cls, "backward", staticmethod(backward))  # noqa: B010  (mypy takes no assignment to a method)
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
@@ -95,7 +95,7 @@ class KernelFunction(torch.autograd.Function):
         if transformed():
             return cls.apply(*_once_each(arguments))
         if forward_ad._current_level >= 0 or needs_graph(arguments):
-            return super(torch.autograd.Function, cls).apply(*arguments)
+            return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]  # from C++
         return cls.forward(*arguments)
 
 

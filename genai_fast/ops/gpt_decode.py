@@ -265,8 +265,8 @@ def _check_weights(op: str, weights: list[torch.Tensor], wide: torch.dtype | Non
             raise TypeError(f"{op}: weights: {name}: expected a tensor, got {type(w).__name__}")
         matrix = layout.is_matrix(name) or name in layout.FIRST
         if w.dim() != 1 + matrix:
-            kind = "a matrix [out, in]" if matrix else "a vector"
-            raise ValueError(f"{op}: weights: {name}: expected {kind}, got shape {tuple(w.shape)}")
+            form = "a matrix [out, in]" if matrix else "a vector"
+            raise ValueError(f"{op}: weights: {name}: expected {form}, got shape {tuple(w.shape)}")
     size = layout.sizes_of(weights)
     kind = weights[0].dtype
     for name, w, shape in zip(names, weights, layout.shapes(size), strict=True):

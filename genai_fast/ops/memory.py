@@ -30,7 +30,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     """
     if not x.numel() or not y.numel() or x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
         return False
-    between, dimensions = y.storage_offset() - x.storage_offset(), _dimensions(x)
+    between, dimensions = int(y.storage_offset()) - int(x.storage_offset()), _dimensions(x)
     if dimensions == _dimensions(y):
         return _reached(between, dimensions)
     return -_reach(_dimensions(y)) <= between <= _reach(dimensions)

@@ -18,7 +18,7 @@ class _OneCall(torch.optim.Optimizer):
     """Replaces `step` if the kernel fits; everything else (CUDA, amsgrad, sparse gradients) stays torch's."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
