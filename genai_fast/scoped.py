@@ -33,7 +33,9 @@ class Scoped(Generic[T]):
         self._default = self.latest = default
 
     def get(self) -> T:
-        return self.latest if torch.compiler.is_compiling() else self._own.get(self.latest)
+        if not self._blocks or torch.compiler.is_compiling():
+            return self.latest
+        return self._own.get(self.latest)
 
     def enter(self, value: T) -> Block[T]:
         with self._lock:

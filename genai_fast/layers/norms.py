@@ -11,6 +11,7 @@ from genai_fast import ops
 from genai_fast.backends import choose, forced_backend
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.run import _observed
+from genai_fast.precision import autocast_dtype
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -20,7 +21,7 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
     if type(x) not in _PLAIN or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or _observed():
         return False
     kind, weight = x.device.type, norm.weight
-    mixed = torch.is_autocast_enabled(kind)
+    mixed = autocast_dtype(kind) is not None
     if weight is not None and (weight.device != x.device or (weight.dtype is not x.dtype and not mixed)):
         return False
     if residual is not None and (type(residual) not in _PLAIN or residual.shape != x.shape):

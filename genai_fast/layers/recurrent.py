@@ -13,6 +13,7 @@ from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.run import _observed
+from genai_fast.precision import autocast_dtype
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -64,9 +65,8 @@ class GRU(nn.GRU):
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
         if not forced_backend() and (input.is_cuda or not thresholds.recurrence(input, steps)):
             return False
-        kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        kind = input.device.type
+        dtype = autocast_dtype(kind) or input.dtype
         if torch.compiler.is_compiling():
             return dtype is not torch.float64
         return _served(choose("gru", forced_backend(), kind, dtype)[1])
@@ -80,7 +80,7 @@ class GRU(nn.GRU):
         weight = self.weight_hh_l0
         if input.device != weight.device:
             return False
-        mixed = torch.is_autocast_enabled(input.device.type)
+        mixed = autocast_dtype(input.device.type) is not None
         if input.dtype is not weight.dtype and not mixed:
             return False
         if hx is None:

@@ -44,7 +44,7 @@ def number(value: Any) -> Any:
 
 def real(op: str, name: str, value: Any, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in [low, high], as a float; `expected` says so in words."""
-    found = number(value)
+    found = value if type(value) is float else number(value)
     if found is None or not low <= found <= high or not -math.inf < found < math.inf:
         raise ValueError(f"{op}: {name}: expected {expected}, got {value!r}")
     return float(found)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genai_fast import ops
+from genai_fast import layers, ops
 from genai_fast.ops import checks
 
 
@@ -135,6 +135,10 @@ META = {
     "vae_loss": lambda: ops.vae_loss(*torch.empty(4, 2, 3))[0],
     "reparameterize": lambda: ops.reparameterize(*torch.empty(2, 2, 3), seed=1),
     "decode_linear": lambda: ops.decode_linear(torch.empty(2, 4), torch.empty(3, 4)),
+    "layers.LayerNorm": lambda: layers.LayerNorm(8)(torch.empty(3, 8), torch.empty(3, 8))[0],
+    "layers.RMSNorm": lambda: layers.RMSNorm(8)(torch.empty(3, 8)),
+    "layers.GRU": lambda: layers.GRU(4, 8)(torch.empty(12, 2, 4))[0],
+    "layers.ConvBNAct": lambda: layers.ConvBNAct(3, 4, 3)(torch.empty(2, 3, 8, 8)),
     "rotary": lambda: ops.rotary(torch.empty(1, 2, 3, 8), torch.empty(3, 4), torch.empty(3, 4)),
 }
 
