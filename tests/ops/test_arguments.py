@@ -215,3 +215,24 @@ def test_numbers_are_checked_in_one_place():
     assert checks.number(np.float32(0.5)) == 0.5 and type(checks.number(np.float32(0.5))) is float
     assert type(checks.number(np.int8(3))) is int
     assert [checks.number(x) for x in (True, np.bool_(True), "1", None, torch.ones(()), 1j)] == [None] * 6
+
+
+@pytest.mark.parametrize("plane", [(30, 1), (1, 30), (2, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((3, 4), 2, (1, 2)), ((3, 3), 1, (1, 1)), ((1, 1), 2, 0)])
+def test_images_one_pixel_wide_have_the_right_weight_gradient(plane, dtype, kernel, stride, padding):
+    """oneDNN's in bfloat16 may read beyond them."""
+    x = _rows(3, 17, *plane).to(dtype).contiguous(memory_format=torch.channels_last)
+    for call, truth, shape in (
+        (ops.conv2d, F.conv2d, (8, 17, *kernel)),
+        (ops.conv_transpose2d, F.conv_transpose2d, (17, 8, *kernel)),
+    ):
+        weight = _rows(*shape).to(dtype).requires_grad_()
+        wide = weight.detach().double().requires_grad_()
+        try:
+            right = truth(x.double(), wide, None, stride, padding)
+        except RuntimeError:  # the padding leaves nothing of it
+            continue
+        (got,) = torch.autograd.grad(call(x, weight, None, stride, padding).float().square().sum(), weight)
+        (expected,) = torch.autograd.grad(right.square().sum(), wide)
+        assert torch.linalg.vector_norm(got.double() - expected) <= 0.02 * torch.linalg.vector_norm(expected)
