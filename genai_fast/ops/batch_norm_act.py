@@ -135,10 +135,7 @@ def batch_norm_act(
         raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
     slope = checks.activation(_OP, activation, negative_slope)
     momentum = checks.real(_OP, "momentum", momentum, "a finite float")
-    found = checks.number(eps)
-    if found is None or not 0.0 <= found < math.inf or (training and found == 0.0):
-        raise ValueError(f"{_OP}: eps: expected a finite eps > 0 (0 with training=False alone), got eps {eps}")
-    eps = float(found)
+    eps = checks.epsilon(_OP, eps, "> 0 (0 with training=False alone)", math.ulp(0.0) if training else 0.0)
     backend, total = forced_backend(), None
     weight, bias = wide(weight), wide(bias)
     if training:

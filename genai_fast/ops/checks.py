@@ -50,6 +50,14 @@ def real(op: str, name: str, value: Any, expected: str, low: float = -math.inf, 
     return float(found)
 
 
+def epsilon(op: str, value: Any, limit: str, low: float) -> float:
+    """What is added to a variance: finite and at least `low`; `limit` says so in words."""
+    found = number(value)
+    if found is None or not low <= found < math.inf:
+        raise ValueError(f"{op}: eps: expected a finite eps {limit}, got eps {value}")
+    return float(found)
+
+
 def integer(op: str, name: str, value: Any, least: int | None = None, what: str = "an int") -> int:
     """An int of 64 bits, NumPy's among them; torch.compile's symbols as they are."""
     found = number(value)

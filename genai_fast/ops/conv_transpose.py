@@ -309,7 +309,7 @@ def conv_transpose2d_batch_norm_act(
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var: expected both or neither; pass the missing one")
     momentum = checks.real(op, "momentum", momentum, "a finite float")
-    eps = checks.real(op, "eps", eps, "a finite float, eps >= 0", 0.0)
+    eps = checks.epsilon(op, eps, ">= 0", 0.0)
     out = output_size(x.shape[2:], weight.shape[2:], *settings)
     if x.size(0) * out[0] * out[1] < 2:
         raise ValueError(
