@@ -16,7 +16,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
 	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120, under both supported Tritons; no GPU needed"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and mypy on the public API"
 	@echo "make clean   remove what the above made, but not runs/"
 
 install: $(READY)
@@ -46,6 +46,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json

@@ -7,55 +7,55 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
 from genai_fast.registry import FOLDERS, LIBRARIES
+from genai_fast.scoped import Scoped
 
 __all__ = [
-    "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "interpreting",
-    "mapped_openmp", "select", "survey", "unavailable", "use_backend",
+    "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "implementation",
+    "interpreting", "is_plain", "mapped_openmp", "select", "survey", "unavailable", "use_backend",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
 
-_forced = ""
+_forced = Scoped("genai_fast.use_backend", "")
 
 
 class FallbackWarning(UserWarning):
-    """A call runs on the plain PyTorch reference where a fused kernel was to be expected."""
+    """A call runs on the plain PyTorch reference where a fused kernel was expected."""
 
 
 class use_backend:
     """Serve every op by one backend from now on, in the whole process; as a context manager, inside the block.
 
-    A backward runs on the backend that its forward was called under. An explicit choice raises where it cannot
-    serve; the automatic one (`use_backend(None)`, the default) falls back to the reference and says so once.
+    A thread that has chosen a backend itself keeps its choice, and the end of its block undoes that alone. A backward
+    runs on the backend that its forward was called under. An explicit choice raises if it cannot serve; the automatic
+    one (`use_backend(None)`, the default) falls back to the reference and says so once.
 
     Args:
         name: "triton", "cpu", "reference", or None for the automatic choice.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None and name not in BACKENDS:
             raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-        self._before, _forced = _forced, name or ""
+        self._block = _forced.enter(name or "")
 
     def __enter__(self) -> None:
-        return None
+        self._block.open = True
 
     def __exit__(self, *exception: object) -> None:
-        global _forced
-        _forced = self._before
+        _forced.leave(self._block)
 
 
 def forced_backend() -> str:
     """The backend that use_backend chose, or "" for the automatic choice."""
-    return _forced
+    return _forced.get()
 
 
 @functools.cache
@@ -77,7 +77,8 @@ def unavailable(backend: str, device: str) -> str:
 
 
 @functools.cache
-def _implementation(name: str, backend: str) -> Callable[..., Any]:
+def implementation(name: str, backend: str) -> Callable[..., Any]:
+    """The function by which a backend computes a library op."""
     stem = {"reference": "reference", "cpu": "cpu_kernel", "triton": "triton_kernel"}[backend]
     function = getattr(importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.{stem}"), name)
     return _on_its_device(function) if backend == "triton" else function
@@ -130,17 +131,25 @@ def _cannot_serve(name: str, forced: str, reason: str) -> RuntimeError:
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+_SPECIAL = (torch.Tensor.is_neg, torch.Tensor._is_zerotensor, is_batched)
 
 
-def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
+def is_plain(x: Any) -> bool:
+    """Whether x is a tensor or a parameter, of no subclass."""
+    return x.__class__ in _PLAIN
+
+
+def survey(arguments: Iterable[Any]) -> tuple[str, torch.dtype, bool]:
     """Of a library op's arguments: device type, dtype (float64 if any is), whether the dispatcher must see them.
 
-    It must for a tensor subclass, a lazily negated tensor, and one of several gradients that autograd batches.
+    It must for a tensor subclass, a lazily negated tensor, one without memory (torch's ZeroTensor), and one of several
+    gradients that autograd batches.
     """
     device, dtype, special = "", torch.float32, False
     for x in arguments:
         # By identity first: isinstance costs more than the rest, and small tensors feel it.
-        if x.__class__ is list and x:  # a list of tensors is alike in device and dtype
+        if x.__class__ is list and x:  # a list is alike in device and dtype, but any of it may be special
+            special = special or not _PLAIN.issuperset(map(type, x)) or any(any(map(test, x)) for test in _SPECIAL)
             x = x[0]
         if x.__class__ not in _PLAIN:
             if not isinstance(x, torch.Tensor):
@@ -150,9 +159,29 @@ def survey(arguments: tuple[Any, ...]) -> tuple[str, torch.dtype, bool]:
             device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
         elif x.dtype is torch.float64 and x.dim():
             dtype = torch.float64
-        if x.is_neg() or is_batched(x):
+        if x.is_neg() or is_batched(x) or x._is_zerotensor():
             special = True
     return device or "cpu", dtype, special
+
+
+def _written(schema: str) -> list[int]:
+    """Positions of the arguments that a library op updates; not of running statistics: PyTorch counts none of those."""
+    arguments = schema.partition("(")[2].split(", ")
+    return [k for k, x in enumerate(arguments) if "!)" in x and "running" not in x]
+
+
+def _counting(name: str, function: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    """The function, and autograd told what it has changed: a backward that needs the old values has to fail."""
+
+    def call(*arguments: Any) -> Any:
+        result = function(*arguments)
+        if name == "decode_attention" and arguments[4] is None:  # without new keys it only reads
+            return result
+        changed = [arguments[k] for k in written]
+        torch.autograd.graph.increment_version([t for x in changed for t in (x if isinstance(x, list) else [x])])
+        return result
+
+    return call
 
 
 @functools.cache
@@ -161,7 +190,9 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     backend, reason = choose(name, forced, device, dtype)
     if reason:
         warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=6)  # once: cached
-    function, refuses = _implementation(name, backend), LIBRARIES[name].refuses
+    function, refuses = implementation(name, backend), LIBRARIES[name].refuses
+    if written := _written(LIBRARIES[name].schema):
+        function = _counting(name, function, written)
     if refuses is None or backend == "reference":
         return function
 
@@ -169,7 +200,7 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
         refusal = refuses(backend, *arguments)
         if refusal and forced:
             raise _cannot_serve(name, forced, refusal)
-        return (_implementation(name, "reference") if refusal else function)(*arguments)
+        return (implementation(name, "reference") if refusal else function)(*arguments)
 
     return within_limits
 

@@ -27,7 +27,7 @@ Product = Callable[..., torch.Tensor]
 
 
 class CPUTuning:
-    """What `tune_cpu` did, in words by str(); `remove()` undoes it, and so does leaving it as a context manager.
+    """What `tune_cpu` did, in words by str(); `remove()` undoes it, and so does the end of a `with` block.
 
     Attributes:
         memory: whether freed memory is kept; and why not, in `notes`.
@@ -37,7 +37,9 @@ class CPUTuning:
     """
 
     def __init__(self) -> None:
-        self.memory, self.onednn, self.notes = False, {}, []
+        self.memory, self.calls = False, 1
+        self.onednn: dict[str, int] = {}
+        self.notes: list[str] = []
         self.threads = self._threads = torch.get_num_threads()
         self._library: torch.library.Library | None = None
 
@@ -68,7 +70,9 @@ class CPUTuning:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        self.calls -= 1
+        if not self.calls:
+            self.remove()
 
 
 _active: CPUTuning | None = None
@@ -89,10 +93,11 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
     stands below autograd. Compiled models keep what they were compiled with: call it before.
 
     Returns:
-        what was done; a second call returns the first one's until that is removed.
+        what was done; a second call returns the first one's until that is removed, and its `with` block undoes nothing.
     """
     global _active
     if _active is not None:
+        _active.calls += 1
         return _active
     _active = done = CPUTuning()
     try:
@@ -119,7 +124,7 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
 
 
 def active() -> CPUTuning | None:
-    """What `tune_cpu` did in this process and nobody has removed."""
+    """What `tune_cpu` did in this process and has not been removed."""
     return _active
 
 
@@ -165,12 +170,11 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> str:
 
     A slice is another: by 64 of a weight's 320 columns oneDNN multiplies 300 times slower than by a copy of them.
     """
-    along = tuple("rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b))
-    return {
-        ("rows", "columns"): "output",
-        ("rows", "rows"): "input gradient",
-        ("columns", "rows"): "weight gradient",
-    }.get(along, "")
+    along_a, along_b = (
+        "rows" if x.is_contiguous() else "columns" if x.t().is_contiguous() else "neither" for x in (a, b)
+    )
+    forms = {("rows", "columns"): "output", ("rows", "rows"): "input gradient", ("columns", "rows"): "weight gradient"}
+    return forms.get((along_a, along_b), "")
 
 
 def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

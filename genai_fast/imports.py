@@ -36,7 +36,7 @@ def _module(source: str) -> Any:
         name = Path(source).stem
         while name in sys.modules:
             name += "_"
-        spec = importlib.util.spec_from_file_location(name, source)
+        spec: Any = importlib.util.spec_from_file_location(name, source)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

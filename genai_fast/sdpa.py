@@ -23,17 +23,17 @@ _MOST_CHANNELS = 256
 
 
 class SDPASwitch:
-    """What `enable_sdpa` did; `remove()` undoes it, and so does leaving it as a context manager."""
+    """What `enable_sdpa` did; `remove()` undoes it, and so does the end of a `with` block unless it was on before."""
 
     def __init__(self, library: torch.library.Library, priority: list[int] | None) -> None:
-        self._library, self._priority = library, priority
+        self._library, self._priority, self.calls = library, priority, 0
 
     def remove(self) -> None:
         """Everything as it was before. A second call does nothing."""
         global _active
-        if self._library is None:
+        if _active is not self:
             return
-        self._library = self._library._destroy()
+        self._library._destroy()
         if self._priority is not None:
             torch._C._set_sdp_priority_order(self._priority)
         _active = None
@@ -42,7 +42,8 @@ class SDPASwitch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if _active is self:
+        self.calls -= 1
+        if _active is self and not self.calls:
             attention.restore_flash_attention_impl()
 
 
@@ -57,12 +58,14 @@ def enable_sdpa() -> SDPASwitch:
     models keep what they were compiled with: enable it before.
 
     Returns:
-        a switch: `remove()`, or the end of a `with` block, restores everything.
+        a switch: `remove()`, or the end of a `with` block, restores everything; if it was on before, the block leaves
+        it on.
     Raises:
         RuntimeError: where no kernel of ours runs, naming the reason.
     """
     global _active
     if _active is not None:
+        _active.calls += 1
         return _active
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend, reason = choose("causal_attention", "", device)
@@ -70,6 +73,8 @@ def enable_sdpa() -> SDPASwitch:
         raise RuntimeError(f"enable_sdpa: expected a kernel for {device} tensors, but {reason}")
     attention.register_flash_attention_impl(_NAME, register_fn=_register)
     attention.activate_flash_attention_impl(_NAME)
+    assert _active is not None
+    _active.calls = 1
     return _active
 
 
@@ -83,7 +88,7 @@ def _register() -> SDPASwitch:
         override(library, _FORWARD, "CUDA", _cuda_forward)
         override(library, _BACKWARD, "CUDA", _cuda_backward)
         priority = torch._C._get_sdp_priority_order()
-        flash = int(attention.SDPBackend.FLASH_ATTENTION)
+        flash = attention.SDPBackend.FLASH_ATTENTION.value
         torch._C._set_sdp_priority_order([flash, *(b for b in priority if b != flash)])
     _active = SDPASwitch(library, priority)
     return _active

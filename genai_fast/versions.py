@@ -1,19 +1,19 @@
-"""Versions of what is installed, and of genai_fast, which may be a checkout that nobody installed."""
+"""Versions of what is installed, and of genai_fast, which may be a checkout that is not installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
-import torch
-
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads this line
 
 
 def version(package: str) -> str | None:
-    """Of a distribution; None where it is not installed."""
+    """The version of a distribution; None if it is not installed."""
     if package == "genai_fast":
         return __version__
     if package == "torch":
+        import torch  # here, so that reading genai_fast's own version does not wait for it
+
         return torch.__version__  # with the build, which the distribution may leave out
     try:
         return importlib.metadata.version(package)

@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
+import genai_fast
 from genai_fast.registry import FOLDERS, LIBRARIES, OPS
 from genai_fast.table import op_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer may import itself and what stands before it.
 LAYERS = [
-    ("genai_fast.kernels.common", "genai_fast.errors", "genai_fast.imports", "genai_fast.versions"),
+    (
+        "genai_fast.kernels.common",
+        "genai_fast.errors",
+        "genai_fast.imports",
+        "genai_fast.scoped",
+        "genai_fast.versions",
+        "genai_fast._moved",
+    ),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
     ("genai_fast.backends", "genai_fast.autotune", "genai_fast.capture", "genai_fast.precision", "genai_fast.config"),
@@ -141,6 +149,74 @@ def test_import_is_light_and_needs_no_triton():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    "how", [("-m", "genai_fast", "--version"), ("-c", "from genai_fast.cli import main; main(['--version'])")]
+)
+def test_the_version_does_not_wait_for_torch(how):
+    done = subprocess.run([sys.executable, "-X", "importtime", *how], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"genai-fast {genai_fast.__version__}\n"
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "genai_fast.versions" in loaded
+    assert not loaded & {"torch", "numpy", "genai_fast.ops"}
+
+
+def test_the_version_has_one_place():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["scikit-build"]["metadata"]["version"]["input"] == "genai_fast/versions.py"
+    provider = pytest.importorskip("scikit_build_core.metadata.regex")
+    assert provider.dynamic_metadata("version", {"input": str(ROOT / "genai_fast/versions.py")}) == (
+        genai_fast.__version__
+    )
+
+
+def test_the_package_imports_on_demand():
+    code = (
+        "import sys, genai_fast\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(genai_fast.__all__) <= set(dir(genai_fast)) and 'torch' not in sys.modules\n"
+        "assert not hasattr(genai_fast, 'nothing_of_this_name')\n"
+        "for name in genai_fast.__all__: getattr(genai_fast, name)\n"
+        "from genai_fast import models, swap, backends\n"
+        "assert genai_fast.models.GPT is models.GPT and genai_fast.fuse is swap.fuse\n"
+        "import torch; torch.ops.genai_fast.layer_norm"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_after_torch_registers_the_operators():
+    done = _python("import torch, genai_fast; torch.ops.genai_fast.layer_norm")
+    assert done.returncode == 0, done.stderr
+
+
+def test_former_module_names_warn_and_name_the_new_place():
+    code = (
+        "import warnings, inspect, importlib, sys, genai_fast\n"
+        "from genai_fast._moved import MOVED\n"
+        "warnings.simplefilter('error')\n"
+        "inspect.getmodule(inspect.currentframe())\n"  # looks at all modules, and must not wake these
+        "assert 'torch' not in sys.modules\n"
+        "for old, new in MOVED.items():\n"
+        "    module = importlib.import_module('genai_fast.' + new)\n"
+        "    name = next(n for n in reversed(vars(module)) if not n.startswith('_'))\n"
+        "    with warnings.catch_warnings(record=True) as said:\n"
+        "        warnings.simplefilter('always')\n"
+        "        exec(f'from genai_fast.{old} import {name} as found')\n"
+        "    assert found is getattr(module, name), (old, name)\n"
+        "    assert [w.category for w in said] == [DeprecationWarning], (old, said)\n"
+        "    assert f'import {name} from genai_fast.{new}' in str(said[0].message)\n"
+        "warnings.simplefilter('ignore')\n"
+        "from genai_fast.fuse import explain\n"
+        "from genai_fast.training import runs\n"
+        "assert explain is genai_fast.explain and genai_fast.fuse.__name__ == 'fuse' and runs.train\n"
+        "assert genai_fast.paths.folder is genai_fast.autotune.folder"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_the_extension_the_reference_serves_and_says_so():
     code = (
         "import sys; sys.modules['genai_fast._cpu'] = None\n"
@@ -211,6 +287,10 @@ def test_the_wheel_has_one_top_level_package(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"genai_fast"}
-    for needed in ("genai_fast/kernels/__init__.py", "genai_fast/kernels/vae_loss/triton_kernel.py"):
+    for needed in (
+        "genai_fast/kernels/__init__.py",
+        "genai_fast/kernels/vae_loss/triton_kernel.py",
+        "genai_fast/py.typed",
+    ):
         assert needed in names
     assert any(name.startswith("genai_fast/_cpu") for name in names)

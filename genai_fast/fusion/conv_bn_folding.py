@@ -17,6 +17,7 @@ from genai_fast.fusion import thresholds
 from genai_fast.fusion.operands import Chain, Convolution, Norm, needs_gradient, tensors_are_plain
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.activations import activate
+from genai_fast.precision import autocast_dtype
 
 _NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "silu": "swish"}
 
@@ -40,7 +41,7 @@ def why_not(chain: Chain, x: torch.Tensor) -> str:
     tensors = (x, conv.weight, conv.bias, *norm.tensors)
     if norm.training or norm.mean is None or norm.var is None:
         return "the norm takes the batch's statistics"
-    if not all(t is None or t.is_cpu for t in tensors) or torch.is_autocast_enabled("cpu"):
+    if not all(t is None or t.is_cpu for t in tensors) or autocast_dtype("cpu"):
         return "autocast is on" if x.is_cpu else "it is for CPU tensors"
     if not tensors_are_plain(*tensors):
         return "a parameter is of a tensor subclass"

@@ -14,7 +14,8 @@ import torch
 from genai_fast.backends import is_batched
 from genai_fast.fusion.operands import Convolution, memory_format
 from genai_fast.kernels.conv_transpose.shapes import empty_channels_last
-from genai_fast.ops.dispatch import KernelFunction
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again
+from genai_fast.precision import autocast_dtype
 
 MOST_POSITIONS = 64  # of the smaller feature map: with more, oneDNN has long enough rows
 MOST_ELEMENTS = 1 << 25  # in the unfolded patches
@@ -39,8 +40,7 @@ def why_not(conv: Convolution, x: torch.Tensor) -> str:
 def convolved(conv: Convolution, x: torch.Tensor) -> torch.Tensor:
     """conv(x), in channels_last memory; under autocast in its dtype."""
     weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if dtype := autocast_dtype("cpu"):
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     y = _Patches.call(x, weight, conv.stride, conv.padding, conv.output_padding if conv.transposed else None)
     return y if bias is None else y + bias.view(-1, 1, 1)
@@ -66,11 +66,11 @@ class _Patches(KernelFunction):
         x, weight = ctx.saved_tensors
         stride, padding, transposed = ctx.stride, ctx.padding, ctx.output_padding is not None
         needed = (*ctx.needs_input_grad[:2], False)
-        if torch.is_grad_enabled() or is_batched(grad_y):  # to be differentiated again, or many at once: PyTorch's
+        if differentiated_again() or is_batched(grad_y):  # to be differentiated again, or many at once: PyTorch's
             grads = torch.ops.aten.convolution_backward(
                 grad_y, x, weight, None, stride, padding, (1, 1), transposed, ctx.output_padding or (0, 0), 1, needed
             )
-            return *grads[:2], None, None, None
+            return {"x": grads[0], "weight": grads[1]}
         grad_x = grad_weight = None
         large, small = (grad_y, x) if transposed else (x, grad_y)
         if needed[0]:
@@ -83,7 +83,7 @@ class _Patches(KernelFunction):
             grad_weight = _matrix(small).t() @ _columns(large, weight.shape[2:], stride, padding, small.shape[2:])
             grad_weight = grad_weight.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
             grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
-        return grad_x, grad_weight, None, None, None
+        return {"x": grad_x, "weight": grad_weight}
 
 
 def _gather(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> torch.Tensor:

@@ -31,6 +31,7 @@ from genai_fast.fusion.operands import (
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, LARGEST_KERNEL, LARGEST_STRIDE, miscounted
 from genai_fast.ops.conv2d import serves as conv2d_why_not
 from genai_fast.ops.conv_transpose import serves as conv_transpose_why_not
+from genai_fast.precision import autocast_dtype
 
 # Multiplications of the part of a batch that is measured: milliseconds.
 _MEASURED = {"cpu": 1 << 27, "cuda": 1 << 34}
@@ -244,7 +245,7 @@ def _kernel_why_not(chain: Chain, x: torch.Tensor) -> str:
     conv = chain.conv
     if reason := _plane_why_not(chain, x) or kernel_why_not(conv):
         return reason
-    if x.dtype is not conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype is not conv.weight.dtype and autocast_dtype(x.device.type) is None:
         return "input and weight differ in dtype"
     if conv.transposed:
         if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
@@ -327,7 +328,7 @@ def _measured_rows(conv: Convolution, x: torch.Tensor) -> int:
 
 def _makers(serving: Sequence[Implementation], chain: Chain, x: torch.Tensor, rows: int) -> list[autotune.Maker]:
     """For each, what gives the call to time: forward, and backward if it will come, on tensors made up once."""
-    gradients, narrow, prepared = torch.is_grad_enabled(), _autocast(x), []
+    gradients, narrow, prepared = torch.is_grad_enabled(), autocast_dtype(x.device.type), []
 
     def prepare() -> tuple[Chain, torch.Tensor]:
         if not prepared:
@@ -358,11 +359,6 @@ def _makers(serving: Sequence[Implementation], chain: Chain, x: torch.Tensor, ro
     return [maker(option) for option in serving]
 
 
-def _autocast(x: torch.Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _layout(x: torch.Tensor) -> str:
     if x.is_contiguous():
         return "contiguous"
@@ -372,7 +368,7 @@ def _layout(x: torch.Tensor) -> str:
 def _family(chain: Chain, x: torch.Tensor) -> autotune.Key:
     """All that the time of a call depends on, but for batch and plane."""
     conv, norm, act = chain.conv, chain.norm, chain.activation
-    narrow, forced = _autocast(x), forced_backend()
+    narrow, forced = autocast_dtype(x.device.type), forced_backend()
     precision = (str(narrow),) if narrow else _multiplied(x)
     after = () if norm is None else ("norm", norm.training, norm.of_batch, norm.weight is not None)
     return (

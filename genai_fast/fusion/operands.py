@@ -15,13 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.backends import is_plain
 from genai_fast.fusion.chains import ACTIVATIONS, TRANSPOSED
-
-PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def tensors_are_plain(*tensors: torch.Tensor | None) -> bool:
-    return all(t is None or type(t) in PLAIN for t in tensors)
+    return all(t is None or is_plain(t) for t in tensors)
 
 
 def like(x: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | None:

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-from genai_fast.backends import FallbackWarning, choose, forced_backend
+from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
 from genai_fast.fusion.chains import global_hooks, letter, spans
 from genai_fast.fusion.implementations import TORCH, decide
 from genai_fast.fusion.layout import of_result, relaid
-from genai_fast.fusion.operands import PLAIN, Chain, memory_format
+from genai_fast.fusion.operands import Chain, memory_format
+from genai_fast.ops.dispatch import left_to_torch
 
 
 def run(modules: Sequence[nn.Module], x: Any) -> Any:
     """What calling the modules one after another gives."""
-    if global_hooks() or observed():
+    if global_hooks() or left_to_torch():
         return _one_by_one(modules, x)
     wanted = None  # the layout that PyTorch's x would have here, if x has another
     for start, stop, letters, fused in spans("".join([letter(module) for module in modules])):
@@ -60,18 +60,9 @@ def _chain(letters: str, modules: Sequence[nn.Module]) -> Chain | None:
         return None
 
 
-def observed() -> bool:
-    """Whether something transforms the modules or takes derivatives forward: it gets to see torch's own operators."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return bool(
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state()
-    )
-
-
 def _fits(x: Any) -> bool:
     """Whether the ops take x as the modules would."""
-    if type(x) not in PLAIN:
+    if not is_plain(x):
         return False
     if torch.compiler.is_compiling():
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from genai_fast.fusion.chains import ACTIVATIONS, CONVS, NORMS, TRANSPOSED
 from genai_fast.layers.sequential import FusedSequential
 from genai_fast.ops import checks
 
-_MODULES = {name: module for module, name in ACTIVATIONS.items()}
+_MODULES: dict[str, Callable[[], nn.Module]] = {name: module for module, name in ACTIVATIONS.items()}
 _MODULES["gelu_tanh"] = functools.partial(nn.GELU, approximate="tanh")
 _Size = int | tuple[int, ...]
 
@@ -38,7 +39,7 @@ class _Block(FusedSequential):
             raise ValueError(f"{block}: dims: expected 1, 2 or 3, got {dims!r}; pass the number of spatial dimensions")
         place = {"device": device, "dtype": dtype}
         tail = _activation(block, activation, negative_slope)
-        conv = convs[dims - 1](*sizes, **options, **place)
+        conv: Any = convs[dims - 1](*sizes, **options, **place)
         super().__init__(conv, NORMS[dims - 1](conv.out_channels, **norm, **place), *tail)
 
     def __getitem__(self, idx: slice | int) -> nn.Module:

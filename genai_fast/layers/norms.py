@@ -8,22 +8,21 @@ import torch
 from torch import nn
 
 from genai_fast import ops
-from genai_fast.backends import choose, forced_backend
+from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.run import observed
-
-_PLAIN = (torch.Tensor, nn.Parameter)
+from genai_fast.ops.dispatch import left_to_torch
+from genai_fast.precision import autocast_dtype
 
 
 def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
     """Whether the op takes these and is worth its call; else PyTorch's own serves, or says what is wrong."""
-    if type(x) not in _PLAIN or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or observed():
+    if not is_plain(x) or len(norm.normalized_shape) != 1 or x.shape[-1:] != norm.normalized_shape or left_to_torch():
         return False
     kind, weight = x.device.type, norm.weight
-    mixed = torch.is_autocast_enabled(kind)
+    mixed = autocast_dtype(kind) is not None
     if weight is not None and (weight.device != x.device or (weight.dtype is not x.dtype and not mixed)):
         return False
-    if residual is not None and (type(residual) not in _PLAIN or residual.shape != x.shape):
+    if residual is not None and (not is_plain(residual) or residual.shape != x.shape):
         return False
     if torch.compiler.is_compiling():
         return x.dtype is not torch.float64
@@ -39,7 +38,7 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if _is_ours(self, input, residual):
@@ -53,7 +52,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if _is_ours(self, x, residual):

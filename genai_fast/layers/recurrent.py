@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from typing import Any
@@ -10,11 +11,10 @@ import torch
 from torch import nn
 
 from genai_fast import ops
-from genai_fast.backends import FallbackWarning, choose, forced_backend
+from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.run import observed
-
-_PLAIN = (torch.Tensor, nn.Parameter)
+from genai_fast.ops.dispatch import left_to_torch
+from genai_fast.precision import autocast_dtype, without_autocast
 
 
 class GRU(nn.GRU):
@@ -31,6 +31,12 @@ class GRU(nn.GRU):
     def forward(self, input: Any, hx: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:
         if not self._is_ours(input, hx):
             return super().forward(input, hx)
+        # nn.GRU carries states of one dtype in it under autocast too.
+        alike = all(t is None or t.dtype is self.weight_hh_l0.dtype for t in (input, hx))
+        with without_autocast(input.device.type) if alike else contextlib.nullcontext():
+            return self._run(input, hx)
+
+    def _run(self, input: torch.Tensor, hx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if batched and self.batch_first else x
@@ -61,35 +67,33 @@ class GRU(nn.GRU):
     def _is_ours(self, input: Any, hx: Any) -> bool:
         if isinstance(input, nn.utils.rnn.PackedSequence):
             return _served("packed sequences are PyTorch's")
-        if not self._fits(input, hx) or observed():
+        if not self._fits(input, hx) or left_to_torch():
             return False
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
         if not forced_backend() and (input.is_cuda or thresholds.recurrence(input, steps)):
             return False
         kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
         if torch.compiler.is_compiling():
             return dtype is not torch.float64
         return _served(choose("gru", forced_backend(), kind, dtype)[1])
 
     def _fits(self, input: Any, hx: Any) -> bool:
         """Whether the ops take these; else PyTorch says what is wrong with them."""
-        if type(input) not in _PLAIN or input.dim() not in (2, 3) or 0 in input.shape:
+        if not is_plain(input) or input.dim() not in (2, 3) or 0 in input.shape:
             return False
         if input.size(-1) != self.input_size:
             return False
         weight = self.weight_hh_l0
         if input.device != weight.device:
             return False
-        mixed = torch.is_autocast_enabled(input.device.type)
+        mixed = autocast_dtype(input.device.type) is not None
         if input.dtype is not weight.dtype and not mixed:
             return False
         if hx is None:
             return True
         batch = (input.size(0 if self.batch_first else 1),) if input.dim() == 3 else ()
         shape = (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
-        if type(hx) not in _PLAIN or hx.shape != shape or hx.device != input.device:
+        if not is_plain(hx) or hx.shape != shape or hx.device != input.device:
             return False
         return hx.dtype is input.dtype or mixed
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.act_dropout import reference
 from genai_fast.ops import checks, rows
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
 
 _OP = "act_dropout"
 
@@ -30,13 +29,8 @@ class _ActDropout(KernelFunction):
         if saved is None:  # of an activation whose derivative is 1; the mask goes by the order of memory
             last = ctx.channels_last
             saved = grad_y.movedim(1, -1).contiguous().movedim(-1, 1) if last else grad_y.contiguous()
-        arguments = (grad_y, saved, seed, ctx.p, ctx.offset, ctx.from_output, *ctx.settings)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_x = reference.act_dropout_backward(*arguments)
-        else:
-            grad_x = library_call("act_dropout_backward", *arguments, ctx.backend)
-        return grad_x, *(None,) * 7
+        arguments = (grad_y, saved, seed, ctx.p, ctx.offset, ctx.from_output, *ctx.settings, ctx.backend)
+        return dict(x=backward_call("act_dropout_backward", *arguments))
 
 
 def act_dropout(
@@ -79,12 +73,11 @@ def act_dropout(
     Source: Srivastava et al. 2014, JMLR 15; Philox: Salmon et al. 2011.
     """
     checks.is_floating(_OP, "x", x)
-    checks.share(_OP, "p", p)
-    checks.activation(_OP, activation, negative_slope)
-    checks.offset(_OP, offset)
-    from_output = checks.saves_output(_OP, activation, negative_slope, save_output, ())
+    p, training = checks.share(_OP, "p", p), checks.flag(_OP, "training", training)
+    slope, offset = checks.activation(_OP, activation, negative_slope), checks.offset(_OP, offset)
+    from_output = checks.saves_output(_OP, activation, slope, save_output, ())
     if seed is None and not offset:
         offset = rows.offset(x.numel())
     seed = checks.seed(_OP, seed, "x", x) if training and p > 0 else None
-    p = float(p) if seed is not None else 0.0
-    return _ActDropout.call(x, seed, p, offset, activation, float(negative_slope), from_output, forced_backend())
+    p = p if seed is not None else 0.0
+    return _ActDropout.call(x, seed, p, offset, activation, slope, from_output, forced_backend())

@@ -12,7 +12,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call, needs_graph
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, needs_graph
 
 _OP = "batch_norm_act"
 
@@ -32,27 +32,25 @@ class _BatchNormAct(KernelFunction):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         eps, activation, slope = ctx.settings
         arguments = (grad_y, x, weight, bias, mean, rstd)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if differentiated_again():
             if ctx.group is not None:
                 raise NotImplementedError(
                     f"{_OP}: expected one backward through statistics of several processes, got create_graph=True;"
                     f" use BatchNorm without synchronization where a gradient is differentiated"
                 )
-            return *reference.gradients(*arguments, ctx.batch_statistics, eps, activation, slope), *(None,) * 9
+            grads = reference.gradients(*arguments, ctx.batch_statistics, eps, activation, slope)
+            return dict(zip(("x", "weight", "bias"), grads, strict=True))
         grad_x = sum_dz = sum_dz_x_hat = None
         if ctx.batch_statistics or any(ctx.needs_input_grad[1:3]):
             sum_dz, sum_dz_x_hat = library_call("batch_norm_act_reduce", *arguments, activation, slope, ctx.backend)
         if ctx.needs_input_grad[0]:
-            used, count = (sum_dz, sum_dz_x_hat), x.numel() // x.size(1)
+            used, count = (sum_dz, sum_dz_x_hat), x.numel() // max(x.size(1), 1)
             if not ctx.batch_statistics:
                 used = (None, None)
             elif ctx.group is not None:
                 used, count = _sum_over_processes(used, ctx.total, ctx.group), 1
             grad_x = library_call("batch_norm_act_grad", *arguments, *used, count, activation, slope, ctx.backend)
-        grad_weight = sum_dz_x_hat if ctx.needs_input_grad[1] else None
-        grad_bias = sum_dz if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, *(None,) * 9
+        return dict(x=grad_x, weight=sum_dz_x_hat, bias=sum_dz)
 
 
 def _sum_over_processes(sums, total, group):
@@ -130,19 +128,16 @@ def batch_norm_act(
     checks.has_channels(_OP, x)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     checks.per_channel(_OP, parameters, x)
+    training = checks.flag(_OP, "training", training)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
     if not training and running_mean is None:
         raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
-    checks.activation(_OP, activation, negative_slope)
-    momentum, eps = float(momentum), float(eps)
-    if not (eps > 0.0 or (eps == 0.0 and not training)) or not math.isfinite(momentum):
-        raise ValueError(
-            f"{_OP}: expected eps > 0 (0 with training=False alone) and a finite momentum, got eps {eps} and momentum"
-            f" {momentum}"
-        )
+    slope = checks.activation(_OP, activation, negative_slope)
+    momentum = checks.real(_OP, "momentum", momentum, "a finite float")
+    eps = checks.epsilon(_OP, eps, "> 0 (0 with training=False alone)", math.ulp(0.0) if training else 0.0)
     backend, total = forced_backend(), None
-    weight, bias = (p if p is None else wide(p) for p in (weight, bias))
+    weight, bias = wide(weight), wide(bias)
     if training:
         count = x.numel() // x.size(1) if x.numel() else 0
         if count < 2 and process_group is None:
@@ -156,11 +151,11 @@ def batch_norm_act(
                 mean, _, rstd = library_call("batch_norm_statistics", *given, backend)
             else:
                 mean, rstd, total = _statistics_over_processes(*given, process_group, backend)
-    else:
+    elif running_mean is not None and running_var is not None:
         original = running_mean.detach()
         mean, rstd = wide(original), torch.rsqrt(wide(running_var.detach()) + eps)
         if mean is original and needs_graph((x, weight, bias)):
             mean = mean.clone()  # a later forward in training moves the original, and backward needs this one
     return _BatchNormAct.call(
-        x, weight, bias, mean, rstd, training, eps, activation, float(negative_slope), total, process_group, backend
+        x, weight, bias, mean, rstd, training, eps, activation, slope, total, process_group, backend
     )

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.bias_act import reference
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
 
 _OP = "bias_act"
 
@@ -31,13 +30,9 @@ class _BiasAct(KernelFunction):
     def backward(ctx, grad_y):
         saved, bias = ctx.saved_tensors
         saved = grad_y if saved is None else saved  # of an activation whose derivative is 1
-        arguments = (grad_y, saved, bias, ctx.from_output, ctx.needs_input_grad[1], *ctx.settings)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_x, grad_bias = reference.bias_act_backward(*arguments)
-        else:
-            grad_x, grad_bias = library_call("bias_act_backward", *arguments, ctx.backend)
-        return grad_x, grad_bias if ctx.needs_input_grad[1] else None, None, None, None, None
+        arguments = (grad_y, saved, bias, ctx.from_output, ctx.needs_input_grad[1], *ctx.settings, ctx.backend)
+        grad_x, grad_bias = backward_call("bias_act_backward", *arguments)
+        return dict(x=grad_x, bias=grad_bias)
 
 
 def bias_act(
@@ -74,10 +69,9 @@ def bias_act(
 def _call(op, x, bias, activation, slope, save_output):
     checks.has_channels(op, x)
     checks.per_channel(op, {"bias": bias}, x)
-    checks.activation(op, activation, slope)
+    slope = checks.activation(op, activation, slope)
     from_output = checks.saves_output(op, activation, slope, save_output, ("relu", "tanh", "sigmoid"))
-    bias = bias if bias is None else wide(bias)
-    return _BiasAct.call(x, bias, activation, float(slope), from_output, forced_backend())
+    return _BiasAct.call(x, wide(bias), activation, slope, from_output, forced_backend())
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:

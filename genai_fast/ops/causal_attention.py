@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.causal_attention import reference
 from genai_fast.ops import checks, rows
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.precision import autocast_dtype
 
 _OP = "causal_attention"
 MOST_CHANNELS = 256
@@ -35,17 +35,13 @@ class _CausalAttention(KernelFunction):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return (None,) * 15
+            return {}
         q, k, v, out, lse, starts_q, starts_k, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         arguments = (grad_out, grad_lse, q, k, v, out, lse, starts_q, starts_k, *ctx.most, seed, *ctx.settings)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = reference.causal_attention_backward(*arguments)
-        else:
-            gradients = library_call("causal_attention_backward", *arguments, ctx.backend)
-        return *gradients, *(None,) * 12
+        grad_q, grad_k, grad_v = backward_call("causal_attention_backward", *arguments, ctx.backend)
+        return dict(q=grad_q, k=grad_k, v=grad_v)
 
 
 def causal_attention(
@@ -101,26 +97,25 @@ def causal_attention(
     Source: Vaswani et al. 2017; Dao et al. 2022 (FlashAttention); Ainslie et al. 2023 (grouped-query attention).
     """
     check_heads(_OP, q, k, v, "k", "v")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype is not torch.float64:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     for name, x in (("k", k), ("v", v)):
         if x.dtype is not q.dtype:
             raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
     settings = scores_settings(_OP, q, scale, window, softcap)
-    checks.share(_OP, "dropout", dropout)
-    checks.offset(_OP, offset)
+    causal, dropout = checks.flag(_OP, "causal", causal), checks.share(_OP, "dropout", dropout)
+    offset = checks.offset(_OP, offset)
     most_q, most_k = q.size(2), k.size(2)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        most_q = _sequences("q", cu_seqlens_q, q, max_seqlen_q)
-        most_k = _sequences("k", cu_seqlens_k, k, max_seqlen_k)
+        cu_seqlens_q, most_q = _sequences("q", cu_seqlens_q, q, max_seqlen_q)
+        cu_seqlens_k, most_k = _sequences("k", cu_seqlens_k, k, max_seqlen_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"{_OP}: cu_seqlens_k: expected {cu_seqlens_q.numel()} beginnings as cu_seqlens_q has,"
                 f" got {cu_seqlens_k.numel()}; give both for the same sequences"
             )
-        if cu_seqlens_k is cu_seqlens_q and torch.compiler.is_compiling():
-            cu_seqlens_k = cu_seqlens_q.clone()  # a compiler refuses a Function that is given one tensor twice
     elif causal and most_k < most_q:
         raise ValueError(
             f"{_OP}: k: expected at least {most_q} positions as q has, got {most_k}: the first queries would see none;"
@@ -130,7 +125,7 @@ def causal_attention(
         offset = rows.offset(q.numel() // max(q.size(-1), 1))
     seed = checks.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, bool(causal), float(dropout), offset,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, causal, dropout, offset,
         forced_backend(),
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -169,19 +164,18 @@ def check_heads(op: str, q: Any, k: Any, v: Any, k_name: str, v_name: str) -> No
 
 def scores_settings(op: str, q: torch.Tensor, scale: Any, window: Any, softcap: Any) -> tuple[float, int, float]:
     """(scale, window or 0, softcap or 0) as the library ops take them."""
-    if scale is None:
-        scale = q.size(3) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"{op}: scale: expected a finite float or None, got {scale!r}")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    scale = q.size(3) ** -0.5 if scale is None else checks.real(op, "scale", scale, "a finite float or None")
+    width = 0 if window is None else checks.number(window)
+    if width is None or isinstance(width, float) or (window is not None and width < 1):
         raise ValueError(f"{op}: window: expected an int of at least 1 or None, got {window!r}")
-    if softcap is not None and (not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf):
-        raise ValueError(f"{op}: softcap: expected a finite float above 0 or None, got {softcap!r}")
-    return float(scale), window or 0, float(softcap or 0.0)
+    if softcap is not None:
+        softcap = checks.real(op, "softcap", softcap, "a finite float above 0 or None", math.ulp(0.0))
+    # A wider window than there are positions is none; kernels add positions to it in 64 bits.
+    return scale, min(width, 2**62), softcap or 0.0
 
 
-def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:
-    """The longest of the packed sequences, or at least as much; reads and checks where they begin if that is free."""
+def _sequences(of: str, starts: Any, x: torch.Tensor, most: Any) -> tuple[torch.Tensor, int]:
+    """The beginnings, and the longest of the sequences or at least as much; reads and checks them if that is free."""
     name = f"cu_seqlens_{of}"
     if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64) or starts.dim() != 1:
         got = f"{starts.dtype} {tuple(starts.shape)}" if isinstance(starts, torch.Tensor) else type(starts).__name__
@@ -189,11 +183,11 @@ def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:
     checks.same_device(_OP, name, starts, of, x)
     if x.size(0) != 1:
         raise ValueError(f"{_OP}: {of}: expected a batch of 1 with {name}, got {x.size(0)}; pack the sequences in T")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0):
-        raise ValueError(f"{_OP}: max_seqlen_{of}: expected an int of at least 0, got {most!r}")
+    if most is not None:
+        most = checks.integer(_OP, f"max_seqlen_{of}", most, 0)
     capturing = starts.is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or capturing or (most is not None and not starts.is_cpu):
-        return x.size(2) if most is None else most
+        return starts, x.size(2) if most is None else most
     begin = starts.tolist()
     lengths = [b - a for a, b in itertools.pairwise(begin)]
     if not begin or begin[0] != 0 or begin[-1] != x.size(2) or any(n < 0 for n in lengths):
@@ -204,4 +198,4 @@ def _sequences(of: str, starts: Any, x: torch.Tensor, most: int | None) -> int:
     longest = max(lengths, default=0)
     if most is not None and most < longest:
         raise ValueError(f"{_OP}: max_seqlen_{of}: expected at least {longest}, the longest sequence, got {most}")
-    return longest
+    return starts, longest

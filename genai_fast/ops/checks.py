@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
+from genai_fast.backends import is_plain
 from genai_fast.kernels.common.activations import ACTIVATIONS, output_gives_derivative
+from genai_fast.ops.dispatch import readable
+from genai_fast.precision import autocast_dtype
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -20,6 +25,66 @@ def is_floating(op: str, name: str, x: Any) -> None:
         raise TypeError(
             f"{op}: {name}: expected a floating-point tensor (float32, bfloat16, float16, float64), got {x.dtype};"
             f" convert it with .float()"
+        )
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(
+            f"{op}: {name}: expected a dense tensor (torch.strided), got {kind}; convert it with .to_dense()"
+        )
+
+
+def number(value: Any) -> Any:
+    """Python's own int or float for any number, NumPy's scalars among them, or torch.compile's symbol; else None."""
+    if type(value) in (float, int) or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def real(op: str, name: str, value: Any, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number in [low, high], as a float; `expected` says so in words."""
+    found = value if type(value) is float else number(value)
+    if found is None or not low <= found <= high or not -math.inf < found < math.inf:
+        raise ValueError(f"{op}: {name}: expected {expected}, got {value!r}")
+    return float(found)
+
+
+def epsilon(op: str, value: Any, limit: str, low: float) -> float:
+    """What is added to a variance: finite and at least `low`; `limit` says so in words."""
+    found = number(value)
+    if found is None or not low <= found < math.inf:
+        raise ValueError(f"{op}: eps: expected a finite eps {limit}, got eps {value}")
+    return float(found)
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None, what: str = "an int") -> int:
+    """An int of 64 bits, NumPy's among them; torch.compile's symbols as they are."""
+    found = number(value)
+    if found is None or isinstance(found, (float, torch.SymFloat)):
+        raise TypeError(f"{op}: {name}: expected {what}, got {type(value).__name__}")
+    if least is not None and found < least:
+        raise ValueError(f"{op}: {name}: expected at least {least}, got {value}")
+    if type(found) is int and not -(2**63) <= found < 2**63:
+        raise ValueError(f"{op}: {name}: expected {what} that fits into 64 bits, got {value}")
+    return found
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    """A bool, NumPy's among them, or 0 or 1."""
+    if value is True or value is False or isinstance(value, torch.SymBool):
+        return value  # type: ignore[return-value]  # a symbol of torch.compile's
+    if isinstance(value, np.bool_) or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{op}: {name}: expected a bool, got {value!r}")
+
+
+def needs_no_gradient(op: str, name: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raise if autograd would record what an op without gradients makes of these."""
+    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
+        raise ValueError(
+            f"{op}: {name}: expected tensors that need no gradient, got one that requires it; decode under"
+            f" torch.no_grad()"
         )
 
 
@@ -37,7 +102,7 @@ def matches(op: str, name: str, x: Any, other_name: str, other: torch.Tensor) ->
             f"{op}: {name}: expected shape {tuple(other.shape)} as {other_name} has, got {tuple(x.shape)};"
             f" reshape or expand it"
         )
-    if x.dtype is not other.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype is not other.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(
             f"{op}: {name}: expected {other.dtype} as {other_name} has, got {x.dtype};"
             f" convert it with .to({other_name}.dtype)"
@@ -63,11 +128,7 @@ def per_channel(
     for p in parameters.values():
         # The usual case by what costs least: x.device would cost more than all the rest.
         if p is not None and not (
-            p.__class__ in _PLAIN
-            and p.dtype is dtype
-            and p.shape == shape
-            and p.is_cpu == on_cpu
-            and p.get_device() == place
+            is_plain(p) and p.dtype is dtype and p.shape == shape and p.is_cpu == on_cpu and p.get_device() == place
         ):
             break
     else:
@@ -97,7 +158,7 @@ def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Ten
 
     Autocast mixes dtypes: x, or its partner, may then be wider than the parameters.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x.device.type) is not None
     columns = x.size(-1)
     for name, p in parameters.items():
         if p is None:
@@ -116,15 +177,15 @@ def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Ten
             )
 
 
-def activation(op: str, name: Any, slope: Any) -> None:
+def activation(op: str, name: Any, slope: Any) -> float:
+    """The slope, once both are known to fit."""
     one_of(op, "activation", name, ACTIVATIONS)
-    if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):
-        raise ValueError(f"{op}: negative_slope: expected a finite float, got {slope!r}")
+    return real(op, "negative_slope", slope, "a finite float")
 
 
-def saves_output(op: str, activation: str, slope: float, asked: bool, always: tuple[str, ...]) -> bool:
-    """Whether backward keeps the result instead of the input: where asked, and for the activations in `always`."""
-    if asked and not output_gives_derivative(activation, slope):
+def saves_output(op: str, activation: str, slope: float, asked: Any, always: tuple[str, ...]) -> bool:
+    """Whether backward keeps the result instead of the input: if asked, and for the activations in `always`."""
+    if flag(op, "save_output", asked) and not output_gives_derivative(activation, slope):
         of = f"{activation} and negative_slope {slope}" if activation == "leaky_relu" else activation
         raise ValueError(
             f"{op}: save_output: expected False with {of}, whose result does not give the derivative, got True;"
@@ -136,26 +197,27 @@ def saves_output(op: str, activation: str, slope: float, asked: bool, always: tu
 def sizes(op: str, name: str, value: Any, dimensions: int, least: int) -> tuple[int, ...]:
     """One int for each dimension, from that many or from one for all."""
     given = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dimensions
-    if len(given) != dimensions or not all(isinstance(v, (int, torch.SymInt)) for v in given):
+    found = [number(v) for v in given]
+    if len(given) != dimensions or any(v is None or isinstance(v, float) for v in found):
         many = "an int" if dimensions == 1 else f"an int or {dimensions} ints"
         raise TypeError(f"{op}: {name}: expected {many}, got {value!r}")
-    if min(given) < least:
+    if min(found) < least:
         raise ValueError(f"{op}: {name}: expected at least {least}, got {value!r}")
-    return given
+    return tuple(integer(op, name, v) for v in found)
 
 
-def share(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name}: expected a float, got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{op}: {name}: expected a share in [0, 1], got {value}")
+def share(op: str, name: str, value: Any) -> float:
+    return _in_range(op, name, value, "a share in [0, 1]", 1.0)
 
 
-def factor(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name}: expected a float, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{op}: {name}: expected a finite factor >= 0, got {value}")
+def factor(op: str, name: str, value: Any) -> float:
+    return _in_range(op, name, value, "a finite factor >= 0", math.inf)
+
+
+def _in_range(op: str, name: str, value: Any, expected: str, high: float, kinds: str = "a float") -> float:
+    if number(value) is None:
+        raise TypeError(f"{op}: {name}: expected {kinds}, got {type(value).__name__}")
+    return real(op, name, value, expected, 0.0, high)
 
 
 def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -177,25 +239,22 @@ def scalar(op: str, name: str, value: Any, like: torch.Tensor) -> tuple[torch.Te
         if value.dim() != 0:
             raise ValueError(f"{op}: {name}: expected a float or a 0-d tensor, got shape {tuple(value.shape)}")
         is_floating(op, name, value)
+        if readable(value):
+            real(op, name, value.item(), "a finite factor >= 0", 0.0)
         return value, 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name}: expected a float or a 0-d tensor, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{op}: {name}: expected a finite factor >= 0, got {value}")
+    found = _in_range(op, name, value, "a finite factor >= 0", math.inf, "a float or a 0-d tensor")
     if torch.compiler.is_compiling():
         # An operator's float argument is a constant of the compiled graph: each new value would compile again. Only
         # as a factor of a tensor does a float stay an input.
         return torch.ones((), dtype=torch.float32, device=like.device) * value, 0.0
-    return None, float(value)
+    return None, found
 
 
-def offset(op: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(
-            f"{op}: offset: expected an int (elements before this tensor's first), got {type(value).__name__}"
-        )
-    if value < 0:
+def offset(op: str, value: Any) -> int:
+    found = integer(op, "offset", value, None, "an int (elements before this tensor's first)")
+    if found < 0:
         raise ValueError(f"{op}: offset: expected >= 0 elements, got {value}")
+    return found
 
 
 def draw_seed(like: torch.Tensor) -> torch.Tensor:
@@ -217,8 +276,5 @@ def seed(op: str, value: Any, like_name: str, like: torch.Tensor) -> torch.Tenso
             raise ValueError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got shape {tuple(value.shape)}")
         same_device(op, "seed", value, like_name, like)
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: seed: expected an int, a 0-d int64 tensor or None, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{op}: seed: expected a signed integer of 64 bits, got {value}")
+    value = integer(op, "seed", value, None, "an int, a 0-d int64 tensor or None")
     return torch.full((), value, dtype=torch.int64, device=like.device)

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.backends import LIBRARIES, choose, forced_backend
-from genai_fast.kernels.conv_transpose import reference
-from genai_fast.kernels.conv_transpose.shapes import miscounted
+from genai_fast.kernels.conv_transpose.shapes import miscounted, one_pixel_wide
 from genai_fast.ops import checks
 from genai_fast.ops.conv_transpose import Ints, cast
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call
+from genai_fast.precision import autocast_dtype
 
 _OP = "conv2d"
 
@@ -32,20 +32,19 @@ class _Conv2d(KernelFunction):
         grad_x = grad_weight = grad_bias = None
         if needed[0]:
             arguments = _transposed(x, weight, grad_y, ctx.stride, ctx.padding)
-            # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grad_x = reference.conv_transpose(*arguments)
-            else:
-                grad_x = library_call("conv_transpose", *arguments, ctx.backend)
+            grad_x = backward_call("conv_transpose", *arguments, ctx.backend)
         if needed[1] or needed[2]:
-            stride = ctx.stride
+            stride, narrow = ctx.stride, x.dtype
+            if one_pixel_wide(x):
+                x, grad_y, weight = x.float(), grad_y.float(), weight.float()
             if x.is_cpu and miscounted(x.size(1), weight.shape[2:], stride) and tuple(ctx.padding) == (0, 0):
                 x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad_y, x, weight, [weight.size(0)], stride, ctx.padding, (1, 1), False, (0, 0), 1,
                 (False, needed[1], needed[2]),
             )  # fmt: skip
-        return grad_x, grad_weight, grad_bias, None, None, None
+            grad_weight, grad_bias = (g if g is None else g.to(narrow) for g in (grad_weight, grad_bias))
+        return dict(x=grad_x, weight=grad_weight, bias=grad_bias)
 
 
 def _transposed(x, weight, grad_y, stride, padding):
@@ -95,7 +94,7 @@ def conv2d(
             )
     x, weight = cast(_OP, x, weight)
     if bias is not None:
-        bias = bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
+        bias = bias if autocast_dtype(x.device.type) is None else bias.to(x.dtype)
         checks.per_channel(_OP, {"bias": bias}, x, weight.size(0))
         if bias.dtype is not x.dtype:
             raise TypeError(f"{_OP}: bias: expected {x.dtype} as x has, got {bias.dtype}; convert it with .to(x.dtype)")

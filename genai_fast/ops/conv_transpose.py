@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from genai_fast.backends import LIBRARIES, choose, forced_backend
 from genai_fast.kernels.batch_norm_act import reference as batch_norm_reference
-from genai_fast.kernels.bias_act import reference as bias_act_reference
 from genai_fast.kernels.common.activations import output_gives_derivative
 from genai_fast.kernels.common.channels import reduced_dims, wide
 from genai_fast.kernels.conv_transpose import reference
@@ -17,30 +15,21 @@ from genai_fast.kernels.conv_transpose.shapes import not_served, output_size
 from genai_fast.ops import checks
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, differentiated_again, library_call
+from genai_fast.precision import autocast_dtype
 
 Ints = int | tuple[int, ...]
 
 
-def _differentiated_again() -> bool:
-    """Whether a backward is itself recorded; then it is made of plain PyTorch. torch.compile refuses those."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _convolution_gradients(needed, grad_y, x, weight, stride, padding, backend):
-    """Gradients of x and weight from that of the convolution's result."""
+    """Gradients of x and weight, by name, from that of the convolution's result."""
     grad_x = grad_weight = None
-    to_input = (grad_y, weight, x.shape[2:], stride, padding)
-    to_weight = (grad_y, x, weight.shape[2:], stride, padding, not weight.is_contiguous())
-    if _differentiated_again():
-        grad_x = reference.conv_transpose_grad_input(*to_input) if needed[0] else None
-        grad_weight = reference.conv_transpose_grad_weight(*to_weight) if needed[1] else None
-        return grad_x, grad_weight
     if needed[0]:
-        grad_x = library_call("conv_transpose_grad_input", *to_input, backend)
+        grad_x = backward_call("conv_transpose_grad_input", grad_y, weight, x.shape[2:], stride, padding, backend)
     if needed[1]:
-        grad_weight = library_call("conv_transpose_grad_weight", *to_weight, backend)
-    return grad_x, grad_weight
+        to_weight = (grad_y, x, weight.shape[2:], stride, padding, not weight.is_contiguous(), backend)
+        grad_weight = backward_call("conv_transpose_grad_weight", *to_weight)
+    return {"x": grad_x, "weight": grad_weight}
 
 
 class _ConvTranspose(KernelFunction):
@@ -60,17 +49,14 @@ class _ConvTranspose(KernelFunction):
         x, weight, y = ctx.saved_tensors
         grad_bias = None
         if y is not None:
-            arguments = (grad_y, y, None, True, ctx.needs_input_grad[2], *ctx.activation)
-            if _differentiated_again():
-                grad_y, grad_bias = bias_act_reference.bias_act_backward(*arguments)
-            else:
-                grad_y, grad_bias = library_call("bias_act_backward", *arguments, ctx.backend)
+            arguments = (grad_y, y, None, True, ctx.needs_input_grad[2], *ctx.activation, ctx.backend)
+            grad_y, grad_bias = backward_call("bias_act_backward", *arguments)
         elif ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
         gradients = _convolution_gradients(
             ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
         )
-        return *gradients, grad_bias if ctx.needs_input_grad[2] else None, *(None,) * 6
+        return dict(**gradients, bias=grad_bias)
 
 
 class _ConvTransposeBatchNormAct(KernelFunction):
@@ -90,7 +76,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
     def backward(ctx, grad_out):
         x, weight, bias, bn_weight, bn_bias, y, mean, rstd = ctx.saved_tensors
         activation = (ctx.activation, ctx.slope)
-        if _differentiated_again():
+        if differentiated_again():
             settings = (ctx.stride, ctx.padding, ctx.output_padding, "none", 0.0)
             y = reference.conv_transpose(x, weight, bias, *settings)  # anew: the saved one carries no graph
             grad_y, grad_bn_weight, grad_bn_bias = batch_norm_reference.gradients(
@@ -105,14 +91,8 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         gradients = _convolution_gradients(
             ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
         )
-        _, _, bias_needed, bn_weight_needed, bn_bias_needed, *_ = ctx.needs_input_grad
-        return (
-            *gradients,
-            torch.zeros_like(bias) if bias_needed else None,  # the mean takes the bias away again
-            grad_bn_weight if bn_weight_needed else None,
-            grad_bn_bias if bn_bias_needed else None,
-            *(None,) * 10,
-        )
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None  # the mean takes the bias away again
+        return dict(**gradients, bias=grad_bias, bn_weight=grad_bn_weight, bn_bias=grad_bn_bias)
 
 
 def _geometry(op: str, x: Any, weight: Any, stride: Ints, padding: Ints, output_padding: Ints) -> tuple[Any, ...]:
@@ -155,9 +135,8 @@ def _geometry(op: str, x: Any, weight: Any, stride: Ints, padding: Ints, output_
 
 def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x and weight in one dtype: autocast's, as for PyTorch's own convolutions, or the one that both have."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
     if weight.dtype is not x.dtype:
         raise TypeError(
@@ -167,12 +146,11 @@ def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     return x, weight
 
 
-def _convolve(op, x, weight, bias, stride, padding, output_padding, activation, slope):
+def _convolve(op, x, weight, bias, settings, activation, slope):
     """The checked op on four-dimensional tensors."""
     x, weight = cast(op, x, weight)
     checks.per_channel(op, {"bias": bias}, x, weight.size(1))
-    bias, slope = bias if bias is None else wide(bias), float(slope)
-    settings = (stride, padding, output_padding)
+    bias = wide(bias)
     if torch.is_grad_enabled() and not output_gives_derivative(activation, slope):
         z = _ConvTranspose.call(x, weight, bias, *settings, "none", 0.0, forced_backend())
         return bias_act(z, None, activation, slope)
@@ -216,8 +194,8 @@ def conv_transpose2d(
     """
     op = "conv_transpose2d"
     settings = _geometry(op, x, weight, stride, padding, output_padding)
-    checks.activation(op, activation, negative_slope)
-    return _convolve(op, x, weight, bias, *settings, activation, negative_slope)
+    slope = checks.activation(op, activation, negative_slope)
+    return _convolve(op, x, weight, bias, settings, activation, slope)
 
 
 def conv_transpose1d(
@@ -242,9 +220,8 @@ def conv_transpose1d(
     """
     op = "conv_transpose1d"
     strides, paddings, more = _geometry(op, x, weight, stride, padding, output_padding)
-    checks.activation(op, activation, negative_slope)
-    settings = ((1, *strides), (0, *paddings), (0, *more), activation, negative_slope)
-    return _convolve(op, x.unsqueeze(2), weight.unsqueeze(2), bias, *settings).squeeze(2)
+    slope, settings = checks.activation(op, activation, negative_slope), ((1, *strides), (0, *paddings), (0, *more))
+    return _convolve(op, x.unsqueeze(2), weight.unsqueeze(2), bias, settings, activation, slope).squeeze(2)
 
 
 def upsample_conv2d(
@@ -275,14 +252,13 @@ def upsample_conv2d(
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"{op}: weight: expected [C_out, C, 3, 3], got shape {tuple(weight.shape)}")
     _geometry(op, x, weight.transpose(0, 1), 1, 1, 0)
-    checks.activation(op, activation, negative_slope)
+    slope = checks.activation(op, activation, negative_slope)
     spread = wide(weight).permute(1, 2, 3, 0)  # [C, 3, 3, C_out]: the result then lies as the kernels read it
     for dim in (1, 2):
         first, middle, last = spread.unbind(dim)
         spread = torch.stack((last, middle + last, first + middle, first), dim)
     spread = spread.permute(0, 3, 1, 2).to(weight.dtype)
-    settings = ((2, 2), (1, 1), (0, 0))
-    return _convolve(op, x, spread, bias, *settings, activation, negative_slope)
+    return _convolve(op, x, spread, bias, ((2, 2), (1, 1), (0, 0)), activation, slope)
 
 
 def conv_transpose2d_batch_norm_act(
@@ -324,7 +300,7 @@ def conv_transpose2d_batch_norm_act(
     """
     op = "conv_transpose2d_batch_norm_act"
     settings = _geometry(op, x, weight, stride, padding, output_padding)
-    checks.activation(op, activation, negative_slope)
+    slope = checks.activation(op, activation, negative_slope)
     x, weight = cast(op, x, weight)
     channels = weight.size(1)
     checks.per_channel(op, {"bias": bias}, x, channels)
@@ -332,9 +308,8 @@ def conv_transpose2d_batch_norm_act(
     checks.per_channel(op, {**normalization, "running_var": running_var}, x, channels)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var: expected both or neither; pass the missing one")
-    momentum, eps, slope = float(momentum), float(eps), float(negative_slope)
-    if not eps >= 0.0 or not math.isfinite(momentum):
-        raise ValueError(f"{op}: expected eps >= 0 and a finite momentum, got eps {eps} and momentum {momentum}")
+    momentum = checks.real(op, "momentum", momentum, "a finite float")
+    eps = checks.epsilon(op, eps, ">= 0", 0.0)
     out = output_size(x.shape[2:], weight.shape[2:], *settings)
     if x.size(0) * out[0] * out[1] < 2:
         raise ValueError(
@@ -344,11 +319,9 @@ def conv_transpose2d_batch_norm_act(
     backend = forced_backend()
     ours = (backend or ("triton" if x.is_cuda else "reference")) == "triton" and x.dtype is not torch.float64
     if not ours or not_served(x.shape, (x.size(0), channels, *out), weight.shape[2:], settings[0]):
-        y = _convolve(op, x, weight, bias, *settings, "none", 0.0)
-        return batch_norm_act(
-            y, bn_weight, bn_bias, running_mean, running_var, True, momentum, eps, activation, negative_slope
-        )
-    bias, bn_weight, bn_bias = (p if p is None else wide(p) for p in (bias, bn_weight, bn_bias))
+        y = _convolve(op, x, weight, bias, settings, "none", 0.0)
+        return batch_norm_act(y, bn_weight, bn_bias, running_mean, running_var, True, momentum, eps, activation, slope)
+    bias, bn_weight, bn_bias = wide(bias), wide(bn_weight), wide(bn_bias)
     with torch.no_grad():
         y, mean, _, rstd = library_call(
             "conv_transpose_statistics", x.detach(), weight.detach(), bias if bias is None else bias.detach(),

@@ -11,7 +11,8 @@ from genai_fast.kernels.cross_entropy import reference
 from genai_fast.kernels.cross_entropy.layout import writable
 from genai_fast.kernels.cross_entropy.linear import default_chunk
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call, observed
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, observed, readable
+from genai_fast.precision import autocast_dtype
 
 _OP, _LINEAR = "cross_entropy", "linear_cross_entropy"
 
@@ -33,7 +34,7 @@ class _CrossEntropy(KernelFunction):
     @staticmethod
     def backward(ctx, grad_loss, _lse, _count):
         if grad_loss is None:
-            return (None,) * 8
+            return {}
         if ctx.written:  # autograd would say so too, but less clearly
             raise RuntimeError(
                 f"{_OP}: inplace: expected one backward, got another after the logits hold their gradient; leave"
@@ -41,14 +42,13 @@ class _CrossEntropy(KernelFunction):
             )
         logits, target, lse, count = ctx.saved_tensors
         arguments = (grad_loss, logits, target, lse, count, *ctx.settings)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if differentiated_again():
             grad = reference.cross_entropy_backward(*arguments)
         elif ctx.inplace and not observed() and not survey(arguments)[2] and writable(logits):
             grad, ctx.written = _over_the_logits(arguments, ctx.backend), True
         else:
             grad = library_call("cross_entropy_backward", *arguments, ctx.backend)
-        return grad, None, None, None, None, None, None, None
+        return dict(logits=grad)
 
 
 def _over_the_logits(arguments, backend):
@@ -108,15 +108,17 @@ def cross_entropy(
     if logits.dim() == 0:
         raise ValueError(f"{_OP}: logits: expected [..., V], got shape (); pass the logits of all classes")
     _at_least_one_class(_OP, "logits", logits, logits.size(-1))
-    _settings(_OP, ignore_index, label_smoothing, z_loss, reduction)
+    settings = _settings(_OP, ignore_index, label_smoothing, z_loss, reduction)
     _targets(_OP, target, logits.shape[:-1], "logits", logits, logits.size(-1), ignore_index)
     # Saved-tensor hooks, of a checkpoint or one's own, keep tensors whose versions autograd then does not look at.
-    inplace = bool(inplace) and not observed() and not torch._C._autograd._top_saved_tensors_default_hooks(False)
+    inplace = (
+        checks.flag(_OP, "inplace", inplace)
+        and not observed()
+        and not torch._C._autograd._top_saved_tensors_default_hooks(False)
+    )
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         _made_by_an_operation(logits)
-    return _CrossEntropy.call(
-        logits, target, ignore_index, float(label_smoothing), float(z_loss), reduction, inplace, forced_backend()
-    )[0]
+    return _CrossEntropy.call(logits, target, *settings, inplace, forced_backend())[0]
 
 
 def _at_least_one_class(op: str, name: str, x: torch.Tensor, classes: int) -> None:
@@ -124,12 +126,18 @@ def _at_least_one_class(op: str, name: str, x: torch.Tensor, classes: int) -> No
         raise ValueError(f"{op}: {name}: expected at least one class, got shape {tuple(x.shape)}")
 
 
-def _settings(op: str, ignore_index: Any, label_smoothing: Any, z_loss: Any, reduction: Any) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index: expected an int, got {type(ignore_index).__name__}")
-    checks.share(op, "label_smoothing", label_smoothing)
-    checks.factor(op, "z_loss", z_loss)
+def _settings(
+    op: str, ignore_index: Any, label_smoothing: Any, z_loss: Any, reduction: Any
+) -> tuple[int, float, float, str]:
+    """They, as the library ops take them."""
     checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    ignore_index = checks.integer(op, "ignore_index", ignore_index)
+    return (
+        ignore_index,
+        checks.share(op, "label_smoothing", label_smoothing),
+        checks.factor(op, "z_loss", z_loss),
+        reduction,
+    )
 
 
 def _targets(
@@ -148,8 +156,7 @@ def _targets(
             f"{op}: target: expected shape {tuple(shape)} as {name} has without its last dimension, got"
             f" {tuple(target.shape)}; reshape it"
         )
-    # Values only where they can be read at once: not of a compiled region, a transform or another device.
-    if not observed() and target.is_cpu and target.numel() and not survey((target,))[2]:
+    if readable(target):
         least, most = (int(x) for x in torch.aminmax(target))
         if least < 0 or most >= classes:
             wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
@@ -198,11 +205,11 @@ class _LinearCrossEntropy(KernelFunction):
     @staticmethod
     def backward(ctx, grad_loss, _grad_x, _grad_weight, _grad_bias):
         if grad_loss is None:
-            return (None,) * 13
+            return {}
         x, weight, bias, target, *made = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         reduction = ctx.settings[-1]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if differentiated_again():
             grads = _differentiable(grad_loss, x, weight, bias, target, ctx.settings, needed)
         elif reduction == "none":
             _, *grads = library_call(
@@ -215,7 +222,7 @@ class _LinearCrossEntropy(KernelFunction):
         grads = [
             g.to(p.dtype) if wanted else None for g, p, wanted in zip(grads, (x, weight, bias), needed, strict=True)
         ]
-        return (*grads, *(None,) * 10)
+        return dict(zip(("x", "weight", "bias"), grads, strict=True))
 
 
 def _scaled(made, grad_loss):
@@ -287,32 +294,20 @@ def linear_cross_entropy(
                 f"{_LINEAR}: bias: expected shape ({classes},) as weight gives {classes} classes, got"
                 f" {tuple(bias.shape)}"
             )
-    _settings(_LINEAR, ignore_index, label_smoothing, z_loss, reduction)
+    settings = _settings(_LINEAR, ignore_index, label_smoothing, z_loss, reduction)
     _targets(_LINEAR, target, x.shape[:-1], "x", x, classes, ignore_index)
     if chunk is not None:
-        checks.sizes(_LINEAR, "chunk", chunk, 1, 1)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (p if p is None else p.to(dtype) for p in (x, weight, bias))
+        (chunk,) = checks.sizes(_LINEAR, "chunk", chunk, 1, 1)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype is not torch.float64:
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     rows, t = x.reshape(target.numel(), x.size(-1)), target.reshape(-1)
     if chunk is None:
         chunk = default_chunk(classes, x.element_size(), x.device.type)
     # Whose gradients to make in forward.
-    wanted = (rows, weight, bias) if reduction != "none" and torch.is_grad_enabled() else (None,) * 3
+    wanted: tuple[Any, ...] = (rows, weight, bias) if reduction != "none" and torch.is_grad_enabled() else (None,) * 3
     needed = [p is not None and p.requires_grad for p in wanted]
-    loss = _LinearCrossEntropy.call(
-        rows,
-        weight,
-        bias,
-        t,
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        reduction,
-        chunk,
-        *needed,
-        forced_backend(),
-    )[0]
+    loss = _LinearCrossEntropy.call(rows, weight, bias, t, *settings, chunk, *needed, forced_backend())[0]
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -320,5 +315,5 @@ def _partner(name: str, p: Any, x: torch.Tensor) -> None:
     """A tensor of x's device, and of its dtype unless autocast casts them."""
     checks.is_floating(_LINEAR, name, p)
     checks.same_device(_LINEAR, name, p, "x", x)
-    if p.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if p.dtype is not x.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)")

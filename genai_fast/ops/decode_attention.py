@@ -9,7 +9,8 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.ops import checks
 from genai_fast.ops.causal_attention import check_heads, scores_settings
-from genai_fast.ops.dispatch import library_call
+from genai_fast.ops.dispatch import library_call, observed, readable
+from genai_fast.ops.memory import overlap, overlaps_itself
 
 _OP = "decode_attention"
 
@@ -51,28 +52,41 @@ def decode_attention(
     Source: Dao et al. 2023, Flash-Decoding for long-context inference; Pope et al. 2022, arXiv:2211.05102.
     """
     check_heads(_OP, q, k_cache, v_cache, "k_cache", "v_cache")
-    new = {"k": k, "v": v}
     if (k is None) != (v is None):
         missing = "k" if k is None else "v"
         raise ValueError(f"{_OP}: {missing}: expected k and v together, got None; give both or neither")
     expected = (q.size(0), k_cache.size(1), q.size(2), q.size(3))
-    for name, x in new.items() if k is not None else ():
+    new = () if k is None or v is None else (("k", k), ("v", v))
+    for name, x in new:
         checks.is_floating(_OP, name, x)
         checks.same_device(_OP, name, x, "q", q)
         if tuple(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, one row for each query, got {tuple(x.shape)}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *(new.items() if k is not None else ())):
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *new):
         if x.dtype is not q.dtype:
             raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)):
-        raise ValueError(
-            f"{_OP}: q: expected tensors that need no gradient, got one that requires it; decode under torch.no_grad()"
-        )
+    checks.needs_no_gradient(_OP, "q", (q, k_cache, v_cache, k, v))
+    if new and not observed():
+        _check_memory(k_cache, v_cache)
     _check_lengths(cache_seqlens, q, k_cache.size(2), 0 if k is None else q.size(2))
     settings = scores_settings(_OP, q, scale, window, softcap)
     with torch.no_grad():
         out, lse = library_call(_OP, q, k_cache, v_cache, cache_seqlens, k, v, *settings, forced_backend())
     return (out, lse) if return_lse else out
+
+
+def _check_memory(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """What is written must not be written twice: not within a cache, and not by the other one."""
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if overlaps_itself(x):
+            raise ValueError(
+                f"{_OP}: {name}: expected memory of its own for each element, got an expanded or overlapping view with"
+                f" strides {x.stride()}; call .contiguous()"
+            )
+    if overlap(k_cache, v_cache):
+        raise ValueError(
+            f"{_OP}: v_cache: expected other memory than k_cache has, got overlapping views; call .clone()"
+        )
 
 
 def _check_lengths(lengths: Any, q: torch.Tensor, room: int, added: int) -> None:
@@ -82,7 +96,7 @@ def _check_lengths(lengths: Any, q: torch.Tensor, room: int, added: int) -> None
     checks.same_device(_OP, "cache_seqlens", lengths, "q", q)
     if tuple(lengths.shape) != (q.size(0),):
         raise ValueError(f"{_OP}: cache_seqlens: expected shape ({q.size(0)},), got {tuple(lengths.shape)}")
-    if lengths.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
+    if readable(lengths):
         least, most = (int(x) for x in torch.aminmax(lengths))
         if least < 0 or most + added > room:
             raise ValueError(

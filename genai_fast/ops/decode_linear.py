@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.activations import ACTIVATIONS
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call
+from genai_fast.precision import without_autocast
 
 _OP = "decode_linear"
 _SERVED = tuple(name for name in ACTIVATIONS if name != "leaky_relu")  # whose slope would be one more argument
@@ -68,7 +67,7 @@ def decode_linear(
             f"{_OP}: norm_bias: expected None without a norm_weight, got a tensor; a norm without a weight has one of 1"
         )
     outputs = weight.size(0)
-    expected = {
+    expected: dict[str, tuple[Any, tuple[int, ...]]] = {
         "weight": (weight, tuple(weight.shape)),
         "bias": (bias, (outputs,)),
         "norm_weight": (norm_weight, (x.size(-1),)),
@@ -79,20 +78,11 @@ def decode_linear(
     for name, (tensor, shape) in given.items():
         _like_x(name, tensor, shape, x)
     checks.one_of(_OP, "activation", activation, _SERVED)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:
-        raise ValueError(f"{_OP}: eps: expected a finite float >= 0, got {eps!r}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *(pair[0] for pair in given.values()))):
-        raise ValueError(
-            f"{_OP}: x: expected tensors that need no gradient, got one that requires it; decode under torch.no_grad()"
-        )
-    settings = (norm_weight, norm_bias, float(eps), activation, residual)
-    with torch.no_grad(), _without_autocast(x.device.type):
+    eps = checks.real(_OP, "eps", eps, "a finite float >= 0", 0.0)
+    checks.needs_no_gradient(_OP, "x", (x, *(tensor for tensor, _ in given.values())))
+    settings = (norm_weight, norm_bias, eps, activation, residual)
+    with torch.no_grad(), without_autocast(x.device.type):
         return library_call(_OP, x, weight, bias, *settings, forced_backend())
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    on = device != "meta" and torch.is_autocast_enabled(device)  # which knows no "meta"
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> None:

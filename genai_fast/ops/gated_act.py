@@ -8,9 +8,8 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.gated_act import reference
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -29,14 +28,9 @@ class _GatedAct(KernelFunction):
     @staticmethod
     def backward(ctx, grad_y):
         x, up, bias = ctx.saved_tensors
-        arguments = (grad_y, x, up, bias, ctx.needs_input_grad[2], ctx.activation)
-        # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_x, grad_up, grad_bias = reference.gated_act_backward(*arguments)
-        else:
-            grad_x, grad_up, grad_bias = library_call("gated_act_backward", *arguments, ctx.backend)
-        wanted = ctx.needs_input_grad
-        return grad_x, grad_up if wanted[1] else None, grad_bias if wanted[2] else None, None, None
+        arguments = (grad_y, x, up, bias, ctx.needs_input_grad[2], ctx.activation, ctx.backend)
+        grad_x, grad_up, grad_bias = backward_call("gated_act_backward", *arguments)
+        return dict(x=grad_x, up=grad_up, bias=grad_bias)
 
 
 def _check_bias(op: str, bias: Any, x: torch.Tensor, columns: int) -> None:

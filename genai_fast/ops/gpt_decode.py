@@ -10,7 +10,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import library_call
+from genai_fast.ops.dispatch import library_call, transformed
 
 _OP, _CLASS = "gpt_decode", "GPTDecoder"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -53,8 +53,9 @@ def gpt_decode(
     Source: Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2).
     """
     weights, scales = list(weights), list(scales)
+    eps = checks.real(_OP, "eps", eps, "a finite float >= 0", 0.0)
     # Looking for what is wrong takes longer than a token of a small model.
-    if torch.compiler.is_compiling() or not _fits(cache, ids, length, weights, scales):
+    if transformed() or not _fits(cache, ids, length, weights, scales):
         _check_all(cache, ids, length, weights, scales)
     if torch.is_grad_enabled() and any([w.requires_grad for w in weights]):
         name = layout.names(len(weights) // len(layout.LAYER))[[w.requires_grad for w in weights].index(True)]
@@ -62,8 +63,9 @@ def gpt_decode(
             f"{_OP}: weights: {name}: expected a tensor that needs no gradient, got one that requires it; decode under"
             f" torch.no_grad()"
         )
+    checks.needs_no_gradient(_OP, "cache", (cache, *scales))
     with torch.no_grad():
-        return library_call(_OP, cache, ids, length, weights, scales, float(eps), forced_backend())
+        return library_call(_OP, cache, ids, int(length), weights, scales, eps, forced_backend())
 
 
 def _fits(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> bool:
@@ -84,19 +86,25 @@ def _check_all(cache: Any, ids: Any, length: Any, weights: list[Any], scales: li
         checks.same_device(_OP, f"weights: {name}", x, "cache", cache)
     _check_scales(weights, scales, cache.dtype)
     _check_ids(_OP, ids, size.vocabulary, cache.device)
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
+    held = checks.number(length)
+    if held is None or isinstance(held, float) or held < 0:
         raise ValueError(f"{_OP}: length: expected an int >= 0, the tokens that the cache holds, got {length!r}")
     if cache.dim() != 6 or cache.shape[:3] != (size.layers, 2, ids.size(0)) or not cache.is_contiguous():
         raise ValueError(
             f"{_OP}: cache: expected contiguous [{size.layers}, 2, {ids.size(0)}, H, T_max, D], got shape"
             f" {tuple(cache.shape)}; make it with torch.empty"
         )
+    if min(size.channels, cache.size(3)) < 1:
+        raise ValueError(
+            f"{_OP}: cache: expected at least 1 head and 1 channel, got {cache.size(3)} heads and {size.channels}"
+            f" channels"
+        )
     if cache.size(3) * cache.size(5) != size.channels:
         raise ValueError(
             f"{_OP}: cache: expected heads times head_dim to be {size.channels} as wte has columns, got"
             f" {cache.size(3)} x {cache.size(5)}"
         )
-    _check_room(_OP, length, ids.size(1), min(cache.size(4), size.positions))
+    _check_room(_OP, held, ids.size(1), min(cache.size(4), size.positions))
 
 
 class GPTDecoder:
@@ -135,8 +143,9 @@ class GPTDecoder:
     ) -> None:
         checks.one_of(_CLASS, "dtype", dtype, tuple(_DTYPES))
         for name, value in (("heads", heads), ("block", block), ("batch", batch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not isinstance(checks.number(value), int) or value < 1:
                 raise ValueError(f"{_CLASS}: {name}: expected an int of at least 1, got {value!r}")
+        heads, block, batch = int(heads), int(block), int(batch)
         self._given, self._sources = _in_order(weights)
         size = _check_weights(_CLASS, self._given)
         if size.channels % heads:
@@ -146,7 +155,7 @@ class GPTDecoder:
                 f"{_CLASS}: block: expected at most {size.positions} as transformer.wpe.weight has rows, got {block}"
             )
         self.block, self.batch, self.vocabulary = block, batch, size.vocabulary
-        self._dtype, self._eps = _DTYPES[dtype], float(eps)
+        self._dtype, self._eps = _DTYPES[dtype], checks.real(_CLASS, "eps", eps, "a finite float >= 0", 0.0)
         self._cache = torch.empty(size.layers, 2, batch, heads, block, size.channels // heads)
         self.refresh()
 
@@ -256,8 +265,8 @@ def _check_weights(op: str, weights: list[torch.Tensor], wide: torch.dtype | Non
             raise TypeError(f"{op}: weights: {name}: expected a tensor, got {type(w).__name__}")
         matrix = layout.is_matrix(name) or name in layout.FIRST
         if w.dim() != 1 + matrix:
-            kind = "a matrix [out, in]" if matrix else "a vector"
-            raise ValueError(f"{op}: weights: {name}: expected {kind}, got shape {tuple(w.shape)}")
+            form = "a matrix [out, in]" if matrix else "a vector"
+            raise ValueError(f"{op}: weights: {name}: expected {form}, got shape {tuple(w.shape)}")
     size = layout.sizes_of(weights)
     kind = weights[0].dtype
     for name, w, shape in zip(names, weights, layout.shapes(size), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.layer_norm import reference
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call
+from genai_fast.precision import autocast_dtype
 
 
 class _LayerNorm(KernelFunction):
@@ -37,17 +37,13 @@ class _LayerNorm(KernelFunction):
         else:
             h, weight, mean, rstd = ctx.saved_tensors
             wanted = ctx.needs_input_grad[2:4]
-            # A gradient to be differentiated again is made of plain PyTorch; torch.compile refuses those altogether.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if differentiated_again():
                 results = reference.gradients(grad_y, grad_h, h, weight, *wanted, ctx.rms, ctx.eps)
             else:
                 arguments = (grad_y, grad_h, h, weight, mean, rstd, *wanted, ctx.rms)
                 results = library_call("layer_norm_backward", *arguments, ctx.backend)
             grad_x, grad_weight, grad_bias = results
-        return (
-            grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight if ctx.needs_input_grad[2] else None,
-            grad_bias if ctx.needs_input_grad[3] else None, None, None, None,
-        )  # fmt: skip
+        return dict(x=grad_x, residual=grad_x, weight=grad_weight, bias=grad_bias)
 
 
 def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool) -> Any:
@@ -58,15 +54,13 @@ def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms:
         )
     if residual is not None:
         checks.matches(op, "residual", residual, "x", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is not None:
         x, residual = _autocast(x, residual)
     checks.per_column(op, {"weight": weight, "bias": bias}, x)
     if rms and eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps: expected a finite float >= 0, got {eps!r}")
-    weight, bias = (p if p is None else wide(p) for p in (weight, bias))
-    y, h, _, _ = _LayerNorm.call(x, residual, weight, bias, rms, float(eps), forced_backend())
+    eps = checks.real(op, "eps", eps, "a finite float >= 0", 0.0)
+    y, h, _, _ = _LayerNorm.call(x, residual, wide(weight), wide(bias), rms, eps, forced_backend())
     return y if residual is None else (y, h)
 
 

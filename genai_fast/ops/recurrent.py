@@ -10,12 +10,8 @@ import torch.nn.functional as F
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.recurrent import reference
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, _transformed, library_call, needs_graph
-
-
-def _differentiated_again() -> bool:
-    """Whether a backward is itself recorded; then it is made of plain PyTorch. torch.compile refuses those."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, needs_graph, transformed
+from genai_fast.precision import autocast_dtype
 
 
 def _weight_gradient(grad: torch.Tensor, y: torch.Tensor, h0: torch.Tensor) -> torch.Tensor:
@@ -38,22 +34,21 @@ class _Gru(KernelFunction):
 
     @staticmethod
     def backward(ctx, grad_y, grad_last, _):
-        gates, h0, weight_hh, bias_n, y, saved = ctx.saved_tensors
         if grad_y is None and grad_last is None:
-            return (None,) * 6
-        if _differentiated_again():
+            return {}
+        gates, h0, weight_hh, bias_n, y, saved = ctx.saved_tensors
+        if differentiated_again():
             y, _, saved = reference.gru(gates, h0, weight_hh, bias_n, True)  # anew: the saved ones carry no graph
             parts = reference.gru_backward(grad_y, grad_last, saved, y, h0, weight_hh)
         else:
             parts = library_call("gru_backward", grad_y, grad_last, saved, y, h0, weight_hh, ctx.backend)
         grad_gates, grad_n, grad_h0 = parts
-        grad_weight = grad_bias = None
+        grad_weight = None
         if ctx.needs_input_grad[2]:
             of_r_and_z = grad_gates[..., : 2 * y.size(2)]
             grad_weight = torch.cat([_weight_gradient(g, y, h0) for g in (of_r_and_z, grad_n)])
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad_n.sum((0, 1))
-        return grad_gates, grad_h0, grad_weight, grad_bias, None, None
+        grad_bias = grad_n.sum((0, 1)) if ctx.needs_input_grad[3] else None
+        return dict(gates=grad_gates, h0=grad_h0, weight_hh=grad_weight, bias_n=grad_bias)
 
 
 class _Lstm(KernelFunction):
@@ -71,20 +66,20 @@ class _Lstm(KernelFunction):
 
     @staticmethod
     def backward(ctx, grad_y, grad_h, grad_c, _):
-        gates, h0, c0, weight_hh, y, saved = ctx.saved_tensors
         if grad_y is None and grad_h is None and grad_c is None:
-            return (None,) * 6
-        if _differentiated_again():
+            return {}
+        gates, h0, c0, weight_hh, y, saved = ctx.saved_tensors
+        if differentiated_again():
             y, _, _, saved = reference.lstm(gates, h0, c0, weight_hh, True)
             parts = reference.lstm_backward(grad_y, grad_h, grad_c, saved, c0, weight_hh)
         else:
             parts = library_call("lstm_backward", grad_y, grad_h, grad_c, saved, c0, weight_hh, ctx.backend)
         grad_gates, grad_h0, grad_c0 = parts
         grad_weight = _weight_gradient(grad_gates, y, h0) if ctx.needs_input_grad[3] else None
-        return grad_gates, grad_h0, grad_c0, grad_weight, None, None
+        return dict(gates=grad_gates, h0=grad_h0, c0=grad_c0, weight_hh=grad_weight)
 
 
-def _checked(op: str, gates: int, **given: Any) -> dict[str, torch.Tensor | None]:
+def _checked(op: str, gates: int, **given: Any) -> dict[str, Any]:
     """The arguments by name, in one dtype, states as zeros where they are None; all is known to fit."""
     for name in ("x", "weight_ih", "weight_hh"):
         checks.is_floating(op, name, given[name])
@@ -106,9 +101,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, torch.Tensor | None
         "h0": (x.size(1), hidden),
         "c0": (x.size(1), hidden),
     }
-    kind = x.device.type
-    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    found: dict[str, torch.Tensor | None] = {}
+    narrow = autocast_dtype(x.device.type)
+    found: dict[str, Any] = {}
     for name, value in given.items():
         if value is None:
             found[name] = None
@@ -176,7 +170,7 @@ def gru(
         bias_n = a["bias_hh"][2 * hidden :]
     gates = F.linear(a["x"], a["weight_ih"], bias)
     inputs = (gates, a["h0"], a["weight_hh"], bias_n)
-    keep = needs_graph(inputs) or _transformed()
+    keep = needs_graph(inputs) or transformed()
     return _Gru.call(*inputs, keep, forced_backend())[:2]
 
 
@@ -227,5 +221,5 @@ def lstm(
         )
         return y, h_n.squeeze(0), c_n.squeeze(0)
     inputs = (F.linear(a["x"], a["weight_ih"], bias), h, c, weight)
-    keep = needs_graph(inputs) or _transformed()
+    keep = needs_graph(inputs) or transformed()
     return _Lstm.call(*inputs, keep, backend)[:3]

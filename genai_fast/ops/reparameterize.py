@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.reparameterize import reference
 from genai_fast.ops import checks, rows
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
 
 
 class _Reparameterize(KernelFunction):
@@ -26,22 +25,17 @@ class _Reparameterize(KernelFunction):
         if not ctx.with_kl:
             grad_kl = None  # torch.compile hands over an empty tensor
         if grad_z is None and grad_kl is None:
-            return None, None, None, None, None, None
-        arguments = (grad_z, grad_kl, *ctx.saved_tensors, ctx.offset)
-        # A gradient that is itself differentiated (gradient penalty) goes through plain PyTorch. torch.compile
-        # refuses double backward altogether, so what it traces can always be the kernel.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = reference.reparameterize_backward(*arguments)
-        else:
-            grads = library_call("reparameterize_backward", *arguments, ctx.backend)
-        return *grads, None, None, None, None
+            return {}
+        arguments = (grad_z, grad_kl, *ctx.saved_tensors, ctx.offset, ctx.backend)
+        grad_mu, grad_logvar = backward_call("reparameterize_backward", *arguments)
+        return dict(mu=grad_mu, logvar=grad_logvar)
 
 
 def _call(op, mu, logvar, seed, offset, with_kl):
     checks.is_floating(op, "mu", mu)
     checks.has_batch(op, "mu", mu)
     checks.matches(op, "logvar", logvar, "mu", mu)
-    checks.offset(op, offset)
+    offset = checks.offset(op, offset)
     if seed is None and not offset:
         offset = rows.offset(mu.numel())
     seed = checks.seed(op, seed, "mu", mu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,10 +10,9 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.rotary import reference
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, library_call
+from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, readable
 
 _OP = "rotary"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class _Rotary(KernelFunction):
@@ -29,9 +29,8 @@ class _Rotary(KernelFunction):
     def backward(ctx, grad_y):
         """The rotation by the opposite angle, which has derivatives of its own."""
         arguments = (grad_y, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _Rotary.call(*arguments), *(None,) * 7
-        return library_call("rotary", *arguments), *(None,) * 7
+        grad_x = _Rotary.call(*arguments) if differentiated_again() else library_call("rotary", *arguments)
+        return dict(x=grad_x)
 
 
 def rotary_tables(
@@ -56,15 +55,12 @@ def rotary_tables(
     Source: Su et al. 2021, arXiv:2104.09864.
     """
     op = "rotary_tables"
-    for name, value, least in (("positions_max", positions_max, 0), ("dim", dim, 2)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{op}: {name}: expected an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{op}: {name}: expected at least {least}, got {value}")
+    positions_max, dim = checks.integer(op, "positions_max", positions_max, 0), checks.integer(op, "dim", dim, 2)
     if dim % 2:
         raise ValueError(f"{op}: dim: expected an even number of channels, got {dim}; a pair turns together")
-    if not base > 0.0:
-        raise ValueError(f"{op}: base: expected a number above 0, got {base}")
+    base = checks.real(op, "base", base, "a number above 0, and finite", math.ulp(0.0))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{op}: dtype: expected a floating-point dtype, got {dtype}")
     return reference.tables(positions_max, dim, base, torch.get_default_device() if device is None else device, dtype)
 
 
@@ -100,8 +96,7 @@ def _check_positions(x: torch.Tensor, positions: Any, known: int) -> None:
             f"{_OP}: positions: expected shape ({tokens},) or ({batch}, {tokens}), one for each token of x, got"
             f" {tuple(positions.shape)}"
         )
-    # Where asking for their values would neither wait for a device nor break a graph.
-    if positions.is_cpu and type(positions) in _PLAIN and positions.numel() and not torch.compiler.is_compiling():
+    if readable(positions):
         least, most = (int(p) for p in torch.aminmax(positions))
         if least < 0 or most >= known:
             raise ValueError(
@@ -147,8 +142,8 @@ def rotary(
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x: expected [B, H, T, D], got shape {tuple(x.shape)}; heads come second")
     _check_tables(x, cos, sin)
-    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"{_OP}: offset: expected an int, the first token's position, got {type(offset).__name__}")
+    offset = checks.integer(_OP, "offset", offset, None, "an int, the first token's position")
+    interleaved = checks.flag(_OP, "interleaved", interleaved)
     if positions is not None:
         if offset != 0:
             raise ValueError(f"{_OP}: offset: expected 0 beside positions, got {offset}; add it to them")
@@ -158,4 +153,4 @@ def rotary(
             f"{_OP}: offset: expected positions in 0 .. {cos.size(0) - 1}, the rows of cos and sin, got {offset} and"
             f" {x.size(2)} tokens; make longer tables"
         )
-    return _Rotary.call(x, cos, sin, positions, offset, bool(interleaved), False, forced_backend())
+    return _Rotary.call(x, cos, sin, positions, offset, interleaved, False, forced_backend())

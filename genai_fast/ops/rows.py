@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from genai_fast.scoped import Scoped
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -19,38 +21,40 @@ class Rows:
     idle: bool = False
 
 
-_mine: Rows | None = None  # None: all of them
+_mine: Scoped[Rows | None] = Scoped("genai_fast.ops.rows", None)  # None: all of them
 
 
 def mine() -> Rows | None:
     """What this process has at present; None: all rows."""
-    return _mine
+    return _mine.get()
 
 
 @contextlib.contextmanager
 def having(rows: Rows) -> Iterator[None]:
-    """Inside, what is drawn without a seed is drawn for these rows alone, in this whole process.
+    """Inside, what is drawn without a seed is drawn for these rows alone.
 
     It takes default generators that are in the same state in all processes; their states stay alike, and like that of
     one process that has all rows. Every op numbers the elements of its own tensor, so where the batch comes first the
     noise is that of the joined batch; elsewhere (steps first, or two batches in one) no two processes draw the same.
     """
-    global _mine
-    before, _mine = _mine, rows
+    block = _mine.enter(rows)
+    block.open = True
     try:
         yield
     finally:
-        _mine = before
+        _mine.leave(block)
 
 
 def offset(elements: int) -> int:
-    """Elements that other processes have before this one's, of a tensor of which this one has so many."""
-    return 0 if _mine is None else _mine.before * (elements // _mine.count)
+    """The number of elements that other processes have before this one's, of whose tensor it has `elements`."""
+    rows = mine()
+    return 0 if rows is None else rows.before * (elements // rows.count)
 
 
 def drawn(draw: Callable[[int], torch.Tensor], count: int) -> torch.Tensor:
     """This process's `count` rows, a batch's or an equal part's, of draw(rows of all processes), rows first."""
-    if _mine is None:
+    rows = mine()
+    if rows is None:
         return draw(count)
-    before, total = (number * count // _mine.count for number in (_mine.before, _mine.total))
+    before, total = (number * count // rows.count for number in (rows.before, rows.total))
     return draw(total)[before : before + count]

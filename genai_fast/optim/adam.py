@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 
-from genai_fast.backends import FallbackWarning, forced_backend
+from genai_fast.backends import FallbackWarning, forced_backend, survey
 from genai_fast.kernels.common.rows import is_dense
-from genai_fast.ops.dispatch import library_call
+from genai_fast.ops.adam import flushed, share_memory
+from genai_fast.ops.dispatch import library_call, observed
 
 
-class _OneCall:
-    """Replaces `step` where the kernel fits; everything else (CUDA, amsgrad, sparse gradients) stays torch's."""
+class _OneCall(torch.optim.Optimizer):
+    """Replaces `step` if the kernel fits; everything else (CUDA, amsgrad, sparse gradients) stays torch's."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         work = [self._tensors(group) for group in self.param_groups]
         reason = next((found for found in work if isinstance(found, str)), "")
+        if not reason and share_memory([tensors for group in work for tensors in (group[0], *group[2:])]):
+            reason = "a parameter is there twice, or shares its memory"
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             reason = "a GradScaler leaves unscaling to an optimizer with fused=True"
         if not reason:
@@ -38,7 +41,7 @@ class _OneCall:
             self._said = True
             warnings.warn(f"{type(self).__name__} steps as torch's own: {reason}", FallbackWarning, stacklevel=4)
         # torch wraps `step` of each class that is instantiated, to run hooks: ours has run them already.
-        inherited = super().step.__func__
+        inherited: Any = super().step.__func__  # type: ignore[attr-defined]
         if getattr(inherited, "hooked", False):
             inherited = inherited.__wrapped__
         inherited(self)
@@ -49,12 +52,19 @@ class _OneCall:
         for option in ("amsgrad", "maximize", "differentiable"):
             if group[option]:
                 return f"{option}=True"
-        if isinstance(group["lr"], torch.Tensor):
-            return "lr is a tensor"
+        for name, value in (("lr", group["lr"]), *(("a beta", b) for b in group["betas"])):
+            if isinstance(value, torch.Tensor):
+                return f"{name} is a tensor"
+        if flushed(group["eps"], group["betas"][1]):
+            return f"eps={group['eps']} is as small as moments that the kernel counts as zero"
+        if observed():
+            return "a compiler, a transform or a dispatch mode must see torch's own operators"
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [])
         for p in group["params"]:
             if p.grad is None:
                 continue
+            if survey((p, p.grad))[2]:
+                return f"a parameter or gradient is a {type(p).__name__}, or lazily negated or zero"
             if p.dtype is not torch.float32 or not p.is_cpu:
                 return f"a parameter is {p.dtype} on {p.device}, the kernel takes float32 on the CPU"
             if not is_dense(p) or p.grad.layout is not torch.strided:
@@ -73,6 +83,8 @@ class _OneCall:
             for x in (gradient, state["exp_avg"], state["exp_avg_sq"]):
                 if x.dtype is not torch.float32 or x.shape != p.shape or x.stride() != strides or not x.is_cpu:
                     return "a loaded state or a gradient has another dtype or shape than its parameter"
+            if survey((state["exp_avg"], state["exp_avg_sq"], state["step"]))[2]:
+                return "a state is of a tensor subclass"
             members = (p, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
             for list_, x in zip(lists, members, strict=True):
                 list_.append(x)
@@ -82,8 +94,9 @@ class _OneCall:
 class Adam(_OneCall, torch.optim.Adam):
     """torch.optim.Adam: same arguments, same state_dict; on CPU float32 parameters one fused call a step.
 
-    Numbers below 1.2e-38 count as zero in that call. What it does not take (other dtypes and devices, amsgrad,
-    maximize, a tensor as lr, sparse gradients) steps as torch's own, with a FallbackWarning once.
+    Numbers below 1.2e-38 count as zero in that call. What it does not take (other dtypes and devices, sharded
+    parameters, amsgrad, maximize, a tensor as lr, sparse gradients, an eps below 1e-15) steps as torch's own, with a
+    FallbackWarning once.
     """
 
 

@@ -285,7 +285,7 @@ class Step:
         given = [p for p in parameters if p.grad is not None]
         if not given:
             raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one of others only")
-        gradients = [_dense(p) for p in given]
+        gradients: list[Any] = [_dense(p) for p in given]
         # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
         # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.
         norm, factor = nn.utils.get_total_norm(gradients), None
@@ -308,7 +308,7 @@ class Step:
         if factor is not None:
             torch._foreach_mul_(gradients, factor)
         for number in sorted(optimizers):
-            optimizer = self._optimizers[number]
+            optimizer: Any = self._optimizers[number]
             if deferred:
                 optimizer.found_inf = bad.float()
             optimizer.step()
@@ -377,6 +377,7 @@ def _parts(batch: Batch, count: int) -> list[tuple[Batch, float]]:
 
 def _dense(p: nn.Parameter) -> torch.Tensor:
     """The gradient's values, in place."""
+    assert p.grad is not None
     if not p.grad.is_sparse:
         return p.grad
     p.grad = p.grad.coalesce()

@@ -7,7 +7,7 @@ import torch
 from genai_fast.kernels.act_dropout.reference import dense
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import like_layout
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.philox import scale, threshold
 from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike, require_seed
 
@@ -24,9 +24,9 @@ def act_dropout(x, seed, p, offset, activation, slope):
     x = dense(x)
     address, bound = _draw(x, seed, p)
     y = torch.empty_like(x)
-    cpu_kernels()[0]["act_dropout"](
+    cpp.act_dropout(
         x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), x.numel(), address, offset, bound, scale(p),
-        ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -37,8 +37,8 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
     grad_y = like_layout(grad_y, saved)
     address, bound = _draw(saved, seed, p)
     grad_x = torch.empty_like(saved)
-    cpu_kernels()[0]["act_dropout_backward"](
+    cpp.act_dropout_backward(
         grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(), saved.numel(), address,
-        offset, bound, scale(p), 1.0 - p, from_output, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        offset, bound, scale(p), 1.0 - p, from_output, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return grad_x

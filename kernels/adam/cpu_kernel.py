@@ -6,7 +6,7 @@ from array import array
 
 import torch
 
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import is_dense
 
 
@@ -27,8 +27,4 @@ def adam_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps
                 f"adam_step: expected a step count of one float32 on the CPU, got {step.dtype} {step.shape}"
             )
         rows.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel()))
-    cpu_kernels()[0]["adam_step"](
-        rows.buffer_info()[0], len(params), lr, beta1, beta2, eps, weight_decay, decoupled, torch.get_num_threads()
-    )
-    # Autograd must see that these changed: a backward that still needs the old values has to fail.
-    torch.autograd.graph.increment_version((*params, *exp_avgs, *exp_avg_sqs, *steps))
+    cpp.adam_step(rows.buffer_info()[0], len(params), lr, beta1, beta2, eps, weight_decay, decoupled)

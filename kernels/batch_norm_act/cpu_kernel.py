@@ -6,7 +6,7 @@ import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
@@ -20,9 +20,9 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     if running_mean is not None and running_mean.dtype is not torch.float32:  # a model in bfloat16: by a detour
         running = tuple(r.to(torch.float32) for r in running)
     results = _vectors(x, 3)
-    cpu_kernels()[0]["batch_norm_statistics"](
+    cpp.batch_norm_statistics(
         x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),
-        momentum, eps, torch.get_num_threads(),
+        momentum, eps
     )  # fmt: skip
     for r, moved in zip((running_mean, running_var), running, strict=True):
         if moved is not r:
@@ -34,9 +34,9 @@ def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
     x = dense_channels(x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
-    cpu_kernels()[0]["batch_norm_act_apply"](
+    cpp.batch_norm_act_apply(
         x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *extent(x), *map(address, parameters),
-        ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -47,9 +47,9 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     grad_y = like_layout(grad_y, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     sums = _vectors(x, 2)
-    cpu_kernels()[0]["batch_norm_act_reduce"](
+    cpp.batch_norm_act_reduce(
         grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(address, parameters),
-        *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return tuple(sums)
 
@@ -60,8 +60,8 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
     grad_y = like_layout(grad_y, x)
     parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
-    cpu_kernels()[0]["batch_norm_act_grad"](
+    cpp.batch_norm_act_grad(
         grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], grad_x.data_ptr(), *extent(x),
-        *map(address, parameters), count, ACTIVATION_CODE[activation], slope, torch.get_num_threads(),
+        *map(address, parameters), count, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return grad_x

@@ -6,7 +6,7 @@ import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import dense_channels, joined_extent, like_layout, require_channels
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
 
 
@@ -19,9 +19,8 @@ def bias_act(x, bias, activation, slope):
     (bias,) = require_channels(x, bias)
     shape, joined = joined_extent(x, bias is not None)
     bias, y = _repeated(bias, joined), torch.empty_like(x)
-    cpu_kernels()[0]["bias_act"](
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, address(bias), ACTIVATION_CODE[activation], slope,
-        torch.get_num_threads(),
+    cpp.bias_act(
+        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, address(bias), ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -36,9 +35,9 @@ def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, s
     empty = with_bias and saved.numel() == 0
     sums = (torch.zeros if empty else torch.empty)(shape[1] if with_bias else 0, dtype=torch.float32, device="cpu")
     if not empty:
-        cpu_kernels()[0]["bias_act_backward"](
+        cpp.bias_act_backward(
             grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(),
             sums.data_ptr() if with_bias else 0, *shape, address(bias), from_output, ACTIVATION_CODE[activation],
-            slope, torch.get_num_threads(),
+            slope
         )  # fmt: skip
     return grad_x, sums if joined == 1 or not with_bias else sums.view(joined, -1).sum(0)

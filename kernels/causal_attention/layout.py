@@ -66,5 +66,7 @@ def require_rows(q, grad_out, out, lse, grad_lse):
     if not (grad_out.shape == out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype is torch.float32):
         raise ValueError(f"genai_fast: expected a gradient, result and lse of q's {tuple(q.shape)}")
     if grad_lse is not None:
+        if grad_lse.shape != lse.shape or grad_lse.device != lse.device:
+            raise ValueError(f"genai_fast: expected a gradient of lse {tuple(lse.shape)}, got {tuple(grad_lse.shape)}")
         grad_lse = grad_lse.float().contiguous()
     return _dense_channels(grad_out.to(q.dtype)), _dense_channels(out), lse.contiguous(), grad_lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -37,9 +39,9 @@ def reduced_dims(x: torch.Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Statistics and parameters are computed with in float32, or in float64 if x is."""
-    return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
+def wide(x: Any) -> Any:
+    """A tensor, or None, as statistics and parameters are computed with: in float32, or in float64 if x is."""
+    return x if x is None or x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
 def require_channels(

@@ -7,8 +7,9 @@ import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-import torch  # noqa: F401  (first: the extension then shares torch's OpenMP runtime)
+import torch  # first: the extension then shares torch's OpenMP runtime
 
 from genai_fast.errors import UsageError
 
@@ -38,3 +39,19 @@ def cpu_kernels() -> tuple[dict[str, Callable[..., None]], str]:
     if wanted not in available:
         raise UsageError(f"GENAI_FAST_ISA: expected one of {', '.join(available)} on this processor, got {wanted!r}")
     return module.kernels(wanted), wanted
+
+
+class _Kernels:
+    """The C++ kernels as attributes; each call gets the number of threads as its last argument."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        kernel, threads = cpu_kernels()[0][name], torch.get_num_threads
+
+        def call(*arguments: Any) -> None:
+            kernel(*arguments, threads())
+
+        setattr(self, name, call)  # found at once from now on
+        return call
+
+
+cpp = _Kernels()

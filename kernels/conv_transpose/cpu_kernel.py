@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.conv_transpose.shapes import (
     FEW_CHANNELS,
@@ -95,10 +95,9 @@ def conv_transpose(x, weight, bias, stride, padding, output_padding, activation,
     weight = weight.float()
     bias = bias if bias is None else bias.float().contiguous()
     y = empty_channels_last(x, x.size(0), weight.size(1), *out)
-    cpu_kernels()[0]["conv_transpose"](
+    cpp.conv_transpose(
         x.data_ptr(), DTYPE_CODE[x.dtype], *strides, weight.data_ptr(), *weight.stride(), address(bias),
-        y.data_ptr(), *_extents(y, x, weight.shape[2:]), *stride, *padding, ACTIVATION_CODE[activation], slope,
-        torch.get_num_threads(),
+        y.data_ptr(), *_extents(y, x, weight.shape[2:]), *stride, *padding, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -112,9 +111,9 @@ def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
     rows = weight.float().permute(2, 3, 1, 0).reshape(-1, x.size(1))
     rows = F.pad(rows, (0, -x.size(1) % 16)).contiguous()  # whole vectors of any instruction set
     grad_x = empty_channels_last(grad_y, *x.shape)
-    cpu_kernels()[0]["conv_transpose_grad_input"](
+    cpp.conv_transpose_grad_input(
         grad_y.data_ptr(), DTYPE_CODE[grad_y.dtype], rows.data_ptr(), rows.size(1), grad_x.data_ptr(),
-        *_extents(grad_y, x, weight.shape[2:]), *stride, *padding, torch.get_num_threads(),
+        *_extents(grad_y, x, weight.shape[2:]), *stride, *padding
     )  # fmt: skip
     return grad_x
 
@@ -127,9 +126,9 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
     grad_y = channels_last(grad_y)
     x, strides = _image(x)
     gradient = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    cpu_kernels()[0]["conv_transpose_grad_weight"](
+    cpp.conv_transpose_grad_weight(
         grad_y.data_ptr(), DTYPE_CODE[x.dtype], x.data_ptr(), *strides, gradient.data_ptr(),
-        *_extents(grad_y, x, kernel_size), *stride, *padding, torch.get_num_threads(),
+        *_extents(grad_y, x, kernel_size), *stride, *padding
     )  # fmt: skip
     gradient = gradient.to(x.dtype)
     return gradient if as_channels_last else gradient.contiguous()

@@ -43,6 +43,14 @@ def miscounted(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> b
     return tuple(kernel) == (1, 1) and max(stride) > 1 and channels < 16
 
 
+def one_pixel_wide(x: torch.Tensor) -> bool:
+    """Whether the weight's gradient of a convolution of x must be made in float32.
+
+    oneDNN's in bfloat16 reads beyond images of one pixel in a dimension: wrong numbers, or NaN.
+    """
+    return x.is_cpu and x.dtype is torch.bfloat16 and 1 in x.shape[2:]
+
+
 def not_served(
     x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int], few: bool = False
 ) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.gated_act.layout import operands, results
 
@@ -13,9 +13,9 @@ from genai_fast.kernels.gated_act.layout import operands, results
 def gated_act(x, up, bias, activation):
     (gate, linear), bias, _ = operands(x, up, bias)
     y = x.new_empty(gate.shape)
-    cpu_kernels()[0]["gated_act"](
+    cpp.gated_act(
         gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0), DTYPE_CODE[x.dtype], y.data_ptr(),
-        *y.shape, address(bias), ACTIVATION_CODE[activation], torch.get_num_threads(),
+        *y.shape, address(bias), ACTIVATION_CODE[activation]
     )  # fmt: skip
     return y
 
@@ -24,10 +24,9 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     (gate, linear), bias, grad_y = operands(x, up, bias, grad_y)
     (grad_x, grad_up), (grad_gate, grad_linear) = results(x, up)
     grad_bias = x.new_empty(2 * gate.size(1) if with_bias else 0, dtype=torch.float32)
-    cpu_kernels()[0]["gated_act_backward"](
+    cpp.gated_act_backward(
         grad_y.data_ptr(), grad_y.stride(0), gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0),
         DTYPE_CODE[x.dtype], grad_gate.data_ptr(), grad_linear.data_ptr(), grad_gate.stride(0),
-        grad_bias.data_ptr() if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation],
-        torch.get_num_threads(),
+        grad_bias.data_ptr() if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation]
     )  # fmt: skip
     return grad_x, grad_up, grad_bias

@@ -6,7 +6,7 @@ from array import array
 
 import torch
 
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require, span
 
 
@@ -21,9 +21,9 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
     if least < 0 or most >= size.vocabulary:
         raise ValueError(f"genai_fast: expected ids of 0 to {size.vocabulary - 1}, got {least} to {most}")
     tensors, factors = array("q", [w.data_ptr() for w in weights]), array("q", [s.data_ptr() for s in scales])
-    cpu_kernels()[0]["gpt_decode"](
+    cpp.gpt_decode(
         tensors.buffer_info()[0], factors.buffer_info()[0], cache.data_ptr(), ids.data_ptr(), logits.data_ptr(),
         size.layers, batch, heads, size.channels, size.hidden, size.vocabulary, room, tokens, length, eps,
-        MATRIX_DTYPES.index(weights[0].dtype), torch.get_num_threads(),
+        MATRIX_DTYPES.index(weights[0].dtype)
     )  # fmt: skip
     return logits

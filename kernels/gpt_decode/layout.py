@@ -100,7 +100,8 @@ def require(cache, ids, length, weights, scales) -> Sizes:
             raise ValueError(f"genai_fast: expected {wide} of {weights[k].size(0)} rows, got {s.dtype} {s.shape}")
     batch, tokens = ids.shape
     fits = (
-        cache.dim() == 6 and cache.shape[:3] == (size.layers, 2, batch) and cache.is_contiguous()
+        size.channels > 0 and cache.dim() == 6 and cache.size(3) > 0
+        and cache.shape[:3] == (size.layers, 2, batch) and cache.is_contiguous()
         and cache.size(3) * cache.size(5) == size.channels and cache.dtype is wide
         and ids.dtype is torch.int64 and ids.is_cpu == on_cpu and tokens > 0
         and 0 <= length <= min(cache.size(4), size.positions) - tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.recurrent.reference import require
 
@@ -25,14 +25,7 @@ def gru(gates, h0, weight_hh, bias_n, keep):
     y = _empty(steps, batch, hidden)
     saved = _empty(steps, batch, 4 * hidden) if keep else None
     state = None if gates.dtype is torch.float32 else h.clone()
-    cpu_kernels()[0]["gru"](
-        *map(address, (x, h, weight, bias, y, state, saved)),
-        steps,
-        batch,
-        hidden,
-        DTYPE_CODE[gates.dtype],
-        torch.get_num_threads(),
-    )
+    cpp.gru(*map(address, (x, h, weight, bias, y, state, saved)), steps, batch, hidden, DTYPE_CODE[gates.dtype])
     y = y.to(gates.dtype)
     return y, y[-1].clone(), _empty(0) if saved is None else saved
 
@@ -44,5 +37,5 @@ def gru_backward(grad_y, grad_last, saved, y, h0, weight_hh):
     require(y, (saved, (steps, batch, 4 * hidden)))
     given = tuple(map(_float32, (grad_y, grad_last, saved, y, h0, weight_hh)))
     results = _empty(steps, batch, 3 * hidden), _empty(*sizes), _empty(*state)
-    cpu_kernels()[0]["gru_backward"](*map(address, (*given, *results)), *sizes, torch.get_num_threads())
+    cpp.gru_backward(*map(address, (*given, *results)), *sizes)
     return tuple(g.to(y.dtype) for g in results)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.rotary.layout import between_samples, operands
 from genai_fast.kernels.rotary.reference import heads_inside, in_order_of
@@ -14,9 +12,9 @@ def rotary(x, cos, sin, positions, offset, interleaved, inverse):
     x, cos, sin, positions = operands(x, cos, sin, positions)
     y, by_token = in_order_of(x), heads_inside(x)
     given = x.transpose(1, 2) if by_token else x
-    cpu_kernels()[0]["rotary"](
+    cpp.rotary(
         x.data_ptr(), *given.stride()[:3], DTYPE_CODE[x.dtype], cos.data_ptr(), cos.stride(0), sin.data_ptr(),
         sin.stride(0), DTYPE_CODE[cos.dtype], cos.size(0), address(positions), between_samples(positions), offset,
-        y.data_ptr(), *given.shape, 2 * cos.size(1), by_token, interleaved, inverse, torch.get_num_threads(),
+        y.data_ptr(), *given.shape, 2 * cos.size(1), by_token, interleaved, inverse
     )  # fmt: skip
     return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from genai_fast.kernels.common.extension import cpu_kernels
+from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import (
     DTYPE_CODE,
     as_rows,
@@ -33,7 +33,7 @@ def _inputs(recon, target, mu, logvar):
 def _settings(recon, mu, beta_tensor, beta, likelihood, reduction):
     return (
         beta if beta_tensor is None else float(beta_tensor), recon.size(0), columns_of(recon), columns_of(mu),
-        likelihood == "bernoulli", _REDUCTION_CODE[reduction], torch.get_num_threads(),
+        likelihood == "bernoulli", _REDUCTION_CODE[reduction]
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
     shape = (recon.size(0),) if reduction == "none" else ()
     loss = recon.new_empty(shape, dtype=torch.float32)
     reconstruction, kl = torch.empty_like(loss), torch.empty_like(loss)
-    cpu_kernels()[0]["vae_loss"](
+    cpp.vae_loss(
         *inputs,
         loss.data_ptr(),
         reconstruction.data_ptr(),
@@ -68,7 +68,7 @@ def vae_loss_backward(
     latent, latent_address, latent_stride = per_sample_gradient(grad_kl)
     _alive += (loss, image, latent)
     grad_recon, grad_mu, grad_logvar = dense_like(recon), dense_like(mu), dense_like(logvar)
-    cpu_kernels()[0]["vae_loss_backward"](
+    cpp.vae_loss_backward(
         loss_address, loss_stride, image_address, image_stride, latent_address, latent_stride, *inputs,
         grad_recon.data_ptr(), grad_mu.data_ptr(), grad_logvar.data_ptr(),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
