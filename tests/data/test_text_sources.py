@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, DataWarning, text
-from genai_fast.data.text.cleaning import html_text
+from genai_fast.data.text.html_page import text_of as html_text
 
 TEXTS = st.text(st.characters(), max_size=60)  # surrogates too
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from genai_fast.data.images import DataError
+from genai_fast.data.errors import DataError
 from genai_fast.data.text.cleaning import scalars
 from genai_fast.errors import require
 
