@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from genai_fast.data.reading import open_regular, parsing
 from genai_fast.errors import require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
@@ -104,6 +105,17 @@ def read_pixels(file: BinaryIO, form: Form, size: int | None) -> np.ndarray:
     if form.grey:
         return np.asarray(plain)[None]
     return np.asarray(plain.convert("RGB")).transpose(2, 0, 1)
+
+
+def read_light(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
+    """The luminance of a picture file, upright, scaled to [height, width], uint8.
+
+    Raises:
+        DataError: it is no picture that can be read.
+    """
+    with parsing(path, "a picture", "another picture"), open_regular(path) as file, opened(file) as picture:
+        _pillow()[1].exif_transpose(picture, in_place=True)
+        return np.array(picture.convert("L").resize((width, height)))
 
 
 class _Room:

@@ -54,7 +54,7 @@ class Corpus:
         """(training, validation): about `fraction` is held out, whole documents fixed by the seed, at least one.
 
         Documents that differ in white space alone fall on the same side. A single document is cut in two near the end:
-        between paragraphs if that can be, else lines, else words; of a script without white space sentences or characters.
+        between paragraphs if that can be, else lines, else words, else sentences or characters.
 
         Raises:
             DataError: the documents are all the same, or the only one has a single word.
