@@ -133,7 +133,8 @@ def _check_arranged(path: Path, arranged: _Arranged, strict: bool) -> None:
     if not arranged.names:
         if not arranged.left_out:
             raise DataError(
-                f"{path}: expected pictures ({', '.join(picture.SUFFIXES)}) in it or in its subfolders, got none"
+                f"{path}: expected pictures ({', '.join(picture.SUFFIXES)}) in it or in its subfolders, got none;"
+                f" remedy: another folder"
             )
         first = arranged.left_out[0]
         raise DataError(

@@ -22,8 +22,8 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")  # all of the three
 _MARKS = 200  # on one character; Unicode normalization takes the square of their number
-# No escapes, and no other bytes that stand for more than themselves: unicode_escape, UTF-7, HZ, IDNA, Punycode.
-_PROBE = bytes(range(32, 127)) + b"\t\r\n\\n \\x41 +AGE- ~{ a.b"
+_NO_TEXT = ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+_PROBE = bytes(range(32, 127)) + b"\t\r\n +AGE- ~{"  # UTF-7 and HZ have escapes that are ASCII
 
 
 class UnreadableError(Exception):
@@ -65,8 +65,8 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
 def extends_ascii(encoding: str) -> bool:
     """Whether this is an encoding of text in which ASCII stands for itself, as in a file that names its own."""
     try:
-        found = codecs.lookup(encoding)
-        return found.name not in ("idna", "punycode") and _PROBE.decode(encoding) == _PROBE.decode("ascii")
+        name = codecs.lookup(encoding).name.replace("-", "_")
+        return name not in _NO_TEXT and _PROBE.decode(encoding) == _PROBE.decode("ascii")
     except (LookupError, ValueError):
         return False
 

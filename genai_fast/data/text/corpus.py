@@ -77,7 +77,7 @@ class Corpus:
             spots = [spot for spot in spots if spot[0] > 0 and spot[1] < len(document)]
             if spots:
                 first, second = min(spots, key=lambda span: abs(span[1] - wanted))
-                if abs(second - wanted) <= max(limit, reach):
+                if max(first - wanted, wanted - second) <= max(limit, reach):
                     return replace(self, documents=[document[:first]]), replace(self, documents=[document[second:]])
         place = character_cut(document, round(wanted)) if len(document) > _WORD or UNSPACED.search(document) else 0
         if not place:

@@ -40,7 +40,10 @@ class Files:
             return
         self.names = sorted(names)
         if not self.names:
-            raise DataError(f"{path}: expected files ({', '.join(suffixes)}) in it or in its subfolders, got none")
+            wanted = ", ".join(suffixes)
+            raise DataError(
+                f"{path}: expected files ({wanted}) in it or in its subfolders, got none; remedy: another folder"
+            )
 
     def where(self, name: str) -> str:
         """A file's path for messages."""
