@@ -35,16 +35,16 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         with parsing(path, "a folder of pictures"):
-            self._about = {name: about for name, *about in self._scan(path, "", set())}
+            self._about = {name: about for name, *about in self._scan(path, "", ())}
         self.arranged = _arrange(sorted(self._about), packed=False)
         self.path = path / self.arranged.under
         self.state: list[Any] = [(name, *self._about[self.arranged.under + name]) for name in self.arranged.names]
 
-    def _scan(self, path: Path | str, under: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+    def _scan(self, path: Path | str, under: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, int]]:
         about = os.stat(path)
-        if (about.st_dev, about.st_ino) in seen or under.count("/") > _DEEPEST:  # a link to a folder above
+        here = (about.st_dev, about.st_ino)
+        if here in above or len(above) > _DEEPEST:  # a link to a folder above
             return
-        seen.add((about.st_dev, about.st_ino))
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if hidden(entry.name):
@@ -53,8 +53,9 @@ class _Folder:
                     about = entry.stat()
                     yield under + entry.name, about.st_size, about.st_mtime_ns
                 elif entry.is_dir():
-                    with contextlib.suppress(PermissionError):
-                        yield from self._scan(entry.path, f"{under}{entry.name}/", seen)
+                    # Pictures further down do not count.
+                    with contextlib.suppress(PermissionError) if above else contextlib.nullcontext():
+                        yield from self._scan(entry.path, f"{under}{entry.name}/", (*above, here))
 
     def open(self, name: str) -> BinaryIO:
         return open_regular(self.path / name)

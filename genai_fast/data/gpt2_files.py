@@ -58,8 +58,10 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
             raise DataError(f"{path}: expected {' or '.join(_FILES)} in this folder, got neither")
         path = found
     settings: Mapping[str, Any] = {}
+    said_in = path
     if path.name in _FILES and (path.parent / _CONFIG).exists():
-        settings = _config(path.parent / _CONFIG)
+        said_in = path.parent / _CONFIG
+        settings = _config(said_in)
     if path.suffix == ".safetensors":
         tensors: Any = _safetensors(path)
     else:
@@ -71,7 +73,7 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
                 tensors = tensors[key]
     if not isinstance(tensors, Mapping):
         raise DataError(f"{path}: expected a state dict, got {brief(tensors)}; remedy: save model.state_dict()")
-    return dict(tensors), _heads(path, settings, tensors, heads)
+    return dict(tensors), _heads(said_in, settings, tensors, heads)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -125,13 +126,19 @@ def test_only_the_arrays_asked_for_are_read(tmp_path):
     refused(data.load, zipped(tmp_path / "b.npz", [("images.npy", members[1][1])]), "that unpack to")
 
 
+def nested(depth, first, pair):
+    """A pickle of containers, each of which holds the one before it twice: 2 ** depth items to visit."""
+    memo = [bytes([k]) for k in range(depth + 1)]
+    levels = [b"0" + pair % (b"h" + a, b"h" + a) + b"q" + b for a, b in itertools.pairwise(memo)]
+    return first + b"q\x00" + b"".join(levels)
+
+
 def nested_lists(depth):
-    """A pickle of depth lists, each of which holds the one before it twice: 2 ** depth items to visit."""
-    return b"]q\x00" + b"".join(b"0](h" + bytes([k]) + b"h" + bytes([k]) + b"eq" + bytes([k + 1]) for k in range(depth))
+    return nested(depth, b"]", b"](%s%se")
 
 
 def nested_tuples(depth):
-    return b"K\x01q\x00" + b"".join(b"0" + b"h" + bytes([k]) + b"h" + bytes([k]) + b"\x86q" + bytes([k + 1]) for k in range(depth))
+    return nested(depth, b"K\x01", b"%s%s\x86")
 
 
 def entries(*items):
@@ -211,7 +218,10 @@ TEXT_ZIPS = {
     "encrypted": (lambda path: path.write_bytes(patched(TEXT, (8, b"\1"))), r"a\.txt: expected text, got an encrypted"),
     "lzma": (lambda path: path.write_bytes(LZMA[:40] + b"\xff" * 9 + LZMA[49:]), r"a\.txt: expected text, got"),
     "method": (lambda path: path.write_bytes(patched(TEXT, (10, b"\x13"))), "compression method 19"),
-    "version": (lambda path: path.write_bytes(patched(TEXT, (6, b"\xff"))), "expected a zip file, got zip file version"),
+    "version": (
+        lambda path: path.write_bytes(patched(TEXT, (6, b"\xff"))),
+        "expected a zip file, got zip file version",
+    ),
     "directory": (lambda path: path.write_bytes(TEXT[:-22] + b"PK\5\6" + b"\xff" * 18), "expected a zip file"),
 }
 TEXT = zipped(io.BytesIO(), [("a.txt", b"some text" * 9)]).getvalue()
@@ -233,7 +243,13 @@ def test_other_files_in_a_zip_do_not_count(tmp_path):
 def test_of_files_of_one_name_in_a_zip_the_last_counts(tmp_path):
     members = [("a.txt", "old text"), ("a.txt", "new text"), ("b.txt", "other"), ("./b.txt", "other too")]
     assert text.load(zipped(tmp_path / "a.zip", members)).documents == ["new text", "other too"]
-    members = [("a.png", png(4, 4)), ("a.png", png(4, 4)), ("b\\c.png", png(2, 2)), ("./b/c.png", png(4, 4)), ("c/d.png", png())]
+    members = [
+        ("a.png", png(4, 4)),
+        ("a.png", png(4, 4)),
+        ("b\\c.png", png(2, 2)),
+        ("./b/c.png", png(4, 4)),
+        ("c/d.png", png()),
+    ]
     members = [(f"a/{name.removeprefix('b/')}" if name == "a.png" else name, content) for name, content in members]
     assert data.load(zipped(tmp_path / "b.zip", members)).labels.tolist() == [0, 1, 2]
 
@@ -418,8 +434,7 @@ def test_hostile_lines_of_json(tmp_path):
 
 def test_long_runs_of_white_space():
     spaces = " " * 80_000
-    train, held_out = text.Corpus("x", [f"a{spaces}b{spaces}c"]).split(0.1, 0)
-    assert held_out.documents == ["c"]
+    assert text.Corpus("x", [f"a{spaces}b{spaces}c"]).split(0.1, 0)[1].documents == ["c"]
     assert text.Corpus("x", [f"a\n{spaces}\n{spaces}b\nc"]).split(0.5, 0)[1].documents[0].strip().startswith("b")
     assert text.Corpus("x", [f"a{spaces}b"]).passages().documents == [f"a{spaces}b"]
     assert text.continuations(text.Corpus("x", [f"a{spaces}b"])).pairs == [("a", "b")]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from genai_fast.data.errors import DataError
 from genai_fast.data.text import catalogue
-from genai_fast.data.text.cleaning import UnreadableError, clean
+from genai_fast.data.text.cleaning import UnreadableError, clean, decode
 from genai_fast.data.text.corpus import SENTENCES, UNSPACED, Corpus, PairCorpus, character_cut
 from genai_fast.data.text.files import Files, Findings, open_source, records
 from genai_fast.data.text.sources import PYDOC, SUFFIXES, load
 
 _PO, _TSV, _JSON = ".po", ".tsv", ".jsonl"
-_FIELD = re.compile(rb'"(text|source|target)"\s*:')
+_FIELD = re.compile(r'"(text|source|target)"\s*:')
 _SPACE = re.compile(r"\s+")
 
 
@@ -83,12 +83,15 @@ def _has_pairs(files: Files, name: str) -> bool:
     if not _is(_JSON, name):
         return _is(_PO, name) or _is(_TSV, name)
     try:
-        raw = files.read(name)
+        text = decode(files.read(name)).text
     except UnreadableError:
         return False  # whoever reads it says so
-    # One line alone may be anything, a licence for example; one that names either field decides.
-    found = _FIELD.search(raw)
-    return found is None or found[1] != b"text"
+    # The first line may be anything, a licence for example; the first one that has a field of either kind decides.
+    found = _FIELD.search(text)
+    if found is None:
+        return True
+    line = text[text.rfind("\n", 0, found.start()) + 1 :].partition("\n")[0]
+    return set(_FIELD.findall(line)) != {"text"}
 
 
 def _pairs(name: str, text: str, findings: Findings) -> Iterator[tuple[str, str]]:
