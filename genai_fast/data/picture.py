@@ -154,7 +154,7 @@ def _turn(picture: Any) -> int:
     image = _pillow()[0]
     with contextlib.suppress(Exception):  # as many as there are ways to damage a tag
         if picture.format == "PNG" and not {"exif", _PROFILE} & picture.info.keys():
-            picture.info.update(_tags_behind(picture.fp))
+            picture.info.update(_tags_after(picture.fp))
         # PNG's own would decode the pixels first.
         found = image.Image.getexif(picture).get(_ORIENTATION)
         if isinstance(found, int) and 2 <= found <= 8:
@@ -162,7 +162,7 @@ def _turn(picture: Any) -> int:
     return 1
 
 
-def _tags_behind(file: BinaryIO) -> dict[str, Any]:
+def _tags_after(file: BinaryIO) -> dict[str, Any]:
     """Tags that follow a PNG's pixels, by the names that Pillow gives those before them."""
     place = file.tell()
     try:
