@@ -67,7 +67,9 @@ class ImageConfig(Config):
     """What recipes for images share."""
 
     data: str = setting(
-        "mnist", "mnist, digits, or a path: a folder or zip of pictures, an IDX, .npy or .npz file, CIFAR-10 batches"
+        "mnist",
+        "mnist (5,000 of its 70,000 digits), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, an IDX"
+        " (such as all of MNIST), .npy or .npz file, CIFAR-10 batches",
     )
     size: int = setting(0, "side in pixels to which pictures are scaled; 0: they have one size", low=0)
     flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)

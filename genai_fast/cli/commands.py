@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from genai_fast import config, data
 from genai_fast.cpu import tune_cpu
-from genai_fast.errors import UsageError, require
+from genai_fast.data.picture import read_light
+from genai_fast.errors import UsageError
 from genai_fast.models import latents, slerp
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import pictures, text_generation
@@ -150,13 +151,7 @@ def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
 
 def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     """[1, 1, H, W], True where the picture is light."""
-    image = require("PIL.Image", "train")
-    try:
-        with image.open(path) as picture:
-            light = picture.convert("L").resize((shape[2], shape[1]))
-            mask = torch.tensor(list(light.tobytes()), dtype=torch.uint8).view(1, 1, *shape[1:]) > 127
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UsageError(f"--mask: expected a picture, got {path} ({error})") from error
+    mask = torch.from_numpy(read_light(path, shape[2], shape[1]))[None, None] > 127
     if not mask.any():
         raise UsageError(f"--mask: expected white where pixels are missing, got none in {path}")
     return mask

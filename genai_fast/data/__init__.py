@@ -2,7 +2,8 @@
 
 from genai_fast.data.augment import Augment
 from genai_fast.data.background import ahead
-from genai_fast.data.images import DataError, DataWarning, Images, batches, epoch_order
+from genai_fast.data.errors import DataError, DataWarning
+from genai_fast.data.images import Images, batches, epoch_order
 from genai_fast.data.sources import load
 
 __all__ = ["Augment", "DataError", "DataWarning", "Images", "ahead", "batches", "epoch_order", "load"]

@@ -18,13 +18,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from genai_fast import autotune
+from genai_fast.data.images import array_digest
+from genai_fast.data.reading import read_bytes
 
-VERSION = 2  # of the entry's form and of how pictures become pixels
+VERSION = 3  # of the entry's form and of how pictures become pixels
 PIXELS, _META = "pixels", "meta.json"
 ENTRY = re.compile("[0-9a-f]{24}-[0-9a-f]{24}")  # an entry's name
 _HIDDEN = re.compile(rf"\.{ENTRY.pattern}\..*")
@@ -34,6 +36,14 @@ _ABANDONED = 24 * 3600  # seconds after which a hidden folder's writer is taken 
 def folder(kind: str) -> Path:
     """Where entries of a kind lie."""
     return autotune.folder() / kind
+
+
+class Found(NamedTuple):
+    """What an entry holds: arrays by name, mapped and private to this process; array_digest of each; its JSON data."""
+
+    arrays: dict[str, np.ndarray]
+    digests: dict[str, str]
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,23 +57,23 @@ class Entry:
         """The entry for data from `origin` in `state`, both JSON data."""
         return cls(parent / f"{_hash(origin)}-{_hash(state)}")
 
-    def read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """(arrays by name, mapped and private to this process; what was stored with them); None: absent or damaged."""
+    def read(self) -> Found | None:
+        """What it holds; None: absent or damaged. All of it is read once, for its check sums."""
         try:
-            meta = json.loads((self.path / _META).read_text(encoding="utf-8"))
-            if meta["version"] != VERSION:
+            meta = json.loads(read_bytes(self.path / _META))
+            if meta["version"] != VERSION or not isinstance(meta["about"], dict):
                 return None
-            arrays = {}
+            arrays, digests = {}, {}
             for name, form in meta["arrays"].items():
                 if (self.path / f"{name}.npy").stat().st_size != form["bytes"]:
                     return None
                 # Copy on write: torch wants memory that may be written, and the file stays as it is.
                 array = np.load(self.path / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-                if array.dtype.str != form["dtype"] or list(array.shape) != form["shape"]:
+                if array_digest(array) != form["digest"]:
                     return None
-                arrays[name] = array
-            return arrays, meta["about"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                arrays[name], digests[name] = array, form["digest"]
+            return Found(arrays, digests, meta["about"])
+        except Exception:  # as many as there are ways to damage JSON and headers
             return None
 
     @contextlib.contextmanager
@@ -83,7 +93,7 @@ class Entry:
         arrays = {}
         for file in hidden.glob("*.npy"):
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-            arrays[file.stem] = {"bytes": file.stat().st_size, "dtype": array.dtype.str, "shape": list(array.shape)}
+            arrays[file.stem] = {"bytes": file.stat().st_size, "digest": array_digest(array)}
         meta = {"version": VERSION, "arrays": arrays, "about": about}
         with open(hidden / _META, "w", encoding="utf-8") as file:
             json.dump(meta, file)
@@ -92,7 +102,7 @@ class Entry:
         for old in self.path.parent.glob(f"{self.path.name.partition('-')[0]}-*"):
             if old != self.path or self.read() is None:
                 with contextlib.suppress(OSError):  # out of the way at once, for another process may be looking
-                    shutil.rmtree(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
+                    _remove(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
         try:
             os.rename(hidden, self.path)
         except OSError:
@@ -104,8 +114,16 @@ def remove_old(parent: Path, name: re.Pattern[str], seconds: float) -> None:
     """Remove the folders of such names that have not changed for so long; the parent may hold other things too."""
     for found in parent.iterdir():
         with contextlib.suppress(OSError):
-            if name.fullmatch(found.name) and time.time() - found.stat().st_mtime > seconds:
-                shutil.rmtree(found)
+            if name.fullmatch(found.name) and time.time() - found.lstat().st_mtime > seconds:
+                _remove(found)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, or a link in its place but not what it points to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from genai_fast.data.images import DataError, Images
+from genai_fast.data.errors import DataError, brief, listed, printable
+from genai_fast.data.images import Images
+from genai_fast.data.pickles import DataUnpickler
+from genai_fast.data.reading import parsing, read_bytes
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SHAPE = (3, 32, 32)
@@ -20,8 +22,9 @@ _BATCH = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether batches of CIFAR-10 lie in it."""
-    return path.is_dir() and any(is_file(file) for file in path.iterdir())
+    """Whether a folder holds batches of CIFAR-10."""
+    with parsing(path, "a folder that can be read"):
+        return any(is_file(file) for file in path.iterdir())
 
 
 def is_file(path: Path) -> bool:
@@ -56,17 +59,18 @@ def _classes(folder: Path, binary: bool) -> tuple[str, ...]:
     if not file.is_file():
         return CLASSES
     if binary:
-        names = file.read_text(encoding="utf-8", errors="replace").split()
+        with parsing(file, "the names of the classes"):
+            names: Any = read_bytes(file).decode("utf-8", "replace").split()
     else:
         names = _get(_unpickle(file), "label_names", file)
-        names = [name.decode("latin1") if isinstance(name, bytes) else name for name in names]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file}: expected the names of the classes, got {names!r:.60}; remedy: remove it")
-    return tuple(names)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(f"{file}: expected the names of the classes, got {brief(names)}; remedy: remove it")
+    return tuple(printable(name.decode("latin1") if isinstance(name, bytes) else name) for name in names)
 
 
 def _binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    raw = np.fromfile(file, np.uint8)
+    with parsing(file, "CIFAR-10"):
+        raw = np.frombuffer(read_bytes(file), np.uint8)
     if raw.size % _RECORD:
         raise DataError(
             f"{file}: expected CIFAR-10, {_RECORD} bytes an image, got {raw.size} bytes; remedy: fetch it again"
@@ -85,7 +89,7 @@ def _python(file: Path) -> tuple[np.ndarray, np.ndarray]:
     count = pixels.size // (_RECORD - 1)
     right = isinstance(labels, list) and len(labels) == count and all(type(k) is int and abs(k) < 256 for k in labels)
     if not right:
-        raise DataError(f"{file}: expected {count} labels, integers, got {labels!r:.60}; remedy: fetch CIFAR-10 again")
+        raise DataError(f"{file}: expected {count} labels, integers, got {brief(labels)}; remedy: fetch CIFAR-10 again")
     return pixels.reshape(count, _RECORD - 1), np.array(labels, np.int64)
 
 
@@ -93,8 +97,8 @@ def _get(batch: Any, key: str, file: Path) -> Any:
     # Written by Python 2, its strings are bytes.
     found = batch.get(key, batch.get(key.encode())) if isinstance(batch, dict) else None
     if found is None:
-        got = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
-        raise DataError(f"{file}: expected a CIFAR-10 batch with {key}, got {got:.100}; remedy: fetch it again")
+        got = listed(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(f"{file}: expected a CIFAR-10 batch with {key}, got {got}; remedy: fetch it again")
     return found
 
 
@@ -136,7 +140,7 @@ class _Bytes(bytes):
 
     def __new__(cls, text: str, encoding: str) -> _Bytes:
         if encoding != "latin1":
-            raise pickle.UnpicklingError(f"bytes in {encoding!r:.20}")
+            raise pickle.UnpicklingError(f"bytes in {brief(encoding)}")
         return super().__new__(cls, text, "latin1")
 
     def __setstate__(self, state: object) -> None:
@@ -149,21 +153,14 @@ _ADMITTED |= {(f"numpy.{core}.numeric", "_frombuffer"): _Buffer for core in ("co
 _ADMITTED |= {("_codecs", "encode"): _Bytes}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Reader(DataUnpickler):
     """Containers, strings, numbers and arrays; nothing that a file names is imported or called."""
 
     def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
-        return _ADMITTED[module, name]
+        return _ADMITTED.get((module, name)) or super().find_class(module, name)
 
 
 def _unpickle(file: Path) -> Any:
-    raw = file.read_bytes()
-    try:
-        return _Unpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:  # a pickle is a program: it can fail in any way
-        raise DataError(
-            f"{file}: expected a CIFAR-10 batch of arrays, lists and numbers, got {error or type(error).__name__};"
-            f" nothing in it was executed; remedy: fetch it again, or the binary version"
-        ) from error
+    expected = "a CIFAR-10 batch of arrays, lists and numbers"
+    with parsing(file, expected, "fetch it again, or the binary version"):
+        return _Reader(read_bytes(file), encoding="bytes").load()

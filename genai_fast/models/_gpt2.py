@@ -1,76 +1,45 @@
-"""GPT-2 checkpoints of the usual layouts, read and brought into one: our names, matrices [out, in]."""
+"""GPT-2 checkpoints of the usual layouts brought into one: our names, matrices [out, in]."""
 
 from __future__ import annotations
 
-import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from genai_fast.errors import UsageError, require
-
-_FILES = ("model.safetensors", "pytorch_model.bin")
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 _WRAPPED = re.compile(r"((module|_orig_mod)\.)+")  # by DDP and torch.compile
-_LAYER = re.compile(r"transformer\.h\.(\d+)\.")
+_LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, or of the file in a folder, by name; nothing in it is executed."""
-    path = Path(path)
-    if path.is_dir():
-        found = next((path / name for name in _FILES if (path / name).exists()), None)
-        if found is None:
-            raise UsageError(f"{path}: expected {' or '.join(_FILES)} in this folder, got neither")
-        path = found
-    if not path.exists():
-        raise UsageError(f"{path}: expected a GPT-2 checkpoint, got no such file")
-    if path.suffix == ".safetensors":
-        package = require("safetensors", "train")
-        try:
-            return require("safetensors.torch", "train").load_file(path)
-        except package.SafetensorError as error:
-            raise UsageError(f"{path}: expected safetensors, got a file that cannot be read: {error}") from error
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UsageError(
-            f"{path}: expected .safetensors, or a torch file that holds tensors and plain values alone, got another"
-            f" ({str(error).splitlines()[0]}); remedy: save model.state_dict()"
-        ) from error
-    for key in ("model", "state_dict"):  # where trainers put it beside the optimizer's
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
-        raise UsageError(f"{path}: expected a state dict, got {type(found).__name__}; remedy: save model.state_dict()")
-    return dict(found)
 
 
 def converted(tensors: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by our names, sizes as GPT takes them but for the heads)."""
     state: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():
+        if not isinstance(key, str):
+            raise ValueError(f"load_gpt2: expected names of tensors, got a key of {type(key).__name__}")
         name = key[_WRAPPED.match(key).end() :] if _WRAPPED.match(key) else key
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"load_gpt2: {key}: expected a tensor, got {type(value).__name__}")
+        if not _is_plain(value):
+            raise ValueError(f"load_gpt2: {key}: expected a dense tensor with memory of its own, got another kind")
         if name in state:
             raise ValueError(f"load_gpt2: {name}: expected one tensor of this name, got {key} too")
         if not _MASK.search(name):
             state[name] = value
     embedding, positions = (_matrix(state, f"transformer.{name}.weight") for name in ("wte", "wpe"))
     layers = {int(found[1]) for found in map(_LAYER.match, state) if found}
-    width = embedding.size(1)
+    width, missing = embedding.size(1), set(range(len(layers))) - layers
+    if missing:
+        raise ValueError(f"load_gpt2: transformer.h.{min(missing)}: expected all layers up to {max(layers)}, got none")
     sizes = {
         "vocabulary": len(embedding),
         "block": len(positions),
-        "layers": max(layers, default=0) + 1,
+        "layers": max(len(layers), 1),
         "width": width,
         "bias": "transformer.ln_f.bias" in state,
     }
@@ -105,6 +74,13 @@ def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
     unexpected = sorted(state.keys() - expected.keys())
     if unexpected:
         raise ValueError(f"load_gpt2: {unexpected[0]}: expected no such tensor, got {len(unexpected)} of that kind")
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether each element has its own memory, so that what a file says of sizes it also holds."""
+    if x.layout is not torch.strided or x.is_meta or x.is_quantized or x.is_nested:
+        return False
+    return x.untyped_storage().nbytes() >= x.numel() * x.element_size()
 
 
 def _matrix(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

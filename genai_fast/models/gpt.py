@@ -133,14 +133,17 @@ class GPT(nn.Module):
         """The model of a GPT-2 checkpoint: .safetensors, a torch file of tensors, or a folder with one of the two.
 
         Args:
-            path: nothing in the file is executed; layouts as of `load_gpt2`.
-            heads: width / 64 if None.
+            path: nothing in the file is executed; layouts as of `load_gpt2`. A config.json in the folder counts.
+            heads: what the files say if None, and width / 64 if they say nothing.
 
         Raises:
-            UsageError: the file cannot be read, or is no such checkpoint.
+            UsageError: the file cannot be read, is no such checkpoint, or its settings are of another network.
             ValueError: as `load_gpt2`.
         """
-        return load_gpt2(None, _gpt2.read(path), heads=heads)
+        from genai_fast.data import gpt2_files  # a model that reads no file does without data's modules
+
+        tensors, heads = gpt2_files.read(path, heads)
+        return load_gpt2(None, tensors, heads=heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T], int64 (or int32), T <= block -> logits [B, T, V] of the token after each."""

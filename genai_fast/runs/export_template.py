@@ -77,10 +77,17 @@ def reconstruct(model: nn.Module, shape: tuple[int, int, int]) -> None:
         from PIL import Image, ImageOps
     except ImportError:
         raise SystemExit("pictures need Pillow; remedy: pip install pillow") from None
+    Image.init()
+    known = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for PostScript Pillow starts a program
+    formats = [name for name in known if name in Image.OPEN]
     channels, height, width = shape
     images = []
     for path in options.pictures:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
+        try:
+            with Image.open(path, formats=formats) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # Pillow raises all kinds on broken files
+            raise SystemExit(f"{path}: expected a picture, got {error}") from None
         pixels = torch.tensor(list(ImageOps.fit(picture, (width, height)).tobytes()), dtype=torch.float32)
         images.append(pixels.view(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
     x = torch.stack(images)

@@ -305,4 +305,4 @@ def test_from_files_to_batches(kept):
         for row in range(len(s)):
             pair = tokenizer.decode(s[row, : n[row]].tolist()), tokenizer.decode(t[row, : m[row]].tolist())
             assert pair == pairs.pop(0)
-    assert not pairs and len(packed._digest(["a"])) == 64
+    assert not pairs and len(packed.text_digest(["a"])) == 64

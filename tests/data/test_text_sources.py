@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, DataWarning, text
-from genai_fast.data.text.cleaning import html_text
+from genai_fast.data.text.html_page import text_of as html_text
 
 TEXTS = st.text(st.characters(), max_size=60)  # surrogates too
 
@@ -355,3 +355,50 @@ def test_a_whole_folder_loads_in_silence(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert text.load(tmp_path).passages().documents == ["a"]
+
+
+CHINESE = "今天天气很好。我们去公园吧。”你说“好”。"
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "document",
+    [
+        CHINESE * 500,
+        CHINESE.replace("。", "") * 500,
+        "a " + CHINESE * 500,  # the one space is far
+        "ข้อความภาษาไทยไม่มีช่องว่าง" * 200,
+        "ACGT" * 500,
+        "👩\u200d🚀" * 500,
+        "你好",
+    ],
+    ids=["sentences", "characters", "one space", "thai", "letters", "joined", "two"],
+)
+def test_text_without_white_space_is_cut(document, fraction):
+    train, held_out = (part.documents[0] for part in text.Corpus("x", [document]).split(fraction, 0))
+    assert train + held_out == document and train and held_out
+    if len(document) > 10:
+        assert abs(len(held_out) / len(document) - fraction) < 0.06
+    assert not unicodedata.combining(held_out[0]) and held_out[0] != "\u200d" and train[-1] != "\u200d"
+    if document.startswith(CHINESE):
+        assert train[-1] in "。”" and held_out[0] not in "。”"
+
+
+def test_passages_without_white_space_go_on():
+    corpus = text.Corpus("x", ["今天天气很好。我们去公园吧。\n天气很好\nword\n好"])
+    assert text.continuations(corpus).pairs == [("今天天气很好。", "我们去公园吧。"), ("天气", "很好")]
+
+
+def test_records_whose_first_line_is_another(tmp_path):
+    lines = [{"license": "CC0"}, {"text": "one two"}, {"text": "three four"}]
+    path = put(tmp_path / "a.jsonl", jsonl(*lines))
+    with pytest.warns(DataWarning, match=r"left out 1 .*a\.jsonl:1 "):
+        assert text.load_pairs(path).pairs == [("one", "two"), ("three", "four")]
+    lines = [{"license": "CC0"}, {"source": "a", "target": "b", "text": "c"}, {"text": "d e"}]
+    path = put(tmp_path / "b.jsonl", jsonl(*lines))
+    with pytest.warns(DataWarning, match=r"left out 2 .*b\.jsonl:1 .*b\.jsonl:3 "):
+        assert text.load_pairs(path).pairs == [("a", "b")]
+    path = put(tmp_path / "c.jsonl", b"\xef\xbb\xbf\n" + jsonl({"text": 'a "source": "b"'}).encode())
+    assert text.load_pairs(path).pairs == [('a "source":', '"b"')]
+    path = put(tmp_path / "d.jsonl", jsonl({"text": "a b", "source": "c", "target": "d"}))
+    assert text.load_pairs(path).pairs == [("c", "d")]

@@ -17,7 +17,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from genai_fast.data.images import DataError, DataWarning, epoch_order
+from genai_fast.data.errors import DataError, DataWarning
+from genai_fast.data.images import epoch_order
 from genai_fast.data.text.packed import Tokens
 
 Batch = tuple[torch.Tensor, ...]

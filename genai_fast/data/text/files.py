@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from genai_fast.data.images import DataError, DataWarning
+from genai_fast.data.archive import Archive
+from genai_fast.data.errors import DataError, DataWarning, listed, printable, reason
+from genai_fast.data.reading import hidden, is_folder, read_bytes
 from genai_fast.data.text.cleaning import UnreadableError, clean, decode
 
 _NAMED = 3  # what was left out that a warning names
-_LARGEST = 1 << 32  # bytes of a file in a zip: more is no text
 _CONVERT = "save it as UTF-8 (iconv -f ENCODING -t utf-8)"
-_BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError)
 
 
 class Files:
@@ -29,27 +28,31 @@ class Files:
     """
 
     def __init__(self, path: Path, suffixes: tuple[str, ...]) -> None:
-        self.path = path
-        self._zip: zipfile.ZipFile | None = None
-        self._base = path
-        if path.is_dir():
-            names = _below(path)
+        self.path = self._base = path
+        self._zip: Archive | None = None
+        if is_folder(path, "the path of a file or folder"):
+            names = [name for name in _below(path) if name.lower().endswith(suffixes)]
         elif path.suffix.lower() == ".zip":
-            try:
-                self._zip = zipfile.ZipFile(path)
-            except (*_BAD_ZIP, OSError) as error:
-                raise DataError(f"{path}: expected a zip file, got {error}; remedy: fetch it again") from error
-            names = [i.filename for i in self._zip.infolist() if not i.is_dir() and not _hidden(i.filename)]
+            self._zip = Archive(path, lambda name: not hidden(name) and name.lower().endswith(suffixes))
+            names = self._zip.names
         else:
             self._base, self.names = path.parent, [path.name]
             return
-        self.names = sorted(name for name in names if name.lower().endswith(suffixes))
+        self.names = sorted(names)
         if not self.names:
-            raise DataError(f"{path}: expected files ({', '.join(suffixes)}) in it or in its subfolders, got none")
+            wanted = ", ".join(suffixes)
+            raise DataError(
+                f"{path}: expected files ({wanted}) in it or in its subfolders, got none; remedy: another folder"
+            )
 
     def where(self, name: str) -> str:
         """A file's path for messages."""
         return str(self._base / name)
+
+    def close(self) -> None:
+        """Close the zip file, if it is one."""
+        if self._zip is not None:
+            self._zip.close()
 
     def read(self, name: str) -> bytes:
         """A file's bytes.
@@ -58,24 +61,16 @@ class Files:
             UnreadableError: it cannot be read.
         """
         try:
-            if self._zip is None:
-                return (self._base / name).read_bytes()
-            if self._zip.getinfo(name).file_size > _LARGEST:
-                raise ValueError(f"{self._zip.getinfo(name).file_size} bytes")
-            return self._zip.read(name)
-        except (OSError, *_BAD_ZIP) as error:
-            raise UnreadableError(f"expected text, got {getattr(error, 'strerror', None) or error}") from error
+            return read_bytes(self._base / name) if self._zip is None else self._zip.read(name)
+        except Exception as error:  # as many as there are ways to damage a zip file
+            raise UnreadableError(f"expected text, got {reason(error)}") from error
 
 
 def _below(path: Path) -> Iterator[str]:
     for folder, inner, names in os.walk(path):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        inner[:] = [name for name in inner if not hidden(name)]
         under = Path(folder).relative_to(path)
-        yield from ((under / name).as_posix() for name in names if not name.startswith("."))
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+        yield from ((under / name).as_posix() for name in names if not hidden(name))
 
 
 @dataclass
@@ -88,11 +83,28 @@ class Findings:
     replaced: int = 0
     _replaced_in: dict[str, int] = field(default_factory=dict)  # name -> offset of the first one
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What was left out, in names that are safe to print."""
+        return tuple(map(printable, self.left_out))
+
     def leave_out(self, name: str, problem: str) -> None:
         """A file or a line does not serve; `problem` is "expected X, got Y"."""
         if self.strict:
             raise DataError(f"{self.files.where(name)}: {problem}; remedy: mend or remove it")
         self.left_out[name] = problem
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Inside, whatever is raised of a file leaves it out."""
+        try:
+            yield
+        except DataError:
+            raise
+        except UnreadableError as error:
+            self.leave_out(name, str(error))
+        except Exception as error:  # as many as parsers have
+            self.leave_out(name, f"expected text, got {reason(error)}")
 
     def texts(self, charset: Callable[[str, bytes], str]) -> Iterator[tuple[str, str]]:
         """(name, text) of each file that can be read.
@@ -101,11 +113,11 @@ class Findings:
             charset: given a file's name and bytes, the encoding that it states itself, or "".
         """
         for name in self.files.names:
-            try:
+            text = None
+            with self.reading(name):
                 raw = self.files.read(name)
                 text, replaced, first = decode(raw, charset(name, raw))
-            except UnreadableError as error:
-                self.leave_out(name, str(error))
+            if text is None:
                 continue
             if replaced:
                 if self.strict:
@@ -118,11 +130,12 @@ class Findings:
             yield name, text
 
     def close(self, found: int, expected: str) -> None:
-        """Warn of what was wrong.
+        """Close the files and warn of what was wrong.
 
         Raises:
             DataError: nothing was found; `expected` says what should have been.
         """
+        self.files.close()
         if not found:
             if not self.left_out:
                 raise DataError(f"{self.files.path}: expected {expected}, got none; remedy: another source")
@@ -157,10 +170,8 @@ def open_source(source: str | Path, suffixes: tuple[str, ...], named: str) -> Fi
     Raises:
         DataError: it is not there, or holds no such file; `named` says what else a source may be.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"{source}: expected {named}the path of a file or folder, got no such file")
-    return Files(path, suffixes)
+    is_folder(source, f"{named}the path of a file or folder")
+    return Files(Path(source), suffixes)
 
 
 def records(name: str, text: str, fields: tuple[str, ...], findings: Findings) -> Iterator[tuple[str, ...]]:
@@ -173,12 +184,12 @@ def records(name: str, text: str, fields: tuple[str, ...], findings: Findings) -
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem = f"expected a JSON object with {wanted}, got {str(error).partition(': line')[0]}"
+            problem = f"expected a JSON object with {wanted}, got {reason(error).partition(': line')[0]}"
         else:
             if not isinstance(record, dict):
                 problem = f"expected a JSON object with {wanted}, got {type(record).__name__}"
             elif not all(isinstance(record.get(field), str) for field in fields):
-                got = ", ".join(f'"{key}" ({type(value).__name__})' for key, value in record.items()) or "none"
+                got = listed(f'"{key}" ({type(value).__name__})' for key, value in record.items())
                 problem = f"expected fields {wanted} that are strings, got {got}"
             else:
                 values = tuple(clean(record[field]) for field in fields)

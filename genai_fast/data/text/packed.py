@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from genai_fast.data import cache as store
-from genai_fast.data.images import DataError, DataWarning
-from genai_fast.data.text.cleaning import scalars
+from genai_fast.data.errors import DataError, DataWarning
+from genai_fast.data.text.corpus import text_digest
 from genai_fast.data.text.tokenizers import Tokenizer
 
 _VERSION = 1  # of how text becomes ids
@@ -65,8 +64,8 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, cache: bool | str | Pat
     tokens = None
     if cache is not False:
         parent = store.folder("tokens") if cache in (None, True) else Path(cache)
-        entry = store.Entry.of(parent, [_digest(documents), tokenizer.digest], _VERSION)
-        tokens = _kept(entry, tokenizer) or _write(entry, documents, tokenizer)
+        entry = store.Entry.of(parent, [text_digest(documents), tokenizer.digest], _VERSION)
+        tokens = _kept(entry, len(documents), tokenizer) or _write(entry, documents, tokenizer)
     tokens = tokens or _encode(documents, tokenizer)
     if tokens.unknown > _MANY * len(tokens):
         warnings.warn(
@@ -89,23 +88,17 @@ def pack_pairs(
     return pack([pair[0] for pair in pairs], tokenizer, cache), pack([pair[1] for pair in pairs], tokenizer, cache)
 
 
-def _digest(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        raw = scalars(document).encode()
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
-    return digest.hexdigest()
-
-
 def _arrays(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """(ids with the end behind them, how many are unknown) of each document."""
-    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     for found in tokenizer.arrays(documents):
-        ids = np.empty(len(found) + 1, dtype)
+        ids = np.empty(len(found) + 1, _dtype(tokenizer))
         ids[:-1], ids[-1] = found, tokenizer.end
         unknown = 0 if tokenizer.unknown is None else int(np.count_nonzero(found == tokenizer.unknown))
         yield ids, unknown
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
 
 
 def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
@@ -114,13 +107,23 @@ def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     return Tokens(np.concatenate(arrays), offsets, tokenizer.end, sum(unknown))
 
 
-def _kept(entry: store.Entry, tokenizer: Tokenizer) -> Tokens | None:
+def _kept(entry: store.Entry, documents: int, tokenizer: Tokenizer) -> Tokens | None:
+    """What an entry holds, if it is of so many documents in this tokenizer's ids: its folder may be shared."""
     found = entry.read()
-    if found is None:
+    if found is None or not {"ids", "offsets"} <= found.arrays.keys():
+        return None
+    ids, offsets, unknown = found.arrays["ids"], found.arrays["offsets"], found.about.get("unknown")
+    if ids.dtype != _dtype(tokenizer) or ids.ndim != 1:
+        return None
+    if offsets.dtype != np.int64 or offsets.shape != (documents + 1,):
+        return None
+    if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 1).any() or ids.max() >= tokenizer.size:
+        return None
+    if not isinstance(unknown, int):
         return None
     with contextlib.suppress(OSError):
         os.utime(entry.path)  # it has been used
-    return Tokens(found[0]["ids"], found[0]["offsets"], tokenizer.end, found[1]["unknown"])
+    return Tokens(ids, offsets, tokenizer.end, unknown)
 
 
 def _write(entry: store.Entry, documents: Sequence[str], tokenizer: Tokenizer) -> Tokens | None:
@@ -130,7 +133,7 @@ def _write(entry: store.Entry, documents: Sequence[str], tokenizer: Tokenizer) -
             np.save(hidden / "offsets.npy", offsets)
             entry.finish(hidden, {"unknown": unknown})
         store.remove_old(entry.path.parent, store.ENTRY, _UNUSED)
-        return _kept(entry, tokenizer)
+        return _kept(entry, len(documents), tokenizer)
     except OSError as error:
         message = f"{entry.path}: cannot be written: {error.strerror or error}; text is encoded to memory"
         warnings.warn(message, DataWarning, stacklevel=3)

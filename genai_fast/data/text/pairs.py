@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from genai_fast.data.images import DataError
+from genai_fast.data.errors import DataError
 from genai_fast.data.text import catalogue
-from genai_fast.data.text.cleaning import UnreadableError, clean
-from genai_fast.data.text.corpus import Corpus, PairCorpus
+from genai_fast.data.text.cleaning import UnreadableError, clean, decode
+from genai_fast.data.text.corpus import SENTENCES, UNSPACED, Corpus, PairCorpus, character_cut
 from genai_fast.data.text.files import Files, Findings, open_source, records
 from genai_fast.data.text.sources import PYDOC, SUFFIXES, load
 
 _PO, _TSV, _JSON = ".po", ".tsv", ".jsonl"
-_TEXT_FIELD, _SOURCE_FIELD = re.compile(rb'"text"\s*:'), re.compile(rb'"source"\s*:')
+_FIELD = re.compile(r'"(text|source|target)"\s*:')
 _SPACE = re.compile(r"\s+")
 
 
@@ -28,8 +28,9 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
             .tsv: two columns, source and target, as they stand: no header, no quotes;
             .jsonl: a pair a line, fields "source" and "target" of its object;
             a folder with such files in it or below it, in the order of their paths, or a .zip file of such;
-            else any source of `load`: each passage of two words or more is cut at the white space next to its middle,
-            and its first part is the source of the rest. This is for pre-training on text alone.
+            else any source of `load`: each passage of two words or more is cut at the white space next to its middle
+            (a passage of a script without white space, after the sentence or the character there), and its first part
+            is the source of the rest. This is for pre-training on text alone.
         strict: as in `load`.
 
     Raises:
@@ -45,14 +46,12 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
     pairs: list[tuple[str, str]] = []
     for name, text in findings.texts(lambda name, raw: catalogue.charset(raw) if _is(_PO, name) else ""):
         found, before = len(pairs), len(findings.left_out)
-        try:
+        with findings.reading(name):
             pairs += _pairs(name, text, findings)
-        except UnreadableError as error:
-            findings.leave_out(name, str(error))
         if (found, before) == (len(pairs), len(findings.left_out)):
             findings.leave_out(name, "expected pairs of texts, got none")
     findings.close(len(pairs), "pairs of texts")
-    return PairCorpus(files.path.name, pairs, tuple(findings.left_out), findings.replaced)
+    return PairCorpus(files.path.name, pairs, findings.skipped, findings.replaced)
 
 
 def continuations(corpus: Corpus) -> PairCorpus:
@@ -64,6 +63,10 @@ def continuations(corpus: Corpus) -> PairCorpus:
     pairs = []
     for passage in map(str.strip, corpus.passages().documents):
         spots = [match.span() for match in _SPACE.finditer(passage)]
+        if not spots and UNSPACED.search(passage):
+            spots = [match.span() for match in SENTENCES.finditer(passage) if match.end() < len(passage)]
+            place = character_cut(passage, len(passage) // 2)
+            spots = spots or ([(place, place)] if place else [])
         if spots:
             first, second = min(spots, key=lambda span: abs(sum(span) - len(passage)))
             pairs.append((passage[:first], passage[second:]))
@@ -80,10 +83,15 @@ def _has_pairs(files: Files, name: str) -> bool:
     if not _is(_JSON, name):
         return _is(_PO, name) or _is(_TSV, name)
     try:
-        first = files.read(name).lstrip().partition(b"\n")[0]
+        text = decode(files.read(name)).text
     except UnreadableError:
         return False  # whoever reads it says so
-    return not _TEXT_FIELD.search(first) or bool(_SOURCE_FIELD.search(first))
+    # The first line may be anything, a licence for example; the first one that has a field of either kind decides.
+    found = _FIELD.search(text)
+    if found is None:
+        return True
+    line = text[text.rfind("\n", 0, found.start()) + 1 :].partition("\n")[0]
+    return set(_FIELD.findall(line)) != {"text"}
 
 
 def _pairs(name: str, text: str, findings: Findings) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from genai_fast.data.text.cleaning import PARAGRAPH, clean, html_charset, html_text
+from genai_fast.data.text import html_page
+from genai_fast.data.text.cleaning import PARAGRAPH, UnreadableError, clean
 from genai_fast.data.text.corpus import Corpus, plain
 from genai_fast.data.text.files import Findings, open_source, records
 
@@ -41,16 +42,18 @@ def load(source: str | Path, *, strict: bool = False) -> Corpus:
     for name, text in findings.texts(_charset):
         if name.lower().endswith(_JSON):
             documents += (document for (document,) in records(name, text, ("text",), findings))
-        elif document := clean(html_text(text) if name.lower().endswith(_HTML) else text):
+            continue
+        with findings.reading(name):
+            document = clean(html_page.text_of(text) if name.lower().endswith(_HTML) else text)
+            if not document:
+                raise UnreadableError("expected text, got nothing")
             documents.append(document)
-        else:
-            findings.leave_out(name, "expected text, got nothing")
     findings.close(len(documents), "text")
-    return Corpus(findings.files.path.name, documents, tuple(findings.left_out), findings.replaced)
+    return Corpus(findings.files.path.name, documents, findings.skipped, findings.replaced)
 
 
 def _charset(name: str, raw: bytes) -> str:
-    return html_charset(raw) if name.lower().endswith(_HTML) else ""
+    return html_page.charset(raw) if name.lower().endswith(_HTML) else ""
 
 
 def _pydoc() -> Corpus:

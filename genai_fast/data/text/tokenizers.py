@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from genai_fast.data.images import DataError
+from genai_fast.data.errors import DataError, brief, listed
+from genai_fast.data.reading import parsing, read_bytes
+from genai_fast.data.text import gpt2_tokenizer
 from genai_fast.data.text.cleaning import scalars
 from genai_fast.errors import require
 
 KINDS = ("byte", "char", "bpe")
-_FORM = "genai_fast tokenizer"
+_FORM, _FILE = "genai_fast tokenizer", "tokenizer.json"
 _VERSION = 1
 _UNKNOWN = "\ufffd"
 _CODE_POINTS = 0x110000
@@ -317,32 +319,50 @@ def _train(documents: Sequence[str], size: int) -> BPETokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Read what Tokenizer.save wrote; nothing in the file is executed.
+    """Read what Tokenizer.save wrote, or GPT-2's tokenizer as Hugging Face saves it; nothing in a file is executed.
+
+    Args:
+        path: a tokenizer's JSON file, or a folder with tokenizer.json, or vocab.json and merges.txt.
 
     Raises:
-        DataError: it is missing or is no tokenizer's file, or its parts do not fit together.
+        DataError: it is missing or is no tokenizer's file, its parts do not fit together, or it is one of Hugging
+            Face's that gives other ids than GPT-2's way would.
     """
-    try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: expected a tokenizer's file, got {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a tokenizer's JSON file, got {error}; remedy: {_ANEW}") from error
+    path = Path(path)
+    if path.is_dir():
+        names = (_FILE, gpt2_tokenizer.VOCABULARY)
+        found = next((path / name for name in names if (path / name).exists()), None)
+        if found is None:
+            raise DataError(f"{path}: expected {' or '.join(names)} in this folder, got neither")
+        path = found
+    if path.name == gpt2_tokenizer.VOCABULARY:
+        return _bpe(gpt2_tokenizer.of_files(path.parent), path)
+    with parsing(path, "a tokenizer's file"):
+        raw = read_bytes(path)
+    with parsing(path, "a tokenizer's JSON file", _ANEW):
+        contents = json.loads(raw)
+    if isinstance(contents, dict) and isinstance(contents.get("model"), dict) and "vocab" in contents["model"]:
+        return _bpe(gpt2_tokenizer.of_model(contents, path), path)
     if not isinstance(contents, dict) or contents.get("form") != _FORM or contents.get("kind") not in KINDS:
         raise DataError(
             f'{path}: expected a JSON object of form "{_FORM}" and kind {", ".join(KINDS)}; got {_brief(contents)};'
             f" remedy: the file that Tokenizer.save wrote"
         )
     if contents.get("version") != _VERSION:
-        raise DataError(
-            f"{path}: expected version {_VERSION}, got {contents.get('version')!r}; remedy: another genai-fast"
-        )
-    if problem := _CHECKS[contents["kind"]](contents):
-        raise DataError(f"{path}: {problem}; remedy: {_ANEW}")
+        got = brief(contents.get("version"))
+        raise DataError(f"{path}: expected version {_VERSION}, got {got}; remedy: another genai-fast")
     if contents["kind"] == "byte":
         return ByteTokenizer()
-    if contents["kind"] == "char":
-        return CharTokenizer(contents["characters"])
+    if contents["kind"] == "bpe":
+        return _bpe(contents, path)
+    if problem := _check_char(contents):
+        raise DataError(f"{path}: {problem}; remedy: {_ANEW}")
+    return CharTokenizer(contents["characters"])
+
+
+def _bpe(contents: dict[str, Any], path: Path) -> BPETokenizer:
+    if problem := _check_bpe(contents):
+        raise DataError(f"{path}: {problem}; remedy: {_ANEW}")
     return BPETokenizer(contents["tokens"], contents["merges"])
 
 
@@ -350,7 +370,7 @@ _ANEW = "save it again"
 
 
 def _brief(contents: Any) -> str:
-    return f"fields {', '.join(contents) or 'none'}" if isinstance(contents, dict) else type(contents).__name__
+    return f"fields {listed(contents)}" if isinstance(contents, dict) else type(contents).__name__
 
 
 def _check_char(contents: dict[str, Any]) -> str:
@@ -377,12 +397,9 @@ def _check_bpe(contents: dict[str, Any]) -> str:
         return "expected merges as a list of pairs of strings, got others"
     for a, b in merges:
         if not known.issuperset((a, b, a + b)):
-            return f"expected merges of tokens to a token, got {a!r} and {b!r}"
+            return f"expected merges of tokens to a token, got {brief(a)} and {brief(b)}"
     return ""
 
 
 def _is_pair(merge: Any) -> bool:
     return isinstance(merge, list) and len(merge) == 2 and all(isinstance(side, str) for side in merge)
-
-
-_CHECKS = {"byte": lambda contents: "", "char": _check_char, "bpe": _check_bpe}

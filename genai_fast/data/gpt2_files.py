@@ -1,0 +1,149 @@
+"""GPT-2 checkpoints on disk: tensors, and what the files beside them say of the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genai_fast.data.archive import Archive
+from genai_fast.data.errors import DataError, brief
+from genai_fast.data.pickles import DataUnpickler
+from genai_fast.data.reading import is_folder, open_regular, parsing, read_bytes
+from genai_fast.errors import require
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONFIG = "config.json"
+_LAYER = re.compile(r"(?:^|\.)h\.(\d+)\.")
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
+# config.json's settings that change what the network computes -> what models.GPT computes. Absent ones have this value
+# in Hugging Face's GPT2Config, too.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": _TANH,
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+
+
+def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[str, torch.Tensor], int | None]:
+    """(tensors by name on the CPU, attention heads) of a checkpoint; nothing in it is executed.
+
+    Args:
+        path: .safetensors, a torch file of tensors, or a folder with one of the two. Next to model.safetensors or
+            pytorch_model.bin a config.json (Hugging Face's) counts, and in a torch file "model_args" (nanoGPT's).
+        heads: what the caller wants, or None.
+
+    Returns:
+        Heads are None if neither the files nor the caller say how many.
+
+    Raises:
+        DataError: it is missing or broken, holds no tensors, or its settings are of another network than models.GPT
+            or have other heads than the caller wants.
+    """
+    path = Path(path)
+    if is_folder(path, "a GPT-2 checkpoint"):
+        found = next((path / name for name in _FILES if (path / name).exists()), None)
+        if found is None:
+            raise DataError(f"{path}: expected {' or '.join(_FILES)} in this folder, got neither")
+        path = found
+    settings: Mapping[str, Any] = {}
+    said_in = path
+    if path.name in _FILES and (path.parent / _CONFIG).exists():
+        said_in = path.parent / _CONFIG
+        settings = _config(said_in)
+    if path.suffix == ".safetensors":
+        tensors: Any = _safetensors(path)
+    else:
+        tensors = _torch_file(path)
+        if not settings and isinstance(tensors, Mapping) and isinstance(tensors.get("model_args"), Mapping):
+            settings = tensors["model_args"]
+        for key in ("model", "state_dict"):  # trainers put the optimizer's state next to it
+            if isinstance(tensors, Mapping) and isinstance(tensors.get(key), Mapping):
+                tensors = tensors[key]
+    if not isinstance(tensors, Mapping):
+        raise DataError(f"{path}: expected a state dict, got {brief(tensors)}; remedy: save model.state_dict()")
+    return dict(tensors), _heads(said_in, settings, tensors, heads)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with parsing(path, "Hugging Face's settings of a GPT-2 in JSON"):
+        settings = json.loads(read_bytes(path))
+        if not isinstance(settings, dict):
+            raise ValueError(type(settings).__name__)
+    for key, served in _COMPUTED.items():
+        value = settings.get(key, served[0])
+        if not isinstance(value, str | int | float | None) or value not in served:
+            raise DataError(
+                f"{path}: {key}: expected {' or '.join(map(str, served))}, got {brief(value)}; remedy: models.GPT"
+                f" computes that alone, so use such a checkpoint"
+            )
+    return settings
+
+
+def _heads(path: Path, settings: Mapping[str, Any], tensors: Mapping[Any, Any], wanted: int | None) -> int | None:
+    layers = len({found[1] for found in map(_LAYER.search, map(str, tensors)) if found})
+    for key, expected in (("n_layer", layers), ("n_head", wanted)):
+        said = settings.get(key)
+        if said is not None and (type(said) is not int or said < 1 or said != (expected or said)):
+            remedy = "leave heads out" if key == "n_head" else "the settings that belong to the tensors"
+            raise DataError(f"{path}: {key}: expected {expected or 'at least 1'}, got {brief(said)}; remedy: {remedy}")
+    return wanted or settings.get("n_head")
+
+
+def _safetensors(path: Path) -> dict[str, torch.Tensor]:
+    with parsing(path, "safetensors", "another copy of the file"):
+        with open_regular(path):  # else it would wait for a pipe
+            pass
+        package = require("safetensors.torch", "train")
+        try:
+            return package.load_file(path)
+        except Exception as error:
+            raise ValueError(f"a file that cannot be read: {error}") from error
+
+
+class _Sizes(DataUnpickler):
+    """Reads a torch file's pickle with nothing for each object: what takes for ever here does so in torch.load."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Anything()
+
+
+class _Anything(dict):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    extend = append = add = __setstate__
+
+
+def _torch_file(path: Path) -> Any:
+    expected = ".safetensors, or a torch file that holds tensors and plain values alone"
+    with parsing(path, expected, "save model.state_dict()"):
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):
+                archive = Archive(path, lambda name: True)
+                for name in archive.names:
+                    if name.endswith("data.pkl"):
+                        _Sizes(archive.read(name)).load()
+                archive.close()
+            else:  # of torch before 1.6: magic number, version, system and object, then the numbers
+                file.seek(0)
+                for _ in range(4):
+                    _Sizes(file).load()
+        return torch.load(path, map_location="cpu", weights_only=True)
