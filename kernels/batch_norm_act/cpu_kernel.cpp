@@ -25,41 +25,40 @@ void over_rows(const float* x, int64_t stride, const Piece& p, F f) {
   }
 }
 
-// Deviations around a mean that is off by the rounding of its sum add up to `rest`: moves them to the right mean.
-inline void correct(float rest, float count, float* mean, float* squares) {
-  const float share = rest / count, square = *squares - rest * share;
-  if (!(share - share == 0.0f)) return;  // of infinities
-  *mean += share;
-  *squares = square > 0.0f ? square : 0.0f;
+// The mean is off by the rounding of its sum, so that deviations from it add up to `rest`: this becomes what the mean
+// lacks, and the squares those around both together.
+inline void correct(float count, float* rest, float* squares) {
+  const float share = *rest / count, square = *squares - *rest * share;
+  const bool finite = share - share == 0.0f;
+  *rest = finite ? share : 0.0f;
+  *squares = !finite || square > 0.0f ? square : 0.0f;
 }
 
-// Mean and sum of squared deviations of each channel of one tile, which the caches hold for the second look.
-void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean,
+// Mean, in two numbers, and sum of squared deviations of each channel of one tile, which the caches hold for the second
+// look.
+void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean, float* rest,
                   float* squares) {
   if (last) {
-    alignas(64) float rest[kTileColumns];
     for (int64_t c = 0; c < p.columns; ++c) mean[c] = squares[c] = rest[c] = 0.0f;
     over_rows(x, stride, p, [=](int64_t c, auto... v) { mean[c] += sum_of(v...); });
     const float scale = 1.0f / float(p.rows);
     for (int64_t c = 0; c < p.columns; ++c) mean[c] *= scale;
-    float* const rests = rest;
     over_rows(x, stride, p, [=](int64_t c, auto... v) {
       const float m = mean[c];
-      rests[c] += sum_of((v - m)...);
+      rest[c] += sum_of((v - m)...);
       squares[c] += sum_of((v - m) * (v - m)...);
     });
-    for (int64_t c = 0; c < p.columns; ++c) correct(rest[c], float(p.rows), mean + c, squares + c);
+    for (int64_t c = 0; c < p.columns; ++c) correct(float(p.rows), rest + c, squares + c);
     return;
   }
   for (int64_t r = 0; r < p.rows; ++r, x += stride) {
     float sum, unused;
     sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += x[i]; }, &sum, &unused);
     const float m = sum / float(p.columns);
-    float rest, square;
-    sum_pairs(p.columns, [=](int64_t i, float& s, float& q) { s += x[i] - m, q += (x[i] - m) * (x[i] - m); }, &rest,
-              &square);
-    mean[r * per] = m, squares[r * per] = square;
-    correct(rest, float(p.columns), mean + r * per, squares + r * per);
+    mean[r * per] = m;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float& q) { s += x[i] - m, q += (x[i] - m) * (x[i] - m); },
+              rest + r * per, squares + r * per);
+    correct(float(p.columns), rest + r * per, squares + r * per);
   }
 }
 
@@ -75,8 +74,9 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
   const Tiles tiles(shape);
   const Rows rows{x, tiles.shape.columns(), dtype};
   const bool parallel = shape.elements() >= kParallel;
-  const Memory<float> means(2 * tiles.partials());
-  float* const deviations = means + tiles.partials();
+  const Memory<float> means(3 * tiles.partials());
+  float *const rests = means + tiles.partials(), *const deviations = rests + tiles.partials();
+  const auto mean_of = [&](int64_t at) { return double(means[at]) + double(rests[at]); };
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
   for (int64_t k = 0; k < tiles.count(); ++k) {
     alignas(64) float buffer[kTile];
@@ -84,16 +84,16 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
     const int64_t at = tiles.partial(p);
     int64_t stride;
     const float* const v = rows.view(p, buffer, &stride);
-    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, deviations + at);
+    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, rests + at, deviations + at);
   }
   const double total = double(outer * inner);
   for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
     double m[kLanes] = {}, s[kLanes] = {};
     for (int64_t g = 0; g < tiles.groups; ++g) {
       for (int64_t k = 0; k < tiles.per; ++k) {
-        const float* tile = means + (g * channels + first) * tiles.per + k;
+        const int64_t at = (g * channels + first) * tiles.per + k;
         const double n = tiles.elements(g, k);
-        for (int64_t c = 0; c < count; ++c) m[c] += n * double(tile[c * tiles.per]);
+        for (int64_t c = 0; c < count; ++c) m[c] += n * mean_of(at + c * tiles.per);
       }
     }
     for (int64_t c = 0; c < count; ++c) m[c] /= total;
@@ -102,7 +102,7 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
         const int64_t at = (g * channels + first) * tiles.per + k;
         const double n = tiles.elements(g, k);
         for (int64_t c = 0; c < count; ++c) {
-          const double d = double(means[at + c * tiles.per]) - m[c];
+          const double d = mean_of(at + c * tiles.per) - m[c];
           s[c] += double(deviations[at + c * tiles.per]) + n * d * d;
         }
       }
@@ -212,9 +212,10 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
       for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const float negative = slope;  // Clang does not find it in two lambdas
         const auto add = [=](int64_t i, float& sum, float& product) {
           const float d = v[i] - m[i];
-          const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), slope);
+          const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), negative);
           sum += dz;
           product += dz * d;
         };

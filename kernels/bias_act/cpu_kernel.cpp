@@ -75,8 +75,9 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
             const float* const v = s_rows.read(row, s_buffer);
             float* const w = out.begin(row, to);
             const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(row.row)));
+            const float negative = slope;  // Clang does not find it in two lambdas
             const auto dx = [&](int64_t i) {
-              return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], slope);
+              return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], negative);
             };
             if constexpr (kLast) {
 #pragma omp simd

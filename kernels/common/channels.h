@@ -29,7 +29,6 @@ struct Param<false> {
 };
 
 constexpr int64_t kTile = 8192;  // elements: 32 KiB, for the caches to hold; no row of a tile is longer
-constexpr int64_t kTileColumns = 1024;  // and none of channels side by side longer than this
 
 // How sums are cut: whole rows, or parts of long ones. Partial sums stand as [groups, channels, per].
 struct Tiles {
@@ -40,7 +39,7 @@ struct Tiles {
   // 1024: stores and the next row's loads then lie apart, although their addresses may agree in the lower 12 bits.
   explicit Tiles(const Channels& s, int64_t elements = kTile, int64_t part = 128) : shape(s), channels(s.channels) {
     if (!s.last() && s.inner < 128 && s.outer >= 16) shape = {s.outer, s.channels * s.inner, 1};
-    const int64_t columns = shape.columns(), most = shape.last() ? (columns > kTileColumns ? part : kTileColumns) : kTile;
+    const int64_t columns = shape.columns(), most = shape.last() ? (columns > 1024 ? part : 1024) : kTile;
     width = columns < most ? columns : most;
     across = width ? (columns + width - 1) / width : 0;
     rows_each = across > 1 && !shape.last() ? 1 : width ? elements / width : 1;
