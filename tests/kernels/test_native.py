@@ -282,8 +282,8 @@ def test_memory_that_cannot_be_had_raises():
 
 def test_odd_calls_are_refused_or_served():
     """In a process of its own: what is wrong there ends it."""
-    command = [sys.executable, str(ROOT / "tests" / "native_fuzz.py"), "--count", "1500"]
+    command = [sys.executable, str(ROOT / "tests" / "native_fuzz.py"), "--count", "500"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = "\n".join(done.stdout.splitlines()[-3:])
     assert done.returncode == 0, f"{done.returncode}: {last}\n{done.stderr[-3000:]}"
-    assert "150 odd shapes, 1500 changed calls" in last
+    assert "50 odd shapes, 500 changed calls" in last
