@@ -18,8 +18,12 @@ LIBRARY = torch.library.Library("genai_fast", "DEF")
 
 def _register(op: LibraryOp) -> None:
     name = op.name
+    expected = [x.name if x.type.kind() == "TensorType" else "" for x in torch._C.parse_schema(op.schema).arguments]
 
     def route(*arguments):
+        for argument, x in zip(expected, arguments, strict=True):
+            if x is None and argument:  # which PyTorch takes for a tensor, and a kernel for an optional one
+                raise ValueError(f"{name}: {argument}: expected a tensor, got None")
         device, dtype, _ = survey(arguments)
         return select(name, arguments[-1], device, dtype)(*arguments[:-1])
 

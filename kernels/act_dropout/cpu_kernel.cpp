@@ -25,7 +25,7 @@ void act_dropout(const void* x, int dtype, void* y, int64_t count, const int64_t
       float* w = out.begin(p, to);
       if (seed) {
         alignas(64) uint32_t room[stream_room(kPiece)];
-        const uint32_t* word = stream(room, uint64_t(offset + p.column), p.columns, *seed);
+        const uint32_t* word = stream(room, uint64_t(offset) + uint64_t(p.column), p.columns, *seed);
 #pragma omp simd
         for (int64_t i = 0; i < p.columns; ++i) {
           const float kept = scale * activate<A>(v[i], slope);
@@ -64,7 +64,7 @@ void act_dropout_backward(const void* grad_y, const void* saved, int dtype, void
           for (int64_t i = 0; i < p.columns; ++i) w[i] = v[i] > 0.0f ? scale * g[i] : 0.0f;
         } else if (seed) {
           alignas(64) uint32_t room[stream_room(kPiece)];
-          const uint32_t* word = stream(room, uint64_t(offset + p.column), p.columns, *seed);
+          const uint32_t* word = stream(room, uint64_t(offset) + uint64_t(p.column), p.columns, *seed);
 #pragma omp simd
           for (int64_t i = 0; i < p.columns; ++i) {
             const float kept = scale * g[i] * derivative_from<A, kOutput>(kOutput ? share * v[i] : v[i], slope);

@@ -9,7 +9,7 @@ from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.channels import like_layout
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.philox import scale, threshold
-from genai_fast.kernels.common.rows import DTYPE_CODE, require_alike, require_seed
+from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike, require_seed
 
 
 def _draw(x, seed, p):
@@ -17,12 +17,12 @@ def _draw(x, seed, p):
     if seed is not None:
         require_seed(seed, x)
     limit = threshold(p)
-    return (seed.data_ptr(), limit - 1) if seed is not None and limit else (0, 0)
+    return (address(seed), limit - 1) if seed is not None and limit else (0, 0)
 
 
 def act_dropout(x, seed, p, offset, activation, slope):
     x = dense(x)
-    address, bound = _draw(x, seed, p)
+    drawn, bound = _draw(x, seed, p)
     y = torch.empty_like(x)
     cpp.act_dropout(
         x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), x.numel(), address, offset, bound, scale(p),
@@ -35,7 +35,7 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
     require_alike(saved, grad_y)
     saved = dense(saved)
     grad_y = like_layout(grad_y, saved)
-    address, bound = _draw(saved, seed, p)
+    drawn, bound = _draw(saved, seed, p)
     grad_x = torch.empty_like(saved)
     cpp.act_dropout_backward(
         grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(), saved.numel(), address,

@@ -39,7 +39,7 @@ void adam_step(const Row* rows, int64_t tensors, double lr, double beta1, double
   }
 #pragma omp parallel num_threads(threads) if (total >= 32768)
   {
-    const FlushDenormals flush;
+    [[maybe_unused]] const FlushDenormals flush;
     // Each thread takes an equal span of the elements of all tensors laid end to end.
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t first = total * me / team, last = total * (me + 1) / team;

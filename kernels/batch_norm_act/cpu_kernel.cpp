@@ -4,44 +4,61 @@
 #include "activations.h"
 #include "channels.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace {
 
-// Adds f(x[r][c]) over the rows to each column's sum, four rows at a time: the sums are read and written less often.
+inline float sum_of(float a) { return a; }
+inline float sum_of(float a, float b, float c, float d) { return (a + b) + (c + d); }
+
+// f(c, x[r][c] ..) over the rows, four at a time: what it adds to each column is read and written less often.
 template <class F>
-void add_rows(const float* x, int64_t stride, const Piece& p, float* sums, F f) {
+void over_rows(const float* x, int64_t stride, const Piece& p, F f) {
   int64_t r = 0;
   for (; r + 4 <= p.rows; r += 4, x += 4 * stride) {
 #pragma omp simd
-    for (int64_t c = 0; c < p.columns; ++c) {
-      sums[c] += (f(x[c], c) + f(x[c + stride], c)) + (f(x[c + 2 * stride], c) + f(x[c + 3 * stride], c));
-    }
+    for (int64_t c = 0; c < p.columns; ++c) f(c, x[c], x[c + stride], x[c + 2 * stride], x[c + 3 * stride]);
   }
   for (; r < p.rows; ++r, x += stride) {
 #pragma omp simd
-    for (int64_t c = 0; c < p.columns; ++c) sums[c] += f(x[c], c);
+    for (int64_t c = 0; c < p.columns; ++c) f(c, x[c]);
   }
 }
 
-// Mean and sum of squared deviations of each channel of one tile, which the caches hold for the second look.
-void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean,
+// The mean is off by the rounding of its sum, so that deviations from it add up to `rest`: this becomes what the mean
+// lacks, and the squares those around both together.
+inline void correct(float count, float* rest, float* squares) {
+  const float share = *rest / count, square = *squares - *rest * share;
+  const bool finite = share - share == 0.0f;
+  *rest = finite ? share : 0.0f;
+  *squares = !finite || square > 0.0f ? square : 0.0f;
+}
+
+// Mean, in two numbers, and sum of squared deviations of each channel of one tile, which the caches hold for the second
+// look.
+void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean, float* rest,
                   float* squares) {
   if (last) {
-    for (int64_t c = 0; c < p.columns; ++c) mean[c] = squares[c] = 0.0f;
-    add_rows(x, stride, p, mean, [](float v, int64_t) { return v; });
+    for (int64_t c = 0; c < p.columns; ++c) mean[c] = squares[c] = rest[c] = 0.0f;
+    over_rows(x, stride, p, [=](int64_t c, auto... v) { mean[c] += sum_of(v...); });
     const float scale = 1.0f / float(p.rows);
     for (int64_t c = 0; c < p.columns; ++c) mean[c] *= scale;
-    add_rows(x, stride, p, squares, [=](float v, int64_t c) { return (v - mean[c]) * (v - mean[c]); });
+    over_rows(x, stride, p, [=](int64_t c, auto... v) {
+      const float m = mean[c];
+      rest[c] += sum_of((v - m)...);
+      squares[c] += sum_of((v - m) * (v - m)...);
+    });
+    for (int64_t c = 0; c < p.columns; ++c) correct(float(p.rows), rest + c, squares + c);
     return;
   }
   for (int64_t r = 0; r < p.rows; ++r, x += stride) {
     float sum, unused;
     sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += x[i]; }, &sum, &unused);
     const float m = sum / float(p.columns);
-    float square;
-    sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += (x[i] - m) * (x[i] - m); }, &square, &unused);
     mean[r * per] = m;
-    squares[r * per] = square;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float& q) { s += x[i] - m, q += (x[i] - m) * (x[i] - m); },
+              rest + r * per, squares + r * per);
+    correct(float(p.columns), rest + r * per, squares + r * per);
   }
 }
 
@@ -50,12 +67,16 @@ void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int
 void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner, float* mean,
                            float* squares, float* rstd, float* running_mean, float* running_var, double momentum,
                            double eps, int threads) {
+  if (!running_mean != !running_var) {
+    genai_fast_raise(Raised::kValueError, "running_mean and running_var: expected both or neither, got one");
+  }
   const Channels shape{outer, channels, inner};
   const Tiles tiles(shape);
   const Rows rows{x, tiles.shape.columns(), dtype};
   const bool parallel = shape.elements() >= kParallel;
-  float* const means = static_cast<float*>(std::malloc(size_t(2 * tiles.partials() + 1) * sizeof(float)));
-  float* const deviations = means + tiles.partials();
+  const Memory<float> means(3 * tiles.partials());
+  float *const rests = means + tiles.partials(), *const deviations = rests + tiles.partials();
+  const auto mean_of = [&](int64_t at) { return double(means[at]) + double(rests[at]); };
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
   for (int64_t k = 0; k < tiles.count(); ++k) {
     alignas(64) float buffer[kTile];
@@ -63,16 +84,16 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
     const int64_t at = tiles.partial(p);
     int64_t stride;
     const float* const v = rows.view(p, buffer, &stride);
-    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, deviations + at);
+    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, rests + at, deviations + at);
   }
   const double total = double(outer * inner);
   for_channels(channels, parallel, threads, [&](int64_t first, int64_t count) {
     double m[kLanes] = {}, s[kLanes] = {};
     for (int64_t g = 0; g < tiles.groups; ++g) {
       for (int64_t k = 0; k < tiles.per; ++k) {
-        const float* tile = means + (g * channels + first) * tiles.per + k;
+        const int64_t at = (g * channels + first) * tiles.per + k;
         const double n = tiles.elements(g, k);
-        for (int64_t c = 0; c < count; ++c) m[c] += n * double(tile[c * tiles.per]);
+        for (int64_t c = 0; c < count; ++c) m[c] += n * mean_of(at + c * tiles.per);
       }
     }
     for (int64_t c = 0; c < count; ++c) m[c] /= total;
@@ -81,7 +102,7 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
         const int64_t at = (g * channels + first) * tiles.per + k;
         const double n = tiles.elements(g, k);
         for (int64_t c = 0; c < count; ++c) {
-          const double d = double(means[at + c * tiles.per]) - m[c];
+          const double d = mean_of(at + c * tiles.per) - m[c];
           s[c] += double(deviations[at + c * tiles.per]) + n * d * d;
         }
       }
@@ -97,19 +118,19 @@ void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t chan
       }
     }
   });
-  std::free(means);
 }
 
 // What elementwise passes need of each channel: z = (x - mean) scale + shift, and in dx = scale dz + linear (x - mean)
 // + constant the last two.
 struct Coefficients {
-  float *mean, *scale, *shift, *linear, *constant;
+  const Memory<float> mean;
+  float *scale, *shift, *linear, *constant;
 
   // Each channel's stand `repeat` times in a row, for columns of which `repeat` belong to a channel.
   Coefficients(int64_t channels, int64_t repeat, const float* weight, const float* bias, const float* mean_,
-               const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count) {
+               const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count)
+      : mean(5 * channels * repeat) {
     const int64_t columns = channels * repeat;
-    mean = static_cast<float*>(std::malloc(size_t(5 * columns + 1) * sizeof(float)));
     scale = mean + columns, shift = scale + columns, linear = shift + columns, constant = linear + columns;
     const float share = 1.0f / float(count);
     for (int64_t c = 0; c < channels; ++c) {
@@ -123,8 +144,6 @@ struct Coefficients {
       }
     }
   }
-  Coefficients(const Coefficients&) = delete;
-  ~Coefficients() { std::free(mean); }
 };
 
 // f(Constant<activation>, Constant<channels lie last>).
@@ -174,7 +193,7 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
   const Coefficients of(channels, by_column ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const float slope = float(negative_slope);
   const bool parallel = shape.elements() >= kParallel;
-  float* const sums = static_cast<float*>(std::malloc(size_t(2 * tiles.partials() + 1) * sizeof(float)));
+  const Memory<float> sums(2 * tiles.partials());
   float* const products = sums + tiles.partials();
   specialised(activation, by_column, [&](auto a, auto last) {
     constexpr bool kLast = decltype(last)::value;
@@ -193,9 +212,10 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
       for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const float negative = slope;  // Clang does not find it in two lambdas
         const auto add = [=](int64_t i, float& sum, float& product) {
           const float d = v[i] - m[i];
-          const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), slope);
+          const float dz = g[i] * derivative<decltype(a)::value>(multiply_add(d, scale[i], shift[i]), negative);
           sum += dz;
           product += dz * d;
         };
@@ -211,7 +231,6 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
   sum_tiles(tiles, sums, parallel, threads, [&](int64_t c, double total) { sum_dz[c] = float(total); });
   sum_tiles(tiles, products, parallel, threads,
             [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });
-  std::free(sums);
 }
 
 // dx = scale (dz - sum_dz / count - x-hat sum_dz_x_hat / count); null sums: the statistics do not depend on x.

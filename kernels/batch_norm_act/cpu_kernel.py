@@ -17,8 +17,7 @@ def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
 def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     x = dense_channels(x)
     running = require_channels(x, running_mean, running_var, dtype=None)
-    if running_mean is not None and running_mean.dtype is not torch.float32:  # a model in bfloat16: by a detour
-        running = tuple(r.to(torch.float32) for r in running)
+    running = tuple(r if r is None else r.to(torch.float32) for r in running)  # a model in bfloat16: by a detour
     results = _vectors(x, 3)
     cpp.batch_norm_statistics(
         x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),

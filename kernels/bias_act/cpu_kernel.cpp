@@ -4,6 +4,7 @@
 #include "activations.h"
 #include "channels.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace {
 
@@ -51,11 +52,11 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
   const DenseOut out{grad_x, columns, dtype};
   const float slope = float(negative_slope);
   const bool parallel = shape.elements() >= kParallel;
-  float* const shift = static_cast<float*>(std::malloc(size_t(channels * repeat + 1) * sizeof(float)));
+  const Memory<float> shift(channels * repeat);
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) shift[i] = bias ? bias[c] : 0.0f;
   }
-  float* const sums = static_cast<float*>(std::malloc(size_t(tiles.partials() + 1) * sizeof(float)));
+  const Memory<float> sums(tiles.partials());
   with_activation(activation, [&](auto a) {
     with_flag(by_column, [&](auto last) {
       with_flag(from_output, [&](auto output) {
@@ -74,8 +75,9 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
             const float* const v = s_rows.read(row, s_buffer);
             float* const w = out.begin(row, to);
             const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(row.row)));
+            const float negative = slope;  // Clang does not find it in two lambdas
             const auto dx = [&](int64_t i) {
-              return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], slope);
+              return g[i] * derivative_from<decltype(a)::value, kOutput>(kOutput ? v[i] : v[i] + b[i], negative);
             };
             if constexpr (kLast) {
 #pragma omp simd
@@ -103,8 +105,6 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
   if (grad_bias) {
     sum_tiles(tiles, sums, parallel, threads, [&](int64_t c, double total) { grad_bias[c] = float(total); });
   }
-  std::free(shift);
-  std::free(sums);
 }
 
 }  // namespace

@@ -133,20 +133,27 @@ struct Job {
   int64_t sequence, head, query;
 };
 
-// All tiles of queries of all sequences and heads; to be freed.
-Job* tiles_of(const Sequences& all, int64_t sequences, int64_t heads, int64_t* count) {
-  *count = 0;
-  for (int64_t n = 0; n < sequences; ++n) *count += heads * ((all[n].queries + kTile - 1) / kTile);
-  Job* const jobs = static_cast<Job*>(std::malloc(size_t(*count + 1) * sizeof(Job)));
-  Job* next = jobs;
-  for (int64_t n = 0; n < sequences; ++n) {
-    const int64_t tiles = (all[n].queries + kTile - 1) / kTile;
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t tile = tiles; tile-- > 0;) *next++ = {n, head, tile * kTile};
+// All tiles of queries of all sequences and heads.
+struct Jobs {
+  const int64_t count;
+  const Memory<Job> jobs;
+
+  static int64_t tiles(const Sequence& s) { return (s.queries + kTile - 1) / kTile; }
+  static int64_t count_of(const Sequences& all, int64_t sequences, int64_t heads) {
+    int64_t found = 0;
+    for (int64_t n = 0; n < sequences; ++n) found += heads * tiles(all[n]);
+    return found;
+  }
+  Jobs(const Sequences& all, int64_t sequences, int64_t heads)
+      : count(count_of(all, sequences, heads)), jobs(count) {
+    Job* next = jobs;
+    for (int64_t n = 0; n < sequences; ++n) {
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t tile = tiles(all[n]); tile-- > 0;) *next++ = {n, head, tile * kTile};
+      }
     }
   }
-  return jobs;
-}
+};
 
 struct Backward {
   Settings s;
@@ -262,10 +269,31 @@ struct Backward {
 Settings settings(int64_t heads, int64_t key_heads, int64_t queries, int64_t keys, int64_t channels, int dtype,
                   double scale, double cap, int64_t window, bool causal, const int64_t* seed, int64_t offset,
                   int64_t bound, double grown) {
-  constexpr int64_t kFar = int64_t(1) << 40;
-  const int64_t most = window ? window : kFar, least = causal ? 0 : 1 - most;
+  constexpr int64_t kFar = int64_t(1) << 40;  // beyond any key, and sums of positions do not overflow
+  if (key_heads < 1 || heads % key_heads) {
+    genai_fast_raise(Raised::kValueError, "k: expected a number of heads that divides the %lld of q, got %lld",
+                     (long long)heads, (long long)key_heads);
+  }
+  if (window < 0) {
+    genai_fast_raise(Raised::kValueError, "window: expected at least 0 (none), got %lld", (long long)window);
+  }
+  const int64_t most = window && window < kFar ? window : kFar, least = causal ? 0 : 1 - most;
   return {heads, key_heads, queries, keys, channels, float(scale), float(cap), least, most, seed, offset,
           uint32_t(bound), float(grown), dtype};
+}
+
+// Raises unless packed sequences begin at 0, in order, and end with the last of `rows`: all else is read by these.
+void require_starts(const char* name, const int* starts, int64_t sequences, int64_t rows) {
+  if (!starts) return;
+  const auto refuse = [=](const char* expected, int64_t n) {
+    genai_fast_raise(Raised::kValueError, "%s: expected %s for %lld packed rows, got %d at %lld", name, expected,
+                     (long long)rows, starts[n], (long long)n);
+  };
+  if (starts[0] != 0) refuse("0 first", 0);
+  for (int64_t n = 0; n < sequences; ++n) {
+    if (starts[n + 1] < starts[n]) refuse("numbers that do not fall", n + 1);
+  }
+  if (starts[sequences] != rows) refuse("the number of rows last", sequences);
 }
 
 // Whether the scores are worth a second thread, whose start costs some microseconds.
@@ -279,28 +307,27 @@ bool worth(const Settings& s, const Sequences& all, int64_t sequences) {
 }
 
 void attend(const Forward& forward, const Sequences& all, int64_t sequences, int threads) {
-  int64_t count;
-  Job* const jobs = tiles_of(all, sequences, forward.s.heads, &count);
-  const bool few = all.queries <= kWidth, parallel = count > 1 && worth(forward.s, all, sequences);
+  const Jobs work(all, sequences, forward.s.heads);
+  const bool few = all.queries <= kWidth, parallel = work.count > 1 && worth(forward.s, all, sequences);
+  const Scratch scratch(forward.room(), parallel, threads);
   with_flag(forward.s.cap != 0.0f, [&](auto capped) {
     constexpr bool kCapped = decltype(capped)::value;
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      Scratch scratch(forward.room());
+      float* const memory = scratch.mine();
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t n = 0; n < count; ++n) {
-        const Job& job = jobs[n];
+      for (int64_t n = 0; n < work.count; ++n) {
+        const Job& job = work.jobs[n];
         if (all.lengths && all.queries == 1) {
-          forward.template one<kCapped>(all[job.sequence], job.head, scratch.data);
+          forward.template one<kCapped>(all[job.sequence], job.head, memory);
         } else if (few) {
-          forward.template run<kCapped, kWidth>(all[job.sequence], job.head, job.query, scratch.data);
+          forward.template run<kCapped, kWidth>(all[job.sequence], job.head, job.query, memory);
         } else {
-          forward.template run<kCapped, kTile>(all[job.sequence], job.head, job.query, scratch.data);
+          forward.template run<kCapped, kTile>(all[job.sequence], job.head, job.query, memory);
         }
       }
     }
   });
-  std::free(jobs);
 }
 
 // Strides of tensors by address: three each, in the order of the tensors.
@@ -316,6 +343,8 @@ void causal_attention(const void* q, const void* k, const void* v, const void* o
                       int threads) {
   const Settings s = settings(heads, key_heads, queries, keys, channels, dtype, scale, cap, window, causal, seed,
                               offset, bound, grown);
+  require_starts("cu_seqlens_q", starts_q, sequences, queries);
+  require_starts("cu_seqlens_k", starts_k, sequences, keys);
   const Strides by{strides};
   const Forward forward{s, by.of(q, 0), by.of(k, 1), by.of(v, 2), by.of(out, 3), lse};
   attend(forward, {starts_q, starts_k, queries, keys, nullptr}, sequences, threads);
@@ -358,6 +387,8 @@ void causal_attention_backward(const void* q, const void* k, const void* v, cons
                                const int64_t* seed, int64_t offset, int64_t bound, double grown, int threads) {
   const Settings s = settings(heads, key_heads, queries, keys, channels, dtype, scale, cap, window, causal, seed,
                               offset, bound, grown);
+  require_starts("cu_seqlens_q", starts_q, sequences, queries);
+  require_starts("cu_seqlens_k", starts_k, sequences, keys);
   const Strides by{strides};
   const Backward backward{s, by.of(q, 0), by.of(k, 1), by.of(v, 2), by.of(out, 3), by.of(grad_out, 4),
                           by.of(grad_q, 5), by.of(grad_k, 6), by.of(grad_v, 7), lse, grad_lse};
@@ -365,13 +396,14 @@ void causal_attention_backward(const void* q, const void* k, const void* v, cons
   const bool parallel = sequences * key_heads > 1 && worth(s, all, sequences);
   int64_t longest = 0;
   for (int64_t n = 0; n < sequences; ++n) longest = all[n].keys > longest ? all[n].keys : longest;
+  const Scratch scratch(backward.room(longest), parallel, threads);
   with_flag(cap != 0.0, [&](auto capped) {
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      Scratch scratch(backward.room(longest));
+      float* const memory = scratch.mine();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t n = 0; n < sequences * key_heads; ++n) {
-        backward.template run<decltype(capped)::value>(all[n / key_heads], n % key_heads, scratch.data);
+        backward.template run<decltype(capped)::value>(all[n / key_heads], n % key_heads, memory);
       }
     }
   });

@@ -27,7 +27,7 @@ def _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, s
     _require_starts("cu_seqlens_q", starts_q, q.size(2))
     _require_starts("cu_seqlens_k", starts_k, k.size(2))
     limit = threshold(share) if seed is not None else 0  # a share that rounds to no word drops nothing
-    draw = (seed.data_ptr(), offset, limit - 1, grown(share)) if limit else (0, 0, 0, 1.0)
+    draw = (address(seed), offset, limit - 1, grown(share)) if limit else (0, 0, 0, 1.0)
     packed = (address(starts_q), address(starts_k))
     sequences = q.size(0) if starts_q is None else starts_q.numel() - 1
     sizes = (sequences, q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), DTYPE_CODE[q.dtype])
@@ -44,7 +44,7 @@ def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, w
     out = empty_alike(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
     arguments = _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, share, offset)
-    _call("causal_attention", (q, k, v, out), (lse.data_ptr(),), arguments)
+    _call("causal_attention", (q, k, v, out), (address(lse),), arguments)
     return out, lse
 
 
@@ -55,7 +55,7 @@ def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap)
     require_lengths(q, k_cache, lengths, k)
     out = empty_alike(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
-    lengths = lengths.to(torch.int32, copy=True)
+    lengths = lengths.clamp(-1, k_cache.size(2) + 1).to(torch.int32, copy=True)
     tensors = (q, k_cache, v_cache, out) if k is None else (q, k_cache, v_cache, out, k, v)
     strides = array("q", [s for x in tensors for s in x.stride()[:3]])
     cpp.decode_attention(
@@ -74,6 +74,6 @@ def causal_attention_backward(
     grad_out, out, lse, grad_lse = require_rows(q, grad_out, out, lse, grad_lse)
     gradients = tuple(empty_alike(x) for x in (q, k, v))
     arguments = _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, share, offset)
-    more = (lse.data_ptr(), address(grad_lse))
+    more = (address(lse), address(grad_lse))
     _call("causal_attention_backward", (q, k, v, out, grad_out, *gradients), more, arguments)
     return gradients

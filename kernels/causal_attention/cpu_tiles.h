@@ -3,6 +3,7 @@
 #pragma once
 #include "activations.h"
 #include "matmul.h"
+#include "memory.h"
 #include "philox.h"
 #include "rows.h"
 
@@ -118,23 +119,15 @@ template <int64_t Lanes>
 void draw(const Settings& s, const Sequence& q, int64_t head, int64_t query, int64_t queries, int64_t key, int64_t keys,
           uint32_t* words, float* kept) {
   const uint64_t pitch = uint64_t(s.keys + 3) / 4 * 4;
-  const int64_t row = (q.batch * s.heads + head) * s.queries + q.query + query + s.offset;
+  const uint64_t row = uint64_t((q.batch * s.heads + head) * s.queries + q.query + query) + uint64_t(s.offset);
   for (int64_t i = 0; i < queries; ++i) {
-    const uint32_t* const drawn = stream(words, uint64_t(row + i) * pitch + uint64_t(q.key + key), keys, *s.seed);
+    const uint32_t* const drawn = stream(words, (row + uint64_t(i)) * pitch + uint64_t(q.key + key), keys, *s.seed);
     for (int64_t j = 0; j < keys; ++j) kept[j * Lanes + i] = drawn[j] > s.bound ? s.grown : 0.0f;
   }
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t i = queries; i < Lanes; ++i) kept[j * Lanes + i] = 0.0f;
   }
 }
-
-// Memory of one thread.
-struct Scratch {
-  float* const data;
-  explicit Scratch(int64_t floats) : data(static_cast<float*>(std::malloc(size_t(floats) * sizeof(float)))) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
-};
 
 inline void store(const Settings& s, const Heads& x, const Sequence& q, int64_t head, int64_t row, const float* values) {
   void* const base = const_cast<char*>(at(s, x, q, head, row));

@@ -47,10 +47,22 @@ def require_heads(q, k, v, starts_q, starts_k, seed, in_place=False):
         raise ValueError(f"genai_fast: expected caches with channels of stride 1, got {k.stride()} and {v.stride()}")
     if seed is not None:
         require_seed(seed, q)
+    starts = (starts_q, starts_k)
     if (starts_q is None) != (starts_k is None) or (starts_q is not None and starts_q.shape != starts_k.shape):
         raise ValueError("genai_fast: expected the beginnings of as many sequences of queries as of keys")
-    starts = (None if s is None else s.to(torch.int32).contiguous() for s in (starts_q, starts_k))
-    return *(_dense_channels(x) for x in (q, k, v)), *starts
+    if starts_q is not None and (starts_q.dim() != 1 or not starts_q.numel() or b != 1):
+        raise ValueError(
+            f"genai_fast: expected beginnings [N + 1] of sequences packed in a batch of 1, got {tuple(starts_q.shape)}"
+            f" and a batch of {b}"
+        )
+    if any(s is not None and s.device != q.device for s in starts):
+        raise ValueError(f"genai_fast: expected the beginnings of sequences on {q.device}")
+    return *(_dense_channels(x) for x in (q, k, v)), *(s if s is None else _int32(s) for s in starts)
+
+
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    """x, dense; what int32 cannot hold stays too large, or too small, to be taken for a place."""
+    return (x if x.dtype is torch.int32 else x.clamp(-1, 2**31 - 1).to(torch.int32)).contiguous()
 
 
 def require_lengths(q, k_cache, lengths, k):
@@ -63,8 +75,14 @@ def require_lengths(q, k_cache, lengths, k):
 
 def require_rows(q, grad_out, out, lse, grad_lse):
     """What belongs to rows of q, ready to be read; raise unless it fits."""
-    if not (grad_out.shape == out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype is torch.float32):
-        raise ValueError(f"genai_fast: expected a gradient, result and lse of q's {tuple(q.shape)}")
+    fits = grad_out.shape == out.shape == q.shape and out.dtype is q.dtype and lse.dtype is torch.float32
+    rows = (lse,) if grad_lse is None else (lse, grad_lse)
+    if not fits or any(x.shape != q.shape[:3] for x in rows) or any(x.device != q.device for x in (out, *rows)):
+        raise ValueError(
+            f"genai_fast: expected a gradient and a result of q's {tuple(q.shape)}, lse and its gradient"
+            f" {tuple(q.shape[:3])} on {q.device}, got {tuple(grad_out.shape)}, {out.dtype} {tuple(out.shape)} and"
+            f" {[tuple(x.shape) for x in rows]}"
+        )
     if grad_lse is not None:
         if grad_lse.shape != lse.shape or grad_lse.device != lse.device:
             raise ValueError(f"genai_fast: expected a gradient of lse {tuple(lse.shape)}, got {tuple(grad_lse.shape)}")

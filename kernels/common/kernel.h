@@ -24,6 +24,12 @@ struct IsaTable {
   const Kernel* kernels;  // ends with a null name
 };
 
+enum class Raised { kValueError, kMemoryError };
+
+// Ends the call with that error of Python's, after the kernel's name; never inside a parallel region. Defined once, in
+// module.cpp, and not inline, so that it belongs to no instruction set.
+[[noreturn]] __attribute__((cold, format(printf, 2, 3))) void genai_fast_raise(Raised error, const char* format, ...);
+
 namespace {
 
 template <class T>

@@ -34,7 +34,7 @@ inline float exp_fast(float x) {
   p = multiply_add(p, r, 5.0000001201e-1f);
   p = multiply_add(p, r * r, r) + 1.0f;
   // Half the power of two and twice the rest, since 2^128 is no float but e^88.7 is.
-  const float half = as_float(int32_t(uint32_t(as_int(shifted)) << 23) + (126 << 23));
+  const float half = as_float(int32_t((uint32_t(as_int(shifted)) << 23) + (126u << 23)));
   const float value = 2.0f * p * half;
   // Both ends said explicitly: fused into an addition at the caller's, a product would not overflow.
   return x > 88.7228394f ? __builtin_inff() : x < -87.0f ? 0.0f : value;  // NaN fails both and stays
@@ -43,7 +43,7 @@ inline float exp_fast(float x) {
 // -2 ln u for normal u in (0, 1): |relative error| <= 3e-7, near 1 too. Minimax fit of -2 ln(1 + f) / f.
 inline float minus_two_log(float u) {
   const int32_t bits = as_int(u), exponent = (bits - 0x3f3504f3) >> 23;  // u = 2^exponent (1 + f), 1 + f near 1
-  const float f = as_float(bits - (exponent << 23)) - 1.0f;
+  const float f = as_float(int32_t(uint32_t(bits) - (uint32_t(exponent) << 23))) - 1.0f;
   float p = 2.02137753e-1f;
   p = multiply_add(p, f, -3.24451625e-1f);
   p = multiply_add(p, f, 3.45016658e-1f);

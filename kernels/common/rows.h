@@ -1,8 +1,9 @@
 // Rows of float32, bfloat16 or float16 read and written as float32, and how kernels cut [batch, columns] into pieces.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+
+#include "half.h"
 
 namespace {
 
@@ -32,8 +33,7 @@ inline void load_span(const void* base, int dtype, int64_t first, int64_t count,
     const uint16_t* in = static_cast<const uint16_t*>(base) + first;
     for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat16(in[i]);
   } else {
-    const _Float16* in = static_cast<const _Float16*>(base) + first;
-    for (int64_t i = 0; i < count; ++i) out[i] = float(in[i]);
+    from_halves(static_cast<const uint16_t*>(base) + first, count, out);
   }
 }
 
@@ -42,8 +42,7 @@ inline void store_span(void* base, int dtype, int64_t first, int64_t count, cons
     uint16_t* out = static_cast<uint16_t*>(base) + first;
     for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(in[i]);
   } else if (dtype == kFloat16) {
-    _Float16* out = static_cast<_Float16*>(base) + first;
-    for (int64_t i = 0; i < count; ++i) out[i] = _Float16(in[i]);
+    to_halves(in, count, static_cast<uint16_t*>(base) + first);
   }
 }
 

@@ -82,12 +82,24 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
         return None, 0, 0
     if g.dtype is not torch.float32:
         g = g.float()
-    return g, g.data_ptr(), g.stride(0) if g.dim() else 0
+    return g, address(g), g.stride(0) if g.dim() else 0
 
 
 def address(x: torch.Tensor | None) -> int:
-    """Where x's data lie; 0 for None."""
-    return 0 if x is None else x.data_ptr()
+    """Where x's data lie; 0 for None, which kernels take for what is absent.
+
+    Raises:
+        ValueError: x has elements but no memory, as a zero tensor of autograd or a parameter that is sharded away.
+    """
+    if x is None:
+        return 0
+    found = x.data_ptr()
+    if not found and x.numel():
+        raise ValueError(
+            f"genai_fast: expected a tensor with memory of its own, got {x.dtype} {tuple(x.shape)} without any;"
+            " remedy: .clone() it"
+        )
+    return found
 
 
 def is_dense(x: torch.Tensor) -> bool:

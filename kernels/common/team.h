@@ -1,7 +1,6 @@
 // The threads of one parallel region, and how they wait for each other.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 
 #include <omp.h>
 #include <sched.h>
@@ -10,29 +9,30 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline float* floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, size_t((count + 16) / 16 * 64)));
-}
-
 // Of all threads of a team. It spins for some microseconds and then gives its core away: where others want the cores,
 // OpenMP's own barrier would spin on, for milliseconds each step.
 class Barrier {
  public:
   void wait() {
-    const int seen = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
+    const unsigned seen = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&generation_, seen + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == seen; ++spins) {
-      if (spins >= kSpins) sched_yield();
+    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == seen;) {
+      if (spins < kSpins) {
+        ++spins;
+      } else {
+        sched_yield();
+      }
     }
   }
 
  private:
   static constexpr int kSpins = 2000;
-  int arrived_ = 0, generation_ = 0;
+  int arrived_ = 0;
+  unsigned generation_ = 0;
 };
 
 // The part [first, last) of `count` things that is this thread's, by whole units.

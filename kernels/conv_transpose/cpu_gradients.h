@@ -8,19 +8,17 @@
 
 namespace {
 
-constexpr int kMostKernel = 6;
-
 // The patches of grad_y, dense [N, OH, OW, Co], for kSpan pixels at most. Its rows are kept for the next row of x.
 class Patches {
  public:
-  Patches(const void* grad_y, int dtype, int64_t few, const Axis& v, const Axis& h)
-      : grad_y_(grad_y), dtype_(dtype), few_(few), v_(v), h_(h) {
-    stride_ = ((kSpan - 1) * h.stride + h.kernel) * few;
-    rows_ = floats(v.kernel * stride_);
-    values_ = floats(kSpan * columns());
+  // `memory` has room(few, v, h) floats.
+  Patches(const void* grad_y, int dtype, int64_t few, const Axis& v, const Axis& h, float* memory)
+      : grad_y_(grad_y), dtype_(dtype), few_(few), v_(v), h_(h), stride_(row(few, h)), rows_(memory),
+        values_(memory + in_lines(v.kernel * stride_)) {}
+
+  static int64_t room(int64_t few, const Axis& v, const Axis& h) {
+    return in_lines(v.kernel * row(few, h)) + in_lines(kSpan * whole_vectors(v.kernel * h.kernel * few));
   }
-  Patches(const Patches&) = delete;
-  ~Patches() { std::free(rows_), std::free(values_); }
 
   int64_t columns() const { return whole_vectors(v_.kernel * h_.kernel * few_); }
 
@@ -32,6 +30,8 @@ class Patches {
   }
 
  private:
+  static int64_t row(int64_t few, const Axis& h) { return ((kSpan - 1) * h.stride + h.kernel) * few; }
+
   void read_row(int64_t n, int64_t y, int64_t first, int64_t count, float* values) {
     if (n != sample_ || first != first_ || y != y_ + 1) next_ = 0;
     sample_ = n, first_ = first, y_ = y;
@@ -69,8 +69,9 @@ class Patches {
   int dtype_;
   int64_t few_;
   Axis v_, h_;
-  int64_t stride_, sample_ = -1, first_ = -1, y_ = -1, next_ = 0;
-  float *rows_, *values_;
+  const int64_t stride_;
+  float *const rows_, *const values_;
+  int64_t sample_ = -1, first_ = -1, y_ = -1, next_ = 0;
 };
 
 // grad_x [N, H, W, Ci], dense, = patches x weight [KH, KW, Co, Ci], whose rows have room for whole vectors.
@@ -81,15 +82,18 @@ void conv_transpose_grad_input(const void* grad_y, int dtype, const float* weigh
                                int threads) {
   const Axis v{height, out_height, kernel_height, stride_height, pad_height};
   const Axis h{width, out_width, kernel_width, stride_width, pad_width};
+  require_extents(batch, channels, few, v, h);
   const int64_t columns = whole_vectors(channels), depth = v.kernel * h.kernel * few;
   const bool in_place = dtype == kFloat32 && columns == channels;
   const int64_t tiles = up(width, kSpan), span = up(width, tiles);
   const int64_t band = batch * tiles < 8 * threads ? most(up(height, threads), 4) : height, bands = up(height, band);
   const bool parallel = batch * height * width * channels * depth >= kParallelProducts;
+  const int64_t patches_room = Patches::room(few, v, h);
+  const Scratch scratch(patches_room + span * columns, parallel, threads);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    Patches patches(grad_y, dtype, few, v, h);
-    float* const buffer = floats(span * columns);
+    Patches patches(grad_y, dtype, few, v, h, scratch.mine());
+    float* const buffer = scratch.mine() + patches_room;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * bands * tiles; ++task) {
       const int64_t n = task / (bands * tiles), first_row = task / tiles % bands * band;
@@ -109,7 +113,6 @@ void conv_transpose_grad_input(const void* grad_y, int dtype, const float* weigh
         }
       }
     }
-    std::free(buffer);
   }
 }
 
@@ -123,17 +126,20 @@ void conv_transpose_grad_weight(const void* grad_y, int dtype, const void* x, in
                                 int64_t stride_width, int64_t pad_height, int64_t pad_width, int threads) {
   const Axis v{height, out_height, kernel_height, stride_height, pad_height};
   const Axis h{width, out_width, kernel_width, stride_width, pad_width};
+  require_extents(batch, channels, few, v, h);
   const Image image{x, dtype, channels, x_sample, x_channel, x_row, x_pixel, channels * x_channel <= kNear};
   const int64_t used = v.kernel * h.kernel * few, columns = whole_vectors(used), sum = channels * columns;
   const int64_t tiles = up(width, kSpan), span = up(width, tiles);
   const int64_t rows = batch * height, chunk = most(up(rows, kChunks), 1), chunks = up(rows, chunk);
   const bool parallel = rows * width * channels * columns >= kParallelProducts;
   const bool joined = width <= kSpan && image.row == width * image.pixel;  // several rows count as one
-  float* const sums = floats(chunks * sum);
+  const Memory<float> sums(chunks * sum);
+  const int64_t patches_room = Patches::room(few, v, h);
+  const Scratch scratch(patches_room + kSpan * channels, parallel, threads);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    Patches patches(grad_y, dtype, few, v, h);
-    float* const input = floats(kSpan * channels);
+    Patches patches(grad_y, dtype, few, v, h, scratch.mine());
+    float* const input = scratch.mine() + patches_room;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < chunks; ++k) {
       std::memset(sums + k * sum, 0, size_t(sum) * 4);
@@ -150,7 +156,6 @@ void conv_transpose_grad_weight(const void* grad_y, int dtype, const void* x, in
         }
       }
     }
-    std::free(input);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t first = 0; first < used; first += kLanes) {
@@ -164,7 +169,6 @@ void conv_transpose_grad_weight(const void* grad_y, int dtype, const void* x, in
       }
     }
   }
-  std::free(sums);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What transposed convolutions to few channels and their gradients share: axes, images, memory.
 #pragma once
 #include "matmul.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace {
@@ -15,6 +16,8 @@ struct Axis {
   int64_t taps() const { return up(kernel, stride); }  // inputs that add to one result, at most
 };
 
+constexpr int kMostKernel = 6;  // taps of an axis
+constexpr int kMostLanes = 16;  // of stride_w Co results side by side: stride 2 and 8 channels
 constexpr int64_t kNear = 1 << 17;  // floats of an image that the second-level cache holds
 
 // An input [N, C, H, W] whose channels or pixels lie one beside the other.
@@ -45,8 +48,18 @@ struct Image {
 constexpr int64_t kSpan = 64;                   // groups in a tile: bounds what a thread holds
 constexpr int64_t kParallelProducts = 1 << 18;  // multiplications worth a second thread
 
-inline float* floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, size_t(up(count + 16, 16) * 64)));
+// Raises unless all fits: fixed arrays have room for no larger kernels, and nothing may be divided by 0.
+inline void require_extents(int64_t batch, int64_t channels, int64_t few, const Axis& v, const Axis& h) {
+  const auto fits = [](const Axis& a) {
+    return a.in >= 1 && a.out >= 1 && a.kernel >= 1 && a.kernel <= kMostKernel && a.stride >= 1 && a.pad >= 0;
+  };
+  if (batch >= 0 && channels >= 1 && few >= 1 && few * h.stride <= kMostLanes && fits(v) && fits(h)) return;
+  genai_fast_raise(Raised::kValueError,
+                   "x, weight and result: expected at least one channel and pixel each, kernel sizes of 1 to %d and a"
+                   " row of the stride of at most %d results, got channels %lld and %lld, pixels %lld x %lld and %lld x"
+                   " %lld, kernel %lld x %lld", kMostKernel, kMostLanes, (long long)channels, (long long)few,
+                   (long long)v.in, (long long)h.in, (long long)v.out, (long long)h.out, (long long)v.kernel,
+                   (long long)h.kernel);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Lanes {
   using Bits __attribute__((vector_size(4 * L))) = int32_t;
 };
 
-constexpr int kMostLanes = 16, kMostParts = 36;  // of a group, stride 2 and 8 channels; of a sum, 6 x 6 taps
+constexpr int kMostParts = kMostKernel * kMostKernel;  // of a sum
 
 // What sums to groups: part i of group g lies at from[i] + g step. Of the first `cut` parts only `partial` lanes count.
 struct Parts {
@@ -65,12 +65,11 @@ void add_parts(const Parts& parts, int64_t group, const float* bias, int64_t cou
   }
 }
 
-
-// [Ci, KH, KW, Co], each channel's in whole vectors, of weights [Ci, Co, KH, KW] of any strides.
-float* packed_weights(const float* weight, int64_t channels, int64_t few, int64_t height, int64_t width,
-                      int64_t channel_stride, int64_t few_stride, int64_t row_stride, int64_t column_stride) {
+// packed [Ci, KH, KW, Co], each channel's in whole vectors, of weights [Ci, Co, KH, KW] of any strides.
+void pack_weights(const float* weight, int64_t channels, int64_t few, int64_t height, int64_t width,
+                  int64_t channel_stride, int64_t few_stride, int64_t row_stride, int64_t column_stride,
+                  float* packed) {
   const int64_t columns = whole_vectors(height * width * few);
-  float* const packed = floats(channels * columns);
   for (int64_t c = 0; c < channels; ++c) {
     float* to = packed + c * columns;
     for (int64_t ky = 0; ky < height; ++ky) {
@@ -81,7 +80,6 @@ float* packed_weights(const float* weight, int64_t channels, int64_t few, int64_
     }
     while (to < packed + (c + 1) * columns) *to++ = 0.0f;
   }
-  return packed;
 }
 
 void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channel, int64_t x_row, int64_t x_pixel,
@@ -92,13 +90,14 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
                     double negative_slope, int threads) {
   const Axis v{height, out_height, kernel_height, stride_height, pad_height};
   const Axis h{width, out_width, kernel_width, stride_width, pad_width};
+  require_extents(batch, channels, few, v, h);
   const Image image{x, dtype, channels, x_sample, x_channel, x_row, x_pixel, channels * x_channel <= kNear};
   const DenseOut out{y, h.out * few, dtype};  // channels last, a row of pixels in one
   const float slope = float(negative_slope);
   const int64_t row_columns = h.kernel * few, columns = whole_vectors(v.kernel * row_columns);
   const int64_t group = h.stride * few, partial = row_columns - (h.taps() - 1) * group;
-  float* const packed =
-      packed_weights(weight, channels, few, v.kernel, h.kernel, w_channel, w_few, w_row, w_column);
+  const Memory<float> packed(channels * columns);
+  pack_weights(weight, channels, few, v.kernel, h.kernel, w_channel, w_few, w_row, w_column, packed);
   float lane_bias[kMostLanes] = {};
   for (int64_t i = 0; bias && i < group; ++i) lane_bias[i] = bias[i % few];
 
@@ -108,12 +107,15 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
   const int64_t bands = up(v.out, band);
   const int64_t pixels = span + h.taps(), slot = pixels * columns;
   const bool parallel = batch * height * width * channels * columns >= kParallelProducts;
+  const int64_t of_input = in_lines(pixels * channels), of_shares = in_lines(v.taps() * slot);
+  const int64_t of_sums = in_lines((span + 1) * group);
+  const Scratch scratch(of_input + of_shares + of_sums + span * group, parallel, threads);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    float* const input = floats(pixels * channels);
-    float* const shares = floats(v.taps() * slot);  // row y in slot y % taps
-    float* const sums = floats((span + 1) * group);
-    float* const buffer = floats(span * group);
+    float* const input = scratch.mine();
+    float* const shares = input + of_input;  // row y in slot y % taps
+    float* const sums = shares + of_shares;
+    float* const buffer = sums + of_sums;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * bands * tiles; ++task) {
       const int64_t n = task / (bands * tiles), first_row = task / tiles % bands * band;
@@ -152,9 +154,7 @@ void conv_transpose(const void* x, int dtype, int64_t x_sample, int64_t x_channe
         out.end(piece, results);
       }
     }
-    std::free(input), std::free(shares), std::free(sums), std::free(buffer);
   }
-  std::free(packed);
 }
 
 }  // namespace

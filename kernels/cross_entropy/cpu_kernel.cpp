@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 #include "math.h"
+#include "memory.h"
 #include "pages.h"
 #include "rows.h"
 
@@ -166,8 +167,8 @@ void cross_entropy(const void* logits, int dtype, int64_t inner, int64_t outer_s
                    const int64_t* target, float* loss, float* lse, float* count, int64_t rows, int64_t classes,
                    int64_t ignore_index, double label_smoothing, double z_loss, int reduction, int threads) {
   const Matrix x{logits, dtype, inner, outer_stride, inner_stride};
-  float* const of_row =
-      reduction == kNone ? loss : static_cast<float*>(std::malloc(size_t(rows + 1) * sizeof(float)));
+  const Memory<float> own(reduction == kNone ? 0 : rows);
+  float* const of_row = reduction == kNone ? loss : own;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * classes >= kParallel)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = target[row];
@@ -194,7 +195,6 @@ void cross_entropy(const void* logits, int dtype, int64_t inner, int64_t outer_s
   for (int64_t row = 0; row < rows; ++row) sum += double(of_row[row]), counted += target[row] != ignore_index;
   if (count) *count = float(counted);
   *loss = float(reduction == kMean ? sum / double(counted) : sum);
-  std::free(of_row);
 }
 
 // dx = g ((1 + 2 z lse) e^(x - lse) - e / V - (1 - e) [i == target]), which may be written over x.

@@ -56,6 +56,8 @@ def require_targets(logits: torch.Tensor, target: torch.Tensor) -> None:
             f"genai_fast: expected targets of int64 {tuple(logits.shape[:-1])} on {logits.device},"
             f" got {target.dtype} {tuple(target.shape)} on {target.device}"
         )
+    if not logits.size(-1):
+        raise ValueError(f"genai_fast: expected logits of at least one class, got {tuple(logits.shape)}")
 
 
 def require_saved(logits: torch.Tensor, lse: torch.Tensor, count: torch.Tensor, reduction: str) -> None:

@@ -4,6 +4,7 @@
 #include "activations.h"
 #include "channels.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace {
 
@@ -50,7 +51,7 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
   const DenseOut gate_out{grad_gate, grad_stride, dtype}, up_out{grad_up, grad_stride, dtype};
   const bool parallel = rows * columns >= kParallel;
   const int64_t partials = grad_bias ? tiles.partials() : 0;
-  float* const sums = static_cast<float*>(std::malloc(size_t(2 * partials + 1) * sizeof(float)));
+  const Memory<float> sums(2 * partials);
   with_activation(activation, [&](auto a) {
     with_flag(bias != nullptr, [&](auto biased) {
       with_flag(grad_bias != nullptr, [&](auto summed) {
@@ -93,7 +94,6 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
     float* const to = grad_bias + half * columns;
     sum_tiles(tiles, sums + half * partials, parallel, threads, [=](int64_t c, double total) { to[c] = float(total); });
   }
-  std::free(sums);
 }
 
 }  // namespace

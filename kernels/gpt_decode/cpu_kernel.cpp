@@ -4,6 +4,7 @@
 // what is short, the layer norms, each computes for itself.
 #include "activations.h"
 #include "kernel.h"
+#include "memory.h"
 #include "products.h"
 #include "team.h"
 
@@ -51,15 +52,17 @@ struct Weights {
 };
 
 void layer_norm(const float* x, const float* weight, const float* bias, int64_t channels, float eps, float* y) {
-  float sum = 0.0f, squares = 0.0f;
+  float sum = 0.0f, off = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < channels; ++i) sum += x[i];
   const float mean = sum / float(channels);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < channels; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  const float rstd = 1.0f / __builtin_sqrtf(squares / float(channels) + eps);
+  // Around a mean that is off by its rounding, which is then known too.
+#pragma omp simd reduction(+ : off, squares)
+  for (int64_t i = 0; i < channels; ++i) off += x[i] - mean, squares += (x[i] - mean) * (x[i] - mean);
+  const float rest = off / float(channels), variance = squares / float(channels) - rest * rest;
+  const float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
 #pragma omp simd
-  for (int64_t i = 0; i < channels; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+  for (int64_t i = 0; i < channels; ++i) y[i] = ((x[i] - mean) - rest) * rstd * weight[i] + bias[i];
 }
 
 template <int N>
@@ -107,17 +110,14 @@ void attend(const float* q, const float* keys, const float* values, int64_t coun
 
 // Memory of the tokens that are on their way, which all threads share: rows with zeros up to a whole vector.
 struct Shared {
-  float *x, *qkv, *attended, *hidden;
-  explicit Shared(const Sizes& s, int64_t rows) {
-    const int64_t each = 2 * s.width() + whole_vectors(3 * s.channels) + s.wide();
-    x = floats(rows * each);
-    std::memset(x, 0, size_t(rows * each) * sizeof(float));
-    qkv = x + rows * s.width();
-    attended = qkv + rows * whole_vectors(3 * s.channels);
-    hidden = attended + rows * s.width();
+  const Memory<float> x;
+  float *const qkv, *const attended, *const hidden;
+  Shared(const Sizes& s, int64_t rows)
+      : x(rows * each(s)), qkv(x + rows * s.width()), attended(qkv + rows * whole_vectors(3 * s.channels)),
+        hidden(attended + rows * s.width()) {
+    std::memset(x, 0, size_t(rows * each(s)) * sizeof(float));
   }
-  Shared(const Shared&) = delete;
-  ~Shared() { std::free(x); }
+  static int64_t each(const Sizes& s) { return 2 * s.width() + whole_vectors(3 * s.channels) + s.wide(); }
 };
 
 // Tokens first .. first + tokens - 1 of each sample: row b tokens + t.
@@ -129,16 +129,16 @@ struct Part {
 template <class W>
 class Worker {
  public:
-  Worker(const Weights<W>& weights, const Shared& shared, Barrier& everyone, float* cache, int64_t rows, int64_t length)
-      : w_(weights), s_(weights.size), shared_(shared), everyone_(everyone), cache_(cache), length_(length) {
-    const int64_t normed = rows * s_.width(), query = whole_vectors(s_.head_dim());
-    normed_ = floats(normed + query + s_.room);
-    query_ = normed_ + normed;
-    scores_ = query_ + query;
-    std::memset(normed_, 0, size_t(normed + query) * sizeof(float));
+  // `memory` has room(s, rows) floats.
+  Worker(const Weights<W>& weights, const Shared& shared, Barrier& everyone, float* cache, int64_t rows, int64_t length,
+         float* memory)
+      : w_(weights), s_(weights.size), shared_(shared), everyone_(everyone), cache_(cache), length_(length),
+        normed_(memory), query_(normed_ + rows * s_.width()), scores_(query_ + whole_vectors(s_.head_dim())) {
+    std::memset(memory, 0, size_t(scores_ - memory) * sizeof(float));
   }
-  Worker(const Worker&) = delete;
-  ~Worker() { std::free(normed_); }
+  static int64_t room(const Sizes& s, int64_t rows) {
+    return rows * s.width() + whole_vectors(s.head_dim()) + s.room;
+  }
 
   void embed(const int64_t* ids, int64_t ids_row, const Part& part) {
     const int64_t rows = s_.batch * part.tokens, channels = s_.channels;
@@ -222,7 +222,7 @@ class Worker {
   Barrier& everyone_;
   float* const cache_;
   const int64_t length_;
-  float *normed_, *query_, *scores_;
+  float *const normed_, *const query_, *const scores_;
 };
 
 template <class W>
@@ -232,9 +232,11 @@ void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* 
   const int64_t together = s.batch < kRows ? least(tokens, kRows / s.batch) : 1, rows = s.batch * together;
   const Shared shared(s, rows);
   Barrier everyone;
-#pragma omp parallel num_threads(threads) if (s.channels * (4 * s.channels + 2 * s.hidden) >= kParallelWeights)
+  const bool parallel = s.channels * (4 * s.channels + 2 * s.hidden) >= kParallelWeights;
+  const Scratch scratch(Worker<W>::room(s, rows), parallel, threads);
+#pragma omp parallel num_threads(threads) if (parallel)
   {
-    Worker<W> worker(weights, shared, everyone, cache, rows, length);
+    Worker<W> worker(weights, shared, everyone, cache, rows, length, scratch.mine());
     for (int64_t first = 0; first < tokens; first += together) {
       const Part part{first, least(together, tokens - first)};
       worker.embed(ids, tokens, part);
@@ -244,12 +246,23 @@ void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* 
   }
 }
 
+void require_within(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  genai_fast_raise(Raised::kValueError, "%s: expected %lld to %lld, got %lld", name, (long long)least, (long long)most,
+                   (long long)value);
+}
+
 // tensors, scales: addresses, in the order of layout.py (scales: null but for int8). cache [L, 2, B, H, room, D] holds
 // `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last. dtype: of the matrices, 0
 // float32, 1 bfloat16, 2 int8.
 void gpt_decode(const int64_t* tensors, const int64_t* scales, float* cache, const int64_t* ids, float* logits,
                 int64_t layers, int64_t batch, int64_t heads, int64_t channels, int64_t hidden, int64_t vocabulary,
                 int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int threads) {
+  require_within("heads", heads, 1, channels);
+  require_within("heads of channels", heads * (channels / heads), channels, channels);
+  require_within("length", length, 0, room - tokens);
+  for (int64_t i = 0; i < batch * tokens; ++i) require_within("ids", ids[i], 0, vocabulary - 1);
+  if (batch == 0 || tokens == 0) return;
   const Sizes size{layers, batch, heads, channels, hidden, vocabulary, room, float(eps)};
   switch (dtype) {
     case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);

@@ -15,11 +15,6 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
     (batch, tokens), (heads, room) = ids.shape, cache.shape[3:5]
     ids = ids.contiguous()
     logits = torch.empty((batch, size.vocabulary), dtype=torch.float32, device="cpu")
-    if batch == 0:
-        return logits
-    least, most = span(ids)
-    if least < 0 or most >= size.vocabulary:
-        raise ValueError(f"genai_fast: expected ids of 0 to {size.vocabulary - 1}, got {least} to {most}")
     tensors, factors = array("q", [w.data_ptr() for w in weights]), array("q", [s.data_ptr() for s in scales])
     cpp.gpt_decode(
         tensors.buffer_info()[0], factors.buffer_info()[0], cache.data_ptr(), ids.data_ptr(), logits.data_ptr(),

@@ -99,6 +99,8 @@ def require(cache, ids, length, weights, scales) -> Sizes:
         if s.shape != weights[k].shape[:1] or s.dtype is not wide or s.is_cpu != on_cpu or not s.is_contiguous():
             raise ValueError(f"genai_fast: expected {wide} of {weights[k].size(0)} rows, got {s.dtype} {s.shape}")
     batch, tokens = ids.shape
+    if size.channels < 1:
+        raise ValueError(f"gpt_decode: weights: expected at least one channel, got {tuple(weights[0].shape)}")
     fits = (
         size.channels > 0 and cache.dim() == 6 and cache.size(3) > 0
         and cache.shape[:3] == (size.layers, 2, batch) and cache.is_contiguous()

@@ -5,34 +5,26 @@
 #include "activations.h"
 #include "channels.h"
 #include "kernel.h"
+#include "memory.h"
 #include "stream.h"
 
 namespace {
 
 // A vector of parameters, or the same value everywhere in its place.
 struct Parameter {
-  float* own = nullptr;
-  const float* values;
+  const Memory<float> own;
+  const float* const values;
 
-  Parameter(const float* given, int64_t columns, float otherwise) : values(given) {
-    if (given) return;
-    values = own = static_cast<float*>(std::malloc(size_t(columns + 1) * sizeof(float)));
-    for (int64_t i = 0; i < columns; ++i) own[i] = otherwise;
+  Parameter(const float* given, int64_t columns, float otherwise)
+      : own(given ? 0 : columns), values(given ? given : own) {
+    for (int64_t i = 0; !given && i < columns; ++i) own[i] = otherwise;
   }
-  Parameter(const Parameter&) = delete;
-  ~Parameter() { std::free(own); }
 };
 
-// Rows of floats: copies of a narrow dtype's, and what is to be streamed. Else float32 is used where it lies.
+// A thread's rows of floats: copies of a narrow dtype's, and what is to be streamed. Else float32 is used where it lies.
 struct Buffers {
+  float* values;
   int64_t columns;
-  float* values = nullptr;
-
-  Buffers(bool needed, int64_t count, int64_t columns_) : columns(columns_) {
-    if (needed) values = static_cast<float*>(std::malloc(size_t(count * columns + 1) * sizeof(float)));
-  }
-  Buffers(const Buffers&) = delete;
-  ~Buffers() { std::free(values); }
   float* operator[](int64_t k) const { return values ? values + k * columns : nullptr; }
 };
 
@@ -44,9 +36,11 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
   const StreamedOut y_out(y, rows, columns, dtype), h_out(h, rows, columns, dtype);
   const Parameter w(weight, columns, 1.0f), b(bias, columns, 0.0f);
   const float share = 1.0f / float(columns), epsilon = float(eps);
-#pragma omp parallel num_threads(threads) if (rows * columns >= kParallel)
+  const bool parallel = rows * columns >= kParallel;
+  const Scratch scratch(dtype != kFloat32 || y_out.streamed ? 3 * columns : 0, parallel, threads);
+#pragma omp parallel num_threads(threads) if (parallel)
   {
-    const Buffers buffers(dtype != kFloat32 || y_out.streamed, 3, columns);
+    const Buffers buffers{scratch.mine(), columns};
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const Piece p{row, 1, 0, columns};
@@ -95,17 +89,17 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
   const int64_t each = rows > kMostRows * kChunks ? kMostRows : rows ? (rows + kChunks - 1) / kChunks : 1;
   const int64_t chunks = (rows + each - 1) / each;
   const bool summed = grad_weight || grad_bias, parallel = rows * columns >= kParallel;
-  float* const partials =
-      summed ? static_cast<float*>(std::malloc(size_t(2 * chunks * columns + 1) * sizeof(float))) : nullptr;
+  const Memory<float> partials(summed ? 2 * chunks * columns : 0);
   const Rows g_rows{grad_y, grad_y_stride, dtype}, dh_rows{grad_h, grad_h_stride, dtype}, h_rows{h, h_stride, dtype};
   const StreamedOut out(grad_x, rows, columns, dtype);
   const Parameter w(weight, columns, 1.0f);
   const float share = 1.0f / float(columns);
+  const Scratch scratch(dtype != kFloat32 || out.streamed ? 4 * columns : 0, parallel, threads);
   with_flag(summed, [&](auto flag) {
     constexpr bool kSummed = decltype(flag)::value;
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      const Buffers buffers(dtype != kFloat32 || out.streamed, 4, columns);
+      const Buffers buffers{scratch.mine(), columns};
 #pragma omp for schedule(static)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         float* const dw = partials + (kSummed ? 2 * chunk * columns : 0);
@@ -162,7 +156,6 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
       if (grad_bias) grad_bias[at + i] = float(db[i]);
     }
   });
-  std::free(partials);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "activations.h"
 #include "kernel.h"
 #include "matmul.h"
+#include "memory.h"
 #include "rows.h"
 #include "team.h"
 
@@ -81,15 +82,17 @@ void gru(const float* gates, const float* h0, const float* weight, const float* 
   const Sizes size{steps, batch, hidden};
   Barrier everyone;
   constexpr int64_t columns = 3 * kWidth;
+  const int64_t vectors = whole_vectors(hidden) / kWidth;  // of hidden units
+  const Memory<float> all_packed(vectors * hidden * columns), all_products(kRows * vectors * columns);
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
-    const Share mine(whole_vectors(hidden) / kWidth);  // vectors of hidden units
-    float* const packed = floats((mine.last - mine.first) * hidden * columns);
+    const Share mine(vectors);
+    float* const packed = all_packed + mine.first * hidden * columns;
     for (int64_t v = mine.first; v < mine.last; ++v) {
       pack_gates(weight, hidden, v * kWidth, packed + (v - mine.first) * hidden * columns);
     }
     const int64_t width = (mine.last - mine.first) * columns;
-    float* const products = floats(kRows * width);
+    float* const products = all_products + kRows * mine.first * columns;
     alignas(64) const float zeros[kWidth] = {};
     for (int64_t t = 0; t < steps; ++t) {
       const float* const before = t ? y + (t - 1) * size.states() : h0;
@@ -126,8 +129,6 @@ void gru(const float* gates, const float* h0, const float* weight, const float* 
       }
       everyone.wait();
     }
-    std::free(products);
-    std::free(packed);
   }
 }
 
@@ -160,12 +161,13 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
   const Sizes size{steps, batch, hidden};
   Barrier everyone;
   alignas(64) const float zeros[kWidth] = {};
+  const Memory<float> all_packed(3 * hidden * whole_vectors(hidden)), all_grad(batch * whole_vectors(hidden));
 #pragma omp parallel num_threads(threads) if (size.parallel())
   {
     const Share mine(whole_vectors(hidden) / kWidth);  // vectors of hidden units
     const int64_t unit = mine.first * kWidth, columns = (mine.last - mine.first) * kWidth;
     const int64_t units = least(columns, hidden - unit);  // below 1 for a thread without any
-    float* const packed = floats(3 * hidden * columns);  // a panel after the other, [3 H][its columns]
+    float* const packed = all_packed + 3 * hidden * unit;  // a panel after the other, [3 H][its columns]
     for (int64_t j = 0; j < columns;) {
       const int64_t width = panel_vectors((columns - j) / kWidth) * kWidth;
       for (int64_t k = 0; k < 3 * hidden; ++k) {
@@ -174,7 +176,7 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
       }
       j += width;
     }
-    float* const grad = floats(batch * columns);
+    float* const grad = all_grad + batch * unit;
     for (int64_t i = 0; i < batch * columns; ++i) {
       const int64_t row = i / columns, j = i % columns;
       grad[i] = grad_last && j < units ? grad_last[row * hidden + unit + j] : 0.0f;
@@ -210,8 +212,6 @@ void gru_backward(const float* grad_y, const float* grad_last, const float* save
     for (int64_t i = 0; i < batch; ++i) {
       for (int64_t j = 0; j < units; ++j) grad_h0[i * hidden + unit + j] = grad[i * columns + j];
     }
-    std::free(grad);
-    std::free(packed);
   }
 }
 

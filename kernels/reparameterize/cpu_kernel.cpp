@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "kernel.h"
+#include "memory.h"
 #include "philox.h"
 #include "rows.h"
 
@@ -14,7 +15,9 @@ void reparameterize(const void* mu, int64_t mu_stride, const void* logvar, int64
   const Rows mu_rows{mu, mu_stride, dtype}, logvar_rows{logvar, logvar_stride, dtype};
   const DenseOut z_out{z, columns, dtype};
   // Rows longer than a piece: partial sums first, added in order afterwards, whatever the number of threads.
-  float* const partial = kl && pieces.per_row > 1 ? static_cast<float*>(std::malloc(size_t(pieces.count()) * 4)) : kl;
+  const bool in_parts = kl && pieces.per_row > 1;
+  const Memory<float> parts(in_parts ? pieces.count() : 0);
+  float* const partial = in_parts ? parts : kl;
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < pieces.count(); ++k) {
     alignas(64) float room[normals_room(kPiece)], a[kPiece], b[kPiece], c[kPiece];
@@ -23,7 +26,7 @@ void reparameterize(const void* mu, int64_t mu_stride, const void* logvar, int64
     const float* m = mu_rows.read(p, a);
     const float* v = logvar_rows.read(p, b);
     float* out = z_out.begin(p, c);
-    const float* eps = normals(room, uint64_t(offset + p.row * columns + p.column), n, *seed);
+    const float* eps = normals(room, uint64_t(offset) + uint64_t(p.row * columns + p.column), n, *seed);
     alignas(64) float terms[kPiece];
     if (kl) {
 #pragma omp simd
@@ -44,14 +47,13 @@ void reparameterize(const void* mu, int64_t mu_stride, const void* logvar, int64
     }
     z_out.end(p, out);
   }
-  if (kl && columns == 0) std::memset(kl, 0, size_t(batch) * 4);
-  if (partial != kl) {
+  for (int64_t row = 0; kl && columns == 0 && row < batch; ++row) kl[row] = 0.0f;
+  if (in_parts) {
     for (int64_t row = 0; row < batch; ++row) {
       double sum = 0.0;
       for (int64_t k = 0; k < pieces.per_row; ++k) sum += double(partial[row * pieces.per_row + k]);
       kl[row] = float(sum);
     }
-    std::free(partial);
   }
 }
 
@@ -75,7 +77,7 @@ void reparameterize_backward(const void* grad_z, int64_t grad_z_stride, const fl
     float* dv = logvar_out.begin(p, d);
     if (grad_z) {
       const float* g = grad_rows.read(p, e);
-      const float* eps = normals(room, uint64_t(offset + p.row * columns + p.column), n, *seed);
+      const float* eps = normals(room, uint64_t(offset) + uint64_t(p.row * columns + p.column), n, *seed);
       if (grad_kl) {
         for (int64_t r = 0; r < p.rows; ++r) {
           const float w = grad_kl[(p.row + r) * grad_kl_stride];
@@ -112,7 +114,7 @@ void reparameterize_backward(const void* grad_z, int64_t grad_z_stride, const fl
 void philox_words(int64_t* out, const int64_t* seed, int64_t offset, int64_t count) {
   uint32_t words[4][kCounters];
   for (int64_t i = 0; i < count; ++i) {
-    const uint64_t position = uint64_t(offset + i);
+    const uint64_t position = uint64_t(offset) + uint64_t(i);
     philox_block(position / 4, uint32_t(uint64_t(*seed)), uint32_t(uint64_t(*seed) >> 32), words);
     out[i] = words[position % 4][0];
   }

@@ -7,6 +7,7 @@ import torch
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import (
     DTYPE_CODE,
+    address,
     as_rows,
     columns_of,
     dense_like,

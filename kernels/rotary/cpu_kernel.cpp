@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "kernel.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace {
@@ -31,9 +32,13 @@ void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, i
   const int64_t rows = batch * second * third, pairs = rotated / 2;
   const int64_t each = columns > 0 && columns < kPiece ? kPiece / columns : 1;
   const float sign = inverse ? -1.0f : 1.0f;
-#pragma omp parallel num_threads(threads) if (rows * columns >= kParallel)
+  const bool parallel = rows * columns >= kParallel;
+  constexpr int64_t kFar = int64_t(1) << 62;  // beyond any table, and no sum with an index overflows
+  offset = offset > kFar ? kFar : offset < -kFar ? -kFar : offset;
+  const Scratch scratch(3 * columns, parallel, threads);
+#pragma omp parallel num_threads(threads) if (parallel)
   {
-    float* const room = static_cast<float*>(std::malloc(size_t(3 * columns + 1) * sizeof(float)));
+    float* const room = scratch.mine();
     float* const buffer = room + columns;
     float* const angles = buffer + columns;
 #pragma omp for schedule(static)
@@ -67,7 +72,6 @@ void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, i
         }
       }
     }
-    std::free(room);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 #include "math.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace {
@@ -13,20 +14,18 @@ enum Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 template <class Term>
 void sum_rows(int64_t batch, int64_t columns, int threads, double* out, Term term) {
   const Pieces pieces(batch, columns);
-  double* const partial =
-      pieces.per_row > 1 ? static_cast<double*>(std::malloc(size_t(pieces.count()) * sizeof(double))) : nullptr;
+  const Memory<double> partial(pieces.per_row > 1 ? pieces.count() : 0);
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * columns >= kParallel)
   for (int64_t k = 0; k < pieces.count(); ++k) {
     const Piece p = pieces[k];
     term(p, partial ? partial + k : out + p.row);
   }
-  if (columns == 0) std::memset(out, 0, size_t(batch) * sizeof(double));
+  for (int64_t row = 0; columns == 0 && row < batch; ++row) out[row] = 0.0;
   if (partial) {
     for (int64_t row = 0; row < batch; ++row) {
       out[row] = 0.0;
       for (int64_t k = 0; k < pieces.per_row; ++k) out[row] += partial[row * pieces.per_row + k];
     }
-    std::free(partial);
   }
 }
 
@@ -44,7 +43,7 @@ void vae_loss(const void* recon, int64_t recon_stride, int recon_dtype, const vo
               int64_t columns, int64_t latent, bool bernoulli, int reduction, int threads) {
   const Rows x_rows{recon, recon_stride, recon_dtype}, t_rows{target, target_stride, target_dtype},
       m_rows{mu, mu_stride, latent_dtype}, v_rows{logvar, logvar_stride, latent_dtype};
-  double* const of_image = static_cast<double*>(std::malloc(size_t(2 * batch + 1) * sizeof(double)));
+  const Memory<double> of_image(2 * batch);
   double* const of_latent = of_image + batch;
 
   sum_rows(batch, columns, threads, of_image, [&](const Piece& p, double* sums) {
@@ -85,7 +84,6 @@ void vae_loss(const void* recon, int64_t recon_stride, int recon_dtype, const vo
     *kl = float(scale * latent_sum);
     *loss = float(scale * (image_sum + beta * latent_sum));
   }
-  std::free(of_image);
 }
 
 // Gradients of the three outputs: null, or a pointer with stride 0 (one value) or 1 (one a sample).

@@ -7,6 +7,7 @@ import torch
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import (
     DTYPE_CODE,
+    address,
     as_rows,
     columns_of,
     dense_like,
@@ -25,8 +26,8 @@ def _inputs(recon, target, mu, logvar):
     m, m_stride = as_rows(mu)
     v, v_stride = as_rows(logvar)
     return (x, t, m, v), (
-        x.data_ptr(), x_stride, DTYPE_CODE[recon.dtype], t.data_ptr(), t_stride, DTYPE_CODE[target.dtype],
-        m.data_ptr(), m_stride, v.data_ptr(), v_stride, DTYPE_CODE[mu.dtype],
+        address(x), x_stride, DTYPE_CODE[recon.dtype], address(t), t_stride, DTYPE_CODE[target.dtype],
+        address(m), m_stride, address(v), v_stride, DTYPE_CODE[mu.dtype],
     )  # fmt: skip
 
 
@@ -47,9 +48,9 @@ def vae_loss(recon, target, mu, logvar, beta_tensor, beta, likelihood, reduction
     reconstruction, kl = torch.empty_like(loss), torch.empty_like(loss)
     cpp.vae_loss(
         *inputs,
-        loss.data_ptr(),
-        reconstruction.data_ptr(),
-        kl.data_ptr(),
+        address(loss),
+        address(reconstruction),
+        address(kl),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
     )
     return loss, reconstruction, kl
@@ -70,7 +71,7 @@ def vae_loss_backward(
     grad_recon, grad_mu, grad_logvar = dense_like(recon), dense_like(mu), dense_like(logvar)
     cpp.vae_loss_backward(
         loss_address, loss_stride, image_address, image_stride, latent_address, latent_stride, *inputs,
-        grad_recon.data_ptr(), grad_mu.data_ptr(), grad_logvar.data_ptr(),
+        address(grad_recon), address(grad_mu), address(grad_logvar),
         *_settings(recon, mu, beta_tensor, beta, likelihood, reduction),
     )  # fmt: skip
     return grad_recon, grad_mu, grad_logvar
