@@ -25,7 +25,7 @@ def act_dropout(x, seed, p, offset, activation, slope):
     drawn, bound = _draw(x, seed, p)
     y = torch.empty_like(x)
     cpp.act_dropout(
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), x.numel(), address, offset, bound, scale(p),
+        address(x), DTYPE_CODE[x.dtype], address(y), x.numel(), drawn, offset, bound, scale(p),
         ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
@@ -38,7 +38,7 @@ def act_dropout_backward(grad_y, saved, seed, p, offset, from_output, activation
     drawn, bound = _draw(saved, seed, p)
     grad_x = torch.empty_like(saved)
     cpp.act_dropout_backward(
-        grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(), saved.numel(), address,
+        address(grad_y), address(saved), DTYPE_CODE[saved.dtype], address(grad_x), saved.numel(), drawn,
         offset, bound, scale(p), 1.0 - p, from_output, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return grad_x

@@ -7,7 +7,7 @@ from array import array
 import torch
 
 from genai_fast.kernels.common.extension import cpp
-from genai_fast.kernels.common.rows import is_dense
+from genai_fast.kernels.common.rows import address, is_dense
 
 
 def adam_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled):
@@ -26,5 +26,5 @@ def adam_step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps
             raise ValueError(
                 f"adam_step: expected a step count of one float32 on the CPU, got {step.dtype} {step.shape}"
             )
-        rows.extend((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel()))
+        rows.extend((address(p), address(g), address(m), address(v), address(step), p.numel()))
     cpp.adam_step(rows.buffer_info()[0], len(params), lr, beta1, beta2, eps, weight_decay, decoupled)

@@ -20,7 +20,7 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     running = tuple(r if r is None else r.to(torch.float32) for r in running)  # a model in bfloat16: by a detour
     results = _vectors(x, 3)
     cpp.batch_norm_statistics(
-        x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),
+        address(x), DTYPE_CODE[x.dtype], *extent(x), *map(torch.Tensor.data_ptr, results), *map(address, running),
         momentum, eps
     )  # fmt: skip
     for r, moved in zip((running_mean, running_var), running, strict=True):
@@ -34,7 +34,7 @@ def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     cpp.batch_norm_act_apply(
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *extent(x), *map(address, parameters),
+        address(x), DTYPE_CODE[x.dtype], address(y), *extent(x), *map(address, parameters),
         ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
@@ -47,7 +47,7 @@ def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope
     parameters = require_channels(x, weight, bias, mean, rstd)
     sums = _vectors(x, 2)
     cpp.batch_norm_act_reduce(
-        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], *extent(x), *map(address, parameters),
+        address(grad_y), address(x), DTYPE_CODE[x.dtype], *extent(x), *map(address, parameters),
         *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return tuple(sums)
@@ -60,7 +60,7 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
     parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
     cpp.batch_norm_act_grad(
-        grad_y.data_ptr(), x.data_ptr(), DTYPE_CODE[x.dtype], grad_x.data_ptr(), *extent(x),
+        address(grad_y), address(x), DTYPE_CODE[x.dtype], address(grad_x), *extent(x),
         *map(address, parameters), count, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return grad_x

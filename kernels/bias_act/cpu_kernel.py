@@ -20,7 +20,7 @@ def bias_act(x, bias, activation, slope):
     shape, joined = joined_extent(x, bias is not None)
     bias, y = _repeated(bias, joined), torch.empty_like(x)
     cpp.bias_act(
-        x.data_ptr(), DTYPE_CODE[x.dtype], y.data_ptr(), *shape, address(bias), ACTIVATION_CODE[activation], slope
+        address(x), DTYPE_CODE[x.dtype], address(y), *shape, address(bias), ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -36,8 +36,8 @@ def bias_act_backward(grad_y, saved, bias, from_output, with_bias, activation, s
     sums = (torch.zeros if empty else torch.empty)(shape[1] if with_bias else 0, dtype=torch.float32, device="cpu")
     if not empty:
         cpp.bias_act_backward(
-            grad_y.data_ptr(), saved.data_ptr(), DTYPE_CODE[saved.dtype], grad_x.data_ptr(),
-            sums.data_ptr() if with_bias else 0, *shape, address(bias), from_output, ACTIVATION_CODE[activation],
+            address(grad_y), address(saved), DTYPE_CODE[saved.dtype], address(grad_x),
+            address(sums) if with_bias else 0, *shape, address(bias), from_output, ACTIVATION_CODE[activation],
             slope
         )  # fmt: skip
     return grad_x, sums if joined == 1 or not with_bias else sums.view(joined, -1).sum(0)

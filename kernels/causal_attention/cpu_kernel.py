@@ -13,19 +13,8 @@ from genai_fast.kernels.common.philox import threshold
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 
 
-def _require_starts(name, starts, tokens):
-    """Raise unless sequences begin and end within the tensor: a compiled call has been checked by nothing else."""
-    begin = [] if starts is None else starts.tolist()
-    if starts is not None and (not begin or begin[0] or begin[-1] != tokens or begin != sorted(begin)):
-        raise ValueError(
-            f"causal_attention: {name}: expected 0, then rising numbers, and the length {tokens} last, got {begin[:8]}"
-        )
-
-
 def _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, share, offset):
     """What both kernels take after their tensors."""
-    _require_starts("cu_seqlens_q", starts_q, q.size(2))
-    _require_starts("cu_seqlens_k", starts_k, k.size(2))
     limit = threshold(share) if seed is not None else 0  # a share that rounds to no word drops nothing
     draw = (address(seed), offset, limit - 1, grown(share)) if limit else (0, 0, 0, 1.0)
     packed = (address(starts_q), address(starts_k))
@@ -36,7 +25,7 @@ def _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, s
 
 def _call(name, tensors, more, arguments):
     strides = array("q", [s for x in tensors for s in x.stride()[:3]])
-    getattr(cpp, name)(*(x.data_ptr() for x in tensors), strides.buffer_info()[0], *more, *arguments)
+    getattr(cpp, name)(*(address(x) for x in tensors), strides.buffer_info()[0], *more, *arguments)
 
 
 def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset):
@@ -59,8 +48,8 @@ def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap)
     tensors = (q, k_cache, v_cache, out) if k is None else (q, k_cache, v_cache, out, k, v)
     strides = array("q", [s for x in tensors for s in x.stride()[:3]])
     cpp.decode_attention(
-        *(x.data_ptr() for x in tensors[:4]), address(k), address(v), strides.buffer_info()[0], lse.data_ptr(),
-        lengths.data_ptr(), q.size(0), q.size(1), k_cache.size(1), q.size(2), k_cache.size(2), q.size(3),
+        *(address(x) for x in tensors[:4]), address(k), address(v), strides.buffer_info()[0], address(lse),
+        address(lengths), q.size(0), q.size(1), k_cache.size(1), q.size(2), k_cache.size(2), q.size(3),
         DTYPE_CODE[q.dtype], scale, softcap, window
     )  # fmt: skip
     return out, lse

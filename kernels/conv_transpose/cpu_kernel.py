@@ -96,8 +96,8 @@ def conv_transpose(x, weight, bias, stride, padding, output_padding, activation,
     bias = bias if bias is None else bias.float().contiguous()
     y = empty_channels_last(x, x.size(0), weight.size(1), *out)
     cpp.conv_transpose(
-        x.data_ptr(), DTYPE_CODE[x.dtype], *strides, weight.data_ptr(), *weight.stride(), address(bias),
-        y.data_ptr(), *_extents(y, x, weight.shape[2:]), *stride, *padding, ACTIVATION_CODE[activation], slope
+        address(x), DTYPE_CODE[x.dtype], *strides, address(weight), *weight.stride(), address(bias),
+        address(y), *_extents(y, x, weight.shape[2:]), *stride, *padding, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
@@ -112,7 +112,7 @@ def conv_transpose_grad_input(grad_y, weight, size, stride, padding):
     rows = F.pad(rows, (0, -x.size(1) % 16)).contiguous()  # whole vectors of any instruction set
     grad_x = empty_channels_last(grad_y, *x.shape)
     cpp.conv_transpose_grad_input(
-        grad_y.data_ptr(), DTYPE_CODE[grad_y.dtype], rows.data_ptr(), rows.size(1), grad_x.data_ptr(),
+        address(grad_y), DTYPE_CODE[grad_y.dtype], address(rows), rows.size(1), address(grad_x),
         *_extents(grad_y, x, weight.shape[2:]), *stride, *padding
     )  # fmt: skip
     return grad_x
@@ -127,7 +127,7 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
     x, strides = _image(x)
     gradient = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     cpp.conv_transpose_grad_weight(
-        grad_y.data_ptr(), DTYPE_CODE[x.dtype], x.data_ptr(), *strides, gradient.data_ptr(),
+        address(grad_y), DTYPE_CODE[x.dtype], address(x), *strides, address(gradient),
         *_extents(grad_y, x, kernel_size), *stride, *padding
     )  # fmt: skip
     gradient = gradient.to(x.dtype)

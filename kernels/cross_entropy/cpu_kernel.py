@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from genai_fast.kernels.common.extension import cpp
-from genai_fast.kernels.common.rows import DTYPE_CODE, dense_like
+from genai_fast.kernels.common.rows import DTYPE_CODE, address, dense_like
 from genai_fast.kernels.cross_entropy.layout import as_rows, dense_layout, require_saved, require_targets, upstream
 from genai_fast.kernels.cross_entropy.linear import over_chunks
 
@@ -21,8 +21,8 @@ def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reducti
     lse = logits.new_empty((2, rows), dtype=torch.float32)
     count = logits.new_empty(() if reduction == "mean" else 0, dtype=torch.float32)
     cpp.cross_entropy(
-        x.data_ptr(), DTYPE_CODE[x.dtype], *layout, t.data_ptr(), loss.data_ptr(), lse.data_ptr(),
-        count.data_ptr() if reduction == "mean" else 0, rows, logits.size(-1), ignore_index, label_smoothing, z_loss,
+        address(x), DTYPE_CODE[x.dtype], *layout, address(t), address(loss), address(lse),
+        address(count) if reduction == "mean" else 0, rows, logits.size(-1), ignore_index, label_smoothing, z_loss,
         _REDUCTION_CODE[reduction]
     )  # fmt: skip
     return loss, lse, count
@@ -40,8 +40,8 @@ def cross_entropy_backward(
     rows, classes = t.numel(), logits.size(-1)
     grad = logits if inplace else dense_like(logits)
     cpp.cross_entropy_backward(
-        g.data_ptr(), g_stride, x.data_ptr(), DTYPE_CODE[x.dtype], *layout, t.data_ptr(), lse.data_ptr(),
-        count.data_ptr() if reduction == "mean" else 0, grad.data_ptr(),
+        address(g), g_stride, address(x), DTYPE_CODE[x.dtype], *layout, address(t), address(lse),
+        address(count) if reduction == "mean" else 0, address(grad),
         *(layout if inplace else dense_layout(rows, classes)), rows, classes, ignore_index, label_smoothing, z_loss
     )  # fmt: skip
     return grad

@@ -14,7 +14,7 @@ def gated_act(x, up, bias, activation):
     (gate, linear), bias, _ = operands(x, up, bias)
     y = x.new_empty(gate.shape)
     cpp.gated_act(
-        gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0), DTYPE_CODE[x.dtype], y.data_ptr(),
+        address(gate), gate.stride(0), address(linear), linear.stride(0), DTYPE_CODE[x.dtype], address(y),
         *y.shape, address(bias), ACTIVATION_CODE[activation]
     )  # fmt: skip
     return y
@@ -25,8 +25,8 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     (grad_x, grad_up), (grad_gate, grad_linear) = results(x, up)
     grad_bias = x.new_empty(2 * gate.size(1) if with_bias else 0, dtype=torch.float32)
     cpp.gated_act_backward(
-        grad_y.data_ptr(), grad_y.stride(0), gate.data_ptr(), gate.stride(0), linear.data_ptr(), linear.stride(0),
-        DTYPE_CODE[x.dtype], grad_gate.data_ptr(), grad_linear.data_ptr(), grad_gate.stride(0),
-        grad_bias.data_ptr() if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation]
+        address(grad_y), grad_y.stride(0), address(gate), gate.stride(0), address(linear), linear.stride(0),
+        DTYPE_CODE[x.dtype], address(grad_gate), address(grad_linear), grad_gate.stride(0),
+        address(grad_bias) if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation]
     )  # fmt: skip
     return grad_x, grad_up, grad_bias

@@ -7,7 +7,8 @@ from array import array
 import torch
 
 from genai_fast.kernels.common.extension import cpp
-from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require, span
+from genai_fast.kernels.common.rows import address
+from genai_fast.kernels.gpt_decode.layout import MATRIX_DTYPES, require
 
 
 def gpt_decode(cache, ids, length, weights, scales, eps):
@@ -15,9 +16,9 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
     (batch, tokens), (heads, room) = ids.shape, cache.shape[3:5]
     ids = ids.contiguous()
     logits = torch.empty((batch, size.vocabulary), dtype=torch.float32, device="cpu")
-    tensors, factors = array("q", [w.data_ptr() for w in weights]), array("q", [s.data_ptr() for s in scales])
+    tensors, factors = array("q", [address(w) for w in weights]), array("q", [address(s) for s in scales])
     cpp.gpt_decode(
-        tensors.buffer_info()[0], factors.buffer_info()[0], cache.data_ptr(), ids.data_ptr(), logits.data_ptr(),
+        tensors.buffer_info()[0], factors.buffer_info()[0], address(cache), address(ids), address(logits),
         size.layers, batch, heads, size.channels, size.hidden, size.vocabulary, room, tokens, length, eps,
         MATRIX_DTYPES.index(weights[0].dtype)
     )  # fmt: skip

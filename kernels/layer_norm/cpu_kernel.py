@@ -17,8 +17,8 @@ def layer_norm(x, residual, weight, bias, rms, eps):
     y, h = dense_like(x), x.new_empty(0) if residual is None else dense_like(x)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))
     cpp.layer_norm(
-        matrix.data_ptr(), stride, address(added), added_stride, DTYPE_CODE[x.dtype], y.data_ptr(), h.data_ptr(),
-        address(weight), address(bias), 0 if rms else mean.data_ptr(), rstd.data_ptr(), *matrix.shape, eps
+        address(matrix), stride, address(added), added_stride, DTYPE_CODE[x.dtype], address(y), address(h),
+        address(weight), address(bias), 0 if rms else address(mean), address(rstd), *matrix.shape, eps
     )  # fmt: skip
     return y, h, mean, rstd
 
@@ -34,8 +34,8 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     grad_x, columns = dense_like(h), h.size(-1)
     sums = [h.new_empty(columns if wanted else 0, dtype=torch.float32) for wanted in (with_weight, with_bias)]
     cpp.layer_norm_backward(
-        dy.data_ptr(), dy_stride, address(dh), dh_stride, matrix.data_ptr(), stride, DTYPE_CODE[h.dtype],
-        grad_x.data_ptr(), address(weight), 0 if rms else mean.data_ptr(), rstd.data_ptr(),
-        sums[0].data_ptr() if with_weight else 0, sums[1].data_ptr() if with_bias else 0, *matrix.shape
+        address(dy), dy_stride, address(dh), dh_stride, address(matrix), stride, DTYPE_CODE[h.dtype],
+        address(grad_x), address(weight), 0 if rms else address(mean), address(rstd),
+        address(sums[0]) if with_weight else 0, address(sums[1]) if with_bias else 0, *matrix.shape
     )  # fmt: skip
     return grad_x, *sums

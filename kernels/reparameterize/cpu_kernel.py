@@ -26,8 +26,8 @@ def reparameterize(mu, logvar, seed, offset, with_kl):
     z = dense_like(mu)
     kl = mu.new_empty(mu.shape[0] if with_kl else 0, dtype=torch.float32)
     cpp.reparameterize(
-        m.data_ptr(), m_stride, v.data_ptr(), v_stride, z.data_ptr(), kl.data_ptr() if with_kl else 0,
-        seed.data_ptr(), offset, mu.shape[0], columns_of(mu), DTYPE_CODE[mu.dtype]
+        address(m), m_stride, address(v), v_stride, address(z), address(kl) if with_kl else 0,
+        address(seed), offset, mu.shape[0], columns_of(mu), DTYPE_CODE[mu.dtype]
     )  # fmt: skip
     return z, kl
 
@@ -42,9 +42,9 @@ def reparameterize_backward(grad_z, grad_kl, mu, logvar, seed, offset):
     _alive, kl_address, kl_stride = per_sample_gradient(grad_kl)
     grad_mu, grad_logvar = dense_like(mu), dense_like(logvar)
     cpp.reparameterize_backward(
-        0 if z is None else z.data_ptr(), z_stride, kl_address, kl_stride,
-        m.data_ptr(), m_stride, v.data_ptr(), v_stride,
-        grad_mu.data_ptr(), grad_logvar.data_ptr(), seed.data_ptr(), offset, mu.shape[0], columns_of(mu),
+        0 if z is None else address(z), z_stride, kl_address, kl_stride,
+        address(m), m_stride, address(v), v_stride,
+        address(grad_mu), address(grad_logvar), address(seed), offset, mu.shape[0], columns_of(mu),
         DTYPE_CODE[mu.dtype]
     )  # fmt: skip
     return grad_mu, grad_logvar

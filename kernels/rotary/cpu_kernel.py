@@ -13,8 +13,8 @@ def rotary(x, cos, sin, positions, offset, interleaved, inverse):
     y, by_token = in_order_of(x), heads_inside(x)
     given = x.transpose(1, 2) if by_token else x
     cpp.rotary(
-        x.data_ptr(), *given.stride()[:3], DTYPE_CODE[x.dtype], cos.data_ptr(), cos.stride(0), sin.data_ptr(),
+        address(x), *given.stride()[:3], DTYPE_CODE[x.dtype], address(cos), cos.stride(0), address(sin),
         sin.stride(0), DTYPE_CODE[cos.dtype], cos.size(0), address(positions), between_samples(positions), offset,
-        y.data_ptr(), *given.shape, 2 * cos.size(1), by_token, interleaved, inverse
+        address(y), *given.shape, 2 * cos.size(1), by_token, interleaved, inverse
     )  # fmt: skip
     return y
