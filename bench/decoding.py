@@ -25,8 +25,7 @@ from bench import isolated, roofs
 from bench.training_figures import REDUCED, say, wait
 from genai_fast.errors import UsageError
 from genai_fast.kernels.gpt_decode import layout
-from genai_fast.models.generation import Sampler, decoder_for
-from genai_fast.models.gpt import GPT
+from genai_fast.models import GPT, Sampler, decoder_for
 from genai_fast.profiling import ForeignLoad
 from genai_fast.profiling.loops import EAGER, FUSED
 from genai_fast.registry import OPS

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from genai_fast import config
-from genai_fast.cli.parser import _parser, commands_of
 from genai_fast.cli.examples import EXAMPLES
+from genai_fast.cli.parser import _parser, commands_of
 from genai_fast.models.registry import RECIPES
 
 FROZEN = Path(__file__).with_name("cli_frozen.txt")

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from genai_fast import models, ops
-from genai_fast.models import GAN, WGANGP, peers
+from genai_fast.models import GAN, WGANGP
+from genai_fast.models.conv_vae.plain import PlainConvVAE
+from genai_fast.models.conv_vae.recipe import ConvVAEConfig
+from genai_fast.models.gan import plain as scripts
+from genai_fast.models.gan.recipe import DCGANConfig, GANConfig
 from genai_fast.models.registry import make
-from genai_fast.models.settings import ConvVAEConfig, DCGANConfig, GANConfig
 from genai_fast.training import Step, make_optimizer
 
 STEPS = 50
@@ -25,14 +28,14 @@ def pairs():
         models.dcgan_init(models.DCGANGenerator(64, width=4, latent=16)),
         models.dcgan_init(models.DCGANDiscriminator(64, width=4)),
     )
-    theirs = peers.EagerDCGANGenerator(16, ngf=4), peers.EagerDCGANDiscriminator(ndf=4)
+    theirs = scripts.PlainDCGANGenerator(latent=16, width=4), scripts.PlainDCGANDiscriminator(width=4)
     yield "dcgan", ours, theirs, (3, 64, 64)
     widths = (32, 48)
     ours = models.MLPGenerator((1, 8, 8), latent=16, widths=widths), models.MLPDiscriminator((1, 8, 8), widths=widths)
-    theirs = (peers.EagerMLPGenerator((1, 8, 8), 16, widths), peers.EagerMLPDiscriminator((1, 8, 8), widths))
+    theirs = (scripts.PlainMLPGenerator((1, 8, 8), 16, widths), scripts.PlainMLPDiscriminator((1, 8, 8), widths))
     yield "mlp", ours, theirs, (1, 8, 8)
     ours = models.DenseGenerator(16, side=2), models.DenseDiscriminator(8, dropout=0.0)
-    theirs = peers.EagerDenseGenerator(16, side=2), peers.EagerDenseDiscriminator(8, dropout=0.0)
+    theirs = scripts.PlainDenseGenerator(16, side=2), scripts.PlainDenseDiscriminator(8, dropout=0.0)
     yield "dense", ours, theirs, (1, 8, 8)
 
 
@@ -52,7 +55,7 @@ def test_fifty_steps_are_those_of_the_plain_script(pair):
     for p in (p for networks in rounded for network in networks for p in network.parameters()):
         p.data *= 1 + 2**-23 * torch.randn(p.shape)
     data = torch.rand(STEPS, 16, *shape) * 2 - 1
-    plain, *shaken = (losses_of(peers.gan_step(g, d, 16), data) for g, d in (theirs, *rounded))
+    plain, *shaken = (losses_of(scripts.gan_step(g, d, 16), data) for g, d in (theirs, *rounded))
     gan = GAN(*ours)
     got = losses_of(Step(gan, make_optimizer(gan, GANConfig())), data)
     noise = (torch.stack(shaken) - plain).abs().amax(0).cummax(0).values + 1e-5
@@ -62,7 +65,7 @@ def test_fifty_steps_are_those_of_the_plain_script(pair):
 
 
 def test_fifty_steps_of_the_convolutional_vae_are_those_of_the_plain_script():
-    class SameNoise(peers.EagerConvVAE):
+    class SameNoise(PlainConvVAE):
         def reparameterize(self, mu, logvar):
             return ops.reparameterize(mu, logvar)
 

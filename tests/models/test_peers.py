@@ -17,48 +17,53 @@ from genai_fast.models import (
     MLPDiscriminator,
     MLPGenerator,
 )
-from genai_fast.models.peers import (
-    EagerAutoencoder,
-    EagerConvVAE,
-    EagerDCGANDiscriminator,
-    EagerDCGANGenerator,
-    EagerDenseDiscriminator,
-    EagerDenseGenerator,
-    EagerDenseGeneratorK4,
-    EagerMLPDiscriminator,
-    EagerMLPGenerator,
+from genai_fast.models.autoencoder.plain import PlainAutoencoder
+from genai_fast.models.conv_vae.plain import PlainConditionalVAE, PlainConvVAE
+from genai_fast.models.gan.plain import (
+    PlainConditionalGenerator,
+    PlainDCGANDiscriminator,
+    PlainDCGANGenerator,
+    PlainDenseDiscriminator,
+    PlainDenseGenerator,
+    PlainDenseGeneratorK4,
+    PlainMLPDiscriminator,
+    PlainMLPGenerator,
 )
-from genai_fast.models.peers_conditional import EagerConditionalGenerator, EagerConditionalVAE
 
 SHAPE, WIDE = (1, 6, 5), (16, 8)
 # Ours, the peer, and the shape of one input: a latent or an image.
 PAIRS = {
-    "mlp-generator": (lambda: MLPGenerator(SHAPE, latent=4, widths=WIDE), EagerMLPGenerator, (SHAPE, 4, WIDE), (4,)),
-    "mlp-discriminator": (lambda: MLPDiscriminator(SHAPE, widths=WIDE), EagerMLPDiscriminator, (SHAPE, WIDE), SHAPE),
-    "dcgan-generator": (lambda: DCGANGenerator(latent=8, width=4), EagerDCGANGenerator, (8, 4), (8, 1, 1)),
+    "mlp-generator": (lambda: MLPGenerator(SHAPE, latent=4, widths=WIDE), PlainMLPGenerator, (SHAPE, 4, WIDE), (4,)),
+    "mlp-discriminator": (lambda: MLPDiscriminator(SHAPE, widths=WIDE), PlainMLPDiscriminator, (SHAPE, WIDE), SHAPE),
+    "dcgan-generator": (lambda: DCGANGenerator(latent=8, width=4), PlainDCGANGenerator, (64, 8, 4), (8, 1, 1)),
     "dcgan-generator-28": (
         lambda: DCGANGenerator(28, latent=8, width=4, channels=1),
-        EagerDCGANGenerator,
-        (8, 4, 1, 28),
+        PlainDCGANGenerator,
+        (28, 8, 4, 1),
         (8,),
     ),
-    "dcgan-discriminator": (lambda: DCGANDiscriminator(width=4), EagerDCGANDiscriminator, (4,), (3, 64, 64)),
-    "dense-generator": (lambda: DenseGenerator(8, side=2), EagerDenseGenerator, (8, 1, 2), (8,)),
-    "dense-generator-k4": (lambda: DenseGeneratorK4(8, side=2), EagerDenseGeneratorK4, (8, 1, 2), (8,)),
-    "dense-discriminator": (lambda: DenseDiscriminator(8, dropout=0), EagerDenseDiscriminator, (8, 1, 0), (1, 8, 8)),
+    "dcgan-discriminator": (lambda: DCGANDiscriminator(width=4), PlainDCGANDiscriminator, (64, 4), (3, 64, 64)),
+    "dense-generator": (lambda: DenseGenerator(8, side=2), PlainDenseGenerator, (8, 1, 2), (8,)),
+    "dense-generator-k4": (lambda: DenseGeneratorK4(8, side=2), PlainDenseGeneratorK4, (8, 1, 2), (8,)),
+    "dense-discriminator": (
+        lambda: DenseDiscriminator(8, dropout=0),
+        PlainDenseDiscriminator,
+        (8, 1, (64, 128), 0),
+        (1, 8, 8),
+    ),
 }
 FULL = {
-    MLPGenerator: EagerMLPGenerator,
-    MLPDiscriminator: EagerMLPDiscriminator,
-    DCGANGenerator: EagerDCGANGenerator,
-    DCGANDiscriminator: EagerDCGANDiscriminator,
-    ConditionalGenerator: EagerConditionalGenerator,
-    ConditionalVAE: EagerConditionalVAE,
-    Autoencoder: EagerAutoencoder,
-    DenseGenerator: EagerDenseGenerator,
-    DenseGeneratorK4: EagerDenseGeneratorK4,
-    DenseDiscriminator: EagerDenseDiscriminator,
-    ConvVAE: EagerConvVAE,
+    MLPGenerator: PlainMLPGenerator,
+    MLPDiscriminator: PlainMLPDiscriminator,
+    DCGANGenerator: PlainDCGANGenerator,
+    DCGANDiscriminator: PlainDCGANDiscriminator,
+    ConditionalGenerator: PlainConditionalGenerator,
+    ConditionalVAE: PlainConditionalVAE,
+    Autoencoder: PlainAutoencoder,
+    DenseGenerator: PlainDenseGenerator,
+    DenseGeneratorK4: PlainDenseGeneratorK4,
+    DenseDiscriminator: PlainDenseDiscriminator,
+    ConvVAE: PlainConvVAE,
 }
 
 
@@ -87,7 +92,7 @@ def test_checkpoints_load_both_ways_and_compute_the_same(name):
 
 def test_the_loss_of_discriminators_is_bce():
     torch.manual_seed(0)
-    ours, peer = MLPDiscriminator(SHAPE, widths=WIDE), EagerMLPDiscriminator(SHAPE, WIDE)
+    ours, peer = MLPDiscriminator(SHAPE, widths=WIDE), PlainMLPDiscriminator(SHAPE, WIDE)
     _load_both_ways(ours, peer)
     x, real = torch.randn(9, *SHAPE), torch.randint(2, (9,)).float()
     found = torch.nn.functional.binary_cross_entropy_with_logits(ours(x), real)
@@ -101,7 +106,7 @@ def test_the_loss_of_discriminators_is_bce():
 
 def test_conditional_generators():
     torch.manual_seed(0)
-    ours, peer = ConditionalGenerator(3, 28, latent=8, width=4), EagerConditionalGenerator(3, 8, 4, size=28)
+    ours, peer = ConditionalGenerator(3, 28, latent=8, width=4), PlainConditionalGenerator(3, 28, 8, 4)
     _load_both_ways(ours, peer)
     z, labels = torch.randn(6, 8), torch.arange(6) % 3
     for training in (True, False):
@@ -111,10 +116,10 @@ def test_conditional_generators():
 @pytest.mark.parametrize(
     ("kinds", "size", "channels", "widths"),
     [
-        ((ConvVAE, EagerConvVAE), 8, 1, (6, 8)),
-        ((ConvVAE, EagerConvVAE), 28, 3, (4, 6)),
-        ((ConditionalVAE, EagerConditionalVAE), 8, 3, (6, 8)),
-        ((Autoencoder, EagerAutoencoder), 8, 3, (6, 8)),
+        ((ConvVAE, PlainConvVAE), 8, 1, (6, 8)),
+        ((ConvVAE, PlainConvVAE), 28, 3, (4, 6)),
+        ((ConditionalVAE, PlainConditionalVAE), 8, 3, (6, 8)),
+        ((Autoencoder, PlainAutoencoder), 8, 3, (6, 8)),
     ],
 )
 def test_conv_coders(kinds, size, channels, widths, monkeypatch):

@@ -1,0 +1,5 @@
+"""The convolutional autoencoder."""
+
+from genai_fast.models.autoencoder.model import Autoencoder, AutoencoderLoss
+
+__all__ = ["Autoencoder", "AutoencoderLoss"]

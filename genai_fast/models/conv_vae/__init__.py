@@ -1,0 +1,5 @@
+"""Convolutional variational autoencoders."""
+
+from genai_fast.models.conv_vae.model import ConditionalVAE, ConvVAE
+
+__all__ = ["ConditionalVAE", "ConvVAE"]

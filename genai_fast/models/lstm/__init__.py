@@ -1,0 +1,5 @@
+"""The LSTM language model."""
+
+from genai_fast.models.lstm.model import LSTMLanguageModel, LSTMLosses
+
+__all__ = ["LSTMLanguageModel", "LSTMLosses"]

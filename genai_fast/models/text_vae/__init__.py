@@ -1,0 +1,5 @@
+"""The variational autoencoder of sentences."""
+
+from genai_fast.models.text_vae.model import TextVAE, TextVAEDecoder
+
+__all__ = ["TextVAE", "TextVAEDecoder"]
