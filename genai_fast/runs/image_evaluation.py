@@ -119,7 +119,9 @@ class Watch:
         if {"reconstruction", "kl"} <= figures.keys():
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
             traits = image_traits(model)
-            figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed)
+            figures["bits_per_dim"] = bits_per_dim(
+                elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed
+            )
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
 from genai_fast.models import Sampler
 from genai_fast.models.common.latents import evaluating
-from genai_fast.models.common.protocol import Writes
+from genai_fast.models.common.protocol import Request, Writes
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -68,8 +68,8 @@ def example(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> s
 
 def _tokens(model: Writes, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
     sampler = Sampler(temperature=style.temperature, top_k=style.top_k, top_p=style.top_p, seed=style.seed)
-    ids, seed = tokenizer.encode(prompt), style.seed
-    return model.write_ids(ids, tokenizer.end, sampler, style.max_tokens, seed=seed, weights=style.weights)
+    ids = tokenizer.encode(prompt)
+    return model.write_ids(Request(ids, tokenizer.end, sampler, style.max_tokens, style.seed, style.weights))
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from genai_fast.contract import HasNetworks, HasTrainingStep, InTurns, image_tra
 from genai_fast.data import text
 from genai_fast.models import Sampler
 from genai_fast.models.common.plain_vae import PlainVAE
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.systems import System, of_recipe
 from genai_fast.runs import export, image_evaluation, text_generation
@@ -99,7 +99,7 @@ def test_it_draws_or_writes(run, system):
     if system.is_text:
         for prompt in ([3, 1, 2], []):
             written, again = (
-                list(model.write_ids(prompt, TOKENIZER.end, Sampler(seed=7), 9, seed=7)) for _ in range(2)
+                list(model.write_ids(Request(prompt, TOKENIZER.end, Sampler(seed=7), 9, 7))) for _ in range(2)
             )
             assert written == again and len(written) <= 9 and all(0 <= token < TOKENIZER.end for token in written)
         style = text_generation.Style(max_tokens=9)
@@ -173,7 +173,7 @@ def test_it_is_exported(run, system, tmp_path):
         for prompt in ([3, 1, 2], []):
             pick = script["picker"](0.0, 0, 1.0, 7)
             ids = net.generate(prompt, pick, TOKENIZER.end, torch.Generator().manual_seed(7))
-            expected = list(run.model.write_ids(prompt, TOKENIZER.end, Sampler(temperature=0), 9, seed=7))
+            expected = list(run.model.write_ids(Request(prompt, TOKENIZER.end, Sampler(temperature=0), 9, 7)))
             assert [token for token, _ in zip(ids, expected)] == expected  # noqa: B905
     elif offers(run.model, Draws):
         z = torch.randn(5, image_traits(run.model).latent)

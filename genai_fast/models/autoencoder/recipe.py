@@ -20,8 +20,6 @@ RECIPES = (
     Recipe(
         "autoencoder", "convolutional autoencoder", AutoencoderConfig, Autoencoder, PlainAutoencoder,
         build=channels_last(Autoencoder), derived=widths_of("Autoencoder"),
-        examples=(
-            "genai-fast train autoencoder --data PHOTOS --size 64 --latent 64",
-        ),
+        examples=("genai-fast train autoencoder --data PHOTOS --size 64 --latent 64",),
     ),
 )  # fmt: skip

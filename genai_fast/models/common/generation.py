@@ -19,7 +19,7 @@ from torch import nn
 from genai_fast.contract import offers
 from genai_fast.models.common import checks
 from genai_fast.models.common.latents import evaluating
-from genai_fast.models.common.protocol import Decoder, WritesOn
+from genai_fast.models.common.protocol import Decoder, Request, WritesOn
 
 _FEW = 256  # of a vocabulary
 
@@ -64,10 +64,9 @@ class WriteOn:
     continues: ClassVar[bool] = True
     block: int | None = None  # tokens that it sees at most; None: all
 
-    def write_ids(
-        self, prompt: Sequence[int], end: int, sampler: Sampler, longest: int, *, seed: int | None = None,
-        weights: str = "float32",
-    ) -> Iterator[int]:  # fmt: skip
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """See `protocol.Writes`."""
+        prompt, end, sampler, longest, _, weights = request
         return _generated(self, prompt or [end], sampler, longest, end, weights)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -38,24 +38,24 @@ class Inpaints(Protocol):
         """Images [B, C, H, W] repaired where mask [B, 1, H, W] is True."""
 
 
+class Request(NamedTuple):
+    """A text that is asked for."""
+
+    prompt: Sequence[int]  # token ids without `end`; empty: the model begins by itself
+    end: int  # the token at which it ends, which is left out
+    sampler: Choose
+    longest: int  # tokens
+    seed: int | None = None  # of what is drawn besides the tokens, such as z
+    weights: str = "float32"  # precision of the matrices, where the model can round them
+
+
 class Writes(Protocol):
     """A model of text."""
 
     continues: bool  # its text goes on from the prompt, rather than answering it
 
-    def write_ids(
-        self, prompt: Sequence[int], end: int, sampler: Choose, longest: int, *, seed: int | None = None,
-        weights: str = "float32",
-    ) -> Iterator[int]:  # fmt: skip
-        """Token ids as they are made, `longest` at most, until `end`, which is left out.
-
-        Args:
-            prompt: token ids without `end`; empty: the model begins by itself.
-            seed: of what is drawn besides the tokens, such as z.
-            weights: precision of the matrices, where the model can round them.
-
-        Raises: UsageError on a prompt that is too long.
-        """
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """Token ids as they are made. Raises UsageError on a prompt that is too long."""
 
 
 class Decoder(Protocol):

@@ -1,5 +1,3 @@
 """Convolutional variational autoencoders."""
 
-from genai_fast.models.conv_vae.model import ConditionalVAE, ConvVAE
-
-__all__ = ["ConditionalVAE", "ConvVAE"]
+from genai_fast.models.conv_vae.model import ConditionalVAE, ConvVAE  # noqa: F401

@@ -29,8 +29,6 @@ RECIPES = (
     Recipe(
         "cvae", "conditional variational autoencoder, for labelled images", ConvVAEConfig, ConditionalVAE,
         PlainConditionalVAE, build=channels_last(ConditionalVAE), derived=widths_of("ConditionalVAE"), labelled=True,
-        examples=(
-            "genai-fast train cvae --data mnist --latent 16 --epochs 20",
-        ),
+        examples=("genai-fast train cvae --data mnist --latent 16 --epochs 20",),
     ),
 )  # fmt: skip

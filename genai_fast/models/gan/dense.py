@@ -10,13 +10,7 @@ from torch import nn
 
 from genai_fast.models.common import checks
 from genai_fast.models.common.networks import fused
-from genai_fast.models.gan.plain import (
-    PlainDenseDiscriminator,
-    PlainDenseGenerator,
-    PlainDenseGeneratorK4,
-    PlainMLPDiscriminator,
-    PlainMLPGenerator,
-)
+from genai_fast.models.gan import plain
 
 
 class MLPGenerator(nn.Module):
@@ -41,7 +35,7 @@ class MLPGenerator(nn.Module):
         super().__init__()
         self.shape, self.latent = checks.image_shape("MLPGenerator", shape), latent
         checks.positive("MLPGenerator", latent=latent, widths=min(widths, default=0))
-        self.main = fused(PlainMLPGenerator(self.shape, latent, widths).main)
+        self.main = fused(plain.PlainMLPGenerator(self.shape, latent, widths).main)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z.flatten(1))
@@ -70,7 +64,7 @@ class MLPDiscriminator(nn.Module):
         super().__init__()
         self.shape = checks.image_shape("MLPDiscriminator", shape)
         checks.positive("MLPDiscriminator", widths=min(widths, default=0))
-        self.main = fused(PlainMLPDiscriminator(self.shape, widths, dropout).main[:-1])
+        self.main = fused(plain.PlainMLPDiscriminator(self.shape, widths, dropout).main[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.main(checks.pixels("MLPDiscriminator", x, self.shape)).flatten()
@@ -95,7 +89,7 @@ class DenseGenerator(nn.Module):
         super().__init__()
         checks.positive("DenseGenerator", latent=latent, channels=channels, side=side)
         self.latent = latent
-        self.main = fused(PlainDenseGenerator(latent, channels, side, momentum).main)
+        self.main = fused(plain.PlainDenseGenerator(latent, channels, side, momentum).main)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z)
@@ -113,7 +107,7 @@ class DenseGeneratorK4(nn.Module):
         super().__init__()
         checks.positive("DenseGeneratorK4", latent=latent, channels=channels, side=side)
         self.latent = latent
-        self.main = fused(PlainDenseGeneratorK4(latent, channels, side).main)
+        self.main = fused(plain.PlainDenseGeneratorK4(latent, channels, side).main)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z)
@@ -138,7 +132,7 @@ class DenseDiscriminator(nn.Module):
         checks.positive("DenseDiscriminator", size=size, channels=channels)
         if size % 4:
             raise ValueError(f"DenseDiscriminator: size: expected a multiple of 4, got {size}; resize the images")
-        self.main = fused(PlainDenseDiscriminator(size, channels, widths, dropout).main[:-1])
+        self.main = fused(plain.PlainDenseDiscriminator(size, channels, widths, dropout).main[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.main(x).flatten()

@@ -11,32 +11,8 @@ from torch import nn
 from genai_fast.config import ImageConfig, changed, setting
 from genai_fast.errors import UsageError
 from genai_fast.models.common.recipe import Bench, Networks, Recipe, Values, by_name
-from genai_fast.models.gan.dcgan import (
-    ConditionalDiscriminator,
-    ConditionalGenerator,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    dcgan_init,
-)
-from genai_fast.models.gan.dense import (
-    DenseDiscriminator,
-    DenseGenerator,
-    DenseGeneratorK4,
-    MLPDiscriminator,
-    MLPGenerator,
-)
+from genai_fast.models.gan import dcgan, dense, plain
 from genai_fast.models.gan.model import GAN, WGANGP
-from genai_fast.models.gan.plain import (
-    PlainConditionalGenerator,
-    PlainDCGANDiscriminator,
-    PlainDCGANGenerator,
-    PlainDenseDiscriminator,
-    PlainDenseGenerator,
-    PlainDenseGeneratorK4,
-    PlainMLPDiscriminator,
-    PlainMLPGenerator,
-    gan_step,
-)
 
 
 @dataclass(frozen=True)
@@ -85,21 +61,22 @@ class WGANGPConfig(GANConfig):
 
 
 _DROPOUT = {"dcgan": 0.0, "dense": 0.3, "dense-k4": 0.3}  # of D, as the authors of these networks have it
-_GENERATORS = {"dense": (DenseGenerator, PlainDenseGenerator), "dense-k4": (DenseGeneratorK4, PlainDenseGeneratorK4)}
+_GENERATORS = {
+    "dense": (dense.DenseGenerator, plain.PlainDenseGenerator),
+    "dense-k4": (dense.DenseGeneratorK4, plain.PlainDenseGeneratorK4),
+}
 
 
-def _pair(generator: type[nn.Module], discriminator: type[nn.Module], values: Values) -> nn.Module:
-    return by_name(
-        GAN, {**values, "generator": by_name(generator, values), "discriminator": by_name(discriminator, values)}
-    )
-
-
-def _dcgan_pair(
-    kind: type[GAN], generator: type[nn.Module], discriminator: type[nn.Module]
+def _pair(
+    generator: type[nn.Module], discriminator: type[nn.Module], kind: type[GAN] = GAN, *, init: bool = True
 ) -> Callable[[Values], nn.Module]:
+    """A `build`; init: as DCGAN's authors do it, and in channels_last."""
+
     def build(values: Values) -> nn.Module:
         pair = {"generator": by_name(generator, values), "discriminator": by_name(discriminator, values)}
-        pair = {name: dcgan_init(network) for name, network in pair.items()}  # both made before
+        if not init:
+            return by_name(kind, values | pair)
+        pair = {name: dcgan.dcgan_init(network) for name, network in pair.items()}  # both made before
         return by_name(kind, values | pair).to(memory_format=torch.channels_last)
 
     return build
@@ -108,12 +85,12 @@ def _dcgan_pair(
 def _dcgan(values: Values) -> nn.Module:
     network, side = values["network"], values["size"]
     if network == "dcgan":
-        return _dcgan_pair(GAN, DCGANGenerator, DCGANDiscriminator)(values)
+        return _pair(dcgan.DCGANGenerator, dcgan.DCGANDiscriminator)(values)
     if values["spectral"]:
         raise UsageError(f"--spectral: expected --network dcgan, got {network}; remedy: leave one of them out")
     if side % 4:
         raise UsageError(f"--network {network}: expected a side of a multiple of 4, got {side}; remedy: --size")
-    return _pair(_GENERATORS[network][0], DenseDiscriminator, values)
+    return _pair(_GENERATORS[network][0], dense.DenseDiscriminator, init=False)(values)
 
 
 def _derived(values: Values) -> Values:
@@ -123,12 +100,12 @@ def _derived(values: Values) -> Values:
 
 def _plain_dcgan(values: Values) -> dict[str, type[nn.Module]]:
     if values["network"] == "dcgan":
-        return {"generator": PlainDCGANGenerator, "discriminator": PlainDCGANDiscriminator}
-    return {"generator": _GENERATORS[values["network"]][1], "discriminator": PlainDenseDiscriminator}
+        return {"generator": plain.PlainDCGANGenerator, "discriminator": plain.PlainDCGANDiscriminator}
+    return {"generator": _GENERATORS[values["network"]][1], "discriminator": plain.PlainDenseDiscriminator}
 
 
 def _loop(networks: Networks, values: Values, device: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return gan_step(networks["generator"], networks["discriminator"], values["latent"], device)
+    return plain.gan_step(networks["generator"], networks["discriminator"], values["latent"], device)
 
 
 def _sampler(gan: nn.Module) -> nn.Module:
@@ -141,12 +118,11 @@ _BF16 = {"precision": "bfloat16"}
 RECIPES = (
     Recipe(
         "mlp-gan", "generative adversarial network of dense layers", GANConfig, GAN,
-        lambda values: {"generator": PlainMLPGenerator, "discriminator": PlainMLPDiscriminator},
-        build=lambda values: _pair(MLPGenerator, MLPDiscriminator, values), square=False, network=_sampler, loop=_loop,
+        lambda values: {"generator": plain.PlainMLPGenerator, "discriminator": plain.PlainMLPDiscriminator},
+        build=_pair(dense.MLPGenerator, dense.MLPDiscriminator, init=False), square=False, network=_sampler,
+        loop=_loop,
         benches=(Bench("mlp_gan", 128, (1, 28, 28)),),
-        examples=(
-            "genai-fast train mlp-gan --data mnist --smoothing 0.1",
-        ),
+        examples=("genai-fast train mlp-gan --data mnist --smoothing 0.1",),
     ),
     Recipe(
         "dcgan", "deep convolutional GAN", DCGANConfig, GAN, _plain_dcgan,
@@ -166,19 +142,15 @@ RECIPES = (
     ),
     Recipe(
         "cgan", "conditional DCGAN, for labelled images", ConditionalGANConfig, GAN,
-        lambda values: {"generator": PlainConditionalGenerator},
-        build=_dcgan_pair(GAN, ConditionalGenerator, ConditionalDiscriminator), labelled=True, network=_sampler,
+        lambda values: {"generator": plain.PlainConditionalGenerator},
+        build=_pair(dcgan.ConditionalGenerator, dcgan.ConditionalDiscriminator), labelled=True, network=_sampler,
         loop=None,
-        examples=(
-            "genai-fast train cgan --data mnist --width 32",
-        ),
+        examples=("genai-fast train cgan --data mnist --width 32",),
     ),
     Recipe(
         "wgan-gp", "Wasserstein GAN with gradient penalty", WGANGPConfig, WGANGP,
-        lambda values: {"generator": PlainDCGANGenerator},
-        build=_dcgan_pair(WGANGP, DCGANGenerator, DCGANDiscriminator), network=_sampler, loop=None,
-        examples=(
-            "genai-fast train wgan-gp --data cifar-10-batches-py --n-critic 5 --penalty 10",
-        ),
+        lambda values: {"generator": plain.PlainDCGANGenerator},
+        build=_pair(dcgan.DCGANGenerator, dcgan.DCGANDiscriminator, WGANGP), network=_sampler, loop=None,
+        examples=("genai-fast train wgan-gp --data cifar-10-batches-py --n-critic 5 --penalty 10",),
     ),
 )  # fmt: skip

@@ -1,5 +1,3 @@
 """The LSTM language model."""
 
-from genai_fast.models.lstm.model import LSTMLanguageModel, LSTMLosses
-
-__all__ = ["LSTMLanguageModel", "LSTMLosses"]
+from genai_fast.models.lstm.model import LSTMLanguageModel, LSTMLosses  # noqa: F401

@@ -29,8 +29,6 @@ RECIPES = (
             ("logits", "h_after", "c_after"), "step",
         ),
         benches=(Bench("lstm", 32, (128,), vocabulary=8192),),
-        examples=(
-            "genai-fast train lstm --data REVIEWS.jsonl --tokenizer char",
-        ),
+        examples=("genai-fast train lstm --data REVIEWS.jsonl --tokenizer char",),
     ),
 )  # fmt: skip

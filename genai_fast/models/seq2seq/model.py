@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from genai_fast import ops
 from genai_fast.errors import UsageError
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks, latents, sequences
-from genai_fast.models.common.generation import Sampler
+from genai_fast.models.common.protocol import Request
 
 
 class Seq2SeqLosses(NamedTuple):
@@ -239,10 +239,9 @@ class Seq2Seq(nn.Module):
         first = ids.new_full((1,), self.end)
         return sequences.streamed(self.decoder(memory), first, choose, longest, self.end)
 
-    def write_ids(
-        self, prompt: Sequence[int], end: int, sampler: Sampler, longest: int, *, seed: int | None = None,
-        weights: str = "float32",
-    ) -> Iterator[int]:  # fmt: skip
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """See `protocol.Writes`."""
+        prompt, end, sampler, longest, _, _ = request
         if len(prompt) >= self.block:
             raise UsageError(
                 f"the prompt has {len(prompt) + 1} tokens, the model reads {self.block}; remedy: a shorter one"

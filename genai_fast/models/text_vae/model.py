@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.layers import GRU
 from genai_fast.models.common import checks, latents, sequences
-from genai_fast.models.common.generation import Sampler
+from genai_fast.models.common.protocol import Request
 from genai_fast.models.common.sequences import SequenceLosses
 from genai_fast.ops import rows
 
@@ -170,10 +170,9 @@ class TextVAE(nn.Module):
         first = torch.full((1,), self.end, device=z.device)
         return sequences.streamed(self.decoder(z), first, choose, longest, self.end)
 
-    def write_ids(
-        self, prompt: Sequence[int], end: int, sampler: Sampler, longest: int, *, seed: int | None = None,
-        weights: str = "float32",
-    ) -> Iterator[int]:  # fmt: skip
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """See `protocol.Writes`."""
+        prompt, end, sampler, longest, seed, _ = request
         given = torch.tensor([*prompt, end]) if prompt else None
         return self.generate_ids(given, sampler, longest=longest, seed=seed)
 

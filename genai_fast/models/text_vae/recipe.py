@@ -30,8 +30,6 @@ RECIPES = (
         feed="sequences", unrolled=True,
         graph=Graph({"z": "batch latent", "ids": "batch", "h": "batch hidden"}, ("logits", "h_after"), "step"),
         benches=(Bench("text_vae", 32, (64,), {"annealing": 0, "word_dropout": 0.0}, vocabulary=4096),),
-        examples=(
-            "genai-fast train text-vae --data SENTENCES.txt --annealing 2000 --word-dropout 0.3",
-        ),
+        examples=("genai-fast train text-vae --data SENTENCES.txt --annealing 2000 --word-dropout 0.3",),
     ),
 )  # fmt: skip

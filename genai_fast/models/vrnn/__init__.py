@@ -1,5 +1,3 @@
 """The variational recurrent network."""
 
-from genai_fast.models.vrnn.model import VRNN, VRNNDecoder, VRNNOutput
-
-__all__ = ["VRNN", "VRNNDecoder", "VRNNOutput"]
+from genai_fast.models.vrnn.model import VRNN, VRNNDecoder, VRNNOutput  # noqa: F401

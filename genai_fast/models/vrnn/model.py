@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from genai_fast import ops
 from genai_fast.models.common import checks, sequences
 from genai_fast.models.common.generation import Sampler
+from genai_fast.models.common.protocol import Request
 from genai_fast.models.common.sequences import SequenceLosses
 
 
@@ -196,10 +197,9 @@ class VRNN(nn.Module):
                 state.read(token[None])
         return sequences.streamed(state, None, choose or state.sampler(), longest, -1 if end is None else end)
 
-    def write_ids(
-        self, prompt: Sequence[int], end: int, sampler: Sampler, longest: int, *, seed: int | None = None,
-        weights: str = "float32",
-    ) -> Iterator[int]:  # fmt: skip
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """See `protocol.Writes`."""
+        prompt, end, sampler, longest, seed, _ = request
         given = torch.tensor(prompt) if prompt else None
         return self.generate_ids(given, sampler, longest=longest, end=end, seed=seed)
 

@@ -29,8 +29,6 @@ RECIPES = (
             ("logits", "phi_z_after", "h_after"), "step",
         ),
         benches=(Bench("vrnn", 32, (64,), vocabulary=256),),
-        examples=(
-            "genai-fast train vrnn --data BOOK.txt --tokenizer char --block 64",
-        ),
+        examples=("genai-fast train vrnn --data BOOK.txt --tokenizer char --block 64",),
     ),
 )  # fmt: skip
