@@ -62,7 +62,6 @@ class WriteOn:
     """What a model with `cached_decoder` and `vocabulary` needs for `protocol.Writes`."""
 
     continues: ClassVar[bool] = True
-    block: int | None = None  # tokens that it sees at most; None: all
 
     def write_ids(self, request: Request) -> Iterator[int]:
         """See `protocol.Writes`."""
@@ -85,7 +84,7 @@ def _generated(
     checks.token_ids("generate", "prompt_ids", prompt[None], model.vocabulary)
     if stop_id is not None and not 0 <= stop_id < model.vocabulary:
         raise ValueError(f"generate: stop_id: expected a token id from 0 to {model.vocabulary - 1}, got {stop_id}")
-    block = model.block
+    block = getattr(model, "block", None)
     if block and len(prompt) > block:
         warnings.warn(
             f"generate: the prompt has {len(prompt)} tokens, the model sees {block}: the first {len(prompt) - block}"
@@ -211,10 +210,7 @@ def decoder_for(model: WritesOn, batch: int, weights: str = "float32") -> Decode
     """
     checks.positive("decoder_for", batch=batch)
     if not offers(model, WritesOn):
-        raise TypeError(
-            f"decoder_for: model: expected a GPT or an LSTMLanguageModel, or another model with cached_decoder, got"
-            f" {type(model).__name__}"
-        )
+        raise TypeError(f"decoder_for: model: expected a GPT or an LSTMLanguageModel, got {type(model).__name__}")
     return model.cached_decoder(batch, weights)
 
 

@@ -69,9 +69,8 @@ class Decoder(Protocol):
 
 
 class WritesOn(Protocol):
-    """A language model, which `generation.generate` serves."""
+    """A language model, which `generation.generate` serves. It has `block` if it sees no more tokens than so many."""
 
     vocabulary: int
-    block: int | None  # tokens that it sees at most; None: all
 
     def cached_decoder(self, batch: int, weights: str = "float32") -> Decoder: ...
