@@ -30,7 +30,7 @@ from typing import Any
 
 from bench import sass
 from bench.launches import Launch, launches
-from bench.record import write_all, write_json
+from bench.report.files import write_all, write_json
 from genai_fast import registry
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.spec import PRECISIONS, Case, Expected, OpSpec

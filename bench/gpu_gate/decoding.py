@@ -22,8 +22,7 @@ from bench.gpu_gate.training import REDUCED, say, wait
 from bench.variants import in_turn, ratios, ready, walls
 from genai_fast.errors import UsageError
 from genai_fast.kernels.gpt_decode import layout
-from genai_fast.models.generation import Sampler, decoder_for
-from genai_fast.models.gpt import GPT
+from genai_fast.models import GPT, Sampler, decoder_for
 from genai_fast.profiling import ForeignLoad
 from genai_fast.profiling.loops import EAGER, FUSED
 from genai_fast.registry import OPS

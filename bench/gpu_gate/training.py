@@ -23,15 +23,16 @@ from bench.gpu_gate import parity
 from bench.variants import in_turn, ratios, ready, walls
 from genai_fast import autotune
 from genai_fast.errors import UsageError
+from genai_fast.models.registry import RECIPES
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.counters import Energy, PeakMemory
 from genai_fast.profiling.figures import roof
 from genai_fast.profiling.flops import FlopCount
 from genai_fast.profiling.loops import COMPILE, EAGER, FUSED, preparing
-from genai_fast.profiling.systems import GPU_SYSTEMS, SYSTEMS, Prepare, System, TextSystem, as_it_is
+from genai_fast.profiling.systems import GPU_SYSTEMS, SYSTEMS, Prepare, System, as_it_is
 from genai_fast.profiling.trace import trace
 
-UNROLLED = ("lstm", "text-vae", "vrnn")  # recipes whose compilation takes many minutes
+UNROLLED = tuple(name for name, recipe in RECIPES.items() if recipe.unrolled)  # compilation takes many minutes
 REDUCED = "compile reduce-overhead"
 WARM_UP = 6  # steps: by then a Step replays its graph, and so does what torch.compile made
 ROUNDS, SECONDS = 15, 2.0  # of interleaved clocking, at least
@@ -105,7 +106,7 @@ def variants(system: System, device: str, compiled: bool = True) -> dict[str, Ca
         FUSED: lambda: functools.partial(system.fused(device), *system.inputs(device)),
         EAGER: lambda: plain(as_it_is),
     }
-    if isinstance(system, TextSystem):
+    if system.is_text:
         found[autocast_of(system)] = lambda: plain(preparing(EAGER, bf16=True))
     else:
         found[autocast_of(system)] = lambda: plain(channels_last, torch.channels_last)
@@ -117,7 +118,7 @@ def variants(system: System, device: str, compiled: bool = True) -> dict[str, Ca
 
 def autocast_of(system: System) -> str:
     """The name of plain eager in bfloat16, with the layout that people give it."""
-    return "eager autocast" if isinstance(system, TextSystem) else "eager channels_last autocast"
+    return "eager autocast" if system.is_text else "eager channels_last autocast"
 
 
 def warmed(make: Callable[[], Call], device: str) -> tuple[Call, dict[str, Any]]:
@@ -193,7 +194,7 @@ def figures(
     energy = Energy(device == "cuda")
     if device == "cuda":
         _on_device(steps, found, energy)
-    fused, tokens = times[FUSED], system.shape[0] if isinstance(system, TextSystem) else 0
+    fused, tokens = times[FUSED], system.shape[0] if system.is_text else 0
     return {
         **head,
         "variants": {variant: found[variant] for variant in (*peers, FUSED)},
@@ -210,10 +211,7 @@ def figures(
 def _system(name: str, batch: int | None) -> System:
     if name not in MEASURED:
         raise UsageError(f"{name}: expected one of {', '.join(MEASURED)}")
-    system = MEASURED[name]
-    if batch is None:
-        return system
-    return replace(system, batch=batch, plain_scale=batch if system.plain_scale > 1 else 1)
+    return MEASURED[name] if batch is None else replace(MEASURED[name], batch=batch)
 
 
 def _count(steps: Mapping[str, Call], written: str) -> FlopCount | None:

@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 
 from genai_fast import config, data
+from genai_fast.contract import offers
 from genai_fast.cpu import tune_cpu
 from genai_fast.data.picture import read_light
 from genai_fast.errors import UsageError
-from genai_fast.models import latents, slerp
+from genai_fast.models import slerp
+from genai_fast.models.common import latents
+from genai_fast.models.common.protocol import Draws, Inpaints
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
@@ -71,7 +74,7 @@ def _say(recipe: str, result: Trained) -> None:
     if isinstance(result.task, TextTask):
         prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
         print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
-    elif hasattr(result.model, "sample"):
+    elif offers(result.model, Draws):
         print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
 
 
@@ -84,7 +87,7 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
     if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options, "sample")
+    run = _open(options, "sample", Draws)
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
         pictures.grid(images, options.out)
@@ -101,7 +104,7 @@ def run_interpolate(options: argparse.Namespace) -> int:
     _at_least("--steps", options.steps, 2)
     _check_seed(options.seed)
     _check_png(options.out)
-    run = _open(options, "sample")
+    run = _open(options, "sample", Draws)
     a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
     ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
     labels = _labels(run, options.label, options.pairs)
@@ -121,7 +124,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     _check_png(options.out)
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
-    run = _open(options, "inpaint")
+    run = _open(options, "inpaint", Inpaints)
     images = data.load(options.data, run.shape[1])
     if images.shape != run.shape:
         raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
@@ -129,7 +132,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
     mask = missing.expand(count, 1, *run.shape[1:])
     batch = batch_for(run.model, images, slice(0, count))
-    repaired = run.model.inpaint(*batch, mask, steps=options.steps, seed=options.seed)
+    repaired = run.model.inpaint(batch[0], mask, *batch[1:], steps=options.steps, seed=options.seed)
     x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
     pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
     print(f"{options.out}: {count} images, damaged and repaired by {run.folder}, a row each")
@@ -173,7 +176,7 @@ def run_generate(options: argparse.Namespace) -> int:
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"--- {prompt}")
-        print(prompt if text_generation.continues(run.model) else "", end="", flush=True)
+        print(prompt if run.model.continues else "", end="", flush=True)
         pieces = []
         for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
             print(piece, end="", flush=True)
@@ -294,13 +297,13 @@ def run_demo_text(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace, need: str = "") -> Opened:
-    """A run by its folder, or its name under runs, whose model has method `need`."""
+def _open(options: argparse.Namespace, need: str = "", protocol: type = object) -> Opened:
+    """A run by its folder, or its name under runs, whose model offers what `need` does."""
     folder = Path(options.folder)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     run = open_run(folder, options.best)
-    if need and (run.tokenizer is not None or not hasattr(run.model, need)):
+    if need and (run.tokenizer is not None or not offers(run.model, protocol)):
         raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
     return run
 

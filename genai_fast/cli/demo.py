@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from genai_fast.data import Images
-from genai_fast.models import MLPVAE, peers
-from genai_fast.models.peers import EagerMLPVAE
-from genai_fast.models.peers_text import EagerGPT, language_model_step
-from genai_fast.models.settings import DCGANConfig, GPTConfig, VAEConfig
+from genai_fast.models import MLPVAE
+from genai_fast.models.common.plain_loop import loss_step
+from genai_fast.models.gan.plain import gan_step
+from genai_fast.models.gan.recipe import DCGANConfig
+from genai_fast.models.gpt.plain import PlainGPT
+from genai_fast.models.gpt.recipe import GPTConfig
+from genai_fast.models.vae.plain import PlainMLPVAE
+from genai_fast.models.vae.recipe import VAEConfig
 from genai_fast.profiling import Comparison, compare
 from genai_fast.runs import text_generation
 from genai_fast.runs.run import new_folder, train
@@ -70,7 +74,7 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     x = trained.task.train.batch(slice(0, size), signed=True).to(device)
     generator = nn.Sequential(nn.Unflatten(1, (model.latent, 1, 1)), *copy.deepcopy(model.generator.main))
     discriminator = nn.Sequential(*copy.deepcopy(model.discriminator.main), nn.Flatten(0), nn.Sigmoid())
-    plain = peers.gan_step(generator.train(), discriminator.train(), model.latent, device.type)
+    plain = gan_step(generator.train(), discriminator.train(), model.latent, device.type)
     step = Step(model.train(), make_optimizer(model, settings))
     # Five samples of warm-up: on CUDA, the graph is captured by then.
     comparison = compare({"eager": lambda: plain(x), "fused": lambda: step(x)}, rounds=GAN_ROUNDS, warm_up=5)
@@ -109,8 +113,8 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
     model, task = trained.model, trained.task
     device = next(model.parameters()).device
     batch = tuple(x.to(device) for x in next(task.feeds(model)[0].epoch(0)))
-    peer = EagerGPT(task.tokenizer.size, settings.block, settings.layers, settings.heads, settings.width).to(device)
-    plain = language_model_step(peer, device.type)
+    peer = PlainGPT(task.tokenizer.size, settings.block, settings.layers, settings.heads, settings.width).to(device)
+    plain = loss_step(peer, device.type)
     again = task.model().to(device)
     step = Step(again, make_optimizer(again, settings))
     # Five samples of warm-up: on CUDA, the graph is captured by then.
@@ -139,7 +143,7 @@ def training_speed(images: Images, settings: VAEConfig, device: torch.device) ->
     size = x[0].numel()
     model = MLPVAE(size, settings.hidden, settings.latent).to(device)
     step = Step(model, make_optimizer(model, settings))
-    peer = EagerMLPVAE(size, settings.hidden, settings.latent).to(device)
+    peer = PlainMLPVAE(size, settings.hidden, settings.latent).to(device)
     adam = torch.optim.Adam(peer.parameters(), lr=settings.lr)
 
     def eager() -> None:

@@ -175,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument("--epochs", type=int, default=None, help="fewer or more of them")
         _finish(demo, function)
     for name, one in commands_of(parser).items():
-        if lines := EXAMPLES.get(name):
+        recipe = run.RECIPES.get(name.removeprefix("train "))
+        if lines := recipe.examples if recipe else EXAMPLES.get(name):
             one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
             one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser

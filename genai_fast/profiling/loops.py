@@ -73,7 +73,7 @@ def recipe(name: str, device: torch.device, batch: int | None, precision: str, s
 
     sizes = "x".join(map(str, system.shape))
     what = f"a step of {system.batch} x {sizes}, {precision}, {'data: ' + source if source else 'a synthetic batch'}"
-    variants = VARIANTS if system.script else (FUSED,)
+    variants = VARIANTS if system.has_plain else (FUSED,)
     return Subject(name, what, variants, make, system.block, "the batch is synthetic; --data measures it", waiting)
 
 
@@ -87,11 +87,6 @@ def _with_data(system: System, source: str) -> tuple[System, Feed]:
         system = replace(system, config=config, vocabulary=task.tokenizer.size)
     else:
         shape = tuple(task.images.shape)
-        if shape != system.shape and system.script:
-            raise UsageError(
-                f"--data: expected images of shape {system.shape}, as the plain script of {system.recipe} has them, got"
-                f" {shape}"
-            )
         system = replace(system, config=config, shape=shape, classes=len(task.images.classes) if system.classes else 0)
     return system, task.feeds(system.model())[0]
 

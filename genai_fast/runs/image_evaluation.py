@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
-from genai_fast.models import GAN, WGANGP, latents
+from genai_fast.models.common import latents
+from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs
 from genai_fast.training import distributed
 from genai_fast.runs import pictures
 from genai_fast.training.tensorboard import Board
@@ -39,15 +41,15 @@ def decode(
 
     Of a conditional model labels [N] say the classes; None: each in turn.
     """
-    classes, device = getattr(model, "classes", 0), next(model.parameters()).device
-    if classes and labels is None:
-        labels = torch.arange(len(z)) % classes
+    traits, device = image_traits(model), next(model.parameters()).device
+    if traits.classes and labels is None:
+        labels = torch.arange(len(z)) % traits.classes
     inputs = (z,) if labels is None else (z, labels)
     parts = []
     with latents.evaluating(model):
         for part in zip(*(x.split(_AT_ONCE) for x in inputs), strict=True):
             x = model.decode(*(x.to(device) for x in part))
-            x = x.sigmoid() if getattr(model, "likelihood", "") == "bernoulli" else x
+            x = x.sigmoid() if traits.likelihood == "bernoulli" else x
             parts.append(shown(model, x).view(-1, *shape).cpu())
     return torch.cat(parts)
 
@@ -55,16 +57,16 @@ def decode(
 def shown(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A model's images in [0, 1]."""
     x = x.float()
-    return (x * 0.5 + 0.5 if getattr(model, "signed", False) else x).clamp(0, 1)
+    return (x * 0.5 + 0.5 if image_traits(model).signed else x).clamp(0, 1)
 
 
 def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> None:
     """samples.png, reconstructions.png (above, the originals) and latent.png, as far as the model has them."""
-    if hasattr(model, "sample"):
+    if offers(model, Draws):
         pictures.grid(generate(model, train.shape, _SAMPLES, seed=1), folder / "samples.png")
-    if hasattr(model, "reconstruct"):
+    if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
-    if getattr(model, "latent", 0) == 2 and hasattr(model, "encode") and train.labels is not None:
+    if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
         with torch.no_grad():
             mu = model.encode(*batch_for(model, train, slice(None)))[0]
         pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
@@ -94,10 +96,10 @@ class Watch:
         model, config, draws = self._model, self._config, distributed.first()
         if draws and config.grid_every and epoch % config.grid_every == 0:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
-        figures = {} if hasattr(model, "turns") else self._likelihood()
-        said: dict[str, Any] = {"latent": getattr(model, "latent", None), "kl": figures.get("kl")}
+        figures = {} if offers(model, InTurns) else self._likelihood()
+        said: dict[str, Any] = {"latent": image_traits(model).latent or None, "kl": figures.get("kl")}
         warnings: list[str] = []
-        if draws and config.quality_every and epoch % config.quality_every == 0 and hasattr(model, "sample"):
+        if draws and config.quality_every and epoch % config.quality_every == 0 and offers(model, Draws):
             try:
                 quality, samples, real = self._compare()
             except ValueError as error:  # too few images, too small or too large ones, or all alike
@@ -106,7 +108,7 @@ class Watch:
                 figures |= quality
                 said |= {"samples": samples, "real": real}
                 said |= {name: quality[name] for name in ("diversity", "coverage")}
-        if isinstance(model, GAN) and not isinstance(model, WGANGP):  # a critic's outputs have no unit
+        if image_traits(model).logits:  # a critic's outputs have no unit
             said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
         return Look(figures, warnings + warnings_of(figures, **said))
 
@@ -116,8 +118,10 @@ class Watch:
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
         if {"reconstruction", "kl"} <= figures.keys():
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
-            likelihood, signed = getattr(model, "likelihood", "gaussian"), getattr(model, "signed", False)
-            figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), likelihood, signed=signed)
+            traits = image_traits(model)
+            figures["bits_per_dim"] = bits_per_dim(
+                elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed
+            )
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
@@ -135,7 +139,7 @@ class Watch:
     def _grid(self, path: Path) -> None:
         """Samples, or reconstructions of a model that has no samples."""
         path.parent.mkdir(exist_ok=True)
-        if hasattr(self._model, "sample"):
+        if offers(self._model, Draws):
             name, sheet = "samples", pictures.grid(generate(self._model, self._train.shape, _SAMPLES, seed=1), path)
         else:
             name, sheet = "reconstructions", _reconstructions(self._model, self._validation, path)

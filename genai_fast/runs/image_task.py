@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from genai_fast import data
+from genai_fast.contract import image_traits
 from genai_fast.errors import UsageError
 from genai_fast.training.tensorboard import Board
 from genai_fast.config import ImageConfig
@@ -39,7 +40,7 @@ class ImageTask:
         """For training and for validation."""
         train = ImageFeed(model, self.train, self.settings)
         if not train.steps:
-            size = self.settings.batch_size * getattr(model, "n_critic", 1)
+            size = self.settings.batch_size * image_traits(model).n_critic
             raise UsageError(
                 f"{self.settings.data}: expected at least {size} images for training, a batch, got {len(self.train)}"
                 f" besides {len(self.validation)} held out; remedy: more images, or a smaller --batch-size"

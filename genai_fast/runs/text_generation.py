@@ -11,9 +11,9 @@ from torch import nn
 
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
-from genai_fast.models import GPT, VRNN, LSTMLanguageModel, TextVAE
-from genai_fast.models.generation import Sampler, generate
-from genai_fast.models.latents import evaluating
+from genai_fast.models import Sampler
+from genai_fast.models.common.latents import evaluating
+from genai_fast.models.common.protocol import Request, Writes
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -66,26 +66,10 @@ def example(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> s
         return "".join(write(model, tokenizer, "", Style(max_tokens=tokens, seed=seed)))
 
 
-def continues(model: nn.Module) -> bool:
-    """Whether a text goes on from its prompt, rather than being an answer to it."""
-    return isinstance(model, (GPT, LSTMLanguageModel, VRNN))
-
-
-def _tokens(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
-    ids, end = tokenizer.encode(prompt), tokenizer.end
-    drawn = {"temperature": style.temperature, "top_k": style.top_k, "top_p": style.top_p, "seed": style.seed}
-    if isinstance(model, (GPT, LSTMLanguageModel)):
-        return generate(model, ids or [end], max_tokens=style.max_tokens, stop_id=end, weights=style.weights, **drawn)
-    sampler, most = Sampler(**drawn), style.max_tokens
-    given = torch.tensor(ids) if ids else None
-    if isinstance(model, VRNN):
-        return model.generate_ids(given, sampler, longest=most, end=end, seed=style.seed)
-    given = torch.tensor([*ids, end])
-    if len(given) > getattr(model, "block", len(given)):
-        raise UsageError(f"the prompt has {len(given)} tokens, the model reads {model.block}; remedy: a shorter one")
-    if isinstance(model, TextVAE):
-        return model.generate_ids(given if ids else None, sampler, longest=most, seed=style.seed)
-    return model.generate_ids(given, sampler, longest=most)
+def _tokens(model: Writes, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
+    sampler = Sampler(temperature=style.temperature, top_k=style.top_k, top_p=style.top_p, seed=style.seed)
+    ids = tokenizer.encode(prompt)
+    return model.write_ids(Request(ids, tokenizer.end, sampler, style.max_tokens, style.seed, style.weights))
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

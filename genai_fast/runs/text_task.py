@@ -60,7 +60,7 @@ class TextTask:
 
     def model(self) -> nn.Module:
         try:
-            return RECIPES[self.name].build(self.settings, self.tokenizer.size, self.tokenizer.end)
+            return RECIPES[self.name].make(self.settings, self.tokenizer.size, self.tokenizer.end)
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
 
@@ -128,7 +128,7 @@ class TextTask:
                 f"{folder / TOKENIZER}: expected the tokenizer {about['tokenizer']} of the run's checkpoint, got"
                 f" {tokenizer.digest}; remedy: put the run's own file back"
             )
-        return RECIPES[name].build(settings, tokenizer.size, tokenizer.end), {"tokenizer": tokenizer}
+        return RECIPES[name].make(settings, tokenizer.size, tokenizer.end), {"tokenizer": tokenizer}
 
 
 def per_token(figures: dict[str, float], bytes_a_token: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.config import ImageConfig
+from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data import Augment, Images
 
 Batch = tuple[torch.Tensor, ...]
@@ -35,27 +36,23 @@ class Feed(Protocol):
 
 
 class ImageFeed:
-    """Images as a model wants them.
-
-    It says so by `signed` (in [-1, 1] rather than [0, 1]), `classes` (labels too) and `n_critic` (so many batches a
-    step); with `turns` it gets whole batches only.
-    """
+    """Images as a model wants them, by its `contract.ImageTraits`; one in turns gets whole batches only."""
 
     names = ("images", "labels")
     rows: Callable[[int], torch.Tensor] | None = None
 
     def __init__(self, model: nn.Module, images: Images, config: ImageConfig) -> None:
         self._images, self._config, self._model = images, config, model
-        self.size = config.batch_size * getattr(model, "n_critic", 1)
-        self._whole = hasattr(model, "turns")
+        self.size = config.batch_size * image_traits(model).n_critic
+        self._whole = offers(model, InTurns)
         self.steps = len(images) // self.size if self._whole else math.ceil(len(images) / self.size)
         self.samples = self.steps * self.size if self._whole else len(images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        config = self._config
+        config, traits = self._config, image_traits(self._model)
         return data.batches(
-            self._images, self.size, config.seed, epoch, start, signed=getattr(self._model, "signed", False),
-            labels=bool(getattr(self._model, "classes", 0)), whole=self._whole,
+            self._images, self.size, config.seed, epoch, start, signed=traits.signed,
+            labels=bool(traits.classes), whole=self._whole,
             augment=Augment(config.flip, config.crop, config.rotate, config.jitter), rows=self.rows,
         )  # fmt: skip
 
@@ -67,6 +64,6 @@ class ImageFeed:
 
 def batch_for(model: nn.Module, images: Images, index: slice | torch.Tensor) -> Batch:
     """Chosen images, and labels if the model has classes, as it wants them and where it is."""
-    device = next(model.parameters()).device
-    x = images.batch(index, signed=getattr(model, "signed", False)).to(device)
-    return (x, images.labels[index].to(device)) if getattr(model, "classes", 0) else (x,)
+    device, traits = next(model.parameters()).device, image_traits(model)
+    x = images.batch(index, signed=traits.signed).to(device)
+    return (x, images.labels[index].to(device)) if traits.classes else (x,)

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from genai_fast import autotune
+from genai_fast.contract import Carries, offers
 from genai_fast.errors import UsageError
 from genai_fast.training import atomic_files, distributed
 from genai_fast.training.environment import changes, environment
@@ -108,7 +109,7 @@ def _write(
         for index, values in settings["state"].items()
         for name, value in values.items()
     }
-    carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
+    carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if offers(model, Carries) else {}
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
     atomic_files.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
@@ -248,7 +249,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     restored = _optimizer_state(checkpoint, optimizer, state["optimizer"], tensors)
     _fill_model(checkpoint, model, state)
     optimizer.load_state_dict(restored)
-    if hasattr(model, "load_carried"):
+    if offers(model, Carries):
         try:
             model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
         except ValueError as error:

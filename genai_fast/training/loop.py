@@ -18,6 +18,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.config import Config
+from genai_fast.contract import image_traits
 from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.batches import Feed
@@ -99,7 +100,7 @@ def fit(
         CheckpointError: `resume` is of another kind.
     """
     at = _progress(resume, train.steps)
-    train.rows = distributed.chooser(getattr(model, "n_critic", 1))
+    train.rows = distributed.chooser(image_traits(model).n_critic)
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     schedule = Schedule(optimizer, config, config.epochs * train.steps)

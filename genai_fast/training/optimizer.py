@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from genai_fast.config import Config
+from genai_fast.contract import networks_of
 from genai_fast.errors import UsageError
 from genai_fast.optim import Adam, AdamW
 
@@ -19,10 +20,9 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not
     decay.
     """
-    networks = model.networks() if hasattr(model, "networks") else {"": model}
     on_cuda, sharded = next(model.parameters()).is_cuda, hasattr(next(model.parameters()), "full_tensor")
     groups = []
-    for name, network in networks.items():
+    for name, network in networks_of(model).items():
         rate = getattr(config, f"lr_{name}", 0.0) or config.lr
         parameters = list(network.parameters())
         decaying = [p for p in parameters if p.dim() > 1] if config.weight_decay else []

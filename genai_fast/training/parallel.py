@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genai_fast.config import Config
+from genai_fast.contract import Carries, HasNetworks, offers
 from genai_fast.training import distributed
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.step import Step
@@ -56,15 +57,15 @@ def sharded(
 
 
 def _shard(model: nn.Module, device: torch.device, bfloat16: bool) -> None:
-    """A GPT's weights, gradients and optimizer state, block by block."""
+    """Weights, gradients and optimizer state, group by group of `contract.Shards`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (distributed.size(),))
     # Matrices travel as autocast would round them; norms, embeddings and the sums of gradients stay float32.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy if bfloat16 else MixedPrecisionPolicy())
+    for modules in model.shards():
+        fully_shard(modules, mesh=mesh, mp_policy=policy if bfloat16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "training_step")
 
@@ -111,9 +112,9 @@ def gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, A
     settings = optimizer.state_dict()
     settings["state"] = {k: {name: whole(x) for name, x in s.items()} for k, s in settings["state"].items()}
     found = SimpleNamespace(state_dict=lambda: weights, parameters=model.parameters)
-    if hasattr(model, "carried"):
+    if offers(model, Carries):
         carried = {name: _joined(x) for name, x in model.carried().items()}
-        found.carried = lambda: carried
+        found.carried, found.load_carried = lambda: carried, model.load_carried
     return found, SimpleNamespace(state_dict=lambda: settings)
 
 
@@ -152,10 +153,10 @@ def averaging(model: nn.Module) -> Iterator[None]:
         yield
         return
     distributed.same_buffers(model)
-    if hasattr(model, "carried"):
+    if offers(model, Carries):
         carried = model.carried().items()
         model.load_carried({name: x.tensor_split(distributed.size(), 1)[dist.get_rank()] for name, x in carried})
-    parts = model.networks() if hasattr(model, "networks") else {"training_step": _TrainingStep(model)}
+    parts = model.networks() if offers(model, HasNetworks) else {"training_step": _TrainingStep(model)}
     for name, part in parts.items():
         # Found before the class's or the registered one of this name; so calls pass through it, while state dict, modes
         # and parameters are the model's own. Weights are alike already, by seed or checkpoint.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.contract import Carries, HasAfterStep, HasTrainingStep, InTurns, offers
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
 from genai_fast.training import loss_output
@@ -102,7 +103,7 @@ class Step:
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self._owner = owners(self._optimizers)
         self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
-        self._function = getattr(model, "turns", None) or getattr(model, "training_step", None) or model
+        self._function = _function_of(model)
         _check_arguments(self._function, precision, accumulate, clip, graphs)
         check_accumulates(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
@@ -135,7 +136,8 @@ class Step:
         self._begun: set[int] = set()  # and of those that have stepped
 
         modules = modules_of(model) if module is None else [module]
-        self._after = getattr(model if module is None else module, "after_step", None)
+        owner = model if module is None else module
+        self._after = owner.after_step if offers(owner, HasAfterStep) else None
         self._kept = Kept(modules, modules if self._after and self._deferred else (), self._parameters)
         self._skipped = torch.zeros(2, device=self._device)  # turns in all, steps in a row
         self._scale = torch.full((), _SCALE, device=self._device) if precision == "float16" else None
@@ -326,13 +328,19 @@ def check_accumulates(model: nn.Module | Callable[..., Any], count: int) -> None
     Raises:
         UsageError: it may not: the model's networks take turns, or its rows carry a state.
     """
-    if count > 1 and (hasattr(model, "turns") or inspect.isgeneratorfunction(model)):
+    if count > 1 and (offers(model, InTurns) or inspect.isgeneratorfunction(model)):
         raise UsageError(_NO_TURNS)
-    if count > 1 and hasattr(model, "carried"):
+    if count > 1 and offers(model, Carries):
         raise UsageError(
             f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to batch,"
             f" got {count}"
         )
+
+
+def _function_of(model: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
+    if offers(model, InTurns):
+        return model.turns
+    return model.training_step if offers(model, HasTrainingStep) else model
 
 
 def _check_arguments(function: Any, precision: str, accumulate: int, clip: float, graphs: int) -> None:

@@ -14,8 +14,9 @@ from bench.gpu_gate import __main__ as gpu_gate
 from bench.gpu_gate import parity, processes, training, worker
 from bench.report import records
 from genai_fast import ops
-from genai_fast.models.settings import GPTConfig
+from genai_fast.models.gpt.recipe import GPTConfig
 from genai_fast.profiling.loops import COMPILE, EAGER, FUSED
+from genai_fast.profiling.systems import System
 
 MEASURED, REDUCED = training.MEASURED, training.REDUCED
 LAST = "eager channels_last autocast"
@@ -61,12 +62,13 @@ def test_variants_are_the_system_s_own():
 def test_autocast_has_channels_last_weights_and_images(monkeypatch):
     seen = []
 
-    def script(system, device, prepare):
+    def plain(system, device, prepare):
         net = prepare(nn.Conv2d(3, 4, 3))
         seen.append(net.weight.is_contiguous(memory_format=torch.channels_last))
         return lambda x: seen.append((x.is_contiguous(memory_format=torch.channels_last), net(x).dtype))
 
-    makers = training.variants(replace(MEASURED["dcgan_64"], script=script, batch=2), "cpu")
+    monkeypatch.setattr(System, "plain", plain)
+    makers = training.variants(replace(MEASURED["dcgan_64"], batch=2), "cpu")
     makers[LAST]()()
     makers[EAGER]()()
     assert seen == [True, (True, torch.float32), False, (False, torch.float32)]
@@ -74,17 +76,9 @@ def test_autocast_has_channels_last_weights_and_images(monkeypatch):
 
 @pytest.fixture
 def tiny_gpt(monkeypatch):
-    """The real one's class and script, of one block; the peer is told its size by the settings."""
-    from genai_fast.models.peers_text import EagerGPT, language_model_step
-
-    def script(system, device, prepare):
-        weights = system.model().state_dict()  # first: drawn as `fused` draws them
-        model = EagerGPT(system.vocabulary, 8, 1, 2, 16)
-        model.load_state_dict(weights)
-        return language_model_step(prepare(model, "loss"), device, system.config.lr)
-
+    """The real one of one block."""
     config = GPTConfig(dropout=0.0, layers=1, heads=2, width=16, block=8, clip=0.0, weight_decay=0.0, beta2=0.999)
-    small = replace(MEASURED["gpt_nano"], config=config, shape=(8,), batch=2, vocabulary=300, script=script)
+    small = replace(MEASURED["gpt_nano"], config=config, shape=(8,), batch=2, vocabulary=300)
     monkeypatch.setitem(MEASURED, "gpt_nano", small)
 
 

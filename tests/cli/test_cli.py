@@ -18,7 +18,7 @@ import genai_fast
 from genai_fast import data
 from genai_fast.cli import demo
 from genai_fast.models import registry
-from genai_fast.models.settings import VAEConfig
+from genai_fast.models.vae.recipe import VAEConfig
 from genai_fast.runs import image_evaluation, run
 from genai_fast.training import loop
 

@@ -16,6 +16,7 @@ from genai_fast.cli.examples import EXAMPLES
 from genai_fast.cli.parser import _parser, commands_of
 from genai_fast.models.registry import RECIPES
 
+EVERY = EXAMPLES | {f"train {name}": recipe.examples for name, recipe in RECIPES.items()}
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
 
 
@@ -58,15 +59,15 @@ def test_the_interface_is_as_it_was():
 
 
 def test_every_command_has_examples():
-    assert {*EXAMPLES} == {*commands_of(_parser())}
-    assert all(1 <= len(lines) <= 3 for lines in EXAMPLES.values())
+    assert {*EVERY} == {*commands_of(_parser())}
+    assert all(1 <= len(lines) <= 3 for lines in EVERY.values())
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", EVERY)
 def test_examples_are_right_and_shown(name):
     parser = _parser()
     shown = commands_of(parser)[name].format_help()
-    for line in EXAMPLES[name]:
+    for line in EVERY[name]:
         assert f"  {line}\n" in shown and len(line) <= 100
         program, *words = shlex.split(line)
         assert program == "genai-fast" and (not name or words[: len(name.split())] == name.split())

@@ -19,7 +19,7 @@ from PIL import Image
 
 import genai_fast
 from genai_fast import data
-from genai_fast.models import peers
+from genai_fast.models.conv_vae.plain import PlainConvVAE
 from genai_fast.training import checkpoint, loop
 
 NETWORKS = {  # small ones
@@ -110,7 +110,7 @@ def test_samples_in_a_folder_and_weights_in_plain_pytorch(here, digits, capsys):
 def test_an_exported_vae_loads_into_the_script_that_everyone_writes(here, digits):
     assert call("train", "conv-vae", "--data", digits, *NETWORKS["conv-vae"], *QUICK, "--run", "v") == 0
     assert call("export", "v", "--out", "v.safetensors") == 0
-    plain = peers.EagerConvVAE(28, 1, 4, widths=(32, 64))
+    plain = PlainConvVAE(28, 1, 4, widths=(32, 64))
     plain.load_state_dict(safetensors.torch.load_file(here / "v.safetensors"))
 
 

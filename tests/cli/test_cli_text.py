@@ -11,7 +11,7 @@ import torch
 from commands import call, records
 
 from genai_fast.data import text
-from genai_fast.models import peers_text
+from genai_fast.models.gpt.plain import PlainGPT
 from genai_fast.runs import run, text_generation, text_task
 from genai_fast.training import checkpoint
 
@@ -91,7 +91,7 @@ def test_a_gpt_goes_into_plain_pytorch(here):
     assert train("gpt", "a", "--epochs", "1") == 0
     assert call("export", "a", "--out", "gpt.safetensors") == 0
     opened = run.open_run(here / "runs" / "a")
-    plain = peers_text.EagerGPT(257, 32, 1, 2, 16).eval()
+    plain = PlainGPT(257, 32, 1, 2, 16).eval()
     plain.load_state_dict(safetensors.torch.load_file("gpt.safetensors"))
     ids = torch.tensor([opened.tokenizer.encode("while it is so")])
     with torch.no_grad():

@@ -13,11 +13,12 @@ from alike import assert_close, with_statistics
 from commands import call
 from PIL import Image
 
-from genai_fast import config, models
+from genai_fast import config
 from genai_fast.data import text
-from genai_fast.models import latents
-from genai_fast.models._sequences import delayed
+from genai_fast.models.common import latents
+from genai_fast.models.common.sequences import delayed
 from genai_fast.models.registry import RECIPES
+from genai_fast.models.vrnn import VRNNDecoder
 from genai_fast.runs import export, export_template, image_evaluation, run, text_generation
 from genai_fast.training import checkpoint
 from genai_fast.training.optimizer import make_optimizer
@@ -196,7 +197,7 @@ def test_scripts_are_plain(exported):
             if isinstance(node, (ast.Import, ast.ImportFrom))
         }
         assert roots - {*sys.stdlib_module_names} <= {"torch", "safetensors", "PIL", "tokenizers"}, name
-        assert not re.search(r"\bEager(?!\\)", source) and str(folder.parent) not in source
+        assert not re.search(r"\bPlain", source) and str(folder.parent) not in source
         expected = {"model.py", "weights.safetensors"} | ({"tokenizer.json"} if name in TEXT else set())
         assert {p.name for p in folder.iterdir()} - {"out.pt", "__pycache__"} == expected
 
@@ -311,7 +312,7 @@ def test_onnx_of_a_text_vae(exported, tmp_path):
 def test_onnx_of_a_vrnn(exported, tmp_path):
     run, _ = exported["vrnn"]
     graph, ids = graph_of(run, tmp_path / "a"), torch.randint(run.tokenizer.size, (5, 3))
-    ours, noise = models.vrnn.VRNNDecoder(run.model, 3, seed=2), torch.Generator().manual_seed(2)
+    ours, noise = VRNNDecoder(run.model, 3, seed=2), torch.Generator().manual_seed(2)
     last, phi, h = torch.full((3,), -1), torch.zeros(3, 8), torch.zeros(3, 16)
     for column in ids:
         z = torch.randn(3, 4, generator=noise)

@@ -9,7 +9,7 @@ from torch import nn
 
 from genai_fast import data
 from genai_fast.models import MLPVAE, Autoencoder, ConditionalVAE, ConvVAE
-from genai_fast.models.peers import EagerConvVAE
+from genai_fast.models.conv_vae.plain import PlainConvVAE
 
 SMALL = {"channels": 1, "latent": 4, "widths": (6, 8)}
 
@@ -153,7 +153,7 @@ def test_default_widths_go_with_the_size():
 
 def test_keys_of_conv_vae_are_those_of_before():
     keys = [*ConvVAE(8, **SMALL).state_dict()]
-    assert keys == [*EagerConvVAE(8, 1, 4, (6, 8)).state_dict()]
+    assert keys == [*PlainConvVAE(8, 1, 4, (6, 8)).state_dict()]
     assert {*ConditionalVAE(10, 8, **SMALL).state_dict()} == {*keys, "embed.weight"}
 
 

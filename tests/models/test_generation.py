@@ -7,10 +7,11 @@ import torch
 
 from genai_fast import autotune, ops, use_backend
 from genai_fast.backends import unavailable
-from genai_fast.models import _decode, generation
-from genai_fast.models.generation import CachedGPT, Sampler, decoder_for, generate
+from genai_fast.models.common.generation import Sampler, decoder_for, generate
 from genai_fast.models.gpt import GPT
-from genai_fast.models.lstm_lm import LSTMLanguageModel
+from genai_fast.models.gpt import decoding as gpt_decoding
+from genai_fast.models.gpt.decoding import CachedGPT
+from genai_fast.models.lstm import LSTMLanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 37
@@ -129,7 +130,7 @@ def test_the_kernels_of_a_step():
     torch.manual_seed(0)
     model, x = GPT(V, 8, 1, 2, 32).to(DEVICE), ids(2, 4)
     with use_backend("triton"):
-        assert _decode.serves(model, 16)
+        assert gpt_decoding.serves(model, 16)
         found = by_kernels(model, x, 3)
     torch.testing.assert_close(found, forward(model, x)[:, 3:], **TOLERANCE)
 
@@ -148,9 +149,9 @@ def test_modules_that_are_not_plain_are_called():
     for change in (adapted, hooked, lambda m: m.transformer.ln_f.double(), lambda m: m.double()):
         model = gpt()
         with use_backend("triton"):
-            assert _decode.serves(model, 16) and not _decode.serves(model, 17)
+            assert gpt_decoding.serves(model, 16) and not gpt_decoding.serves(model, 17)
             change(model)
-            assert not _decode.serves(model, 1)
+            assert not gpt_decoding.serves(model, 1)
 
 
 @pytest.mark.parametrize("faster", ["modules", "kernels"])
@@ -168,9 +169,9 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
         return autotune.Choice(faster, {})
 
     for module, name, instead in (
-        (generation, "_graphed", graphed),
+        (gpt_decoding, "_graphed", graphed),
         (autotune, "_measure", measure),
-        (_decode, "serves", lambda *_: True),
+        (gpt_decoding, "serves", lambda *_: True),
     ):
         monkeypatch.setattr(module, name, instead)
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
@@ -205,7 +206,7 @@ def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(generation, "_graphed", graphed)
+    monkeypatch.setattr(gpt_decoding, "_graphed", graphed)
     decoder, plain = CachedGPT(model, 2), CachedGPT(model, 2)
     monkeypatch.setattr(decoder, "_capture", True)
     monkeypatch.setattr(plain, "_capture", False)

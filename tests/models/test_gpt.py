@@ -8,9 +8,9 @@ import torch
 from alike import assert_close, assert_gradients_close, gradients
 
 from genai_fast.errors import UsageError
-from genai_fast.models import gpt
 from genai_fast.models.gpt import GPT, load_gpt2
-from genai_fast.models.peers_text import EagerGPT
+from genai_fast.models.gpt import model as gpt
+from genai_fast.models.gpt.plain import PlainGPT
 from genai_fast.optim import Adam
 
 SIZES = dict(vocabulary=41, block=24, layers=2, heads=2, width=64)
@@ -28,7 +28,7 @@ def small(seed=0, **options):
 
 
 def pair(**options):
-    model, peer = small(**options), EagerGPT(**SIZES, **options)
+    model, peer = small(**options), PlainGPT(**SIZES, **options)
     peer.load_state_dict(model.state_dict())
     return model, peer
 
@@ -61,7 +61,7 @@ def test_the_presets_have_the_sizes_that_they_are_known_for():
 
 def test_initialised_as_gpt2():
     torch.manual_seed(0)
-    for model in (GPT(300, 64, 8, 2, 64), EagerGPT(300, 64, 8, 2, 64)):
+    for model in (GPT(300, 64, 8, 2, 64), PlainGPT(300, 64, 8, 2, 64)):
         for name, p in model.named_parameters():
             if p.dim() == 2:
                 expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from alike import assert_close, assert_gradients_close, gradients
 
-from genai_fast.models.lstm_lm import LSTMLanguageModel
-from genai_fast.models.peers_text import EagerLSTMLanguageModel
+from genai_fast.models.lstm import LSTMLanguageModel
+from genai_fast.models.lstm.plain import PlainLSTMLanguageModel
 from genai_fast.optim import Adam
 
 SIZES = dict(vocabulary=31, embedding=16, hidden=24, layers=2)
@@ -20,7 +20,7 @@ def small(seed=0, **options):
 
 
 def pair(**options):
-    model, peer = small(**options), EagerLSTMLanguageModel(**{**SIZES, **options})
+    model, peer = small(**options), PlainLSTMLanguageModel(**{**SIZES, **options})
     peer.load_state_dict(model.state_dict())
     return model, peer
 

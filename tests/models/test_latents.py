@@ -9,7 +9,7 @@ from alike import assert_close
 
 from genai_fast import data
 from genai_fast.models import MLPVAE, ConditionalVAE, ConvVAE, slerp
-from genai_fast.models.latents import inpaint
+from genai_fast.models.common.latents import inpaint
 
 SMALL = {"channels": 1, "latent": 4, "widths": (6, 8)}
 

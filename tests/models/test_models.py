@@ -5,7 +5,7 @@ import torch
 
 from genai_fast import data, ops, use_backend
 from genai_fast.models import MLPVAE
-from genai_fast.models.peers import EagerMLPVAE
+from genai_fast.models.vae.plain import PlainMLPVAE
 
 KEYS = [f"{layer}.{name}" for layer in ("fc1", "fc21", "fc22", "fc3", "fc4") for name in ("weight", "bias")]
 
@@ -15,7 +15,7 @@ def digits(count: int = 64) -> torch.Tensor:
 
 
 def test_keys_are_the_classic_ones_and_weights_load_both_ways():
-    model, peer = MLPVAE(64, 32, 5), EagerMLPVAE(64, 32, 5)
+    model, peer = MLPVAE(64, 32, 5), PlainMLPVAE(64, 32, 5)
     assert list(model.state_dict()) == list(peer.state_dict()) == KEYS
     peer.load_state_dict(model.state_dict())
     model.load_state_dict(peer.state_dict())
@@ -25,7 +25,7 @@ def test_keys_are_the_classic_ones_and_weights_load_both_ways():
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_loss_and_gradients_are_the_authors(likelihood, monkeypatch):
     torch.manual_seed(0)
-    model, peer = MLPVAE(64, 32, 5, likelihood=likelihood).double(), EagerMLPVAE(64, 32, 5, likelihood).double()
+    model, peer = MLPVAE(64, 32, 5, likelihood=likelihood).double(), PlainMLPVAE(64, 32, 5, likelihood).double()
     x = digits().double()
     peer.load_state_dict(model.state_dict())
     # One noise for both.

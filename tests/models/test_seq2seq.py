@@ -13,7 +13,7 @@ from sequence_models import (
 )
 
 from genai_fast.models import Seq2Seq
-from genai_fast.models.peers_sequences import EagerSeq2Seq
+from genai_fast.models.seq2seq.plain import PlainSeq2Seq
 
 V, END = 23, 22
 SIZES = (V, END, 16, 2, 2, 16)
@@ -21,7 +21,7 @@ SIZES = (V, END, 16, 2, 2, 16)
 
 def pair(dropout=0.0):
     torch.manual_seed(0)
-    return Seq2Seq(*SIZES, dropout=dropout), EagerSeq2Seq(*SIZES, dropout=dropout)
+    return Seq2Seq(*SIZES, dropout=dropout), PlainSeq2Seq(*SIZES, dropout=dropout)
 
 
 def batch(source=(7, 1, 5), target=(4, 6, 1), seed=0, widths=(0, 0)):

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from genai_fast import ops
 from genai_fast.models import TextVAE
-from genai_fast.models.generation import Sampler
-from genai_fast.models.peers_sequences import EagerTextVAE
+from genai_fast.models.common.generation import Sampler
+from genai_fast.models.text_vae.plain import PlainTextVAE
 
 V, END = 19, 18
 SIZES = (V, END, 12, 16, 5)
@@ -25,7 +25,7 @@ def batch(lengths=(9, 3, 1, 6), seed=0, width=0):
 
 
 def test_it_learns_as_its_peer_does(monkeypatch):
-    model, peer = make(annealing=15), EagerTextVAE(*SIZES, annealing=15, word_dropout=0.0)
+    model, peer = make(annealing=15), PlainTextVAE(*SIZES, annealing=15, word_dropout=0.0)
     noise = {}
     monkeypatch.setattr(peer, "reparameterize", lambda mu, logvar: ops.reparameterize(mu, logvar, **noise))
     samples = [batch(seed=k) for k in range(2)]

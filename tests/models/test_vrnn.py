@@ -7,8 +7,8 @@ from sequence_models import assert_capturable, assert_learns_alike, assert_near_
 
 from genai_fast import ops, use_backend
 from genai_fast.models import VRNN
-from genai_fast.models.peers_sequences import EagerVRNN
-from genai_fast.models.vrnn import _Recurrence
+from genai_fast.models.vrnn.model import _Recurrence
+from genai_fast.models.vrnn.plain import PlainVRNN
 
 V = 11
 SIZES = (V, 6, 10, 4)
@@ -16,7 +16,7 @@ SIZES = (V, 6, 10, 4)
 
 def pair(**more):
     torch.manual_seed(0)
-    return VRNN(*SIZES, **more), EagerVRNN(*SIZES, **more)
+    return VRNN(*SIZES, **more), PlainVRNN(*SIZES, **more)
 
 
 def tokens(seed=0, count=5, length=7):

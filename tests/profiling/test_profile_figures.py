@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.data import DataLoader
 
-from genai_fast.models import peers
+from genai_fast.models.gan import plain
 from genai_fast.profiling import counters, loops, machine, measure, trace
 from genai_fast.profiling.diagnosis import diagnose
 from genai_fast.profiling.figures import roof
@@ -270,7 +270,7 @@ def test_plain_scripts_serve_the_batch_that_is_asked_for():
     prepared = []
     step = system.plain("cpu", lambda model, method: prepared.append((type(model), method)) or model)
     losses = step(*system.inputs("cpu"))
-    assert prepared == [(peers.EagerMLPGenerator, "forward"), (peers.EagerMLPDiscriminator, "forward")]
+    assert prepared == [(plain.PlainMLPGenerator, "forward"), (plain.PlainMLPDiscriminator, "forward")]
     assert system.inputs("cpu")[0].shape == (3, 1, 28, 28) and all(loss.isfinite() for loss in losses)
     assert of_recipe("wgan-gp", 2).inputs("cpu")[0].shape == (10, 3, 64, 64)
     assert of_recipe("dcgan").shape == (3, 64, 64) and of_recipe("gpt", 2, "bfloat16").config.precision == "bfloat16"

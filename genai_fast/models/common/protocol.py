@@ -1,0 +1,76 @@
+"""What models may offer besides `genai_fast.contract`, by these names: commands and evaluation ask with `offers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""logits [B, V] -> the tokens that come next, [B] int64, such as a `generation.Sampler`. None: the likeliest."""
+
+
+class Draws(Protocol):
+    """Images of latents z ~ N(0, I), [N, latent]."""
+
+    def sample(self, count: int, *, seed: int | None = None) -> torch.Tensor:
+        """`count` images as the model has them; a seed gives the same z on every device."""
+
+    def decode(self, z: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+        """Images of z; with the likelihood "bernoulli", their logits."""
+
+
+class Encodes(Protocol):
+    def encode(self, x: torch.Tensor, *labels: torch.Tensor) -> Any:
+        """Images -> mu, logvar of q(z | x), [B, latent] each; of an autoencoder the codes [B, latent]."""
+
+
+class Reconstructs(Protocol):
+    def reconstruct(self, x: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+        """What encoder and decoder make of images, in their shape."""
+
+
+class Inpaints(Protocol):
+    def inpaint(
+        self, x: torch.Tensor, mask: torch.Tensor, *labels: torch.Tensor, steps: int = 200, seed: int | None = None
+    ) -> torch.Tensor:
+        """Images [B, C, H, W] repaired where mask [B, 1, H, W] is True."""
+
+
+class Request(NamedTuple):
+    """A text that is asked for."""
+
+    prompt: Sequence[int]  # token ids without `end`; empty: the model begins by itself
+    end: int  # the token at which it ends, which is left out
+    sampler: Choose
+    longest: int  # tokens
+    seed: int | None = None  # of what is drawn besides the tokens, such as z
+    weights: str = "float32"  # precision of the matrices, where the model can round them
+
+
+class Writes(Protocol):
+    """A model of text."""
+
+    continues: bool  # its text goes on from the prompt, rather than answering it
+
+    def write_ids(self, request: Request) -> Iterator[int]:
+        """Token ids as they are made. Raises UsageError on a prompt that is too long."""
+
+
+class Decoder(Protocol):
+    """What writes B texts at the same time and keeps what it has seen."""
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Begin anew with ids [B, T] -> logits [B, V] of the next token."""
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Go on with ids [B] -> logits [B, V] of the next token."""
+
+
+class WritesOn(Protocol):
+    """A language model, which `generation.generate` serves. It has `block` if it sees no more tokens than so many."""
+
+    vocabulary: int
+
+    def cached_decoder(self, batch: int, weights: str = "float32") -> Decoder: ...

@@ -1,0 +1,140 @@
+"""A recipe: all that the rest of the house knows of a model that `genai-fast train NAME` trains."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from genai_fast.config import Config
+from genai_fast.errors import UsageError
+from genai_fast.models.common.plain_loop import loss_step
+
+Values = dict[str, Any]
+"""The settings, and what the data adds: `shape`, `channels`, `size`, `input_size` and `classes` of images, `vocabulary`
+and `end` of text. A constructor gets those that its parameters name."""
+Networks = dict[str, nn.Module]
+
+
+def arguments(kind: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are parameters of `kind`, in its order."""
+    return {name: values[name] for name in inspect.signature(kind).parameters if name in values}
+
+
+def by_name(kind: Callable[..., nn.Module], values: Mapping[str, Any]) -> nn.Module:
+    return kind(**arguments(kind, values))
+
+
+def channels_last(kind: Callable[..., nn.Module]) -> Callable[[Values], nn.Module]:
+    """A `build` whose weights are laid out as most convolutions are fastest; not those of kernel 5 and few channels."""
+    return lambda values: by_name(kind, values).to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What ONNX export traces of a plain twin.
+
+    inputs: name -> axes, in words: "batch" may have any size, "tokens" and "<name>_tokens" any up to the block, others
+    are a setting's; inputs with an axis of a setting's size are floats, others ids.
+    method: what is traced. A recurrent network's is one step, since a loop over tokens would have a fixed length.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...]
+    method: str = "forward"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A training step that is measured beside the same in plain PyTorch.
+
+    name: of the system, in records.
+    batch: samples a step.
+    shape: (C, H, W) of an image, (tokens,) of a text.
+    settings: over the recipe's own. Dropout, clipping and decay, which the plain loop does not have, are off.
+    tolerance: of the losses, relative: noise, dropout and a narrow type differ.
+    gpu: a CPU takes too long for it.
+    """
+
+    name: str
+    batch: int
+    shape: tuple[int, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: int = 512
+    tolerance: float = 5e-3
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A kind of model and its settings.
+
+    name, summary: on the command line.
+    config: its settings.
+    model: the class of what is trained: see `contract` and `protocol` for what it may offer.
+    plain: its twin in plain PyTorch, with the same keys and `loss(*batch)`: what `export` writes and the bench measures
+        beside. Of networks in turns: values -> the class of each by name, the one that is exported first.
+    build: values -> model. None: `model` with the values that it has parameters for.
+    derived: values -> more of them.
+    labelled: it needs labels.
+    square: its images must be square.
+    feed: how text comes: windows, streams, sequences or pairs; "" for images.
+    network: model -> the network that draws: the twin's.
+    loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
+        plain loop.
+    summed: the plain loss is a sum over the batch, where ours is a mean.
+    graph: None: of images, what draws them, or what reconstructs them if nothing does.
+    unrolled: torch.compile takes many minutes, as it unrolls the loop over tokens.
+    """
+
+    name: str
+    summary: str
+    config: type[Config]
+    model: type[nn.Module]
+    plain: type[nn.Module] | Callable[[Values], dict[str, type[nn.Module]]]
+    build: Callable[[Values], nn.Module] | None = None
+    derived: Callable[[Values], Values] = lambda values: {}
+    labelled: bool = False
+    square: bool = True
+    feed: str = ""
+    network: Callable[[nn.Module], nn.Module] = lambda model: model
+    loop: Callable[[Networks, Values, str], Callable[..., Any]] | None = lambda networks, values, device: loss_step(
+        networks[""], device, values["lr"]
+    )
+    summed: bool = False
+    graph: Graph | None = None
+    unrolled: bool = False
+    benches: tuple[Bench, ...] = ()
+    examples: tuple[str, ...] = ()
+
+    def values(self, settings: Config, *of_data: Any) -> Values:
+        """Settings and what the data adds: (shape, number of classes) of images, (vocabulary, end) of text."""
+        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        if self.feed:
+            values |= dict(zip(("vocabulary", "end"), of_data, strict=True))
+        else:
+            shape, classes = of_data
+            if self.square and shape[1] != shape[2]:
+                raise UsageError(f"expected square images, got {shape[1]} x {shape[2]}; remedy: --size PIXELS")
+            values |= {"shape": shape, "channels": shape[0], "size": shape[1], "input_size": math.prod(shape)}
+            values["classes"] = classes if self.labelled else 0
+        return values | self.derived(values)
+
+    def make(self, settings: Config, *of_data: Any) -> nn.Module:
+        """The model for such data, as `values` takes it.
+
+        Raises:
+            UsageError, ValueError: the settings and the data do not go together.
+        """
+        values = self.values(settings, *of_data)
+        return by_name(self.model, values) if self.build is None else self.build(values)
+
+    def twins(self, values: Values) -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
+        """The plain class of each network, and its arguments; the first draws."""
+        kinds = {"": self.plain} if isinstance(self.plain, type) else self.plain(values)
+        return {name: (kind, arguments(kind, values)) for name, kind in kinds.items()}

@@ -1,0 +1,3 @@
+"""Convolutional variational autoencoders."""
+
+from genai_fast.models.conv_vae.model import ConditionalVAE, ConvVAE  # noqa: F401

@@ -1,0 +1,138 @@
+"""Networks of dense layers, and of a dense layer before or after convolutions. Discriminators end in logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from genai_fast.models.common import checks
+from genai_fast.models.common.networks import fused
+from genai_fast.models.gan import plain
+
+
+class MLPGenerator(nn.Module):
+    """z [B, latent] -> image [B, *shape] in [-1, 1]: Linear and ReLU to each of `widths`, Linear, tanh.
+
+    The keys are `main.<n>.*`, n even; initialised as nn.Linear is.
+
+    Args:
+        shape: (channels, height, width) of the image.
+        latent: length of z.
+        widths: of the hidden layers.
+
+    Raises: ValueError on a size below 1.
+    Source: Goodfellow et al. 2014, arXiv:1406.2661.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def __init__(
+        self, shape: Sequence[int] = (1, 28, 28), *, latent: int = 100, widths: Sequence[int] = (256, 512, 1024)
+    ) -> None:
+        super().__init__()
+        self.shape, self.latent = checks.image_shape("MLPGenerator", shape), latent
+        checks.positive("MLPGenerator", latent=latent, widths=min(widths, default=0))
+        self.main = fused(plain.PlainMLPGenerator(self.shape, latent, widths).main)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z.flatten(1))
+
+
+class MLPDiscriminator(nn.Module):
+    """Image [B, *shape] (or flat) in [-1, 1] -> logits [B] of being real.
+
+    Linear, LeakyReLU(0.2) and dropout to each of `widths`, then Linear to one. The keys are `main.<n>.*`, n even
+    without dropout and divisible by three with it; initialised as nn.Linear is.
+
+    Args:
+        shape: (channels, height, width) of the image.
+        widths: of the hidden layers.
+        dropout: share of activations dropped after each LeakyReLU.
+
+    Raises: ValueError on a size below 1, and on images of another size.
+    Source: Goodfellow et al. 2014, arXiv:1406.2661.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def __init__(
+        self, shape: Sequence[int] = (1, 28, 28), *, widths: Sequence[int] = (1024, 512, 256), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.shape = checks.image_shape("MLPDiscriminator", shape)
+        checks.positive("MLPDiscriminator", widths=min(widths, default=0))
+        self.main = fused(plain.PlainMLPDiscriminator(self.shape, widths, dropout).main[:-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.main(checks.pixels("MLPDiscriminator", x, self.shape)).flatten()
+
+
+class DenseGenerator(nn.Module):
+    """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1], by way of a dense layer.
+
+    Linear -> [256, side, side], batch norm, LeakyReLU -> ConvTranspose k5 s1 to 128, k5 s2 to 64, each with batch norm
+    and LeakyReLU -> ConvTranspose k5 s2 to the image, tanh.
+
+    Args:
+        latent: length of z.
+        channels: of the image.
+        side: of the first feature map: 7 for images of 28 pixels.
+        momentum: of the norms, in PyTorch's sense.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7, momentum: float = 0.2) -> None:
+        super().__init__()
+        checks.positive("DenseGenerator", latent=latent, channels=channels, side=side)
+        self.latent = latent
+        self.main = fused(plain.PlainDenseGenerator(latent, channels, side, momentum).main)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class DenseGeneratorK4(nn.Module):
+    """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1]: no norms.
+
+    Linear -> [128, side, side], LeakyReLU -> twice ConvTranspose k4 s2 p1 to 128, LeakyReLU -> Conv k7, tanh.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7) -> None:
+        super().__init__()
+        checks.positive("DenseGeneratorK4", latent=latent, channels=channels, side=side)
+        self.latent = latent
+        self.main = fused(plain.PlainDenseGeneratorK4(latent, channels, side).main)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class DenseDiscriminator(nn.Module):
+    """Image [B, channels, size, size] -> logits [B]: two Conv k5 s2 p2 with LeakyReLU and dropout, then Linear.
+
+    Args:
+        size: of the image, a multiple of 4.
+        channels: of the image.
+        widths: channels of the two feature maps.
+        dropout: share of activations dropped.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def __init__(
+        self, size: int = 28, *, channels: int = 1, widths: Sequence[int] = (64, 128), dropout: float = 0.3
+    ) -> None:
+        super().__init__()
+        checks.positive("DenseDiscriminator", size=size, channels=channels)
+        if size % 4:
+            raise ValueError(f"DenseDiscriminator: size: expected a multiple of 4, got {size}; resize the images")
+        self.main = fused(plain.PlainDenseDiscriminator(size, channels, widths, dropout).main[:-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.main(x).flatten()

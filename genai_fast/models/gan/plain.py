@@ -1,0 +1,198 @@
+"""Generators and discriminators as their authors write them, and the loop that trains them.
+
+Discriminators end in a sigmoid, for nn.BCELoss; ours end in logits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class PlainMLPGenerator(nn.Module):
+    """z [B, latent] -> image [B, *shape]: the MLP of many a first GAN."""
+
+    def __init__(
+        self, shape: tuple[int, ...] = (1, 28, 28), latent: int = 100, widths: tuple[int, ...] = (256, 512, 1024)
+    ) -> None:
+        super().__init__()
+        layers = []
+        for n_in, n_out in itertools.pairwise((latent, *widths)):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU(inplace=True)]
+        self.main = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class PlainMLPDiscriminator(nn.Module):
+    """Image [B, *shape] -> probability [B]."""
+
+    def __init__(
+        self, shape: tuple[int, ...] = (1, 28, 28), widths: tuple[int, ...] = (1024, 512, 256), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        layers = []
+        for n_in, n_out in itertools.pairwise((math.prod(shape), *widths)):
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
+
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return self.main(img.flatten(1)).squeeze(1)
+
+
+class PlainDCGANGenerator(nn.Module):
+    """z [B, latent] or [B, latent, 1, 1] -> image [B, channels, size, size], the layers of PyTorch's DCGAN example.
+
+    size is 28, 32, 64 or 128.
+    """
+
+    def __init__(self, size: int = 64, latent: int = 100, width: int = 64, channels: int = 3) -> None:
+        super().__init__()
+        side = 7 if size == 28 else 4
+        n_in = width * size // side // 2
+        layers = [nn.ConvTranspose2d(latent, n_in, side, 1, 0, bias=False)]
+        while n_in >= width:
+            n_out = n_in // 2 if n_in > width else channels
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1, bias=False)]
+            n_in //= 2
+        self.main = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z.view(z.size(0), -1, 1, 1))
+
+
+class PlainDCGANDiscriminator(nn.Module):
+    """Image [B, channels, size, size] -> probability [B], the layers of PyTorch's DCGAN example."""
+
+    def __init__(self, size: int = 64, width: int = 64, channels: int = 3) -> None:
+        super().__init__()
+        side = 7 if size == 28 else 4
+        widest = width * size // side // 2
+        layers = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
+        while width < widest:
+            layers += [nn.Conv2d(width, width * 2, 4, 2, 1, bias=False), nn.BatchNorm2d(width * 2)]
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
+            width *= 2
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, side, 1, 0, bias=False), nn.Sigmoid())
+
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return self.main(img).view(-1)
+
+
+class PlainConditionalGenerator(nn.Module):
+    """z [B, latent], labels [B] -> image [B, channels, size, size]: DCGAN's layers on z and the label's embedding."""
+
+    def __init__(
+        self,
+        classes: int = 10,
+        size: int = 64,
+        latent: int = 100,
+        width: int = 64,
+        channels: int = 3,
+        embedding: int = 100,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(classes, embedding)
+        self.main = PlainDCGANGenerator(size, latent + embedding, width, channels).main
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.main(torch.cat([z, self.embed(labels)], dim=1)[:, :, None, None])
+
+
+class PlainDenseGenerator(nn.Module):
+    """z [B, latent] -> image [B, channels, 4 side, 4 side], by way of a dense layer."""
+
+    def __init__(self, latent: int = 100, channels: int = 1, side: int = 7, momentum: float = 0.2) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Linear(latent, 256 * side * side, bias=False),
+            nn.BatchNorm1d(256 * side * side, momentum=momentum),
+            nn.LeakyReLU(0.2),
+            nn.Unflatten(1, (256, side, side)),
+            nn.ConvTranspose2d(256, 128, 5, stride=1, padding=2, bias=False),
+            nn.BatchNorm2d(128, momentum=momentum),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(128, 64, 5, stride=2, padding=2, output_padding=1, bias=False),
+            nn.BatchNorm2d(64, momentum=momentum),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(64, channels, 5, stride=2, padding=2, output_padding=1, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class PlainDenseGeneratorK4(nn.Module):
+    """z [B, latent] -> image [B, channels, 4 side, 4 side], by way of a dense layer, with kernels of 4 and no norms."""
+
+    def __init__(self, latent: int = 100, channels: int = 1, side: int = 7) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Linear(latent, 128 * side * side),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Unflatten(1, (128, side, side)),
+            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(128, channels, 7, padding=3),
+            nn.Tanh(),
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.main(z)
+
+
+class PlainDenseDiscriminator(nn.Module):
+    """Image [B, channels, size, size] -> probability [B]."""
+
+    def __init__(
+        self, size: int = 28, channels: int = 1, widths: tuple[int, ...] = (64, 128), dropout: float = 0.3
+    ) -> None:
+        super().__init__()
+        layers = []
+        for n_in, n_out in itertools.pairwise((channels, *widths)):
+            layers += [nn.Conv2d(n_in, n_out, 5, 2, 2), nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
+        flat = widths[-1] * (size >> len(widths)) ** 2
+        self.main = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, 1), nn.Sigmoid())
+
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return self.main(img).squeeze(1)
+
+
+def gan_step(
+    generator: nn.Module, discriminator: nn.Module, latent: int, device: str = "cpu"
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The loop of PyTorch's DCGAN example for z [B, latent]: D on real and on generated images, then G; BCE, Adam.
+
+    Returns a function of images that takes one step and returns the losses of D and G.
+    """
+    generator, discriminator, bce = generator.to(device), discriminator.to(device), nn.BCELoss()
+    adams = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in (discriminator, generator)]
+
+    def judge(x: torch.Tensor, target: float) -> torch.Tensor:
+        return bce(discriminator(x), torch.full((len(x),), target, device=device))
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        discriminator.zero_grad()
+        real = judge(x, 1.0)
+        real.backward()
+        z = torch.randn(len(x), latent, device=device)
+        fake = generator(z)
+        generated = judge(fake.detach(), 0.0)
+        generated.backward()
+        adams[0].step()
+        generator.zero_grad()
+        loss = judge(fake, 1.0)
+        loss.backward()
+        adams[1].step()
+        return real.detach() + generated.detach(), loss.detach()
+
+    return step
