@@ -25,7 +25,8 @@ def load(extension):
 
     if extension:
         spec = importlib.util.spec_from_file_location("genai_fast._cpu", extension)
-        sys.modules["genai_fast._cpu"] = importlib.util.module_from_spec(spec)
+        sys.modules["genai_fast._cpu"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 def laid_out(x, rng):
