@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from genai_fast import config, data
+from genai_fast import atomic_files, config, data
 from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
@@ -186,7 +186,7 @@ def run_generate(options: argparse.Namespace) -> int:
         print()
         records.append(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False) + "\n")
     if options.out is not None:
-        options.out.write_text("".join(records), encoding="utf-8")
+        atomic_files.write_text(options.out, "".join(records))
     return 0
 
 
@@ -252,7 +252,7 @@ def run_tune(options: argparse.Namespace) -> int:
             model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
         )
     if options.out is not None:
-        options.out.write_text(tune.markdown(autotune.machine(device), chosen))
+        atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     rows = tune.table(chosen)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

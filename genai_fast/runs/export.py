@@ -21,7 +21,8 @@ from torch import nn
 from genai_fast import __version__
 from genai_fast.errors import UsageError, require
 from genai_fast.models import peers, peers_conditional, peers_sequences, peers_text
-from genai_fast.training import checkpoint, atomic_files
+from genai_fast import atomic_files
+from genai_fast.training import checkpoint
 from genai_fast.runs import export_template, text_generation
 from genai_fast.runs.run import Opened
 from genai_fast.runs.text_task import TOKENIZER

@@ -15,8 +15,8 @@ from torch import nn
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.precision import float32_products
-from genai_fast.training import checkpoint, atomic_files, distributed, parallel
-from genai_fast import config
+from genai_fast import atomic_files, config
+from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.tensorboard import Board
 from genai_fast.config import Config, ConfigError, TextConfig
 from genai_fast.runs.image_task import ImageTask

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from genai_fast import atomic_files
 from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
@@ -96,7 +97,7 @@ class TextTask:
                 if distributed.first():
                     path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(shown)
                     path.parent.mkdir(exist_ok=True)
-                    path.write_text(sample, encoding="utf-8")
+                    atomic_files.write_text(path, sample)
                 if board is not None:
                     board.text("samples", sample)
             return Look(per_token(evaluate(model, self._held_out, self.settings), self._bytes()), [], sample)
@@ -117,7 +118,7 @@ class TextTask:
         return text_generation.example(model, self.tokenizer, self.settings.seed + 1, _SAMPLE)
 
     def finish(self, model: nn.Module, folder: Path) -> None:
-        (folder / "sample.txt").write_text(self.example(model), encoding="utf-8")
+        atomic_files.write_text(folder / "sample.txt", self.example(model))
 
     @staticmethod
     def open(name: str, settings: TextConfig, about: dict[str, Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.errors import UsageError
-from genai_fast.training import atomic_files, distributed
+from genai_fast.training import distributed
 from genai_fast.training.environment import changes, environment
 
 VERSION = 2
@@ -78,19 +78,14 @@ def save(
         DiskError: it cannot be written: nothing of it stays, and those before do.
     """
     final = _folder(run, step)
-    temporary = run / f".{final.name}.new"
     with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
         for left in run.glob(".checkpoint-*"):  # by a process that was killed
             atomic_files.discard(left)
-        try:
-            temporary.mkdir(parents=True)
-            _write(temporary, model, optimizer, step, progress, about, best, training_step or {})
+        with atomic_files.whole(final) as folder:
+            folder.mkdir()
+            _write(folder, model, optimizer, step, progress, about, best, training_step or {})
             _remove(final)  # left by an earlier run of the same step
-            os.rename(temporary, final)
-        except BaseException:
-            atomic_files.discard(temporary)
-            raise
-        atomic_files.synchronize(run)
         for old in found(run)[keep:]:
             if old != _folder(run, best):
                 _remove(old)
@@ -101,7 +96,7 @@ def _write(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict, best: int,
     training_step: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """The files of a checkpoint, synchronized."""
+    """The files of a checkpoint."""
     settings, device = optimizer.state_dict(), next(model.parameters()).device
     moments = {
         f"optimizer.{index}.{name}": value
@@ -126,8 +121,6 @@ def _write(
     }
     state["digest"] = _digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        atomic_files.synchronize(path)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import nn
 
-from genai_fast import data
+from genai_fast import atomic_files, data
 from genai_fast.config import Config
-from genai_fast.errors import UsageError, require
+from genai_fast.errors import UsageError
 from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.batches import Feed
 from genai_fast.training.meter import Meter, Metrics, Progress, rates
@@ -313,9 +313,10 @@ def _check(
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"
-    tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
+    tensors = {name: x.cpu().contiguous() for name, x in zip(names, batch, strict=False)}
     if distributed.first():
-        require("safetensors.torch", "train").save_file(tensors, path)
+        with atomic_files.whole(path) as hidden:
+            atomic_files.write_tensors(hidden, tensors)
     reason = (
         f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss or gradient that is not finite"
     )

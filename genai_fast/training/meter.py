@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 
-from genai_fast.training import atomic_files
+from genai_fast import atomic_files
 from genai_fast.training.batches import Feed
 from genai_fast.training.tensorboard import Board
 

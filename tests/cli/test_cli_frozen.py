@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from genai_fast import config
-from genai_fast.cli.parser import _parser, commands_of
 from genai_fast.cli.examples import EXAMPLES
+from genai_fast.cli.parser import commands_of, parser_of
 from genai_fast.models.registry import RECIPES
 
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
@@ -45,7 +45,7 @@ def _line(action):
 def table():
     """A paragraph a command."""
     lines = []
-    for name, parser in commands_of(_parser()).items():
+    for name, parser in commands_of(parser_of()).items():
         lines.append(f"genai-fast {name}".rstrip())
         lines += [_line(a) for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     return "\n".join(lines) + "\n"
@@ -58,13 +58,13 @@ def test_the_interface_is_as_it_was():
 
 
 def test_every_command_has_examples():
-    assert {*EXAMPLES} == {*commands_of(_parser())}
+    assert {*EXAMPLES} == {*commands_of(parser_of())}
     assert all(1 <= len(lines) <= 3 for lines in EXAMPLES.values())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_right_and_shown(name):
-    parser = _parser()
+    parser = parser_of()
     shown = commands_of(parser)[name].format_help()
     for line in EXAMPLES[name]:
         assert f"  {line}\n" in shown and len(line) <= 100

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from test_checkpoint import CONFIG, edit, new, rewrite, same, saved, tensors, train
 
-from genai_fast.training import CheckpointError, atomic_files, checkpoint
+from genai_fast import atomic_files
+from genai_fast.training import CheckpointError, checkpoint
 
 
 class Evil:

@@ -17,11 +17,11 @@ import torch
 from test_checkpoint import CONFIG, edit, new, same, tensors, train
 
 from bench import kill, record
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.cli import parser
 from genai_fast.models.settings import VAEConfig
 from genai_fast.runs import run
-from genai_fast.training import atomic_files, checkpoint, loop, meter
+from genai_fast.training import checkpoint, loop, meter
 from genai_fast.training.checkpoint import DiskError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,8 +147,8 @@ def test_a_run_without_a_checkpoint_is_begun_anew_and_that_is_said(here, capsys,
 def test_two_processes_do_not_train_in_one_folder(here, capsys):
     assert call("train", "vae", *SMALL, "--run", "a") == 0
     going_on = ("train", "vae", "--run", "a", "--resume", "--epochs", "4")
-    code = "import sys; from pathlib import Path; from genai_fast.training import disk\n"
-    code += "with disk.held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from genai_fast.atomic_files import held\n"
+    code += "with held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(here / "runs" / "a")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     holder = subprocess.Popen(command, **pipes, text=True, cwd=record.ROOT)
@@ -313,26 +313,26 @@ SETTINGS = VAEConfig(
 
 
 def test_a_full_disk_is_named_and_what_was_saved_stands(tmp_path):
-    with mounted(tmp_path / "disk", "size=2m") as disk_:
-        run = disk_ / "run"
-        named = rf"run: cannot be written to: No space left on device \([\d.]+ MB free on the disk at {disk_}\)"
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        folder = disk / "run"
+        named = rf"run: cannot be written to: No space left on device \([\d.]+ MB free on the disk at {disk}\)"
         with pytest.raises(DiskError, match=rf"{named}; checkpoint-\d{{8}}[1-9] stands; remedy: .*--run run --resume"):
-            run.train("vae", SETTINGS, run)
-        assert checkpoint.found(run) and whole(run)
-        with open(disk_ / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            run.train("vae", SETTINGS, folder)
+        assert checkpoint.found(folder) and whole(folder)
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
                 pass
-        config, newest = (run / run.CONFIG).read_text(), checkpoint.latest(run).name
+        config, newest = (folder / run.CONFIG).read_text(), checkpoint.latest(folder).name
         with pytest.raises(DiskError, match=f"{newest} stands"):
-            run.train("vae", SETTINGS, run, resume=True)
-        assert (run / run.CONFIG).read_text() == config and whole(run)
+            run.train("vae", SETTINGS, folder, resume=True)
+        assert (folder / run.CONFIG).read_text() == config and whole(folder)
         with pytest.raises(DiskError, match=r"other: cannot be written to: .* there is no checkpoint yet"):
-            run.train("vae", SETTINGS, disk_ / "other")
-        assert not list(disk_.glob("other/*"))
-        subprocess.run(["mount", "-o", "remount,size=40m", disk_], check=True)
-        run.train("vae", SETTINGS, run, resume=True)
+            run.train("vae", SETTINGS, disk / "other")
+        assert not list(disk.glob("other/*"))
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        run.train("vae", SETTINGS, folder, resume=True)
         run.train("vae", SETTINGS, tmp_path / "straight")
-        assert kill.differences(tmp_path / "straight", run) == []
+        assert kill.differences(tmp_path / "straight", folder) == []
 
 
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, capsys):
