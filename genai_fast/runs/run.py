@@ -16,14 +16,13 @@ from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.precision import float32_products
 from genai_fast import atomic_files, config
-from genai_fast.training import checkpoint, distributed, parallel
+from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.tensorboard import Board
 from genai_fast.config import Config, ConfigError, TextConfig
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.training.loop import fit
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.models.registry import RECIPES
-from genai_fast.training.step import check_accumulates
 from genai_fast.runs.text_task import TextTask
 
 CONFIG = "config.toml"
@@ -134,7 +133,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
     torch.manual_seed(settings.seed)
     model = task.model()
-    check_accumulates(model, settings.accumulate)
+    accumulation.check(model, settings.accumulate)
     if settings.accumulate > 1 and distributed.size() > 1:
         raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
     if resume and not newest and distributed.first():

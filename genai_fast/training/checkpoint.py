@@ -18,7 +18,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
@@ -31,14 +30,13 @@ from torch import nn
 
 from genai_fast import atomic_files, autotune
 from genai_fast.errors import UsageError
-from genai_fast.training import distributed
+from genai_fast.training import distributed, optimizer_state
 from genai_fast.training.environment import changes, environment
 
 VERSION = 2
 _FORMAT = "genai-fast checkpoint"
 _MODEL, _TRAINING = "model.safetensors", "training.safetensors"
-_CARRIED = "carried."
-_STEP = "step."
+_OPTIMIZER, _CARRIED, _STEP = "optimizer.", "carried.", "step."
 _NAME = re.compile(r"checkpoint-(\d{9,})")
 _TYPES = {
     "step": int, "best": int, "progress": dict, "about": dict, "optimizer": list, "environment": dict, "routes": dict,
@@ -46,8 +44,6 @@ _TYPES = {
 }  # fmt: skip
 _LONGEST_STATE = 1 << 26  # bytes of a state.json
 _MOST_THREADS = 4096
-# How a step is carried out, as against what it computes: these stay as the present optimizer has them.
-_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 _UNWRITABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
     errno.EEXIST,
@@ -97,12 +93,9 @@ def _write(
     training_step: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     """The files of a checkpoint."""
-    settings, device = optimizer.state_dict(), next(model.parameters()).device
-    moments = {
-        f"optimizer.{index}.{name}": value
-        for index, values in settings["state"].items()
-        for name, value in values.items()
-    }
+    device = next(model.parameters()).device
+    groups, moments = optimizer_state.pack(optimizer)
+    moments = {f"{_OPTIMIZER}{name}": x for name, x in moments.items()}
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if hasattr(model, "carried") else {}
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
@@ -114,7 +107,7 @@ def _write(
         "best": best,
         "progress": progress,
         "about": about,
-        "optimizer": [{k: _number(v) for k, v in group.items()} for group in settings["param_groups"]],
+        "optimizer": groups,
         "environment": environment(device),
         "routes": autotune.routes(device),
         "files": {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)},
@@ -238,12 +231,17 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """
     state = read_state(checkpoint)
     tensors = _tensors(checkpoint, _TRAINING, state)
-    restored = _optimizer_state(checkpoint, optimizer, state["optimizer"], tensors)
+    try:
+        restored = optimizer_state.unpack(optimizer, state["optimizer"], _named(_OPTIMIZER, tensors))
+    except optimizer_state.Mismatch as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    except optimizer_state.Damaged as error:
+        raise CheckpointError(f"{checkpoint}: {error}; remedy: {_remedy(checkpoint)}") from error
     _fill_model(checkpoint, model, state)
     optimizer.load_state_dict(restored)
     if hasattr(model, "load_carried"):
         try:
-            model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
+            model.load_carried(_named(_CARRIED, tensors))
         except ValueError as error:
             raise CheckpointError(f"{checkpoint / _TRAINING}: {error}; remedy: {_remedy(checkpoint)}") from error
     if threads and state["environment"].get("processes", 1) == distributed.size():
@@ -258,7 +256,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         )
     else:
         autotune.take(device, state["routes"])
-    state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
+    state["training_step"] = _named(_STEP, tensors)
     return state
 
 
@@ -266,6 +264,10 @@ def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous copies on the CPU, as safetensors takes them."""
     # Copies: safetensors takes neither strided tensors nor two that share memory (tied weights).
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
+def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -341,56 +343,6 @@ def _fill_model(checkpoint: Path, model: nn.Module, state: dict) -> None:
 
 def _kind(x: torch.Tensor) -> str:
     return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
-
-
-def _optimizer_state(
-    checkpoint: Path, optimizer: torch.optim.Optimizer, groups: list[dict], tensors: dict[str, torch.Tensor]
-) -> dict:
-    present = optimizer.state_dict()["param_groups"]
-    members = [g.get("params") if isinstance(g, dict) else None for g in groups]
-    if members != [g["params"] for g in present]:
-        count = sum(len(x) for x in members if isinstance(x, list))
-        raise CheckpointError(
-            f"{checkpoint}: expected an optimizer of {sum(len(g['params']) for g in present)} parameters in"
-            f" {len(present)} groups, got {count} in {len(groups)}"
-        )
-    parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if not key.startswith("optimizer."):
-            continue
-        index, _, name = key.removeprefix("optimizer.").partition(".")
-        shape = parameters[int(index)].shape if index.isdecimal() and int(index) in parameters else None
-        if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
-            wanted = "no such tensor" if shape is None else str(tuple(shape))
-            raise _damaged(checkpoint, checkpoint / _TRAINING, f"{key}: {wanted}", str(tuple(value.shape)))
-        state.setdefault(int(index), {})[name] = value
-    merged = []
-    for old, new in zip(groups, present, strict=True):
-        examples = {"initial_lr": 1.0, **new}  # which a schedule of the rate adds
-        for k, v in old.items():
-            if k in examples and k not in _EXECUTION and not _alike(v, _number(examples[k])):
-                expected = f"optimizer: {k}: such as {examples[k]}"
-                raise _damaged(checkpoint, checkpoint / "state.json", expected, _short(v))
-        settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
-        if isinstance(new["lr"], torch.Tensor):
-            settings["lr"] = torch.full_like(new["lr"], settings["lr"])
-        merged.append({**settings, **{k: new[k] for k in _EXECUTION if k in new}})
-    return {"state": state, "param_groups": merged}
-
-
-def _alike(value: Any, example: Any) -> bool:
-    """Whether a value from JSON may stand for the example."""
-    if isinstance(example, list | tuple):
-        return isinstance(value, list) and len(value) == len(example) and all(map(_alike, value, example))
-    if isinstance(example, bool | str | None):
-        return type(value) is type(example)
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _number(x: Any) -> Any:
-    """JSON has no tensors: a rate that is one becomes a number."""
-    return x.item() if isinstance(x, torch.Tensor) else x
 
 
 def _folder(run: Path, step: int) -> Path:

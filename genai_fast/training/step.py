@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
-from genai_fast.training import loss_output
+from genai_fast.training import accumulation, loss_output
 from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs
 from genai_fast.training.optimizer import owners
@@ -104,7 +103,7 @@ class Step:
         self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         self._function = getattr(model, "turns", None) or getattr(model, "training_step", None) or model
         _check_arguments(self._function, precision, accumulate, clip, graphs)
-        check_accumulates(model, accumulate)
+        accumulation.check(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
         self._device = self._parameters[0].device
         narrow = PRECISIONS[precision]
@@ -198,7 +197,7 @@ class Step:
         self._kept.take()
         total, row = self._skipped
         before = total.clone()
-        parts = _parts(batch, self.accumulate)
+        parts = accumulation.parts(batch, self.accumulate)
         with autocast(self._device, self.precision):
             result = self._function(*parts[0][0])
         in_turns = isinstance(result, Generator)
@@ -239,7 +238,7 @@ class Step:
 
     def _take_turns(self, turns: Generator) -> Any:
         if self.accumulate > 1:
-            raise UsageError(_NO_TURNS)
+            raise UsageError(accumulation.NO_TURNS)
         yielded: list[torch.Tensor] = []
         while True:
             try:
@@ -317,24 +316,6 @@ class Step:
         self._begun |= optimizers
 
 
-_NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy: a smaller batch"
-
-
-def check_accumulates(model: nn.Module | Callable[..., Any], count: int) -> None:
-    """Whether a batch may be cut into so many parts.
-
-    Raises:
-        UsageError: it may not: the model's networks take turns, or its rows carry a state.
-    """
-    if count > 1 and (hasattr(model, "turns") or inspect.isgeneratorfunction(model)):
-        raise UsageError(_NO_TURNS)
-    if count > 1 and hasattr(model, "carried"):
-        raise UsageError(
-            f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to batch,"
-            f" got {count}"
-        )
-
-
 def _check_arguments(function: Any, precision: str, accumulate: int, clip: float, graphs: int) -> None:
     if not callable(function):
         raise UsageError(
@@ -357,22 +338,6 @@ def _described(x: Any) -> str:
     if isinstance(x, torch.Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"a {type(x).__name__}"
-
-
-def _parts(batch: Batch, count: int) -> list[tuple[Batch, float]]:
-    """The batch in `count` parts, fewer if it is smaller, with the share of each in it."""
-    if count == 1:
-        return [(batch, 1.0)]
-    sizes = {len(x) for x in batch if x.dim()}
-    if len(sizes) != 1 or 0 in sizes:
-        raise UsageError(
-            f"Step: accumulate: expected tensors of one first dimension, got {[tuple(x.shape) for x in batch]}"
-        )
-    (size,) = sizes
-    count = min(count, size)
-    cut = zip(*(x.tensor_split(count) if x.dim() else [x] * count for x in batch), strict=True)
-    firsts = next(k for k, x in enumerate(batch) if x.dim())
-    return [(part, len(part[firsts]) / size) for part in cut]
 
 
 def _dense(p: nn.Parameter) -> torch.Tensor:
