@@ -21,7 +21,7 @@ from genai_fast.config import Config
 from genai_fast.errors import UsageError
 from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.batches import Feed
-from genai_fast.training.meter import Meter, Metrics, Progress, rates
+from genai_fast.training.meter import Meter, Metrics, Progress, over_all, rates
 from genai_fast.training.progress import display
 from genai_fast.training.schedule import Schedule
 from genai_fast.training.step import Step, autocast
@@ -262,7 +262,7 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
             weighted = torch.stack(tuple(losses)).double() * weight
             sums, samples = weighted if sums is None else sums + weighted, samples + weight
     model.train(training)
-    return dict(zip(losses._fields, (sums / samples).tolist(), strict=True))
+    return over_all(dict(zip(losses._fields, (sums / samples).tolist(), strict=True)))
 
 
 def _better(figures: dict[str, float], at: Progress) -> tuple[int, float]:

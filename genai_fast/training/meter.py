@@ -70,7 +70,7 @@ class Meter:
         return dict(zip(self._names, self._latest.tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
-        return dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
+        return over_all(dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True)))
 
     def rate(self) -> float:
         """Samples a second."""
@@ -90,6 +90,11 @@ class Meter:
         at.sums, at.skipped = self._sums.tolist(), self._skipped + skipped
         at.seconds = self._before[0] + time.perf_counter() - self._since
         at.waited = self._before[1] + self._waited
+
+
+def over_all(means: dict[str, float]) -> dict[str, float]:
+    """Means over samples, with a loss for each token as the mean over all tokens."""
+    return {**means, "loss": means["nats"] / means["tokens"]} if {"nats", "tokens"} <= means.keys() else means
 
 
 def rates(feed: Feed, samples: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
+from genai_fast.ops import rows as rows_of_batch
 from genai_fast.training import accumulation, loss_output
 from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs
@@ -75,8 +76,10 @@ class Step:
             without; a gradient that the loss itself computes (a penalty) is not scaled.
         accumulate: the batch is cut along its first dimension into so many parts, differing in size by 1 at most,
             whose gradients are summed before the one update: less memory, and the same as the whole batch within
-            rounding if the loss is a mean over it. What is returned is the mean, weighted by size. 0-d tensors go to
-            each part; random numbers are drawn, and batch norm's statistics taken, for each part by itself.
+            rounding if the loss is a mean: over the rows, or in cross-entropy over the targets that count. A mean over
+            anything else says over how many in an entry `weight` of its dict or NamedTuple, 0-d. What is returned is
+            the mean weighted alike, of `weight` the sum. 0-d tensors go to each part; random numbers are drawn, and
+            batch norm's statistics taken, for each part by itself.
         graph: capture CUDA graphs; None: where the parameters are on CUDA.
         graphs: most shapes of batch that get a graph, in one pool of memory; batches of further shapes run plainly.
         module: of a loss function, whose buffers and `after_step` are meant above; several: an nn.ModuleList. None: of
@@ -198,7 +201,7 @@ class Step:
         total, row = self._skipped
         before = total.clone()
         parts = accumulation.parts(batch, self.accumulate)
-        with autocast(self._device, self.precision):
+        with autocast(self._device, self.precision), rows_of_batch.part(len(parts) == 1):
             result = self._function(*parts[0][0])
         in_turns = isinstance(result, Generator)
         result = self._take_turns(result) if in_turns else self._take_turn(result, parts)
@@ -216,24 +219,23 @@ class Step:
             self._after()
         return result
 
-    def _take_turn(self, result: Any, parts: list[tuple[Batch, float]]) -> Any:
+    def _take_turn(self, result: Any, parts: list[tuple[Batch, int]]) -> Any:
         """The only turn, whose first part has been computed; returns the mean of the results."""
         self._drop_gradients()
-        sums: list[torch.Tensor] = []
-        for number, (part, share) in enumerate(parts):
-            if number:
-                with autocast(self._device, self.precision):
-                    result = self._function(*part)
-            loss, values = (
-                loss_output.differentiable(loss_output.minimised(result)),
-                [x.detach() for x in loss_output.entries(result)],
-            )
-            if len(parts) > 1:
-                loss, values = loss * share, [x * share for x in values]
-            self._backward(self._parameters, loss)
-            sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-        means = loss_output.like(result, sums)
-        self._update(self._parameters, loss_output.minimised(means))
+        if len(parts) == 1:
+            self._backward(self._parameters, loss_output.differentiable(loss_output.minimised(result)))
+            means, factor = loss_output.like(result, [x.detach() for x in loss_output.entries(result)]), None
+        else:
+            mean = accumulation.Mean(sum(rows for _, rows in parts), len(parts))
+            for number, (part, rows) in enumerate(parts):
+                if number:
+                    with autocast(self._device, self.precision), rows_of_batch.part(number == len(parts) - 1):
+                        result = self._function(*part)
+                loss = mean.add(result, rows)
+                if loss is not None:
+                    self._backward(self._parameters, loss)
+            means, factor = mean.means(result), mean.factor()
+        self._update(self._parameters, loss_output.minimised(means), factor)
         return means
 
     def _take_turns(self, turns: Generator) -> Any:
@@ -280,18 +282,21 @@ class Step:
         loss.backward(inputs=None if parameters is self._parameters else parameters)
 
     @torch.no_grad()
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        """Step the optimizers of these parameters, whose gradients are first multiplied by `factor`."""
         given = [p for p in parameters if p.grad is not None]
         if not given:
             raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one of others only")
         gradients = [_dense(p) for p in given]
         # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
         # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.
-        norm, factor = nn.utils.get_total_norm(gradients), None
+        norm = nn.utils.get_total_norm(gradients)
         if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]
         if self._scale is not None:
-            factor = self._scale.reciprocal()  # exact: a power of two
+            exact = self._scale.reciprocal()  # a power of two
+            factor = exact if factor is None else factor * exact
+        if factor is not None:
             norm = norm * factor
         bad = ~(norm.isfinite() & loss.isfinite())
         self._skipped[0] += bad
