@@ -41,8 +41,10 @@ def whole(path: Path) -> Iterator[Path]:
         for written in (*hidden.rglob("*"), hidden) if hidden.is_dir() else (hidden,):
             synchronize(written)
         os.replace(hidden, path)
-    except BaseException:
+    except BaseException as error:
         discard(hidden)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(hidden)):
+            error.filename = str(path)
         raise
     synchronize(path.parent)
 
@@ -95,20 +97,28 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(*reason, str(path)) from error
 
 
+class Damaged(ValueError):
+    """A file's contents are not what was written."""
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
-    Raises: ValueError, which says what is there instead.
+    Raises:
+        Damaged: it is missing or not a whole file of this kind.
+        OSError: it cannot be read (permissions, descriptors, memory, the disk).
     """
     safetensors = require("safetensors", "train")
     if not path.is_file():
-        raise ValueError("something else" if path.exists() else "no such file")
+        raise Damaged("something else" if path.exists() else "no such file")
+    with open(path, "rb"):  # safetensors says of whatever it cannot open that it does not exist
+        pass
     try:
         with safetensors.safe_open(path, "pt") as file:
             # Copies: safetensors maps the file, which a run that goes on for days would hold open.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(str(error)) from error
+    except safetensors.SafetensorError as error:
+        raise Damaged(str(error)) from error
 
 
 def digest(path: Path) -> str:

@@ -145,8 +145,9 @@ def read(path: Path, recipe: str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: expected a TOML file, got {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML, got {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        hint = '; a string needs quotes, as in data = "mnist"' if str(error).startswith("Invalid value") else ""
+        raise ConfigError(f"{path}: expected TOML, got {error}{hint}") from error
     found = values.pop("recipe", recipe)
     if found != recipe:
         raise ConfigError(f"{path}: expected settings of recipe {recipe!r}, got {found!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.runs.text_task import TextTask
+from genai_fast.terminal import printable, say
 from genai_fast.training import distributed
 from genai_fast.training.batches import batch_for
 
@@ -63,15 +65,15 @@ def _say(recipe: str, result: Trained) -> None:
     folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
+    say(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
-        print(f"best on held-out data after step {best}: kept; the commands below take it with --best")
+        say(f"best on held-out data after step {best}: kept; the commands below take it with --best", sys.stdout)
     if isinstance(result.task, TextTask):
         prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
-        print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
+        say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
     elif hasattr(result.model, "sample"):
-        print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
+        say(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png", sys.stdout)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -175,13 +177,14 @@ def run_generate(options: argparse.Namespace) -> int:
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
     records = []
+    shown = printable if sys.stdout.isatty() else str  # a model may write what a terminal obeys
     for prompt in prompts:
         if len(prompts) > 1:
-            print(f"--- {prompt}")
-        print(prompt if text_generation.continues(run.model) else "", end="", flush=True)
+            print(f"--- {shown(prompt)}")
+        print(shown(prompt) if text_generation.continues(run.model) else "", end="", flush=True)
         pieces = []
         for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
             pieces.append(piece)
         print()
         records.append(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ from genai_fast import __version__
 from genai_fast.cli.examples import EXAMPLES
 from genai_fast.config import types
 from genai_fast.errors import UsageError
+from genai_fast.terminal import Steady, say
 
 _PROFILE = """\
 Clocks the training step of a recipe, or of your own loop, in up to three variants: eager PyTorch, torch.compile and
@@ -54,13 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from genai_fast.cli import commands  # with torch: mistakes and --help do not wait for it
 
             return getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
+    except BrokenPipeError:  # `genai-fast generate ... | head`
+        return 128 + signal.Signals.SIGPIPE
     except (UsageError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}")
+        return 2
+    except MemoryError as error:
+        say(f"{prog}: out of memory{f': {error}' if str(error) else ''}")
         return 2
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-            print(f"{prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            say(f"{prog}: {str(interrupt) or 'interrupted'}")
         return 128 + getattr(interrupt, "number", signal.SIGINT)
+    finally:
+        Steady(sys.stdout).flush()
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -239,4 +247,4 @@ def _of_a_run(commands: Any, name: str, what: str, draws: bool = True) -> argpar
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}")

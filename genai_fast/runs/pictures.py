@@ -61,7 +61,7 @@ def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], pa
     for k, name in enumerate(classes):
         of_class = points[labels == k]
         colour = colours(k if len(classes) <= 10 else k / len(classes))
-        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name, linewidths=0)
+        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name.replace("$", r"\$"), linewidths=0)
     axes.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z | x)", aspect="equal")
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
     with atomic_files.whole(path) as hidden:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class TextTask:
             "vocabulary": self.tokenizer.size,
             "documents": len(corpus),
             "characters": sum(map(len, corpus.documents)),
+            "data": _digest(corpus.documents),
         }
         self._bytes_a_token = 0.0
 
@@ -130,6 +132,14 @@ class TextTask:
                 f" {tokenizer.digest}; remedy: put the run's own file back"
             )
         return RECIPES[name].build(settings, tokenizer.size, tokenizer.end), {"tokenizer": tokenizer}
+
+
+def _digest(documents: Iterable[str]) -> str:
+    """16 hexadecimal digits of the documents, in order."""
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def per_token(figures: dict[str, float], bytes_a_token: float) -> dict[str, float]:

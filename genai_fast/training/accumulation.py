@@ -80,10 +80,8 @@ class Mean:
         self._shares = self._shares + share
         if not _is_tensor(share):
             return loss * share
-        if (
-            _is_tensor(weight) and weight.is_cpu and not weight and (self._left or self._shares)
-        ):  # backward might make NaN of 0 / 0
-            return None
+        if _is_tensor(weight) and weight.is_cpu and not weight and (self._left or self._shares):
+            return None  # backward might make NaN of 0 / 0
         return _where_counted(weight, loss) * share.to(loss.dtype)
 
     def means(self, result: Any) -> Any:

@@ -168,8 +168,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("no such file" if not path.exists() else "something else")
         state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         digest = _digest(state) if isinstance(state, dict) else ""
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise _damaged(checkpoint, path, "a checkpoint's state in JSON", "no such file") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(checkpoint, path, "a checkpoint's state in JSON", str(error)) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
@@ -206,7 +206,7 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
     """
     try:
         tensors = atomic_files.read_tensors(path)
-    except ValueError as error:
+    except atomic_files.Damaged as error:
         raise CheckpointError(f"{path}: expected a whole safetensors file, got {error}") from error
     wanted = model.state_dict()
     fitting = {k: v for k, v in tensors.items() if k in wanted and wanted[k].shape == v.shape}
@@ -294,9 +294,10 @@ def _tensors(checkpoint: Path, name: str, state: dict) -> dict[str, torch.Tensor
     path = checkpoint / name
     try:
         tensors = atomic_files.read_tensors(path)
-    except ValueError as error:
+        digest = atomic_files.digest(path)
+    except (atomic_files.Damaged, FileNotFoundError) as error:
         raise _damaged(checkpoint, path, "a whole safetensors file", str(error)) from error
-    if atomic_files.digest(path) != state["files"].get(name):
+    if digest != state["files"].get(name):
         raise _damaged(checkpoint, path, "the file that belongs to state.json", "another, or a damaged one")
     return tensors
 
@@ -308,6 +309,11 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _damaged(checkpoint: Path, path: Path, expected: str, got: str) -> CheckpointError:
+    if not checkpoint.is_dir():
+        return CheckpointError(
+            f"{checkpoint}: expected a checkpoint, got none: it does not exist, or another process has removed it while"
+            f" it was read; remedy: run the command again"
+        )
     return CheckpointError(f"{path}: expected {expected}, got {got}; remedy: {_remedy(checkpoint)}")
 
 

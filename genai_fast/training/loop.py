@@ -105,6 +105,7 @@ def fit(
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
+    shown = False  # anything of the losses
 
     def save() -> None:
         whole = parallel.gathered(model, optimizer)
@@ -148,6 +149,9 @@ def fit(
                         place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
                         metrics.write(**place, **rates(train, rate), data_wait=wait, **terms)
                         screen.terms(terms, rates(train, rate))
+                    elif not shown:
+                        screen.terms(meter.latest(), rates(train, meter.rate()))
+                    shown = True
                     screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
                     asked = _asked(stop)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0

@@ -9,6 +9,7 @@ import torch
 
 # How a step is carried out, as against what it computes: these stay as the present optimizer has them.
 _EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the count of steps
 
 
 class Mismatch(ValueError):
@@ -51,7 +52,13 @@ def unpack(
         if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
             wanted = "no such tensor" if shape is None else str(tuple(shape))
             raise Damaged(f"optimizer.{key}: expected {wanted}, got {tuple(value.shape)}")
+        if not value.dim() and shape and name in _MOMENTS:
+            raise Damaged(f"optimizer.{key}: expected {tuple(shape)}, got ()")
         state.setdefault(int(index), {})[name] = value
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW too
+        for index, found in state.items():
+            if missing := {"step", *_MOMENTS} - found.keys():
+                raise Damaged(f"optimizer.{index}: expected {', '.join(sorted(missing))}, got none")
     return {"state": state, "param_groups": [_merged(old, new) for old, new in zip(groups, present, strict=True)]}
 
 
@@ -61,10 +68,13 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for k, v in old.items():
         if k in examples and k not in _EXECUTION and not _alike(v, _number(examples[k])):
             raise Damaged(f"optimizer: {k}: expected such as {examples[k]}, got {v!s:.60}")
+    numbers = {k for k, v in new.items() if isinstance(_number(v), float | tuple)}
+    if missing := numbers - old.keys() - {"initial_lr"}:
+        raise Damaged(f"optimizer: expected {', '.join(sorted(missing))}, got none")
     settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
     if isinstance(new["lr"], torch.Tensor):
         settings["lr"] = torch.full_like(new["lr"], settings["lr"])
-    return {**settings, **{k: new[k] for k in _EXECUTION if k in new}}
+    return {**new, **settings, **{k: new[k] for k in _EXECUTION if k in new}}
 
 
 def _alike(value: Any, example: Any) -> bool:

@@ -174,12 +174,14 @@ class Step:
         """Put back what `state_dict` gave.
 
         Raises:
-            UsageError: names or shapes are others than a Step of this precision has; nothing is changed then.
+            UsageError: names, shapes or numbers are not such as a Step of this precision has; nothing is changed then.
         """
         mine = self._state()
         wanted, got = ({name: tuple(x.shape) for name, x in s.items()} for s in (mine, state))
         if wanted != got:
             raise UsageError(f"Step: state: expected {wanted} for precision {self.precision}, got {got}")
+        if bad := [name for name, x in state.items() if not (x.isfinite() & (x >= 0)).all()]:
+            raise UsageError(f"Step: state: {bad[0]}: expected finite numbers >= 0, got {state[bad[0]].tolist()}")
         for name, x in mine.items():
             x.copy_(state[name])  # in place: a captured graph knows the memory
 
