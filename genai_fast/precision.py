@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def spelled(precision: str) -> str:
+    """The full name of a precision; "bf16" is "bfloat16"."""
+    return _SHORT.get(precision, precision)
+
 
 @contextlib.contextmanager
 def float32_products(matrices: str = "ieee", convolutions: str = "ieee") -> Iterator[None]:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from genai_fast import atomic_files, config, data
 from genai_fast.cpu import tune_cpu
+from genai_fast.data.text import cleaning
 from genai_fast.errors import UsageError, require
 from genai_fast.models import latents, slerp
 from genai_fast.models.registry import RECIPES
+from genai_fast.precision import spelled
 from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
@@ -30,6 +32,11 @@ def run_train(options: argparse.Namespace) -> int:
     flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
     if "init" in flags:
         flags["init"] = _run_or_file(flags["init"], options.out)
+    file = config.read(options.config, options.recipe) if options.config else {}
+    if file:
+        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    if options.name and Path(options.name).is_relative_to(options.out):  # as messages and file names in a shell have it
+        options.name = str(Path(options.name).relative_to(options.out))
     resume = options.resume
     if resume:
         if options.name is None:
@@ -37,13 +44,8 @@ def run_train(options: argparse.Namespace) -> int:
         # torchrun starts the same command again after a failure: the first time there is no run yet.
         resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
     if resume:
-        if options.config is not None:
-            raise UsageError("--resume goes on with the run's own settings; remedy: leave --config out")
-        settings = saved_settings(options.recipe, options.out / options.name, flags)
+        settings = saved_settings(options.recipe, options.out / options.name, {**file, **flags})
     else:
-        file = config.read(options.config, options.recipe) if options.config else {}
-        if file:
-            config.build(kind, file, str(options.config))  # its mistakes in its own name
         settings = config.build(kind, {**file, **flags}, "settings")
     settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
@@ -74,6 +76,8 @@ def _say(recipe: str, result: Trained) -> None:
         say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
     elif hasattr(result.model, "sample"):
         say(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png", sys.stdout)
+    elif hasattr(result.model, "reconstruct"):
+        say(f"next: genai-fast reconstruct {folder} --count 12 --out reconstructed.png", sys.stdout)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -123,9 +127,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
     run = _open(options, "inpaint")
-    images = data.load(options.data, run.shape[1])
-    if images.shape != run.shape:
-        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    images = _images_for(run, options.data)
     count = min(options.count, len(images))
     missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
     mask = missing.expand(count, 1, *run.shape[1:])
@@ -135,6 +137,28 @@ def run_inpaint(options: argparse.Namespace) -> int:
     pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
     print(f"{options.out}: {count} images, damaged and repaired by {run.folder}, a row each")
     return 0
+
+
+def run_reconstruct(options: argparse.Namespace) -> int:
+    _at_least("--count", options.count, 1)
+    _check_png(options.out)
+    run = _open(options, "reconstruct")
+    images = _images_for(run, options.data or run.config.data)
+    batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
+    with latents.evaluating(run.model):
+        pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
+    pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
+    print(f"{options.out}: {len(batch[0])} images, and what {run.folder} makes of them, a row each")
+    return 0
+
+
+def _images_for(run: Opened, source: str) -> data.Images:
+    """Images of the run's size; of the data that it was trained on those that were held out."""
+    own = source == run.config.data
+    images = data.load(source, run.config.size or None if own else run.shape[1])
+    if images.shape != run.shape:
+        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    return images.split(run.config.validation, run.config.seed)[1] if own else images
 
 
 def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -167,8 +191,8 @@ def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
 def run_generate(options: argparse.Namespace) -> int:
     _check_seed(options.seed)
     style = text_generation.Style(
-        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop),
-        not options.no_repeats, options.weights,
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed,
+        tuple(map(_form, options.stop)), not options.no_repeats, spelled(options.weights),
     )  # fmt: skip
     prompts = _prompts(options)
     if options.out is not None:
@@ -199,14 +223,22 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts is None:
         if options.prompt == "":
             raise UsageError("--prompt: expected a text, got an empty one; remedy: leave it out, or give a word")
-        return [options.prompt or ""]
+        return [_form(options.prompt or "")]
     try:
-        prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got {error}") from error
+        found = cleaning.decode(options.prompts.read_bytes())
+    except cleaning.UnreadableError as error:
+        raise UsageError(f"--prompts: {options.prompts}: {error}") from error
+    if found.replaced:
+        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got other bytes from byte {found.first} on")
+    prompts = [line for line in _form(found.text).split("\n") if line.strip()]
     if not prompts:
         raise UsageError(f"--prompts: {options.prompts}: expected a prompt a line, got an empty file")
     return prompts
+
+
+def _form(text: str) -> str:
+    """As the text that a model is trained on, but for white space at both ends."""
+    return cleaning.clean(f".{text}.")[1:-1]
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -250,9 +282,10 @@ def run_tune(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_parent(options.out)
     chosen = {}
-    for model, shape in [tune.load(name, options.input) for name in options.models]:
+    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
+    for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
         chosen |= tune.tune(
-            model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
+            model, shape, batch=options.batch, device=device, bf16=bf16, channels_last=options.channels_last
         )
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))

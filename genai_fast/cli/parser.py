@@ -34,7 +34,17 @@ FUNCTION may have these parameters:
             runs under autocast and gives float32 back.
   batch     what --batch says
   device    what --device says, or cuda where there is one
+The file sees sys.argv as `python FILE.py` would; arguments for it come last, after --.
 """
+
+# Of settings in --help; those of a recipe itself are its model's.
+_GROUPS = {
+    "data": "data strict validation size flip crop rotate jitter tokenizer vocabulary block",
+    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate",
+    "run": "init precision tf32 seed threads device sync_bn shard log_every checkpoint_every keep tensorboard"
+    " grid_every quality_every sample_every",
+}
+_GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,13 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    """What the arguments mean; ends the process if they mean nothing."""
+    """What the arguments mean, `own` those after -- for a file that a command runs; ends the process if nothing."""
+    own: list[str] = []
+    if "--" in arguments and arguments[0] in ("profile", "tune"):
+        place = arguments.index("--")
+        arguments, own = arguments[:place], arguments[place + 1 :]
     options, unknown = parser_of("train" in arguments).parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [flag for action in options.parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(flag, flags, 1)
+        near = difflib.get_close_matches(flag, flags, 1, cutoff=0.7)
         options.parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    options.own = own
     return options
 
 
@@ -96,11 +111,12 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         p.add_argument("--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA")
         p.add_argument("--out", type=Path, default=Path("runs"), help="where runs lie; default: %(default)s")
         p.add_argument("--resume", action="store_true", help="go on with the run that --run names")
+        groups = {title: p.add_argument_group(title) for title in ("data", "model", "optimizer", "run")}
         for f in fields(recipe.config):
             kind = types(recipe.config)[f.name]
             switch = {"action": argparse.BooleanOptionalAction}
             value = {"type": kind, "metavar": "|".join(f.metadata["choices"]) or f.name.upper()}
-            p.add_argument(
+            groups[_GROUP_OF.get(f.name, "model")].add_argument(
                 f"--{f.name.replace('_', '-')}",
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']}; default: {f.default}",
@@ -128,6 +144,13 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     inpaint.add_argument("--mask", type=Path, metavar="FILE", help="or: a picture that is white where they miss")
     inpaint.add_argument("--steps", type=int, default=200, help="of the search for z; default: %(default)s")
     inpaint.add_argument("--out", type=Path, default=Path("inpainted.png"), help="default: %(default)s")
+    what = "draw pictures, and what an autoencoder makes of them"
+    reconstruct = _of_a_run(commands, "reconstruct", what, draws=False)
+    reconstruct.add_argument(
+        "--data", default="", metavar="DATA", help="as `train` takes it; default: the run's, what was held out of it"
+    )
+    reconstruct.add_argument("--count", type=int, default=12, help="how many; default: %(default)s")
+    reconstruct.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="default: %(default)s")
     generate = _of_a_run(commands, "generate", "write text behind a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="how it begins; default: the model begins by itself")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with a prompt a line")
@@ -141,7 +164,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     generate.add_argument(
         "--weights",
         default="float32",
-        choices=("float32", "bfloat16", "int8"),
+        choices=("float32", "bfloat16", "bf16", "int8"),
         help="of a GPT on a CPU: fewer bits are faster and less exact; default: %(default)s",
     )
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that came before")
@@ -166,7 +189,8 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
     tune.add_argument("--batch", type=int, default=64, help="inputs at a time; default: %(default)s")
     tune.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    tune.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
+    tune.add_argument("--bf16", action="store_true", help="the same as --precision bfloat16")
+    tune.add_argument("--precision", choices=("float32", "bfloat16", "bf16"), help="of autocast; default: float32")
     tune.add_argument("--channels-last", action="store_true", help="model and input in channels_last")
     tune.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there too, as Markdown")
 

@@ -11,7 +11,7 @@ from genai_fast import ops
 from genai_fast.layers import GRU
 from genai_fast.models import _check, _sequences, latents
 from genai_fast.models._sequences import SequenceLosses
-from genai_fast.ops import rows
+from genai_fast.ops import rows, updates
 
 
 class TextVAE(nn.Module):
@@ -108,7 +108,7 @@ class TextVAE(nn.Module):
                 penalty = kl.clamp(min=self.free_bits)
             if self.annealing:
                 penalty = penalty * (self.steps.float() / self.annealing).clamp(max=1.0)
-                self.steps.add_(rows.update_ends())
+                self.steps.add_(updates.ends())
         return SequenceLosses(nats + self.beta * penalty, nats, kl, lengths.float().mean())
 
     def decoder(self, z: torch.Tensor) -> TextVAEDecoder:

@@ -1,4 +1,4 @@
-"""Which rows of a batch are computed here: of several processes that share one, or of several parts of one update."""
+"""Which rows of a batch this process has where several share one: each draws the noise of its own rows."""
 
 from __future__ import annotations
 
@@ -41,25 +41,6 @@ def having(rows: Rows) -> Iterator[None]:
         yield
     finally:
         _mine = before
-
-
-_ends = True
-
-
-@contextlib.contextmanager
-def part(ends: bool) -> Iterator[None]:
-    """Inside, a training step computes one of the parts that make one update; `ends`: the last of them."""
-    global _ends
-    before, _ends = _ends, ends
-    try:
-        yield
-    finally:
-        _ends = before
-
-
-def update_ends() -> bool:
-    """Whether the forward at hand is the last before an update: what counts updates counts then."""
-    return _ends
 
 
 def offset(elements: int) -> int:

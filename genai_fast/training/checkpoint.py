@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,9 +127,15 @@ def writing(run: Path) -> Iterator[None]:
             raise
         stand = found(run)
         stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
-        then = f"go on with --run {run.name} --resume" if stand else "begin again"
+        then = f"go on with {resume_command(run)}" if stand else "begin again"
         reason = f"{error.strerror} ({atomic_files.room(run)})"
         raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
+
+
+def resume_command(run: Path, recipe: str = "RECIPE") -> str:
+    """What goes on with a run."""
+    out = "" if str(run.parent) == "runs" else f" --out {shlex.quote(str(run.parent))}"
+    return f"genai-fast train {recipe} --run {shlex.quote(run.name)}{out} --resume"
 
 
 def found(run: Path) -> list[Path]:

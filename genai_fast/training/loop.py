@@ -105,6 +105,7 @@ def fit(
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
+    recipe = (about or {}).get("recipe", "RECIPE")
     shown = False  # anything of the losses
 
     def save() -> None:
@@ -159,7 +160,7 @@ def fit(
                         meter.store(at, step.skipped()[0])
                         _check(step, batch, train.names, at, run, saving=True)
                         save()
-                        _leave(asked, run, at)
+                        _leave(asked, run, at, recipe)
             meter.store(at, step.skipped()[0])
             _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
@@ -201,7 +202,7 @@ def fit(
             distributed.same_noise(device)  # the first process may have drawn pictures
             asked = _asked(stop)
             if at.epoch < config.epochs:
-                _leave(asked, run, at)
+                _leave(asked, run, at, recipe)
     return record
 
 
@@ -239,11 +240,11 @@ def _asked(stop: list[str]) -> int:
     return distributed.most(int(signal.Signals[stop[0]]) if stop else 0)
 
 
-def _leave(asked: int, run: Path, at: Progress) -> None:
+def _leave(asked: int, run: Path, at: Progress, recipe: str) -> None:
     if asked:
         raise TrainingInterrupted(
             f"{run}: stopped by {signal.Signals(asked).name} after step {at.step} (epoch {at.epoch + 1}) with a"
-            f" checkpoint; go on with --run {run.name} --resume",
+            f" checkpoint; go on with {checkpoint.resume_command(run, recipe)}",
             signal.Signals(asked),
         )
 

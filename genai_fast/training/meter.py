@@ -104,7 +104,7 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 
 
 class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one.
+    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """
@@ -117,11 +117,10 @@ class Metrics:
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
-                break
-            kept.append(line + "\n")
+                pass
         atomic_files.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
-from genai_fast.ops import rows as rows_of_batch
+from genai_fast.ops import updates
+from genai_fast.precision import spelled
 from genai_fast.training import accumulation, loss_output
 from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs
@@ -71,9 +72,9 @@ class Step:
         optimizer: one, or several whose parameters are disjoint. For a graph fused, and capturable where it has that
             option: `torch.optim.Adam(..., fused=True, capturable=True)`.
         clip: largest 2-norm of the gradient over the parameters of a turn; 0 for none.
-        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast. In float16 the loss is scaled
-            by a factor that halves when gradients overflow, which skips the update, and doubles after 2000 steps
-            without; a gradient that the loss itself computes (a penalty) is not scaled.
+        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast, or "bf16", "fp16". In float16
+            the loss is scaled by a factor that halves when gradients overflow, which skips the update, and doubles
+            after 2000 steps without; a gradient that the loss itself computes (a penalty) is not scaled.
         accumulate: the batch is cut along its first dimension into so many parts, differing in size by 1 at most,
             whose gradients are summed before the one update: less memory, and the same as the whole batch within
             rounding if the loss is a mean: over the rows, or in cross-entropy over the targets that count. A mean over
@@ -105,6 +106,7 @@ class Step:
         self._owner = owners(self._optimizers)
         self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         self._function = getattr(model, "turns", None) or getattr(model, "training_step", None) or model
+        precision = spelled(precision)
         _check_arguments(self._function, precision, accumulate, clip, graphs)
         accumulation.check(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
@@ -203,7 +205,7 @@ class Step:
         total, row = self._skipped
         before = total.clone()
         parts = accumulation.parts(batch, self.accumulate)
-        with autocast(self._device, self.precision), rows_of_batch.part(len(parts) == 1):
+        with autocast(self._device, self.precision), updates.part(len(parts) == 1):
             result = self._function(*parts[0][0])
         in_turns = isinstance(result, Generator)
         result = self._take_turns(result) if in_turns else self._take_turn(result, parts)
@@ -231,7 +233,7 @@ class Step:
             mean = accumulation.Mean(sum(rows for _, rows in parts), len(parts))
             for number, (part, rows) in enumerate(parts):
                 if number:
-                    with autocast(self._device, self.precision), rows_of_batch.part(number == len(parts) - 1):
+                    with autocast(self._device, self.precision), updates.part(number == len(parts) - 1):
                         result = self._function(*part)
                 loss = mean.add(result, rows)
                 if loss is not None:
