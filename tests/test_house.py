@@ -15,7 +15,7 @@ from genai_fast.table import op_table
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer may import itself and what stands before it.
 LAYERS = [
-    ("genai_fast.errors", "genai_fast.imports", "genai_fast.versions"),
+    ("genai_fast.errors", "genai_fast.imports", "genai_fast.terminal", "genai_fast.versions"),
     ("genai_fast.kernels.common", "genai_fast.atomic_files"),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),

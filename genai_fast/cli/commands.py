@@ -312,26 +312,22 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from genai_fast.cli import demo
-
-    with tune_cpu():
-        demo.run(options.out, options.epochs)
-    return 0
+    return _demo("run", options)
 
 
 def run_demo_gan(options: argparse.Namespace) -> int:
-    from genai_fast.cli import demo
-
-    with tune_cpu():
-        demo.run_gan(options.out, options.epochs)
-    return 0
+    return _demo("run_gan", options)
 
 
 def run_demo_text(options: argparse.Namespace) -> int:
+    return _demo("run_text", options)
+
+
+def _demo(name: str, options: argparse.Namespace) -> int:
     from genai_fast.cli import demo
 
     with tune_cpu():
-        demo.run_text(options.out, options.epochs)
+        getattr(demo, name)(options.out, options.epochs)
     return 0
 
 
