@@ -148,7 +148,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         optimizer = make_optimizer(model, settings)
         state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
         optimizer = parallel.sharded(model, optimizer, device, settings)
-        stack.enter_context(checkpoint.writing(folder))
+        stack.enter_context(checkpoint.writing(folder, name))
         board = None
         if distributed.first():
             if not resume:

@@ -75,7 +75,7 @@ def save(
         DiskError: it cannot be written: nothing of it stays, and those before do.
     """
     final = _folder(run, step)
-    with writing(run):
+    with writing(run, about.get("recipe", "RECIPE")):
         run.mkdir(parents=True, exist_ok=True)
         for left in run.glob(".checkpoint-*"):  # by a process that was killed
             atomic_files.discard(left)
@@ -118,7 +118,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def writing(run: Path) -> Iterator[None]:
+def writing(run: Path, recipe: str = "RECIPE") -> Iterator[None]:
     """Around what writes into folder `run`: a disk that is full, read-only or broken gets a message of its own."""
     try:
         yield
@@ -127,7 +127,7 @@ def writing(run: Path) -> Iterator[None]:
             raise
         stand = found(run)
         stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
-        then = f"go on with {resume_command(run)}" if stand else "begin again"
+        then = f"go on with {resume_command(run, recipe)}" if stand else "begin again"
         reason = f"{error.strerror} ({atomic_files.room(run)})"
         raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
 

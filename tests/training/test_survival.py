@@ -317,7 +317,10 @@ def test_a_full_disk_is_named_and_what_was_saved_stands(tmp_path):
     with mounted(tmp_path / "disk", "size=2m") as disk:
         folder = disk / "run"
         named = rf"run: cannot be written to: No space left on device \([\d.]+ MB free on the disk at {disk}\)"
-        with pytest.raises(DiskError, match=rf"{named}; checkpoint-\d{{8}}[1-9] stands; remedy: .*--run run --resume"):
+        with pytest.raises(
+            DiskError,
+            match=rf"{named}; checkpoint-\d{{8}}[1-9] stands; remedy: .*train vae --run run --out {disk} --resume",
+        ):
             run.train("vae", SETTINGS, folder)
         assert checkpoint.found(folder) and whole(folder)
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
