@@ -23,7 +23,7 @@ MOVED = {
     "paths": "autotune",
     "training.board": "training.tensorboard",
     "training.config": "config",
-    "training.disk": "training.atomic_files",
+    "training.disk": "atomic_files",
     "training.display": "training.progress",
     "training.export": "runs.export",
     "training.feed": "training.batches",

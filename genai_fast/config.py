@@ -109,6 +109,10 @@ def types(kind: type[Config]) -> dict[str, type]:
 
 def _checked(kind: type[Config], key: str, value: Any) -> Any:
     wanted = types(kind)[key]
+    if key == "precision" and isinstance(value, str):
+        from genai_fast.precision import spelled  # with torch, for which --help does not wait
+
+        value = spelled(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not wanted:
@@ -120,9 +124,14 @@ def _checked(kind: type[Config], key: str, value: Any) -> Any:
         return value
     if not (math.isfinite(value) and allowed["low"] <= value <= allowed["high"] and value > allowed["above"]):
         signs = {"low": ">=", "above": ">", "high": "<="}
-        bounds = [f"{sign} {allowed[name]:g}" for name, sign in signs.items() if math.isfinite(allowed[name])]
+        bounds = [f"{sign} {_plain(allowed[name])}" for name, sign in signs.items() if math.isfinite(allowed[name])]
         raise ConfigError(f"{key}: expected a number {' and '.join(bounds)}, got {value!r}")
     return value
+
+
+def _plain(x: float) -> str:
+    """All digits of a bound."""
+    return str(x) if isinstance(x, int) else f"{x:g}"
 
 
 def build(kind: type[Config], values: dict[str, Any], source: str) -> Config:
@@ -147,8 +156,9 @@ def read(path: Path, recipe: str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: expected a TOML file, got {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML, got {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        hint = '; a string needs quotes, as in data = "mnist"' if str(error).startswith("Invalid value") else ""
+        raise ConfigError(f"{path}: expected TOML, got {error}{hint}") from error
     found = values.pop("recipe", recipe)
     if found != recipe:
         raise ConfigError(f"{path}: expected settings of recipe {recipe!r}, got {found!r}")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from genai_fast.errors import UsageError
 
 
-def load(name: str) -> Any:
-    """The class or function of that name.
+def load(name: str, arguments: Sequence[str] = ()) -> Any:
+    """The class or function of that name; from here on sys.argv is the file's or module's name and `arguments`.
 
     Raises:
         UsageError: no such file or module, or no such function in it.
     """
     source, _, function = name.rpartition(":")
+    sys.argv = [source, *arguments]  # of this process's own arguments it could make nothing
     found = getattr(_module(source), function, None)
     if not callable(found):
         raise UsageError(f"MODEL: expected {function!r} in {source} to be a class or function")

@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each layer may import itself and what stands before it.
 LAYERS = [
     (
-        "genai_fast.kernels.common",
         "genai_fast.errors",
         "genai_fast.imports",
+        "genai_fast.terminal",
         "genai_fast.scoped",
         "genai_fast.versions",
         "genai_fast._moved",
     ),
+    ("genai_fast.kernels.common", "genai_fast.atomic_files"),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
     ("genai_fast.backends", "genai_fast.autotune", "genai_fast.capture", "genai_fast.precision"),
@@ -216,6 +217,39 @@ def test_former_module_names_warn_and_name_the_new_place():
     )
     done = _python(code)
     assert done.returncode == 0, done.stderr
+
+
+LIGHT = {  # a statement, and what it must not import
+    "from genai_fast.training import Step": (
+        "data",
+        "config",
+        "models",
+        "runs",
+        "training.checkpoint",
+        "training.loop",
+    ),
+    "import genai_fast.cli": ("data", "models", "evaluation", "training", "runs", "profiling", "cli.commands"),
+    "from genai_fast.cli.parser import parser_of; parser_of(recipes=False)": ("data", "models", "training", "runs"),
+}
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_rooms_that_are_not_needed_are_not_imported(statement):
+    done = _python(f"import sys; {statement}; print(*(m for m in sys.modules if m.startswith('genai_fast.')))")
+    assert done.returncode == 0, done.stderr
+    loaded = [m.removeprefix("genai_fast.") for m in done.stdout.split()]
+    assert not [m for m in loaded if any(f"{m}.".startswith(f"{room}.") for room in LIGHT[statement])]
+
+
+def test_what_training_offers_is_there_under_its_names():
+    code = (
+        "from genai_fast import training; from genai_fast.training import *\n"
+        "assert fit is training.fit and CheckpointError is training.checkpoint.CheckpointError\n"
+        "assert {name for name in training.__all__} <= {*globals()}\n"
+        "print(training.nothing)"
+    )
+    done = _python(code)
+    assert "AttributeError: module 'genai_fast.training' has no attribute 'nothing'" in done.stderr
 
 
 def test_without_the_extension_the_reference_serves_and_says_so():

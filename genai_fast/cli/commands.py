@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from genai_fast import config, data
+from genai_fast import atomic_files, config, data
 from genai_fast.contract import offers
 from genai_fast.cpu import tune_cpu
 from genai_fast.data.picture import read_light
+from genai_fast.data.text import cleaning
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Inpaints
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
 from genai_fast.models.registry import RECIPES
+from genai_fast.precision import spelled
 from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.runs.text_task import TextTask
+from genai_fast.terminal import printable, say
 from genai_fast.training import distributed
 from genai_fast.training.batches import batch_for
 
@@ -32,6 +36,11 @@ def run_train(options: argparse.Namespace) -> int:
     flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
     if "init" in flags:
         flags["init"] = _run_or_file(flags["init"], options.out)
+    file = config.read(options.config, options.recipe) if options.config else {}
+    if file:
+        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    if options.name and Path(options.name).is_relative_to(options.out):  # as messages and file names in a shell have it
+        options.name = str(Path(options.name).relative_to(options.out))
     resume = options.resume
     if resume:
         if options.name is None:
@@ -39,13 +48,8 @@ def run_train(options: argparse.Namespace) -> int:
         # torchrun starts the same command again after a failure: the first time there is no run yet.
         resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
     if resume:
-        if options.config is not None:
-            raise UsageError("--resume goes on with the run's own settings; remedy: leave --config out")
-        settings = saved_settings(options.recipe, options.out / options.name, flags)
+        settings = saved_settings(options.recipe, options.out / options.name, {**file, **flags})
     else:
-        file = config.read(options.config, options.recipe) if options.config else {}
-        if file:
-            config.build(kind, file, str(options.config))  # its mistakes in its own name
         settings = config.build(kind, {**file, **flags}, "settings")
     settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
@@ -67,15 +71,17 @@ def _say(recipe: str, result: Trained) -> None:
     folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    print(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}")
+    say(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
-        print(f"best on held-out data after step {best}: kept; the commands below take it with --best")
+        say(f"best on held-out data after step {best}: kept; the commands below take it with --best", sys.stdout)
     if isinstance(result.task, TextTask):
         prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
-        print(f"next: genai-fast generate {folder}{prompt} --max-tokens 200")
+        say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
     elif offers(result.model, Draws):
-        print(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png")
+        say(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png", sys.stdout)
+    elif offers(result.model, Reconstructs):
+        say(f"next: genai-fast reconstruct {folder} --count 12 --out reconstructed.png", sys.stdout)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -125,9 +131,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
     run = _open(options, "inpaint", Inpaints)
-    images = data.load(options.data, run.shape[1])
-    if images.shape != run.shape:
-        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    images = _images_for(run, options.data)
     count = min(options.count, len(images))
     missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
     mask = missing.expand(count, 1, *run.shape[1:])
@@ -137,6 +141,28 @@ def run_inpaint(options: argparse.Namespace) -> int:
     pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
     print(f"{options.out}: {count} images, damaged and repaired by {run.folder}, a row each")
     return 0
+
+
+def run_reconstruct(options: argparse.Namespace) -> int:
+    _at_least("--count", options.count, 1)
+    _check_png(options.out)
+    run = _open(options, "reconstruct", Reconstructs)
+    images = _images_for(run, options.data or run.config.data)
+    batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
+    with latents.evaluating(run.model):
+        pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
+    pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
+    print(f"{options.out}: {len(batch[0])} images, and what {run.folder} makes of them, a row each")
+    return 0
+
+
+def _images_for(run: Opened, source: str) -> data.Images:
+    """Images of the run's size; of the data that it was trained on those that were held out."""
+    own = source == run.config.data
+    images = data.load(source, run.config.size or None if own else run.shape[1])
+    if images.shape != run.shape:
+        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    return images.split(run.config.validation, run.config.seed)[1] if own else images
 
 
 def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -163,8 +189,8 @@ def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
 def run_generate(options: argparse.Namespace) -> int:
     _check_seed(options.seed)
     style = text_generation.Style(
-        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed, tuple(options.stop),
-        not options.no_repeats, options.weights,
+        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed,
+        tuple(map(_form, options.stop)), not options.no_repeats, spelled(options.weights),
     )  # fmt: skip
     prompts = _prompts(options)
     if options.out is not None:
@@ -173,18 +199,19 @@ def run_generate(options: argparse.Namespace) -> int:
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
     records = []
+    shown = printable if sys.stdout.isatty() else str  # a model may write what a terminal obeys
     for prompt in prompts:
         if len(prompts) > 1:
-            print(f"--- {prompt}")
-        print(prompt if run.model.continues else "", end="", flush=True)
+            print(f"--- {shown(prompt)}")
+        print(shown(prompt) if run.model.continues else "", end="", flush=True)
         pieces = []
         for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
             pieces.append(piece)
         print()
         records.append(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False) + "\n")
     if options.out is not None:
-        options.out.write_text("".join(records), encoding="utf-8")
+        atomic_files.write_text(options.out, "".join(records))
     return 0
 
 
@@ -194,14 +221,22 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts is None:
         if options.prompt == "":
             raise UsageError("--prompt: expected a text, got an empty one; remedy: leave it out, or give a word")
-        return [options.prompt or ""]
+        return [_form(options.prompt or "")]
     try:
-        prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got {error}") from error
+        found = cleaning.decode(options.prompts.read_bytes())
+    except cleaning.UnreadableError as error:
+        raise UsageError(f"--prompts: {options.prompts}: {error}") from error
+    if found.replaced:
+        raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got other bytes from byte {found.first} on")
+    prompts = [line for line in _form(found.text).split("\n") if line.strip()]
     if not prompts:
         raise UsageError(f"--prompts: {options.prompts}: expected a prompt a line, got an empty file")
     return prompts
+
+
+def _form(text: str) -> str:
+    """As the text that a model is trained on, but for white space at both ends."""
+    return cleaning.clean(f".{text}.")[1:-1]
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -245,12 +280,13 @@ def run_tune(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_parent(options.out)
     chosen = {}
-    for model, shape in [tune.load(name, options.input) for name in options.models]:
+    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
+    for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
         chosen |= tune.tune(
-            model, shape, batch=options.batch, device=device, bf16=options.bf16, channels_last=options.channels_last
+            model, shape, batch=options.batch, device=device, bf16=bf16, channels_last=options.channels_last
         )
     if options.out is not None:
-        options.out.write_text(tune.markdown(autotune.machine(device), chosen))
+        atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     rows = tune.table(chosen)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -274,26 +310,22 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from genai_fast.cli import demo
-
-    with tune_cpu():
-        demo.run(options.out, options.epochs)
-    return 0
+    return _demo("run", options)
 
 
 def run_demo_gan(options: argparse.Namespace) -> int:
-    from genai_fast.cli import demo
-
-    with tune_cpu():
-        demo.run_gan(options.out, options.epochs)
-    return 0
+    return _demo("run_gan", options)
 
 
 def run_demo_text(options: argparse.Namespace) -> int:
+    return _demo("run_text", options)
+
+
+def _demo(name: str, options: argparse.Namespace) -> int:
     from genai_fast.cli import demo
 
     with tune_cpu():
-        demo.run_text(options.out, options.epochs)
+        getattr(demo, name)(options.out, options.epochs)
     return 0
 
 

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32",
         "genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png",
     ),
+    "reconstruct": ("genai-fast reconstruct runs/autoencoder-PHOTOS --count 8",),
     "generate": (
         'genai-fast generate runs/gpt-BOOK --prompt "It was" --max-tokens 300',
         'genai-fast generate runs/gpt-BOOK --prompt "It was" --temperature 0 --stop "."',

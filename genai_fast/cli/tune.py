@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from genai_fast.models import MODELS
 from genai_fast.swap import fuse
 
 
-def load(name: str, sizes: str | None) -> tuple[nn.Module, tuple[int, ...]]:
+def load(name: str, sizes: str | None, arguments: Sequence[str] = ()) -> tuple[nn.Module, tuple[int, ...]]:
     """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
 
     Raises:
@@ -26,7 +28,7 @@ def load(name: str, sizes: str | None) -> tuple[nn.Module, tuple[int, ...]]:
         )
     if sizes is None:
         raise UsageError("--input: expected the shape of one input without the batch, such as 3x64x64")
-    model = imports.load(name)()
+    model = imports.load(name, arguments)()
     if not isinstance(model, nn.Module):
         raise UsageError(f"MODEL: expected {name} to give an nn.Module, got {type(model).__name__}")
     return model, _shape(sizes)

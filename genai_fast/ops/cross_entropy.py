@@ -225,6 +225,21 @@ class _LinearCrossEntropy(KernelFunction):
         return dict(zip(("x", "weight", "bias"), grads, strict=True))
 
 
+def counted(node: Any) -> torch.Tensor | None:
+    """Over how many targets one of these ops, the node of a graph, is a mean; None: another node or reduction."""
+    function = getattr(node, "_forward_cls", None)
+    if function not in (_CrossEntropy, _LinearCrossEntropy) or node.settings[-1] != "mean":
+        return None
+    if function is _CrossEntropy:
+        return node.saved_tensors[3]
+    return (node.saved_tensors[3] != node.settings[0]).sum()
+
+
+def is_sum(node: Any) -> bool:
+    """Whether a graph's node is one of these ops, summed."""
+    return getattr(node, "_forward_cls", None) in (_CrossEntropy, _LinearCrossEntropy) and node.settings[-1] == "sum"
+
+
 def _scaled(made, grad_loss):
     """What forward made times the upstream gradient: over it if the graph goes, since that is as large as weight."""
     kept = observed() or survey((grad_loss,))[2] or torch._C._autograd._get_current_graph_task_keep_graph()

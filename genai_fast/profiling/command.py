@@ -59,7 +59,7 @@ def _subject(options: argparse.Namespace) -> tuple[Subject, torch.device | None]
     if ":" in name:
         if options.data:
             raise UsageError(f"--data: {name} has its own; remedy: leave it out")
-        return loops.own(name, device, options.batch, bf16), device
+        return loops.own(name, device, options.batch, bf16, options.own), device
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,7 +97,9 @@ def _endless(feed: Feed, pin: bool) -> Iterator[tuple[torch.Tensor, ...]]:
         yield from data.ahead(batches, pin=True) if pin else batches
 
 
-def own(name: str, device: torch.device | None, batch: int | None, bf16: bool) -> Subject:
+def own(
+    name: str, device: torch.device | None, batch: int | None, bf16: bool, arguments: Sequence[str] = ()
+) -> Subject:
     """A user's `FILE.py:FUNCTION` or `MODULE:FUNCTION`.
 
     FUNCTION returns one of: a callable that runs one training step; that and the samples of a step; an iterator (it
@@ -107,7 +109,7 @@ def own(name: str, device: torch.device | None, batch: int | None, bf16: bool) -
     Raises:
         UsageError: no such function, or one that asks for something else or is not asked for what is given.
     """
-    function = imports.load(name)
+    function = imports.load(name, arguments)
     wanted, required = _parameters(name, function)
     if batch is None and "batch" in required:
         raise UsageError(f"--batch: {name} asks for it, got none; remedy: --batch N, or a default in the function")

@@ -24,7 +24,8 @@ from genai_fast.errors import UsageError, require
 from genai_fast.models.common.protocol import Draws
 from genai_fast.models.common.recipe import Graph, Values
 from genai_fast.models.registry import RECIPES
-from genai_fast.training import checkpoint, atomic_files
+from genai_fast import atomic_files
+from genai_fast.training import checkpoint
 from genai_fast.runs import export_template
 from genai_fast.runs.run import Opened
 from genai_fast.runs.text_task import TOKENIZER

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from genai_fast import data
 from genai_fast.contract import image_traits
+from genai_fast.data import Images
 from genai_fast.errors import UsageError
 from genai_fast.training.tensorboard import Board
 from genai_fast.config import ImageConfig
 from genai_fast.training.batches import Feed, ImageFeed
 from genai_fast.models.registry import RECIPES, make
 from genai_fast.runs.image_evaluation import Watch, draw
+
+
+_AT_ONCE = 1000  # images whose digest is taken at a time
 
 
 class ImageTask:
@@ -31,6 +37,7 @@ class ImageTask:
             "shape": list(images.shape),
             "images": len(images),
             "classes": list(images.classes) if RECIPES[name].labelled else [],
+            "data": _digest(images),
         }
 
     def model(self) -> nn.Module:
@@ -60,4 +67,17 @@ class ImageTask:
     def open(name: str, settings: ImageConfig, about: dict[str, Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """A run's model, without its weights, and what else `Opened` says of it."""
         shape, classes = tuple(about["shape"]), tuple(about["classes"])
+        if len(shape) != 3 or not all(type(x) is int and 0 < x < 1 << 20 for x in shape):
+            raise UsageError(f"{folder}: expected images of (C, H, W) pixels in its checkpoint, got {list(shape)}")
         return make(name, settings, shape, len(classes)), {"shape": shape, "classes": classes}
+
+
+def _digest(images: Images) -> str:
+    """16 hexadecimal digits of pixels and labels."""
+    digest = hashlib.sha256()
+    index = torch.arange(len(images)) if images.index is None else images.index
+    for rows in index.split(_AT_ONCE):
+        digest.update(images.stored[rows].numpy())
+    if images.labels is not None:
+        digest.update(images.labels.contiguous().numpy())
+    return digest.hexdigest()[:16]

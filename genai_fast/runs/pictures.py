@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from genai_fast import atomic_files
 from genai_fast.errors import require
 
 _SCALE_TO = 32  # pixels: smaller images are enlarged by a whole factor to at least this size
@@ -43,7 +44,9 @@ def _bytes(images: torch.Tensor) -> torch.Tensor:
 
 def _save(image: torch.Tensor, path: Path) -> None:
     array = image.permute(1, 2, 0).numpy()
-    require("PIL.Image", "train").fromarray(array if len(image) == 3 else array[:, :, 0]).save(path)
+    picture = require("PIL.Image", "train").fromarray(array if len(image) == 3 else array[:, :, 0])
+    with atomic_files.whole(path) as hidden:
+        picture.save(hidden, "PNG")
 
 
 def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path) -> None:
@@ -58,7 +61,8 @@ def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], pa
     for k, name in enumerate(classes):
         of_class = points[labels == k]
         colour = colours(k if len(classes) <= 10 else k / len(classes))
-        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name, linewidths=0)
+        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name.replace("$", r"\$"), linewidths=0)
     axes.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z | x)", aspect="equal")
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
-    figure.savefig(path)
+    with atomic_files.whole(path) as hidden:
+        figure.savefig(hidden, format="png")

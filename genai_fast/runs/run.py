@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,15 @@ from torch import nn
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.precision import float32_products
-from genai_fast.training import checkpoint, atomic_files, distributed, parallel
-from genai_fast import config
+from genai_fast.terminal import say
+from genai_fast import atomic_files, config
+from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.tensorboard import Board
 from genai_fast.config import Config, ConfigError, TextConfig
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.training.loop import fit
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.models.registry import RECIPES
-from genai_fast.training.step import check_accumulates
 from genai_fast.runs.text_task import TextTask
 
 CONFIG = "config.toml"
@@ -124,33 +123,38 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    with distributed.machine_by_machine():
-        task = kind(name, settings, folder if resume else None)
-    distributed.check_alike(task.about)
-    newest = distributed.agreed(next(iter(checkpoint.found(folder)), None)) if resume else None
-    if newest and (found := checkpoint.read_state(newest)["about"]) != task.about:
-        raise UsageError(f"{newest}: expected a run of {task.about}, got {found}; remedy: resume with the same data")
-    if not resume and any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
-        raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
-    torch.manual_seed(settings.seed)
-    model = task.model()
-    check_accumulates(model, settings.accumulate)
-    if settings.accumulate > 1 and distributed.size() > 1:
-        raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
-    if resume and not newest and distributed.first():
-        print(f"{folder}: stopped before its first checkpoint; it begins anew", file=sys.stderr)
-    if settings.init and not newest:
-        _begin_with(Path(settings.init), model)
-    model = parallel.placed(model, device, settings)
-    feeds = task.feeds(model)
-    optimizer = make_optimizer(model, settings)
-    state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
-    optimizer = parallel.sharded(model, optimizer, device, settings)
-    with checkpoint.writing(folder), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if resume and distributed.first() and folder.is_dir():  # before anything in it is read
+            stack.enter_context(atomic_files.held(folder))
+        with distributed.machine_by_machine():
+            task = kind(name, settings, folder if resume else None)
+        distributed.check_alike(task.about)
+        newest = distributed.agreed(next(iter(checkpoint.found(folder)), None)) if resume else None
+        if newest:
+            _check_same_data(newest, task.about)
+        if not resume:
+            _check_new(folder)
+        torch.manual_seed(settings.seed)
+        model = _made(name, task)
+        accumulation.check(model, settings.accumulate)
+        if settings.accumulate > 1 and distributed.size() > 1:
+            raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
+        if resume and not newest and distributed.first():
+            say(f"{folder}: stopped before its first checkpoint; it begins anew")
+        if settings.init and not newest:
+            _begin_with(Path(settings.init), model)
+        model = parallel.placed(model, device, settings)
+        feeds = task.feeds(model)
+        optimizer = make_optimizer(model, settings)
+        state = checkpoint.restore(newest, model, optimizer, threads=not settings.threads) if newest else None
+        optimizer = parallel.sharded(model, optimizer, device, settings)
+        stack.enter_context(checkpoint.writing(folder, name))
         board = None
         if distributed.first():
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(atomic_files.held(folder))
+            if not resume:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(atomic_files.held(folder))
+                _check_new(folder)  # again: another process may have trained in it since
             atomic_files.write_text(folder / CONFIG, config.to_toml(settings, name))
             task.prepare(folder)
             if settings.tensorboard:
@@ -165,6 +169,34 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
     return Trained(folder, settings, model, task, record)
 
 
+def _made(name: str, task: ImageTask | TextTask) -> nn.Module:
+    try:
+        return task.model()
+    except UsageError:
+        raise
+    except (RuntimeError, MemoryError, OverflowError) as error:  # it finds no memory
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{name}: expected sizes of a model that fits, got: {reason}; remedy: smaller ones") from error
+
+
+def _check_new(folder: Path) -> None:
+    if any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
+        raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
+
+
+def _check_same_data(newest: Path, about: dict[str, Any]) -> None:
+    """A run goes on with the data that it began with; checkpoints of earlier versions have no digest of it."""
+    found = checkpoint.read_state(newest)["about"]
+    if found == about or found == {k: v for k, v in about.items() if k != "data"}:
+        return
+    if {**found, "data": ""} == {**about, "data": ""}:
+        raise UsageError(
+            f"{newest}: expected the data that the run began with, got other contents in as many samples; remedy: put"
+            f" the data back, or begin a new run from this one's weights with --init {newest.parent}"
+        )
+    raise UsageError(f"{newest}: expected a run of {found}, got {about}; remedy: resume with the same data")
+
+
 def _begin_with(source: Path, model: nn.Module) -> None:
     """Put the weights of another run, or of a safetensors file, into the model; names those that do not fit."""
     path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
@@ -173,7 +205,7 @@ def _begin_with(source: Path, model: nn.Module) -> None:
     if left:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
     if distributed.first():
-        print(text, file=sys.stderr)
+        say(text)
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from genai_fast import atomic_files
 from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
@@ -43,6 +45,7 @@ class TextTask:
             "vocabulary": self.tokenizer.size,
             "documents": len(corpus),
             "characters": sum(map(len, corpus.documents)),
+            "data": _digest(corpus.documents),
         }
         self._bytes_a_token = 0.0
 
@@ -96,7 +99,7 @@ class TextTask:
                 if distributed.first():
                     path, sample = folder / "samples" / f"epoch-{epoch:04d}.txt", self.example(shown)
                     path.parent.mkdir(exist_ok=True)
-                    path.write_text(sample, encoding="utf-8")
+                    atomic_files.write_text(path, sample)
                 if board is not None:
                     board.text("samples", sample)
             return Look(per_token(evaluate(model, self._held_out, self.settings), self._bytes()), [], sample)
@@ -117,7 +120,7 @@ class TextTask:
         return text_generation.example(model, self.tokenizer, self.settings.seed + 1, _SAMPLE)
 
     def finish(self, model: nn.Module, folder: Path) -> None:
-        (folder / "sample.txt").write_text(self.example(model), encoding="utf-8")
+        atomic_files.write_text(folder / "sample.txt", self.example(model))
 
     @staticmethod
     def open(name: str, settings: TextConfig, about: dict[str, Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -129,6 +132,14 @@ class TextTask:
                 f" {tokenizer.digest}; remedy: put the run's own file back"
             )
         return RECIPES[name].make(settings, tokenizer.size, tokenizer.end), {"tokenizer": tokenizer}
+
+
+def _digest(documents: Iterable[str]) -> str:
+    """16 hexadecimal digits of the documents, in order."""
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def per_token(figures: dict[str, float], bytes_a_token: float) -> dict[str, float]:

@@ -18,9 +18,9 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,17 +29,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.contract import Carries, offers
 from genai_fast.errors import UsageError
-from genai_fast.training import atomic_files, distributed
+from genai_fast.training import distributed, optimizer_state
 from genai_fast.training.environment import changes, environment
 
 VERSION = 2
 _FORMAT = "genai-fast checkpoint"
 _MODEL, _TRAINING = "model.safetensors", "training.safetensors"
-_CARRIED = "carried."
-_STEP = "step."
+_OPTIMIZER, _CARRIED, _STEP = "optimizer.", "carried.", "step."
 _NAME = re.compile(r"checkpoint-(\d{9,})")
 _TYPES = {
     "step": int, "best": int, "progress": dict, "about": dict, "optimizer": list, "environment": dict, "routes": dict,
@@ -47,8 +46,6 @@ _TYPES = {
 }  # fmt: skip
 _LONGEST_STATE = 1 << 26  # bytes of a state.json
 _MOST_THREADS = 4096
-# How a step is carried out, as against what it computes: these stay as the present optimizer has them.
-_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 _UNWRITABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
     errno.EEXIST,
@@ -79,19 +76,14 @@ def save(
         DiskError: it cannot be written: nothing of it stays, and those before do.
     """
     final = _folder(run, step)
-    temporary = run / f".{final.name}.new"
-    with writing(run):
+    with writing(run, about.get("recipe", "RECIPE")):
+        run.mkdir(parents=True, exist_ok=True)
         for left in run.glob(".checkpoint-*"):  # by a process that was killed
             atomic_files.discard(left)
-        try:
-            temporary.mkdir(parents=True)
-            _write(temporary, model, optimizer, step, progress, about, best, training_step or {})
+        with atomic_files.whole(final) as folder:
+            folder.mkdir()
+            _write(folder, model, optimizer, step, progress, about, best, training_step or {})
             _remove(final)  # left by an earlier run of the same step
-            os.rename(temporary, final)
-        except BaseException:
-            atomic_files.discard(temporary)
-            raise
-        atomic_files.synchronize(run)
         for old in found(run)[keep:]:
             if old != _folder(run, best):
                 _remove(old)
@@ -102,13 +94,10 @@ def _write(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, progress: dict, about: dict, best: int,
     training_step: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """The files of a checkpoint, synchronized."""
-    settings, device = optimizer.state_dict(), next(model.parameters()).device
-    moments = {
-        f"optimizer.{index}.{name}": value
-        for index, values in settings["state"].items()
-        for name, value in values.items()
-    }
+    """The files of a checkpoint."""
+    device = next(model.parameters()).device
+    groups, moments = optimizer_state.pack(optimizer)
+    moments = {f"{_OPTIMIZER}{name}": x for name, x in moments.items()}
     carried = {f"{_CARRIED}{name}": x for name, x in model.carried().items()} if offers(model, Carries) else {}
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
@@ -120,19 +109,17 @@ def _write(
         "best": best,
         "progress": progress,
         "about": about,
-        "optimizer": [{k: _number(v) for k, v in group.items()} for group in settings["param_groups"]],
+        "optimizer": groups,
         "environment": environment(device),
         "routes": autotune.routes(device),
         "files": {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)},
     }
     state["digest"] = _digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        atomic_files.synchronize(path)
 
 
 @contextlib.contextmanager
-def writing(run: Path) -> Iterator[None]:
+def writing(run: Path, recipe: str = "RECIPE") -> Iterator[None]:
     """Around what writes into folder `run`: a disk that is full, read-only or broken gets a message of its own."""
     try:
         yield
@@ -141,9 +128,15 @@ def writing(run: Path) -> Iterator[None]:
             raise
         stand = found(run)
         stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
-        then = f"go on with --run {run.name} --resume" if stand else "begin again"
+        then = f"go on with {resume_command(run, recipe)}" if stand else "begin again"
         reason = f"{error.strerror} ({atomic_files.room(run)})"
         raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
+
+
+def resume_command(run: Path, recipe: str = "RECIPE") -> str:
+    """What goes on with a run."""
+    out = "" if str(run.parent) == "runs" else f" --out {shlex.quote(str(run.parent))}"
+    return f"genai-fast train {recipe} --run {shlex.quote(run.name)}{out} --resume"
 
 
 def found(run: Path) -> list[Path]:
@@ -183,8 +176,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("no such file" if not path.exists() else "something else")
         state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         digest = _digest(state) if isinstance(state, dict) else ""
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a checkpoint's state, got {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise _damaged(checkpoint, path, "a checkpoint's state in JSON", "no such file") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(checkpoint, path, "a checkpoint's state in JSON", str(error)) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
@@ -221,7 +214,7 @@ def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
     """
     try:
         tensors = atomic_files.read_tensors(path)
-    except ValueError as error:
+    except atomic_files.Damaged as error:
         raise CheckpointError(f"{path}: expected a whole safetensors file, got {error}") from error
     wanted = model.state_dict()
     fitting = {k: v for k, v in tensors.items() if k in wanted and wanted[k].shape == v.shape}
@@ -246,12 +239,17 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """
     state = read_state(checkpoint)
     tensors = _tensors(checkpoint, _TRAINING, state)
-    restored = _optimizer_state(checkpoint, optimizer, state["optimizer"], tensors)
+    try:
+        restored = optimizer_state.unpack(optimizer, state["optimizer"], _named(_OPTIMIZER, tensors))
+    except optimizer_state.Mismatch as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    except optimizer_state.Damaged as error:
+        raise CheckpointError(f"{checkpoint}: {error}; remedy: {_remedy(checkpoint)}") from error
     _fill_model(checkpoint, model, state)
     optimizer.load_state_dict(restored)
     if offers(model, Carries):
         try:
-            model.load_carried({k.removeprefix(_CARRIED): v for k, v in tensors.items() if k.startswith(_CARRIED)})
+            model.load_carried(_named(_CARRIED, tensors))
         except ValueError as error:
             raise CheckpointError(f"{checkpoint / _TRAINING}: {error}; remedy: {_remedy(checkpoint)}") from error
     if threads and state["environment"].get("processes", 1) == distributed.size():
@@ -266,7 +264,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         )
     else:
         autotune.take(device, state["routes"])
-    state["training_step"] = {k.removeprefix(_STEP): v for k, v in tensors.items() if k.startswith(_STEP)}
+    state["training_step"] = _named(_STEP, tensors)
     return state
 
 
@@ -274,6 +272,10 @@ def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous copies on the CPU, as safetensors takes them."""
     # Copies: safetensors takes neither strided tensors nor two that share memory (tied weights).
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
+def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -300,9 +302,10 @@ def _tensors(checkpoint: Path, name: str, state: dict) -> dict[str, torch.Tensor
     path = checkpoint / name
     try:
         tensors = atomic_files.read_tensors(path)
-    except ValueError as error:
+        digest = atomic_files.digest(path)
+    except (atomic_files.Damaged, FileNotFoundError) as error:
         raise _damaged(checkpoint, path, "a whole safetensors file", str(error)) from error
-    if atomic_files.digest(path) != state["files"].get(name):
+    if digest != state["files"].get(name):
         raise _damaged(checkpoint, path, "the file that belongs to state.json", "another, or a damaged one")
     return tensors
 
@@ -314,6 +317,11 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _damaged(checkpoint: Path, path: Path, expected: str, got: str) -> CheckpointError:
+    if not checkpoint.is_dir():
+        return CheckpointError(
+            f"{checkpoint}: expected a checkpoint, got none: it does not exist, or another process has removed it while"
+            f" it was read; remedy: run the command again"
+        )
     return CheckpointError(f"{path}: expected {expected}, got {got}; remedy: {_remedy(checkpoint)}")
 
 
@@ -349,56 +357,6 @@ def _fill_model(checkpoint: Path, model: nn.Module, state: dict) -> None:
 
 def _kind(x: torch.Tensor) -> str:
     return f"{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
-
-
-def _optimizer_state(
-    checkpoint: Path, optimizer: torch.optim.Optimizer, groups: list[dict], tensors: dict[str, torch.Tensor]
-) -> dict:
-    present = optimizer.state_dict()["param_groups"]
-    members = [g.get("params") if isinstance(g, dict) else None for g in groups]
-    if members != [g["params"] for g in present]:
-        count = sum(len(x) for x in members if isinstance(x, list))
-        raise CheckpointError(
-            f"{checkpoint}: expected an optimizer of {sum(len(g['params']) for g in present)} parameters in"
-            f" {len(present)} groups, got {count} in {len(groups)}"
-        )
-    parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if not key.startswith("optimizer."):
-            continue
-        index, _, name = key.removeprefix("optimizer.").partition(".")
-        shape = parameters[int(index)].shape if index.isdecimal() and int(index) in parameters else None
-        if shape is None or (value.dim() and value.shape != shape):  # 0-d: a count of steps
-            wanted = "no such tensor" if shape is None else str(tuple(shape))
-            raise _damaged(checkpoint, checkpoint / _TRAINING, f"{key}: {wanted}", str(tuple(value.shape)))
-        state.setdefault(int(index), {})[name] = value
-    merged = []
-    for old, new in zip(groups, present, strict=True):
-        examples = {"initial_lr": 1.0, **new}  # which a schedule of the rate adds
-        for k, v in old.items():
-            if k in examples and k not in _EXECUTION and not _alike(v, _number(examples[k])):
-                expected = f"optimizer: {k}: such as {examples[k]}"
-                raise _damaged(checkpoint, checkpoint / "state.json", expected, _short(v))
-        settings = {k: tuple(v) if k == "betas" else v for k, v in old.items()}  # JSON has lists only
-        if isinstance(new["lr"], torch.Tensor):
-            settings["lr"] = torch.full_like(new["lr"], settings["lr"])
-        merged.append({**settings, **{k: new[k] for k in _EXECUTION if k in new}})
-    return {"state": state, "param_groups": merged}
-
-
-def _alike(value: Any, example: Any) -> bool:
-    """Whether a value from JSON may stand for the example."""
-    if isinstance(example, list | tuple):
-        return isinstance(value, list) and len(value) == len(example) and all(map(_alike, value, example))
-    if isinstance(example, bool | str | None):
-        return type(value) is type(example)
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _number(x: Any) -> Any:
-    """JSON has no tensors: a rate that is one becomes a number."""
-    return x.item() if isinstance(x, torch.Tensor) else x
 
 
 def _folder(run: Path, step: int) -> Path:

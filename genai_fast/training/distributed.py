@@ -20,6 +20,7 @@ from genai_fast.config import Config
 from genai_fast.cpu import allowed_cores
 from genai_fast.errors import UsageError
 from genai_fast.ops import rows
+from genai_fast.training import accumulation, loss_output
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 _PATIENCE = datetime.timedelta(hours=1)  # with the others, who may wait for one that reads data or draws pictures
@@ -200,22 +201,20 @@ def part_of(batch: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...
         yield tuple(x[own.before : own.before + own.count] for x in batch)
 
 
-def joint(losses: Any, weight: float) -> Any:
-    """The losses of the joined batch, of which this process's part weighs so much: a NamedTuple as `losses` is."""
+def joint(losses: Any, weight: float, weights: torch.Tensor | None = None) -> Any:
+    """The losses of the joined batch, of which this process's rows weigh so much: a NamedTuple as `losses` is."""
     if size() == 1:
         return losses
     values = torch.stack(tuple(losses)).detach().double()
-    weights = torch.stack([weight_of(losses, name, weight) for name in losses._fields])
+    weights = weights_of(losses, weight) if weights is None else weights
     sums = torch.stack([torch.where(weights > 0, values * weights, 0.0), weights])
     dist.all_reduce(sums)
     return type(losses)(*(sums[0] / sums[1]).float())
 
 
-def weight_of(losses: Any, name: str, weight: float) -> torch.Tensor:
-    """What this process's part of a loss weighs, if its rows weigh `weight`: 0-d, float64."""
-    own = rows.mine()
-    weight = torch.full_like(
-        losses.loss if hasattr(losses, "loss") else losses[0], 0.0 if own.idle else weight
-    ).double()
-    # A mean over the tokens of padded texts, of which each process has another number.
-    return weight * losses.tokens if name == "loss" and hasattr(losses, "nats") else weight
+def weights_of(losses: Any, weight: float) -> torch.Tensor:
+    """What this process's part of each loss weighs, if its rows weigh `weight`: [losses], float64."""
+    device = loss_output.minimised(losses).device
+    found = accumulation.weights_of(losses, 0.0 if rows.mine().idle else weight)
+    found = torch.stack([torch.as_tensor(w, device=device).double() for w in found])
+    return torch.zeros_like(found) if rows.mine().idle else found

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import nn
 
-from genai_fast import data
+from genai_fast import atomic_files, data
 from genai_fast.config import Config
 from genai_fast.contract import image_traits
-from genai_fast.errors import UsageError, require
+from genai_fast.errors import UsageError
 from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.batches import Feed
-from genai_fast.training.meter import Meter, Metrics, Progress, rates
+from genai_fast.training.meter import Meter, Metrics, Progress, over_all, rates
 from genai_fast.training.progress import display
 from genai_fast.training.schedule import Schedule
 from genai_fast.training.step import Step, autocast
@@ -106,6 +106,8 @@ def fit(
     schedule = Schedule(optimizer, config, config.epochs * train.steps)
     record: dict[str, Any] = {}
     warned: set[str] = set()
+    recipe = (about or {}).get("recipe", "RECIPE")
+    shown = False  # anything of the losses
 
     def save() -> None:
         whole = parallel.gathered(model, optimizer)
@@ -149,6 +151,9 @@ def fit(
                         place = {"kind": "step", "epoch": at.epoch + 1, "step": at.step}
                         metrics.write(**place, **rates(train, rate), data_wait=wait, **terms)
                         screen.terms(terms, rates(train, rate))
+                    elif not shown:
+                        screen.terms(meter.latest(), rates(train, meter.rate()))
+                    shown = True
                     screen.step(at.epoch * train.samples + at.batch * train.samples // train.steps)
                     asked = _asked(stop)
                     due = config.checkpoint_every and at.step % config.checkpoint_every == 0
@@ -156,7 +161,7 @@ def fit(
                         meter.store(at, step.skipped()[0])
                         _check(step, batch, train.names, at, run, saving=True)
                         save()
-                        _leave(asked, run, at)
+                        _leave(asked, run, at, recipe)
             meter.store(at, step.skipped()[0])
             _check(step, batch, train.names, at, run, saving=True)
             means = meter.means()
@@ -198,7 +203,7 @@ def fit(
             distributed.same_noise(device)  # the first process may have drawn pictures
             asked = _asked(stop)
             if at.epoch < config.epochs:
-                _leave(asked, run, at)
+                _leave(asked, run, at, recipe)
     return record
 
 
@@ -236,11 +241,11 @@ def _asked(stop: list[str]) -> int:
     return distributed.most(int(signal.Signals[stop[0]]) if stop else 0)
 
 
-def _leave(asked: int, run: Path, at: Progress) -> None:
+def _leave(asked: int, run: Path, at: Progress, recipe: str) -> None:
     if asked:
         raise TrainingInterrupted(
             f"{run}: stopped by {signal.Signals(asked).name} after step {at.step} (epoch {at.epoch + 1}) with a"
-            f" checkpoint; go on with --run {run.name} --resume",
+            f" checkpoint; go on with {checkpoint.resume_command(run, recipe)}",
             signal.Signals(asked),
         )
 
@@ -263,7 +268,7 @@ def evaluate(model: nn.Module, feed: Feed, config: Config) -> dict[str, float]:
             weighted = torch.stack(tuple(losses)).double() * weight
             sums, samples = weighted if sums is None else sums + weighted, samples + weight
     model.train(training)
-    return dict(zip(losses._fields, (sums / samples).tolist(), strict=True))
+    return over_all(dict(zip(losses._fields, (sums / samples).tolist(), strict=True)))
 
 
 def _better(figures: dict[str, float], at: Progress) -> tuple[int, float]:
@@ -314,9 +319,10 @@ def _check(
     if row < MOST_SKIPPED and not broken:
         return
     path = run / f"batch-{at.step:09d}.safetensors"
-    tensors = {name: x.contiguous() for name, x in zip(names, batch, strict=False)}
+    tensors = {name: x.cpu().contiguous() for name, x in zip(names, batch, strict=False)}
     if distributed.first():
-        require("safetensors.torch", "train").save_file(tensors, path)
+        with atomic_files.whole(path) as hidden:
+            atomic_files.write_tensors(hidden, tensors)
     reason = (
         f"{broken[0]} is not finite" if broken else f"{row} steps in a row had a loss or gradient that is not finite"
     )

@@ -55,6 +55,12 @@ def minimised(result: Any) -> torch.Tensor:
     return getattr(result, "loss", first) if hasattr(result, "_fields") else first
 
 
+def place(result: Any) -> int:
+    """Where among its entries the minimised one is."""
+    loss = minimised(result)
+    return next(k for k, x in enumerate(entries(result)) if x is loss)
+
+
 def differentiable(loss: torch.Tensor) -> torch.Tensor:
     """The loss itself.
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 import torch.nn.functional as F
 
-from genai_fast.training import atomic_files
+from genai_fast import atomic_files
 from genai_fast.training.batches import Feed
 from genai_fast.training.tensorboard import Board
 
@@ -70,7 +70,7 @@ class Meter:
         return dict(zip(self._names, self._latest.tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
-        return dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
+        return over_all(dict(zip(self._names, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True)))
 
     def rate(self) -> float:
         """Samples a second."""
@@ -92,6 +92,11 @@ class Meter:
         at.waited = self._before[1] + self._waited
 
 
+def over_all(means: dict[str, float]) -> dict[str, float]:
+    """Means over samples, with a loss for each token as the mean over all tokens."""
+    return {**means, "loss": means["nats"] / means["tokens"]} if {"nats", "tokens"} <= means.keys() else means
+
+
 def rates(feed: Feed, samples: float) -> dict[str, float]:
     """Samples a second, and of running text tokens a second."""
     tokens = getattr(feed, "block", 0)
@@ -99,7 +104,7 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 
 
 class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and a half-written one.
+    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """
@@ -112,11 +117,10 @@ class Metrics:
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
-                break
-            kept.append(line + "\n")
+                pass
         atomic_files.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from genai_fast.config import Config
 from genai_fast.contract import networks_of
 from genai_fast.errors import UsageError
 from genai_fast.optim import Adam, AdamW
+
+if TYPE_CHECKING:
+    from genai_fast.config import Config
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

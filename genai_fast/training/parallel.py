@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genai_fast.config import Config
 from genai_fast.contract import Carries, HasNetworks, offers
-from genai_fast.training import distributed
+from genai_fast.training import distributed, loss_output
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.step import Step
 
@@ -181,10 +181,13 @@ class JointStep(Step):
         self._weight = self._joint_loss = torch.ones((), device=self._device)  # of networks in turns: whole batches
 
     def __call__(self, *batch: torch.Tensor) -> Any:
-        return distributed.joint(super().__call__(*batch), len(batch[0]))
+        self._weights = None
+        result = super().__call__(*batch)
+        return distributed.joint(result, len(batch[0]), self._weights)
 
-    def _take_turn(self, result: Any, parts: list[tuple[tuple[torch.Tensor, ...], float]]) -> Any:
-        self._weight = distributed.weight_of(result, "loss", len(parts[0][0][0]))
+    def _take_turn(self, result: Any, parts: list[tuple[tuple[torch.Tensor, ...], int]]) -> Any:
+        self._weights = distributed.weights_of(result, len(parts[0][0][0]))
+        self._weight = self._weights[loss_output.place(result)]
         return super()._take_turn(result, parts)
 
     def _backward(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
@@ -195,8 +198,8 @@ class JointStep(Step):
         # Gradients are averaged with equal weights.
         super()._backward(parameters, loss * (weight * distributed.size() / sums[1]).to(loss.dtype))
 
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
-        super()._update(parameters, self._joint_loss)
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        super()._update(parameters, self._joint_loss, factor)
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Step:

@@ -1,27 +1,29 @@
-"""What a training run shows: a progress bar in a terminal, a line an epoch elsewhere."""
+"""What a training run shows: a progress bar in a terminal, elsewhere a line for each epoch and one now and then."""
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any, TextIO
 
 from genai_fast.errors import require
+from genai_fast.terminal import Steady, printable
 
 _SHORT = {"discriminator": "D", "generator": "G"}
 _SHOWN = (2, 100)  # lines of a sample, and characters of each
 _REDRAW = 0.1  # seconds from one redrawing of the progress bar to the next
+_FIRST, _EVERY = 3.0, 30.0  # seconds after which a line is due that no epoch has ended
 
 
 def display(stream: TextIO, total: int) -> Lines | Bar:
-    """What suits the stream; `total` samples make the run."""
-    return Bar(stream, total) if stream.isatty() else Lines(stream)
+    """What suits the stream; `total` samples make the run. If its reader goes, the run does not."""
+    stream = Steady(stream)
+    return (Bar if stream.isatty() else Lines)(stream, total)
 
 
 def _text(terms: dict[str, float], validation: dict[str, float]) -> str:
     """The loss beside its value in validation; without one loss, every term: short enough for 80 columns with a bar."""
     if "loss" in terms:
-        terms = {"loss": terms["loss"], "validation": validation.get("loss", math.nan)}
+        terms = {"loss": terms["loss"], **({"validation": validation["loss"]} if "loss" in validation else {})}
     return "  ".join(f"{_SHORT.get(name, name)} {value:.2f}" for name, value in terms.items())
 
 
@@ -34,23 +36,27 @@ def _excerpt(text: str) -> list[str]:
     """A sample's first lines with something in them, none with characters that a terminal obeys."""
     lines = [line for line in text.splitlines() if line.strip()][: _SHOWN[0]]
     cut = [line if len(line) <= _SHOWN[1] else line[: _SHOWN[1]] + " ..." for line in lines]
-    return ["  | " + "".join(c if c.isprintable() else "\ufffd" for c in line) for line in cut]
+    return [f"  | {printable(line)}".replace("\t", "\ufffd") for line in cut]
 
 
 class Lines:
-    """A line an epoch, and each warning once."""
+    """A line for each epoch, one every half a minute within it, and each warning once."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, total: int = 1) -> None:
+        self._stream, self._total = stream, total
+        self._due, self._epoch, self._terms = time.monotonic() + _FIRST, "", "first steps"
 
     def begin(self, epoch: int, epochs: int) -> None:
-        pass
+        self._epoch = f"epoch {epoch}/{epochs}"
 
     def step(self, done: int) -> None:
-        pass
+        """So many samples are done."""
+        if time.monotonic() >= self._due:
+            self._print(f"{self._epoch}  {self._terms}  {done / self._total:.1%} of the run")
 
     def terms(self, terms: dict[str, float], rates: dict[str, float]) -> None:
-        pass
+        """The latest losses and rates, printed with the next line that is due."""
+        self._terms = f"{_text(terms, {})}  {_rate(rates)}"
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         text, validation = _text(record["train"], record["validation"]), record["validation"]
@@ -66,7 +72,8 @@ class Lines:
         self._print(f"warning: {message}")
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        self._due = time.monotonic() + _EVERY
+        print(printable(line), file=self._stream, flush=True)
 
     def __enter__(self) -> Lines:
         return self
@@ -121,7 +128,7 @@ class Bar:
             self._bar.console.print(line, markup=False, highlight=False)
 
     def warn(self, message: str) -> None:
-        self._bar.console.print(f"warning: {message}", markup=False, highlight=False)
+        self._bar.console.print(printable(f"warning: {message}"), markup=False, highlight=False)
 
     def __enter__(self) -> Bar:
         self._bar.start()

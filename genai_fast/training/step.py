@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast.contract import Carries, HasAfterStep, HasTrainingStep, InTurns, offers
+from genai_fast.contract import HasAfterStep, HasTrainingStep, InTurns, offers
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
-from genai_fast.training import loss_output
+from genai_fast.ops import updates
+from genai_fast.precision import spelled
+from genai_fast.training import accumulation, loss_output
 from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs
 from genai_fast.training.optimizer import owners
@@ -72,13 +73,15 @@ class Step:
         optimizer: one, or several whose parameters are disjoint. For a graph fused, and capturable where it has that
             option: `torch.optim.Adam(..., fused=True, capturable=True)`.
         clip: largest 2-norm of the gradient over the parameters of a turn; 0 for none.
-        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast. In float16 the loss is scaled
-            by a factor that halves when gradients overflow, which skips the update, and doubles after 2000 steps
-            without; a gradient that the loss itself computes (a penalty) is not scaled.
+        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast, or "bf16", "fp16". In float16
+            the loss is scaled by a factor that halves when gradients overflow, which skips the update, and doubles
+            after 2000 steps without; a gradient that the loss itself computes (a penalty) is not scaled.
         accumulate: the batch is cut along its first dimension into so many parts, differing in size by 1 at most,
             whose gradients are summed before the one update: less memory, and the same as the whole batch within
-            rounding if the loss is a mean over it. What is returned is the mean, weighted by size. 0-d tensors go to
-            each part; random numbers are drawn, and batch norm's statistics taken, for each part by itself.
+            rounding if the loss is a mean: over the rows, or in cross-entropy over the targets that count. A mean over
+            anything else says over how many in an entry `weight` of its dict or NamedTuple, 0-d. What is returned is
+            the mean weighted alike, of `weight` the sum. 0-d tensors go to each part; random numbers are drawn, and
+            batch norm's statistics taken, for each part by itself.
         graph: capture CUDA graphs; None: where the parameters are on CUDA.
         graphs: most shapes of batch that get a graph, in one pool of memory; batches of further shapes run plainly.
         module: of a loss function, whose buffers and `after_step` are meant above; several: an nn.ModuleList. None: of
@@ -104,8 +107,9 @@ class Step:
         self._owner = owners(self._optimizers)
         self._parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         self._function = _function_of(model)
+        precision = spelled(precision)
         _check_arguments(self._function, precision, accumulate, clip, graphs)
-        check_accumulates(model, accumulate)
+        accumulation.check(model, accumulate)
         self.model, self.clip, self.precision, self.accumulate = model, clip, precision, accumulate
         self._device = self._parameters[0].device
         narrow = PRECISIONS[precision]
@@ -174,12 +178,14 @@ class Step:
         """Put back what `state_dict` gave.
 
         Raises:
-            UsageError: names or shapes are others than a Step of this precision has; nothing is changed then.
+            UsageError: names, shapes or numbers are not such as a Step of this precision has; nothing is changed then.
         """
         mine = self._state()
         wanted, got = ({name: tuple(x.shape) for name, x in s.items()} for s in (mine, state))
         if wanted != got:
             raise UsageError(f"Step: state: expected {wanted} for precision {self.precision}, got {got}")
+        if bad := [name for name, x in state.items() if not (x.isfinite() & (x >= 0)).all()]:
+            raise UsageError(f"Step: state: {bad[0]}: expected finite numbers >= 0, got {state[bad[0]].tolist()}")
         for name, x in mine.items():
             x.copy_(state[name])  # in place: a captured graph knows the memory
 
@@ -200,8 +206,8 @@ class Step:
         self._kept.take()
         total, row = self._skipped
         before = total.clone()
-        parts = _parts(batch, self.accumulate)
-        with autocast(self._device, self.precision):
+        parts = accumulation.parts(batch, self.accumulate)
+        with autocast(self._device, self.precision), updates.part(len(parts) == 1):
             result = self._function(*parts[0][0])
         in_turns = isinstance(result, Generator)
         result = self._take_turns(result) if in_turns else self._take_turn(result, parts)
@@ -219,29 +225,28 @@ class Step:
             self._after()
         return result
 
-    def _take_turn(self, result: Any, parts: list[tuple[Batch, float]]) -> Any:
+    def _take_turn(self, result: Any, parts: list[tuple[Batch, int]]) -> Any:
         """The only turn, whose first part has been computed; returns the mean of the results."""
         self._drop_gradients()
-        sums: list[torch.Tensor] = []
-        for number, (part, share) in enumerate(parts):
-            if number:
-                with autocast(self._device, self.precision):
-                    result = self._function(*part)
-            loss, values = (
-                loss_output.differentiable(loss_output.minimised(result)),
-                [x.detach() for x in loss_output.entries(result)],
-            )
-            if len(parts) > 1:
-                loss, values = loss * share, [x * share for x in values]
-            self._backward(self._parameters, loss)
-            sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-        means = loss_output.like(result, sums)
-        self._update(self._parameters, loss_output.minimised(means))
+        if len(parts) == 1:
+            self._backward(self._parameters, loss_output.differentiable(loss_output.minimised(result)))
+            means, factor = loss_output.like(result, [x.detach() for x in loss_output.entries(result)]), None
+        else:
+            mean = accumulation.Mean(sum(rows for _, rows in parts), len(parts))
+            for number, (part, rows) in enumerate(parts):
+                if number:
+                    with autocast(self._device, self.precision), updates.part(number == len(parts) - 1):
+                        result = self._function(*part)
+                loss = mean.add(result, rows)
+                if loss is not None:
+                    self._backward(self._parameters, loss)
+            means, factor = mean.means(result), mean.factor()
+        self._update(self._parameters, loss_output.minimised(means), factor)
         return means
 
     def _take_turns(self, turns: Generator) -> Any:
         if self.accumulate > 1:
-            raise UsageError(_NO_TURNS)
+            raise UsageError(accumulation.NO_TURNS)
         yielded: list[torch.Tensor] = []
         while True:
             try:
@@ -283,18 +288,21 @@ class Step:
         loss.backward(inputs=None if parameters is self._parameters else parameters)
 
     @torch.no_grad()
-    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor) -> None:
+    def _update(self, parameters: list[nn.Parameter], loss: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        """Step the optimizers of these parameters, whose gradients are first multiplied by `factor`."""
         given = [p for p in parameters if p.grad is not None]
         if not given:
             raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one of others only")
         gradients: list[Any] = [_dense(p) for p in given]
         # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
         # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.
-        norm, factor = nn.utils.get_total_norm(gradients), None
+        norm = nn.utils.get_total_norm(gradients)
         if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]
         if self._scale is not None:
-            factor = self._scale.reciprocal()  # exact: a power of two
+            exact = self._scale.reciprocal()  # a power of two
+            factor = exact if factor is None else factor * exact
+        if factor is not None:
             norm = norm * factor
         bad = ~(norm.isfinite() & loss.isfinite())
         self._skipped[0] += bad
@@ -317,24 +325,6 @@ class Step:
             if deferred:
                 del optimizer.found_inf
         self._begun |= optimizers
-
-
-_NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy: a smaller batch"
-
-
-def check_accumulates(model: nn.Module | Callable[..., Any], count: int) -> None:
-    """Whether a batch may be cut into so many parts.
-
-    Raises:
-        UsageError: it may not: the model's networks take turns, or its rows carry a state.
-    """
-    if count > 1 and (offers(model, InTurns) or inspect.isgeneratorfunction(model)):
-        raise UsageError(_NO_TURNS)
-    if count > 1 and offers(model, Carries):
-        raise UsageError(
-            f"Step: accumulate: expected 1 for {type(model).__name__}, whose rows carry a state from batch to batch,"
-            f" got {count}"
-        )
 
 
 def _function_of(model: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
@@ -365,22 +355,6 @@ def _described(x: Any) -> str:
     if isinstance(x, torch.Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"a {type(x).__name__}"
-
-
-def _parts(batch: Batch, count: int) -> list[tuple[Batch, float]]:
-    """The batch in `count` parts, fewer if it is smaller, with the share of each in it."""
-    if count == 1:
-        return [(batch, 1.0)]
-    sizes = {len(x) for x in batch if x.dim()}
-    if len(sizes) != 1 or 0 in sizes:
-        raise UsageError(
-            f"Step: accumulate: expected tensors of one first dimension, got {[tuple(x.shape) for x in batch]}"
-        )
-    (size,) = sizes
-    count = min(count, size)
-    cut = zip(*(x.tensor_split(count) if x.dim() else [x] * count for x in batch), strict=True)
-    firsts = next(k for k, x in enumerate(batch) if x.dim())
-    return [(part, len(part[firsts]) / size) for part in cut]
 
 
 def _dense(p: nn.Parameter) -> torch.Tensor:

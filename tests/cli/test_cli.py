@@ -1,8 +1,11 @@
 """The command line, from training to pictures, and what it says of mistakes."""
 
+import errno
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -15,12 +18,13 @@ from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import data
-from genai_fast.cli import demo
+from genai_fast import config, data
+from genai_fast.cli import demo, parser, tune
 from genai_fast.models import registry
 from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.profiling import loops
 from genai_fast.runs import image_evaluation, run
-from genai_fast.training import loop
+from genai_fast.training import Step, loop
 
 SMALL = ["--data", "digits", "--epochs", "2", "--batch-size", "512", "--hidden", "32"]
 
@@ -141,7 +145,15 @@ MISTAKES = {
     "resume which": (["train", "vae", "--resume"], "--resume: expected the run's name"),
     "resume none": (["train", "vae", "--resume", "--run", "no"], "runs/no: expected a run"),
     "resume other": (["train", "vae", "--resume", "--run", "one", "--lr", "1"], "may change, got --lr"),
-    "resume config": (["train", "vae", "--resume", "--run", "one", "--config", "a"], "leave --config out"),
+    "resume config": (["train", "vae", "--resume", "--run", "one", "--config", "other.toml"], "may change, got --lr"),
+    "nested config": (["train", "vae", "--config", "deep.toml"], "deep.toml: expected TOML, got"),
+    "bare word": (["train", "vae", "--config", "bare.toml"], 'a string needs quotes, as in data = "mnist"'),
+    "bound": (["train", "gpt", "--vocabulary", "9999999"], "vocabulary: expected a number >= 257 and <= 1048576"),
+    "huge": (
+        ["train", "vae", *SMALL[:4], "--hidden", "1000000000000"],
+        "vae: expected sizes of a model that fits, got: ",
+    ),
+    "strange flag": (["train", "vae", "--width", "3"], "unknown argument --width; see"),
     "taken": (["train", "vae", *SMALL, "--run", "one"], "runs/one: a run of this name exists; remedy: --resume"),
     "no run": (["sample", "nothing"], "nothing: expected a run"),
     "count": (["sample", "one", "--count", "0"], "--count: expected at least 1, got 0"),
@@ -155,6 +167,9 @@ MISTAKES = {
 def test_mistakes_get_one_line_and_exit_code_2(here, capsys, mistake):
     arguments, message = MISTAKES[mistake]
     (here / "bad.toml").write_text("epoch = 3\n")
+    (here / "other.toml").write_text("lr = 1.0\n")
+    (here / "deep.toml").write_text("a = " + "[" * 5000)
+    (here / "bare.toml").write_text("data = mnist\n")
     if "one" in arguments:
         make_run(here)
         capsys.readouterr()
@@ -236,3 +251,116 @@ def test_importing_is_light_and_the_module_runs():
     for arguments, expected in ((["-c", LIGHT], ""), (["-m", "genai_fast", "--version"], "genai-fast 0.1.0\n")):
         result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (0, expected), result.stderr
+
+
+def test_a_run_goes_on_by_the_command_that_was_typed_before(here, capsys):
+    (here / "a.toml").write_text('data = "digits"\nepochs = 1\nhidden = 16\n')
+    command = ("train", "vae", "--config", "a.toml", "--data", "digits", "--run", "runs/r")
+    assert call(*command) == 0 and (here / "runs" / "r" / "config.toml").exists()
+    assert call(*command, "--resume", "--epochs", "2") == 0
+    assert [r["epoch"] for r in records(here / "runs" / "r", "epoch")] == [1, 2]
+
+
+def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatch):
+    real, epochs = loop.Step.__call__, ["--epochs", "1"]
+
+    def interrupt(self, *batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *batch)
+
+    for out, more in (("runs", ""), ("else where", " --out 'else where'")):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Step, "__call__", interrupt)
+            assert call("train", "vae", *SMALL, *epochs, "--run", "r", "--out", out) == 130
+        said = capsys.readouterr().err
+        command = f"genai-fast train vae --run r{more} --resume"
+        assert f"go on with {command}\n" in said
+        assert call(*shlex.split(command)[1:]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "bfloat16"])
+def test_precisions_have_two_spellings(here, spelling):
+    assert config.build(VAEConfig, {"precision": spelling}, "").precision == "bfloat16"
+    model = torch.nn.Linear(2, 1)
+    assert (
+        Step(lambda x: model(x).sum(), torch.optim.SGD(model.parameters()), precision=spelling).precision == "bfloat16"
+    )
+    for words in (["tune", "dense-generator"], ["profile", "vae"]):
+        assert parser.parser_of(False).parse_args([*words, "--precision", spelling]).precision == spelling
+    assert parser.parser_of(False).parse_args(["generate", "r", "--weights", spelling]).weights == spelling
+
+
+def test_names_of_classes_cannot_command_the_terminal(here, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
+    for name in ("a$b", "\x1b[31mred"):
+        (here / "data" / name).mkdir(parents=True)
+        for k, x in enumerate(pixels[:20]):
+            Image.fromarray(x).save(here / "data" / name / f"{k}.png")
+    small = ["--epochs", "1", "--batch-size", "16", "--latent", "2", "--run", "c"]
+    assert call("train", "cvae", "--data", "data", *small) == 0
+    capsys.readouterr()
+    assert call("sample", "c", "--class", "nope") == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "expected one of \ufffd[31mred, a$b, got nope" in said
+
+
+def test_reconstructions_are_of_held_out_data(here, capsys):
+    assert call("train", "vae", *SMALL, "--run", "one") == 0
+    assert call("reconstruct", "one", "--count", "3", "--out", "a.png") == 0
+    held_out = data.load("digits").split(0.1, 0)[1].batch(slice(0, 1))[0, 0]
+    sheet = torch.from_numpy(np.array(Image.open(here / "a.png")))
+    torch.testing.assert_close(sheet[2:34:4, 2:34:4] / 255, held_out, atol=1 / 255, rtol=0)
+    assert call("inpaint", "one", "--data", "digits", "--box", "0,0,2,2", "--steps", "1", "--out", "b.png") == 0
+    sheet = torch.from_numpy(np.array(Image.open(here / "b.png")))
+    torch.testing.assert_close(sheet[2:34:4, 2:34:4] / 255, held_out, atol=1 / 255, rtol=0)
+    assert call("reconstruct", "one", "--count", "0") == 2
+
+
+@pytest.mark.parametrize("command", [["sample", "one"], ["interpolate", "one"]])
+def test_a_full_disk_leaves_no_half_of_a_picture_and_is_named(here, capsys, monkeypatch, command):
+    make_run(here)
+    (here / "a.png").write_bytes(b"before")
+    save = Image.Image.save
+
+    def full(self, path, *arguments):
+        save(self, path, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    capsys.readouterr()
+    assert call(*command, "--out", "a.png") == 2
+    assert "No space left on device: 'a.png'" in capsys.readouterr().err
+    assert (here / "a.png").read_bytes() == b"before" and not list(here.glob(".*"))
+
+
+def test_starting_up_can_be_interrupted_without_a_traceback(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parser, "_options", interrupt)
+    assert call("doctor") == 130
+    assert capsys.readouterr().err == "genai-fast: interrupted\n"
+
+
+OWN = """
+import argparse, sys, torch
+arguments = argparse.ArgumentParser(); arguments.add_argument("--width", type=int, default=3)
+width = arguments.parse_args().width
+def train():
+    assert sys.argv[0] == "mod.py"
+    x = torch.randn(4, width)
+    return lambda: len(x @ x.t())
+def make():
+    return torch.nn.Conv2d(width, 4, 3)
+"""
+
+
+@pytest.mark.parametrize("own", [[], ["--", "--width", "5"]])
+def test_a_file_of_the_users_own_sees_its_own_arguments(here, monkeypatch, own):
+    monkeypatch.setattr(sys, "argv", ["genai-fast", "profile", "mod.py:train"])
+    (here / "mod.py").write_text(OWN)
+    options = parser._options(["tune", "mod.py:make", *own])
+    model, _ = tune.load("mod.py:make", "3x8x8", options.own)
+    assert model.in_channels == (5 if own else 3) and sys.argv == ["mod.py", *own[1:]]
+    loops.own("mod.py:train", None, None, False, parser._options(["profile", "mod.py:train", *own]).own).make("loop")()

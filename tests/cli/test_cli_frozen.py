@@ -13,7 +13,7 @@ import pytest
 
 from genai_fast import config
 from genai_fast.cli.examples import EXAMPLES
-from genai_fast.cli.parser import _parser, commands_of
+from genai_fast.cli.parser import commands_of, parser_of
 from genai_fast.models.registry import RECIPES
 
 EVERY = EXAMPLES | {f"train {name}": recipe.examples for name, recipe in RECIPES.items()}
@@ -46,7 +46,7 @@ def _line(action):
 def table():
     """A paragraph a command."""
     lines = []
-    for name, parser in commands_of(_parser()).items():
+    for name, parser in commands_of(parser_of()).items():
         lines.append(f"genai-fast {name}".rstrip())
         lines += [_line(a) for a in parser._actions if not isinstance(a, argparse._HelpAction)]
     return "\n".join(lines) + "\n"
@@ -59,13 +59,13 @@ def test_the_interface_is_as_it_was():
 
 
 def test_every_command_has_examples():
-    assert {*EVERY} == {*commands_of(_parser())}
+    assert {*EVERY} == {*commands_of(parser_of())}
     assert all(1 <= len(lines) <= 3 for lines in EVERY.values())
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_examples_are_right_and_shown(name):
-    parser = _parser()
+    parser = parser_of()
     shown = commands_of(parser)[name].format_help()
     for line in EVERY[name]:
         assert f"  {line}\n" in shown and len(line) <= 100

@@ -144,6 +144,24 @@ def test_prompts_from_a_file(here, trained, capsys):
     assert all(w["prompt"] + w["text"] in said for w in written) and said.count("--- ") == 2
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_have_the_form_of_the_text_that_was_trained_on(here, trained, encoding):
+    nfc, nfd = "Le caf\u00e9 ", "Le cafe\u0301 "  # the space at the end is the prompt's own
+    (here / "prompts.txt").write_text(f"{nfd}\r\nWhile\n", encoding=encoding)
+    assert call("generate", trained, "--max-tokens", "5", "--prompts", "prompts.txt", "--out", "a.jsonl") == 0
+    for name, prompt in (("b.jsonl", nfd), ("c.jsonl", nfc), ("d.jsonl", f"\ufeff{nfc}")):
+        assert call("generate", trained, "--max-tokens", "5", "--prompt", prompt, "--out", name) == 0
+    lines = [(here / f"{name}.jsonl").read_text().splitlines() for name in "abcd"]
+    assert [json.loads(line)["prompt"] for line in lines[0]] == [nfc, "While"]
+    assert all(found[0] == lines[0][0] for found in lines)
+
+
+def test_stop_strings_have_that_form_too(here, trained, monkeypatch):
+    monkeypatch.setattr(text_generation, "_tokens", lambda model, tokenizer, *_: tokenizer.encode("un caf\u00e9 noir"))
+    assert call("generate", trained, "--stop", "cafe\u0301", "--out", "a.jsonl") == 0
+    assert json.loads((here / "a.jsonl").read_text())["text"] == "un "
+
+
 MISTAKES = {
     "empty prompt": (["--prompt", ""], "--prompt: expected a text, got an empty one"),
     "empty file": (["--prompts", "empty.txt"], "empty.txt: expected a prompt a line, got an empty file"),

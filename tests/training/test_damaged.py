@@ -1,10 +1,12 @@
 """Damaged, foreign and malicious checkpoints: named with a remedy, and nothing in them is executed."""
 
 import dataclasses
+import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,10 @@ import safetensors.torch
 import torch
 from test_checkpoint import CONFIG, edit, new, rewrite, same, saved, tensors, train
 
-from genai_fast.training import CheckpointError, atomic_files, checkpoint
+from genai_fast import atomic_files
+from genai_fast.errors import UsageError
+from genai_fast.training import CheckpointError, Step, checkpoint
+from genai_fast.training.meter import Metrics
 
 
 class Evil:
@@ -35,6 +40,14 @@ def group(**values):
     def to(path):
         (one,) = checkpoint.read_state(path)["optimizer"]
         edit(optimizer=[{**one, **values}])(path)
+
+    return to
+
+
+def without(key):
+    def to(path):
+        (one,) = checkpoint.read_state(path)["optimizer"]
+        edit(optimizer=[{k: v for k, v in one.items() if k != key}])(path)
 
     return to
 
@@ -114,11 +127,11 @@ BROKEN = {
     ),
     "moment's shape": (
         replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(3)})),
-        r"optimizer\.1\.exp_avg: \(32,\), got \(3,\)",
+        r"optimizer\.1\.exp_avg: expected \(32,\), got \(3,\)",
     ),
     "moment of none": (
         replace_tensors(TRAINING, lambda t: t.update({"optimizer.x.exp_avg": torch.ones(3)})),
-        r"optimizer\.x\.exp_avg: no such tensor",
+        r"optimizer\.x\.exp_avg: expected no such tensor",
     ),
     "generator": (
         replace_tensors(TRAINING, lambda t: t.update({"rng.cpu": torch.ones(3)})),
@@ -129,12 +142,26 @@ BROKEN = {
         replace_tensors(TRAINING, lambda t: t.update({"rng.cuda.one": torch.ones(3)})),
         r"rng\.cuda\.one: a generator's state",
     ),
-    "rate in words": (group(lr="fast"), "optimizer: lr: such as 0.001, got fast"),
-    "peak rate in words": (group(initial_lr=None), "optimizer: initial_lr: such as 1.0, got None"),
-    "one beta": (group(betas=[0.9]), r"optimizer: betas: such as \(0.9, 0.999\), got \[0.9\]"),
+    "rate in words": (group(lr="fast"), "optimizer: lr: expected such as 0.001, got fast"),
+    "peak rate in words": (group(initial_lr=None), "optimizer: initial_lr: expected such as 1.0, got None"),
+    "one beta": (group(betas=[0.9]), r"optimizer: betas: expected such as \(0.9, 0.999\), got \[0.9\]"),
     "infinite rate": (
         rewrite("state.json", lambda b: b.replace(b'"lr": 0.001', b'"lr": 1e999')),
         "something that was changed since|such as",
+    ),
+    "no rate": (without("lr"), "optimizer: expected lr, got none"),
+    "no betas": (without("betas"), "optimizer: expected betas, got none"),
+    "no count of steps": (
+        replace_tensors(TRAINING, lambda t: t.pop("optimizer.1.step")),
+        r"optimizer\.1: expected step, got none",
+    ),
+    "no moment": (
+        replace_tensors(TRAINING, lambda t: t.pop("optimizer.1.exp_avg_sq")),
+        r"optimizer\.1: expected exp_avg_sq, got none",
+    ),
+    "moment of one number": (
+        replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(())})),
+        r"optimizer\.1\.exp_avg: expected \(32,\), got \(\)",
     ),
     "groups": (edit(optimizer=[3]), "expected an optimizer of 10 parameters in 1 groups, got 0 in 1"),
 }
@@ -195,3 +222,61 @@ def test_progress_that_cannot_be_is_refused(tmp_path, wrong):
     with pytest.raises(CheckpointError, match=r"progress: expected such as Progress\(.*, batch < 7, got \{"):
         train(tmp_path, model, optimizer, resume=checkpoint.restore(path, model, optimizer))
     assert same(tensors(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError, OSError(24, "Too many open files"), OSError(5, "Input/output error")]
+)
+def test_what_is_not_damage_is_never_to_be_removed(tmp_path, monkeypatch, error):
+    path, _, _ = saved(tmp_path)
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(atomic_files, "open", fail, raising=False)
+    with pytest.raises(OSError, match="" if error is PermissionError else error.strerror):
+        checkpoint.restore(path, *new())
+    with pytest.raises(OSError):
+        checkpoint.load_matching(path / MODEL, new()[0])
+
+
+def test_a_missing_package_is_said_and_not_taken_for_damage(tmp_path, monkeypatch):
+    path, _, _ = saved(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (
+        lambda: checkpoint.load_model(path, new()[0]),
+        lambda: checkpoint.load_matching(path / MODEL, new()[0]),
+    ):
+        with pytest.raises(UsageError, match=r"safetensors does not import \(.*\); remedy: pip install") as caught:
+            call()
+        assert "remove" not in str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["before", "in between"])
+def test_a_checkpoint_that_another_process_removes_is_not_damaged(tmp_path, monkeypatch, when):
+    path, _, _ = saved(tmp_path)
+    if when == "before":
+        shutil.rmtree(path)
+    else:
+        read = atomic_files.read_tensors
+        monkeypatch.setattr(atomic_files, "read_tensors", lambda file: (shutil.rmtree(path), read(file))[1])
+    with pytest.raises(CheckpointError, match=r"another process has removed it while it was read; remedy: run the com"):
+        checkpoint.restore(path, *new())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_steps_state_that_cannot_be_is_refused(bad):
+    model, optimizer = new()
+    step = Step(model, optimizer)
+    with pytest.raises(UsageError, match=r"state: skipped: expected finite numbers >= 0, got \["):
+        step.load_state_dict({"skipped": torch.tensor([bad, 0.0])})
+    assert step.skipped() == (0, 0)
+
+
+def test_metrics_after_a_damaged_line_stay(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step}) for step in (1, 2, 3, 9)]
+    path.write_text("\n".join([good[0], "\x00\x00", good[1], "[" * 10**5, '"step"', good[2], good[3], good[0][:5]]))
+    with Metrics(path, 3):
+        pass
+    assert path.read_text().splitlines() == good[:3]

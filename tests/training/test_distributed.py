@@ -197,7 +197,8 @@ def _torchrun(*arguments):
     # Behind "--", or torchrun takes --run for an abbreviation of its own --run-path.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, *launcher, "-m", "--", "genai_fast", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    source = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _workers(process):

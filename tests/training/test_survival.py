@@ -12,17 +12,18 @@ import subprocess
 import sys
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from test_checkpoint import CONFIG, edit, new, same, tensors, train
 
 from bench import kill
 from bench.report import files
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.cli import parser
 from genai_fast.models.vae.recipe import VAEConfig
 from genai_fast.runs import run
-from genai_fast.training import atomic_files, checkpoint, loop, meter
+from genai_fast.training import checkpoint, loop, meter
 from genai_fast.training.checkpoint import DiskError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,8 +149,8 @@ def test_a_run_without_a_checkpoint_is_begun_anew_and_that_is_said(here, capsys,
 def test_two_processes_do_not_train_in_one_folder(here, capsys):
     assert call("train", "vae", *SMALL, "--run", "a") == 0
     going_on = ("train", "vae", "--run", "a", "--resume", "--epochs", "4")
-    code = "import sys; from pathlib import Path; from genai_fast.training import disk\n"
-    code += "with disk.held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from genai_fast.atomic_files import held\n"
+    code += "with held(Path(sys.argv[1])): print('inside', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(here / "runs" / "a")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     holder = subprocess.Popen(command, **pipes, text=True, cwd=files.ROOT)
@@ -313,26 +314,29 @@ SETTINGS = VAEConfig(
 
 
 def test_a_full_disk_is_named_and_what_was_saved_stands(tmp_path):
-    with mounted(tmp_path / "disk", "size=2m") as disk_:
-        run = disk_ / "run"
-        named = rf"run: cannot be written to: No space left on device \([\d.]+ MB free on the disk at {disk_}\)"
-        with pytest.raises(DiskError, match=rf"{named}; checkpoint-\d{{8}}[1-9] stands; remedy: .*--run run --resume"):
-            run.train("vae", SETTINGS, run)
-        assert checkpoint.found(run) and whole(run)
-        with open(disk_ / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        folder = disk / "run"
+        named = rf"run: cannot be written to: No space left on device \([\d.]+ MB free on the disk at {disk}\)"
+        with pytest.raises(
+            DiskError,
+            match=rf"{named}; checkpoint-\d{{8}}[1-9] stands; remedy: .*train vae --run run --out {disk} --resume",
+        ):
+            run.train("vae", SETTINGS, folder)
+        assert checkpoint.found(folder) and whole(folder)
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
                 pass
-        config, newest = (run / run.CONFIG).read_text(), checkpoint.latest(run).name
+        config, newest = (folder / run.CONFIG).read_text(), checkpoint.latest(folder).name
         with pytest.raises(DiskError, match=f"{newest} stands"):
-            run.train("vae", SETTINGS, run, resume=True)
-        assert (run / run.CONFIG).read_text() == config and whole(run)
+            run.train("vae", SETTINGS, folder, resume=True)
+        assert (folder / run.CONFIG).read_text() == config and whole(folder)
         with pytest.raises(DiskError, match=r"other: cannot be written to: .* there is no checkpoint yet"):
-            run.train("vae", SETTINGS, disk_ / "other")
-        assert not list(disk_.glob("other/*"))
-        subprocess.run(["mount", "-o", "remount,size=40m", disk_], check=True)
-        run.train("vae", SETTINGS, run, resume=True)
+            run.train("vae", SETTINGS, disk / "other")
+        assert not list(disk.glob("other/*"))
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        run.train("vae", SETTINGS, folder, resume=True)
         run.train("vae", SETTINGS, tmp_path / "straight")
-        assert kill.differences(tmp_path / "straight", run) == []
+        assert kill.differences(tmp_path / "straight", folder) == []
 
 
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, capsys):
@@ -361,11 +365,85 @@ def test_a_checkpoint_cut_off_by_a_limit_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000001"] and whole(tmp_path)
 
 
-def test_a_terminal_that_is_gone_loses_no_epoch(tmp_path):
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(5, "Input/output error"), ValueError("closed file")])
+def test_a_stream_that_is_gone_ends_the_display_and_not_the_run(tmp_path, terminal, error):
     class Gone(io.StringIO):
         def write(self, text):
-            raise BrokenPipeError
+            raise error
 
-    with pytest.raises(BrokenPipeError):
-        train(tmp_path, *new(), stream=Gone())
-    assert checkpoint.latest(tmp_path).name == "checkpoint-000000007"
+        def isatty(self):
+            return terminal
+
+    train(tmp_path, *new(), stream=Gone())
+    assert checkpoint.latest(tmp_path).name == "checkpoint-000000014"
+
+
+def command(folder, *arguments, **how):
+    source = {**os.environ, "PYTHONPATH": str(files.ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "genai_fast", *arguments], cwd=folder, env=source, **how)
+
+
+def test_a_reader_that_dies_costs_nothing(tmp_path):
+    process = command(tmp_path, "train", "vae", *SMALL, "--run", "a", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait(300) == 0
+    assert checkpoint.latest(tmp_path / "runs" / "a").name == "checkpoint-000000012"
+
+
+def test_a_closed_terminal_stops_a_run_as_its_signal_says(tmp_path):
+    leader, follower = os.openpty()
+    how = {"stdin": follower, "stdout": follower, "stderr": follower, "start_new_session": True}
+    process = command(tmp_path, "train", "vae", *SMALL[:3], "999", *SMALL[4:], "--run", "a", **how)
+    os.close(follower)
+    while not list(tmp_path.glob("runs/a/checkpoint-*")):
+        assert process.poll() is None and os.read(leader, 4096)
+    os.close(leader)
+    process.send_signal(signal.SIGHUP)  # which a controlling terminal sends
+    assert process.wait(300) == 128 + signal.SIGHUP
+
+
+def test_two_new_runs_of_one_name_cannot_meet(tmp_path, monkeypatch, capsys):
+    """The second looks for a run before the first has written one, and again when it has the folder."""
+    monkeypatch.chdir(tmp_path)
+    made = run._made
+
+    def slow(name, task):
+        if not (tmp_path / "runs" / "a").exists():
+            monkeypatch.setattr(run, "_made", made)
+            assert call("train", "vae", *SMALL, "--run", "a", "--seed", "1") == 0
+        return made(name, task)
+
+    monkeypatch.setattr(run, "_made", slow)
+    assert call("train", "vae", *SMALL, "--run", "a", "--seed", "2") == 2
+    assert "a run of this name exists" in capsys.readouterr().err
+    assert "seed = 1\n" in (tmp_path / "runs" / "a" / run.CONFIG).read_text()
+
+
+def test_a_run_that_goes_on_has_its_folder_before_it_reads_it(here, monkeypatch):
+    assert call("train", "vae", *SMALL, "--run", "a") == 0
+    restore = checkpoint.restore
+
+    def meddled(*arguments, **more):
+        with pytest.raises(ValueError, match="another process trains in it"), atomic_files.held(here / "runs" / "a"):
+            pass
+        return restore(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "restore", meddled)
+    assert call("train", "vae", "--run", "a", "--resume", "--epochs", "4") == 0
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_other_contents_of_the_data_are_noticed(here, capsys, labels):
+    pixels, classes = np.random.default_rng(0).integers(0, 256, (60, 4, 4), np.uint8), np.arange(60) % 3
+    flags = ("--epochs", "1", "--batch-size", "16", "--hidden", "8", "--run", "r")
+    np.savez(here / "a.npz", images=pixels, labels=classes)
+    assert call("train", "vae", "--data", "a.npz", *flags) == 0
+    np.savez(here / "a.npz", images=pixels if labels else 255 - pixels, labels=classes[::-1] if labels else classes)
+    assert call("train", "vae", "--run", "r", "--resume", "--epochs", "2") == 2
+    assert "expected the data that the run began with, got other contents" in capsys.readouterr().err
+    np.savez(here / "a.npz", images=pixels, labels=classes)
+    assert call("train", "vae", "--run", "r", "--resume", "--epochs", "2") == 0
+    newest = checkpoint.latest(here / "runs" / "r")  # as an earlier version wrote it
+    edit(about={k: v for k, v in checkpoint.read_state(newest)["about"].items() if k != "data"})(newest)
+    assert call("train", "vae", "--run", "r", "--resume", "--epochs", "3") == 0

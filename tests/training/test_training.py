@@ -18,7 +18,16 @@ from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.models.autoencoder import AutoencoderLoss
 from genai_fast.models.vae.recipe import VAEConfig
-from genai_fast.training import Step, TrainingInterrupted, TrainingStopped, checkpoint, fit, loop, make_optimizer
+from genai_fast.training import (
+    Step,
+    TrainingInterrupted,
+    TrainingStopped,
+    checkpoint,
+    fit,
+    loop,
+    make_optimizer,
+    progress,
+)  # fmt: skip
 from genai_fast.training import step as step_module
 from genai_fast.training.batches import ImageFeed
 from genai_fast.training.meter import Meter, Progress
@@ -87,7 +96,23 @@ def records(path):
     return [json.loads(line) for line in (path / loop.METRICS).read_text().splitlines()]
 
 
-def test_metrics_and_lines(tmp_path):
+def test_a_line_comes_before_the_first_epoch_ends(monkeypatch):
+    clock, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Lines(stream, 100) as screen:
+        screen.begin(1, 5)
+        for seconds, done in ((1, 1), (4, 2), (20, 9), (40, 20)):
+            clock[0] = seconds
+            screen.step(done)
+            screen.terms({"loss": 2.5}, {"samples_per_second": 7.0})
+    assert stream.getvalue().splitlines() == [
+        "epoch 1/5  loss 2.50  7 samples/s  2.0% of the run",
+        "epoch 1/5  loss 2.50  7 samples/s  20.0% of the run",
+    ]
+
+
+def test_metrics_and_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_FIRST", math.inf)
     stream = io.StringIO()
     _, last = run(tmp_path, stream=stream)
     found = records(tmp_path)

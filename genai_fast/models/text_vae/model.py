@@ -13,7 +13,7 @@ from genai_fast.layers import GRU
 from genai_fast.models.common import checks, latents, sequences
 from genai_fast.models.common.protocol import Request
 from genai_fast.models.common.sequences import SequenceLosses
-from genai_fast.ops import rows
+from genai_fast.ops import rows, updates
 
 
 class TextVAE(nn.Module):
@@ -100,7 +100,8 @@ class TextVAE(nn.Module):
     ) -> SequenceLosses:
         """The negative ELBO of sequences [B, T], each with its `end`; int64, as lengths [B], which count it.
 
-        What is behind a sequence's length is not looked at. In training each call is one step of annealing.
+        What is behind a sequence's length is not looked at. In training each call is one step of annealing; under
+        `Step(accumulate=n)` each update is.
         """
         logits, kl, targets = self(ids, lengths, seed=seed)
         nats = ops.cross_entropy(logits, targets, reduction="sum", inplace=True).float() / len(ids)
@@ -111,7 +112,7 @@ class TextVAE(nn.Module):
                 penalty = kl.clamp(min=self.free_bits)
             if self.annealing:
                 penalty = penalty * (self.steps.float() / self.annealing).clamp(max=1.0)
-                self.steps.add_(1)
+                self.steps.add_(updates.ends())
         return SequenceLosses(nats + self.beta * penalty, nats, kl, lengths.float().mean())
 
     def decoder(self, z: torch.Tensor) -> TextVAEDecoder:

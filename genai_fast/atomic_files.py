@@ -7,13 +7,16 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from genai_fast.errors import UsageError, require
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import fcntl
@@ -22,8 +25,41 @@ except ImportError:  # not on Windows
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path`, at which to write a file or make a folder; it takes the place of `path` at the end.
+
+    At no time half of it has that name. If the body raises, the hidden file is removed and the old one stays.
+    A folder takes the place of nothing or of an empty one.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    # A name that no other process has, and at which nobody can have put a link to write through.
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        yield hidden
+        for written in (*hidden.rglob("*"), hidden) if hidden.is_dir() else (hidden,):
+            synchronize(written)
+        os.replace(hidden, path)
+    except BaseException as error:
+        discard(hidden)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(hidden)):
+            error.filename = str(path)
+        raise
+    synchronize(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    with whole(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, this process alone writes into the folder; where the file system has no locks, nothing sees to it.
+    """Inside, this process alone writes into the folder; on a file system without locks nothing ensures it.
+
+    First removes what writers that were killed have left.
 
     Raises:
         UsageError: another process is inside. The lock of one that dies goes with it.
@@ -39,23 +75,12 @@ def held(folder: Path) -> Iterator[None]:
                 ) from None
             except OSError:  # a network's
                 pass
+        for left in folder.glob(".*.new"):
+            discard(left)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that at no time half of it carries its name; if it cannot be written, the old one stays."""
-    hidden = path.with_name(f".{path.name}.new")
-    try:
-        hidden.write_text(text, encoding="utf-8")
-        synchronize(hidden)
-        os.replace(hidden, path)
-    except BaseException:
-        discard(hidden)
-        raise
-    synchronize(path.parent)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -72,20 +97,28 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(*reason, str(path)) from error
 
 
+class Damaged(ValueError):
+    """A file's contents are not what was written."""
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
-    Raises: ValueError, which says what is there instead.
+    Raises:
+        Damaged: it is missing or not a whole file of this kind.
+        OSError: it cannot be read (permissions, descriptors, memory, the disk).
     """
     safetensors = require("safetensors", "train")
     if not path.is_file():
-        raise ValueError("something else" if path.exists() else "no such file")
+        raise Damaged("something else" if path.exists() else "no such file")
+    with open(path, "rb"):  # safetensors says of whatever it cannot open that it does not exist
+        pass
     try:
         with safetensors.safe_open(path, "pt") as file:
             # Copies: safetensors maps the file, which a run that goes on for days would hold open.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(str(error)) from error
+    except safetensors.SafetensorError as error:
+        raise Damaged(str(error)) from error
 
 
 def digest(path: Path) -> str:

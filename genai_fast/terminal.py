@@ -1,0 +1,49 @@
+"""Lines to a terminal or a pipe, which may be gone before the work is done and must not be told what it obeys."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal obeys replaced; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line to a stream, None: stderr; if nobody reads it any more, nothing."""
+    print(printable(line), file=Steady(sys.stderr if stream is None else stream), flush=True)
+
+
+class Steady:
+    """A stream that falls silent when its reader is gone, rather than raise BrokenPipeError, EIO or the like."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._gone = stream, False
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Any, *arguments: Any) -> None:
+        if self._gone:
+            return
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            if isinstance(error, UnicodeError):
+                raise
+            self._gone = True
+            with contextlib.suppress(OSError, ValueError):  # what is left in its buffer must not fail at exit
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
