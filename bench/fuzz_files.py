@@ -34,10 +34,10 @@ from torch import nn
 
 from bench.gpu_gate import processes, worker
 from bench.report.records import failures
-from genai_fast import config, data
+from genai_fast import atomic_files, config, data
 from genai_fast.data import text
 from genai_fast.errors import UsageError
-from genai_fast.training import atomic_files, checkpoint
+from genai_fast.training import checkpoint
 
 SECONDS, BYTES = 1.0, 256 << 20  # of processor time, and of memory beyond what the process held before
 HANGS = 60.0  # seconds of wall time after which a load is killed; starting a process takes some of them

@@ -278,7 +278,9 @@ def test_results_lie_as_pytorchs(forced, kind, given, weight):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d, lambda c: nn.GroupNorm(8, c)], ids=str)
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d, nn.BatchNorm2d, lambda c: nn.GroupNorm(8, c)], ids=["instance", "batch", "group"]
+)
 def test_gradients_reach_a_norm_in_its_layout(forced, batch, norm):
     fused, plain = pair(lambda: nn.Sequential(norm(128), nn.Conv2d(128, 128, 3, padding=1)))
     x = torch.randn(batch, 128, 8, 8)
