@@ -140,7 +140,7 @@ class Step:
         self._begun: set[int] = set()  # and of those that have stepped
 
         modules = modules_of(model) if module is None else [module]
-        owner = model if module is None else module
+        owner: Any = model if module is None else module
         self._after = owner.after_step if offers(owner, HasAfterStep) else None
         self._kept = Kept(modules, modules if self._after and self._deferred else (), self._parameters)
         self._skipped = torch.zeros(2, device=self._device)  # turns in all, steps in a row
@@ -327,7 +327,7 @@ class Step:
         self._begun |= optimizers
 
 
-def _function_of(model: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
+def _function_of(model: Any) -> Callable[..., Any]:
     if offers(model, InTurns):
         return model.turns
     return model.training_step if offers(model, HasTrainingStep) else model
