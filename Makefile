@@ -48,10 +48,10 @@ test: $(READY)
 ASAN = env PYTHONHASHSEED=0 OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))"
 asan: $(READY)
-	$(BIN)/cmake -S . -B build/asan -GNinja -DGENAI_FAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cmake -S . -B build/asan -GNinja -DGENAI_FAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/asan
 	for isa in "" GENAI_FAST_ISA=portable; do \
-	  $(ASAN) $$isa $(BIN)/python tests/native_fuzz.py --extension build/asan/_cpu*.so --numerics --count 20000 \
+	  $(ASAN) $$isa $(BIN)/python tests/native_fuzz.py --extension build/asan/_cpu*.so --numerics --count 8000 \
 	    > build/asan/run.log || { tail -n 3 build/asan/run.log; exit 1; }; tail -n 1 build/asan/run.log; \
 	done
 

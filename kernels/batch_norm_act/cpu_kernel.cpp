@@ -62,14 +62,18 @@ void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int
   }
 }
 
+// Raises if one of two vectors is absent: an empty one has no address either.
+void require_both(const char* names, const float* a, const float* b, int64_t channels) {
+  if (!a == !b || channels == 0) return;
+  genai_fast_raise(Raised::kValueError, "%s: expected both or neither, got one", names);
+}
+
 // mean[c], squares[c] = sum (x - mean)^2, rstd[c] = 1 / sqrt(squares / count + eps); running statistics (or null)
 // move by momentum. Tiles are combined in order (Chan, Golub & LeVeque 1983).
 void batch_norm_statistics(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner, float* mean,
                            float* squares, float* rstd, float* running_mean, float* running_var, double momentum,
                            double eps, int threads) {
-  if (!running_mean != !running_var) {
-    genai_fast_raise(Raised::kValueError, "running_mean and running_var: expected both or neither, got one");
-  }
+  require_both("running_mean and running_var", running_mean, running_var, channels);
   const Channels shape{outer, channels, inner};
   const Tiles tiles(shape);
   const Rows rows{x, tiles.shape.columns(), dtype};
@@ -238,6 +242,7 @@ void batch_norm_act_grad(const void* grad_y, const void* x, int dtype, void* gra
                          int64_t inner, const float* weight, const float* bias, const float* mean, const float* rstd,
                          const float* sum_dz, const float* sum_dz_x_hat, int64_t count, int activation,
                          double negative_slope, int threads) {
+  require_both("sum_dz and sum_dz_x_hat", sum_dz, sum_dz_x_hat, channels);
   const Channels shape{outer, channels, inner};
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows x_rows{x, shape.columns(), dtype}, g_rows{grad_y, shape.columns(), dtype};

@@ -62,6 +62,9 @@ void reparameterize_backward(const void* grad_z, int64_t grad_z_stride, const fl
                              const void* mu, int64_t mu_stride, const void* logvar, int64_t logvar_stride,
                              void* grad_mu, void* grad_logvar, const int64_t* seed, int64_t offset, int64_t batch,
                              int64_t columns, int dtype, int threads) {
+  if (!grad_z && !grad_kl && batch * columns > 0) {
+    genai_fast_raise(Raised::kValueError, "grad_z and grad_kl: expected at least one gradient, got none");
+  }
   const Pieces pieces(batch, columns);
   const Rows mu_rows{mu, mu_stride, dtype}, logvar_rows{logvar, logvar_stride, dtype},
       grad_rows{grad_z, grad_z_stride, dtype};
