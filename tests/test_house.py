@@ -125,7 +125,9 @@ def test_bare_pytest_imports_the_checkout():
 
 def test_import_loads_no_spec():
     """Cases, peers and costs are for tests and benchmarks; run time needs schemas alone."""
-    done = _python("import sys, genai_fast; print(*sorted(m for m in sys.modules if m.startswith('genai_fast.')))")
+    done = _python(
+        "import sys, torch, genai_fast; print(*sorted(m for m in sys.modules if m.startswith('genai_fast.')))"
+    )
     assert done.returncode == 0, done.stderr
     modules = done.stdout.split()
     assert "genai_fast.kernels.vae_loss.schema" in modules
@@ -235,9 +237,12 @@ LIGHT = {  # a statement, and what it must not import
 
 @pytest.mark.parametrize("statement", LIGHT)
 def test_rooms_that_are_not_needed_are_not_imported(statement):
-    done = _python(f"import sys; {statement}; print(*(m for m in sys.modules if m.startswith('genai_fast.')))")
+    code = (
+        f"import sys, genai_fast; moved = {{*sys.modules}}; {statement}; print(*(m for m in {{*sys.modules}} - moved))"
+    )
+    done = _python(code)
     assert done.returncode == 0, done.stderr
-    loaded = [m.removeprefix("genai_fast.") for m in done.stdout.split()]
+    loaded = [m.removeprefix("genai_fast.") for m in done.stdout.split() if m.startswith("genai_fast.")]
     assert not [m for m in loaded if any(f"{m}.".startswith(f"{room}.") for room in LIGHT[statement])]
 
 
