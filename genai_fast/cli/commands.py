@@ -287,11 +287,8 @@ def run_tune(options: argparse.Namespace) -> int:
         )
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
-    rows = tune.table(chosen)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"{len(chosen)} convolutions; remembered in {autotune.file()}")
+    print(tune.text(chosen))
+    print(f"{len(chosen)} convolutions; choices saved in {autotune.file()}")
     return 0
 
 
