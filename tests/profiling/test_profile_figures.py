@@ -141,6 +141,13 @@ def test_a_roof_is_measured_in_its_precision_and_leaves_the_switch_alone(switche
         assert set(seen) == {wanted} and switches[0].fp32_precision == before
 
 
+def test_a_type_that_the_cpu_lacks_is_measured_on_small_matrices(monkeypatch):
+    monkeypatch.setattr(machine.onednn, "serves", lambda dtype: dtype is torch.float32)
+    monkeypatch.setattr(machine, "fastest", lambda call, device: 1.0)
+    assert machine.gemm("cpu", "bfloat16") == machine.gemm("cpu", "float16") == 2 * 512**3
+    assert machine.gemm("cpu", "float32") == 2 * 2048**3
+
+
 def _event(name, start, end, kind=DeviceType.CPU, parent=None):
     span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
     return SimpleNamespace(
