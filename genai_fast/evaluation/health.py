@@ -92,13 +92,13 @@ def warnings_of(
         if share - data > EXCESS_SATURATION:
             said.append(
                 f"saturation: {share:.0%} of the samples' pixels are at black or white, {data:.0%} of the data's;"
-                f" remedy: a smaller rate for the generator, EMA of its weights, or spectral norm"
+                f" remedy: a smaller learning rate for the generator, EMA of its weights, or spectral norm"
             )
     if active_units == 0:
         said.append("posterior collapse: no latent unit depends on the data (active units 0); remedy: a smaller beta")
     elif kl is not None and kl < LEAST_KL * (latent or 1):
         said.append(
-            f"posterior collapse: KL is {kl:.3g} nats a sample, expected {LEAST_KL * (latent or 1):g} or more;"
+            f"posterior collapse: KL is {kl:.3g} nats per sample, expected {LEAST_KL * (latent or 1):g} or more;"
             f" remedy: a smaller beta"
         )
     return said
@@ -111,7 +111,7 @@ def _discriminator(accuracy: float | None, generator_loss: float | None, coverag
         return [
             f"the discriminator wins: its accuracy is {accuracy:.3f} and the generator's loss {generator_loss:.2f}"
             f" nats, so the generator learns little; remedy: label smoothing, spectral norm on the discriminator,"
-            f" a smaller rate for it, or WGAN-GP"
+            f" a smaller learning rate for it, or WGAN-GP"
         ]
     if accuracy < LOSING_ACCURACY:
         return [
@@ -121,7 +121,7 @@ def _discriminator(accuracy: float | None, generator_loss: float | None, coverag
     if abs(accuracy - 0.5) <= CHANCE and coverage is not None and coverage < LEAST_COVERAGE:
         return [
             f"the discriminator guesses: its accuracy is {accuracy:.2f} though samples cover {coverage:.0%} of the"
-            f" data; remedy: a smaller rate for the generator, or less label smoothing"
+            f" data; remedy: a smaller learning rate for the generator, or less label smoothing"
         ]
     return []
 

@@ -331,7 +331,7 @@ def _remedy(checkpoint: Path) -> str:
     """What to do about a damaged one."""
     everything = found(checkpoint.parent)
     before = everything[everything.index(checkpoint) + 1 :] if checkpoint in everything else []
-    then = f"the run goes on from {before[0].name}" if before else "there is none before it, so the run begins anew"
+    then = f"the run continues from {before[0].name}" if before else "there is no earlier one, so the run starts again"
     return f"remove {checkpoint}; then {then}"
 
 
