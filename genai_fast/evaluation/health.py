@@ -84,7 +84,7 @@ def warnings_of(
         said.append(
             f"mode collapse: samples have {diversity:.2f} of the data's diversity, expected at least"
             f" {LEAST_DIVERSITY:g}; remedy: more epochs if these are the first; then for a GAN WGAN-GP, spectral norm"
-            f" on the discriminator or a smaller rate for the generator, for a VAE a smaller beta"
+            f" on the discriminator or a smaller learning rate for the generator, for a VAE a smaller beta"
         )
     said += _discriminator(discriminator_accuracy, generator_loss, coverage)
     if samples is not None and real is not None:
@@ -115,8 +115,8 @@ def _discriminator(accuracy: float | None, generator_loss: float | None, coverag
         ]
     if accuracy < LOSING_ACCURACY:
         return [
-            f"the discriminator loses: its accuracy is {accuracy:.2f}, worse than guessing; remedy: a smaller rate for"
-            f" the generator, and a check that real images are labelled 1"
+            f"the discriminator loses: its accuracy is {accuracy:.2f}, worse than guessing; remedy: a smaller"
+            f" learning rate for the generator, and a check that real images are labelled 1"
         ]
     if abs(accuracy - 0.5) <= CHANCE and coverage is not None and coverage < LEAST_COVERAGE:
         return [
