@@ -133,7 +133,7 @@ def figures(system: str, device: str) -> tuple[dict[str, Any], ...]:
 def test_training_step(benchmark, figures_of_session, system):
     precision = SYSTEMS[system].config.precision
     if DEVICE == "cpu" and precision != "float32" and not onednn.serves(PRECISIONS[precision]):
-        pytest.skip(f"this processor does not compute in {precision}: PyTorch imitates it, far slower than float32")
+        pytest.skip(f"this processor does not support {precision}: PyTorch emulates it, far slower than float32")
     assert not red(SYSTEMS[system], DEVICE), "no clock on a red gate"
     if not benchmark.disabled:
         found = figures(system, DEVICE)

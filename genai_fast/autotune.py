@@ -1,9 +1,9 @@
-"""Which of several implementations of one computation is the fastest here: measured once, remembered in a file.
+"""The fastest of several implementations of a computation on this machine: measured once, remembered in a file.
 
-The file is `autotune.json` in $GENAI_FAST_CACHE, else in the user's cache folder. It holds, for each machine and set of
-versions, the choice for each shape and the times that it rests on; a file that cannot be read or belongs to another
-version is replaced. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, pins every choice to the
-default: two implementations differ in rounding, and the faster one yesterday need not be the faster one today.
+The file is `autotune.json` in $GENAI_FAST_CACHE, else in the user's cache folder. It holds, per machine and set of
+versions, the choice for each shape and the measured times; a file that is damaged or of another format version is
+replaced. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, pins every choice to the
+default: implementations differ in rounding, and two measurements need not agree on the fastest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Maker = Callable[[], Callable[[], Any]]
 
 
 class AutotuneWarning(UserWarning):
-    """The file of choices cannot be used, an implementation fails, or a resumed run's choice is not available."""
+    """The file of choices is unusable, an implementation fails, or a resumed run's choice is not available."""
 
 
 class Choice(NamedTuple):
@@ -65,14 +65,14 @@ _only_remembered = False
 def choose(
     family: Key, shape: Shape, device: torch.device, candidates: Callable[[], tuple[Mapping[str, Maker], str]]
 ) -> Choice:
-    """The fastest implementation for what family and shape describe, measured on the first call for it on this machine.
+    """The fastest implementation for a family and shape, measured on the first call on this machine.
 
     Args:
         family: what the time depends on besides the shape (op, settings, dtype, layout, ...).
         shape: sizes. Once MOST_SHAPES of a family are measured, the nearest of them serves all others.
-        candidates: asked on the first call, gives what can serve it: name -> a function that prepares a call on tensors
-            of its own and returns it, to be timed; and the name of the default, which is taken where nothing may be
-            measured: deterministic runs, under a dispatch mode, and during the capture of a CUDA graph.
+        candidates: called on the first call; returns what can serve it (name -> a function that prepares a call on
+            made-up tensors and returns it, to be timed) and the name of the default, which is used if nothing may be
+            measured: in deterministic runs, under a dispatch mode, and during the capture of a CUDA graph.
     """
     here = _PINNED if pinned() else machine(device)
     known = _chosen.setdefault(here, {})
@@ -97,7 +97,9 @@ def _looked_up(here: str, family: Key, shape: Shape, makers: Mapping[str, Maker]
     if wanted in makers:
         return Choice(wanted, {})
     if wanted is not None:
-        _warn_once(f"{text}: the resumed run used {wanted}, which is not available here: not bit for bit the same")
+        _warn_once(
+            f"{text}: the resumed run used {wanted}, which is not available here: the run is no longer bit-exact"
+        )
     if here == _PINNED or len(makers) == 1:
         return None
     agreed = _agreed(text)
@@ -172,13 +174,13 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 
 
 def pinned() -> bool:
-    """Whether every choice is the default."""
+    """Whether deterministic runs pin every choice to the default."""
     return os.environ.get("GENAI_FAST_DETERMINISTIC", "") == "1" or torch.are_deterministic_algorithms_enabled()
 
 
 @contextlib.contextmanager
 def only_remembered() -> Iterator[None]:
-    """Inside the block nothing is measured: what is not known yet takes its default."""
+    """Inside the block nothing is measured: unknown choices take their default."""
     global _only_remembered
     before, _only_remembered = _only_remembered, True
     try:
@@ -188,7 +190,7 @@ def only_remembered() -> Iterator[None]:
 
 
 def chosen(device: torch.device) -> dict[str, Choice]:
-    """What this process has chosen or read for such a device, by the text of family and shape, in order."""
+    """This process's choices for a device, made or read, by the text of family and shape, in order."""
     return {_text(*key): choice for key, choice in _chosen.get(machine(device), {}).items()}
 
 
@@ -205,13 +207,13 @@ def take(device: torch.device, routes: Mapping[str, str]) -> None:
 
 
 def forget() -> None:
-    """Forget the choices that this process has made, read or taken over; those in the file stay."""
+    """Forget this process's choices, made, read or taken over; the file is unchanged."""
     _chosen.clear()
     _taken.clear()
 
 
 def folder() -> Path:
-    """Where this library remembers things: $GENAI_FAST_CACHE, else in the user's cache folder."""
+    """The cache folder: $GENAI_FAST_CACHE, else genai_fast in the user's cache folder."""
     given = os.environ.get("GENAI_FAST_CACHE")
     if given:
         return Path(given)
@@ -223,12 +225,12 @@ def folder() -> Path:
 
 
 def file() -> Path:
-    """Where choices are remembered."""
+    """The file of choices."""
     return folder() / "autotune.json"
 
 
 def machine(device: torch.device) -> str:
-    """What a time depends on besides the key, in words: device, versions, threads."""
+    """What a time depends on besides the key, as text: device, versions, threads."""
     return _machine(device.type, device.index or 0, torch.get_num_threads())
 
 
@@ -267,7 +269,7 @@ def _measure(device: torch.device, makers: Mapping[str, Maker], default: str) ->
                 if name == default:  # then the call itself says what is wrong
                     return Choice(default, {})
                 if not isinstance(error, torch.OutOfMemoryError):
-                    _warn_once(f"{name} fails and is left out: {type(error).__name__}: {error}")
+                    _warn_once(f"{name} fails and is skipped: {type(error).__name__}: {error}")
             else:
                 calls[name] = call
         shortest = dict.fromkeys(calls, math.inf)
@@ -320,7 +322,7 @@ def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choic
     except FileNotFoundError:
         return {}
     except OSError as error:
-        _warn_once(f"{file()}: cannot be read: {error.strerror or error}; choices hold for this process alone")
+        _warn_once(f"{file()}: cannot be read: {error.strerror or error}; choices are kept in this process only")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _warn_once(f"{file()}: is damaged; choices are measured again and the file is replaced")
     return {}
@@ -371,7 +373,7 @@ def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
             json.dump({"version": VERSION, "machines": content}, stream, indent=1)
         os.replace(written, target)
     except OSError as error:
-        _warn_once(f"{target}: cannot be written: {error.strerror}; choices hold for this process alone")
+        _warn_once(f"{target}: cannot be written: {error.strerror}; choices are kept in this process only")
         if written:
             with contextlib.suppress(OSError):
                 os.unlink(written)

@@ -1,4 +1,4 @@
-"""Configuration: a dataclass, a flat TOML file over its defaults, command-line flags over both."""
+"""Configuration: a dataclass; a flat TOML file overrides its defaults, and command-line flags override both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genai_fast.errors import UsageError
 
 
 class ConfigError(UsageError):
-    """A setting that cannot be; the message names key, expected and got, or the nearest valid key."""
+    """An invalid setting; the message names key, expected and got, or the nearest valid key."""
 
 
 def setting(
@@ -29,33 +29,35 @@ def setting(
 
 @dataclass(frozen=True)
 class Config:
-    """What every recipe shares."""
+    """Settings of every recipe."""
 
     data: str = setting("", "what to train on")
-    strict: bool = setting(False, "stop at a broken file instead of leaving it out")
-    validation: float = setting(0.1, "share of the data that is held out for validation", above=0, high=0.9)
-    init: str = setting("", "a run whose weights to begin with, for fine-tuning; layers that do not match are named")
+    strict: bool = setting(False, "stop at a broken file instead of skipping it")
+    validation: float = setting(0.1, "fraction of the data held out for validation", above=0, high=0.9)
+    init: str = setting(
+        "", "run to take the initial weights from, for fine-tuning; layers that do not match are listed"
+    )
     epochs: int = setting(50, "passes over the data", low=1)
-    batch_size: int = setting(128, "samples a step, of all processes together", low=1)
+    batch_size: int = setting(128, "samples per step, over all processes", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
-    warmup: int = setting(0, "steps over which the learning rate rises, a tenth of the run at most", low=0)
-    decay: str = setting("none", "fall of the learning rate to a tenth at the end", choices=("none", "cosine"))
+    warmup: int = setting(0, "steps of linear learning-rate warm-up, at most a tenth of the run", low=0)
+    decay: str = setting("none", "learning-rate schedule; cosine ends at a tenth of --lr", choices=("none", "cosine"))
     beta1: float = setting(0.9, "decay of Adam's first moment", low=0, high=0.9999)
     beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)
-    weight_decay: float = setting(0.0, "decoupled weight decay (AdamW), of matrices only", low=0)
-    clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = setting(
-        "float32", "of the layers' arithmetic (autocast)", choices=("float32", "bfloat16", "float16")
+    weight_decay: float = setting(0.0, "decoupled weight decay (AdamW), for matrices only", low=0)
+    clip: float = setting(0.0, "gradient clipping: largest norm; 0: none", low=0)
+    precision: str = setting("float32", "autocast precision of the layers", choices=("float32", "bfloat16", "float16"))
+    tf32: bool = setting(False, "multiply float32 in TF32 on CUDA: faster, with a mantissa of ten bits")
+    accumulate: int = setting(
+        1, "gradient accumulation steps: the batch is computed in that many parts, to save memory", low=1
     )
-    tf32: bool = setting(False, "float32 products in TF32: on CUDA faster, to ten bits of mantissa")
-    accumulate: int = setting(1, "parts in which a step's batch is computed, to save memory; one update", low=1)
-    seed: int = setting(0, "seed of weights, split, order and noise", low=0, high=2**32 - 1)
-    threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", low=0, high=4096)
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    log_every: int = setting(20, "steps from one record of metrics.jsonl to the next", low=1)
-    checkpoint_every: int = setting(0, "steps from one checkpoint to the next; 0: at the end of each epoch", low=0)
-    keep: int = setting(2, "newest checkpoints that are kept; the best on held-out data is kept besides", low=1)
-    tensorboard: bool = setting(False, "write figures, grids and texts for TensorBoard too, in the run's tensorboard/")
+    seed: int = setting(0, "random seed of weights, split, order and noise", low=0, high=2**32 - 1)
+    threads: int = setting(0, "CPU threads; 0: PyTorch's default", low=0, high=4096)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda if available")
+    log_every: int = setting(20, "steps between records in metrics.jsonl", low=1)
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: at the end of each epoch", low=0)
+    keep: int = setting(2, "number of newest checkpoints to keep, in addition to the best on held-out data", low=1)
+    tensorboard: bool = setting(False, "also write figures, grids and texts for TensorBoard, in the run's tensorboard/")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -64,37 +66,37 @@ class Config:
 
 @dataclass(frozen=True)
 class ImageConfig(Config):
-    """What recipes for images share."""
+    """Settings of every recipe for images."""
 
     data: str = setting(
         "mnist",
         "mnist (5,000 of its 70,000 digits), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, an IDX"
         " (such as all of MNIST), .npy or .npz file, CIFAR-10 batches",
     )
-    size: int = setting(0, "side in pixels to which pictures are scaled; 0: they have one size", low=0)
+    size: int = setting(0, "side in pixels to which pictures are scaled; 0: unscaled, all of one size", low=0)
     flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
-    crop: int = setting(0, "pixels by which an image may be shifted", low=0)
+    crop: int = setting(0, "largest shift in pixels", low=0)
     rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
-    jitter: float = setting(0.0, "strength of changes of brightness, contrast and saturation", low=0, high=1)
-    sync_bn: bool = setting(False, "batch norm over the batches of all processes together, not of each by itself")
-    grid_every: int = setting(1, "epochs from one grid of samples in grids/ to the next; 0: none", low=0)
+    jitter: float = setting(0.0, "strength of random brightness, contrast and saturation", low=0, high=1)
+    sync_bn: bool = setting(False, "batch norm statistics over all processes, not per process")
+    grid_every: int = setting(1, "epochs between grids of samples in grids/; 0: none", low=0)
     quality_every: int = setting(
-        1, "epochs from one comparison of samples with held-out images, 6 or more, to the next; 0: none", low=0
+        1, "epochs between comparisons of samples with held-out images (at least 6); 0: none", low=0
     )
 
 
 @dataclass(frozen=True)
 class TextConfig(Config):
-    """What recipes for text share."""
+    """Settings of every recipe for text."""
 
     data: str = setting(
-        "pydoc", "pydoc (Python's own documentation), or a path: .txt, .md, .html, .jsonl, a folder or zip of such"
+        "pydoc", "pydoc (Python's own documentation), or a path: .txt, .md, .html, .jsonl, a folder or zip of these"
     )
-    tokenizer: str = setting("bpe", "kind of tokens", choices=("bpe", "char", "byte"))
-    vocabulary: int = setting(1024, "tokens of a bpe tokenizer", low=257, high=1 << 20)
-    block: int = setting(256, "tokens of context", low=2)
-    sample_every: int = setting(1, "epochs from one text in samples/ to the next; 0: none", low=0)
-    clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    tokenizer: str = setting("bpe", "kind of tokenizer", choices=("bpe", "char", "byte"))
+    vocabulary: int = setting(1024, "vocabulary size of a bpe tokenizer", low=257, high=1 << 20)
+    block: int = setting(256, "context length in tokens", low=2)
+    sample_every: int = setting(1, "epochs between texts in samples/; 0: none", low=0)
+    clip: float = setting(1.0, "gradient clipping: largest norm; 0: none", low=0)
 
 
 def changed(kind: type[Config], key: str, default: Any) -> Any:

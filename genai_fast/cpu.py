@@ -1,4 +1,4 @@
-"""What makes a whole process train faster on a CPU: the allocator, the library of matrix products, the threads."""
+"""Process-wide settings for training on a CPU: the allocator, the matmul library, the threads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class CPUTuning:
         products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
         parts = [
             "freed memory kept" if self.memory else "stock allocator",
-            f"matrix products {products}",
+            f"matmuls {products}",
             f"{self.threads} threads",
             *self.notes,
         ]
@@ -79,21 +79,22 @@ _active: CPUTuning | None = None
 
 
 def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) -> CPUTuning:
-    """Settings of the whole process that make training on a CPU faster, whoever's model it is.
+    """Process-wide settings that speed up the training of any model on a CPU.
 
-    - memory: glibc keeps freed memory instead of handing it back to the system, which clears it before it gives it out
-      again: no page faults in a step that has run before. The process holds on to its peak.
-    - matmul: float32 products go to oneDNN where it is measured faster than PyTorch's library (MKL does not use AVX-512
-      on AMD's processors): each form of a product is measured in three sizes once on a machine and remembered, as
-      convolutions are (`genai_fast.autotune`), and checked against float64 in every process. Products of slices and
-      those smaller than what is measured stay with PyTorch's, and so do deterministic runs.
-    - threads: no more than the cores that this process may use (affinity, a container's quota).
+    - memory: glibc keeps freed memory instead of returning it to the system, which would clear it before handing it out
+      again: no page faults in a step that has run before. The process keeps its peak memory.
+    - matmul: float32 matmuls go to oneDNN if that is measured faster than PyTorch's library (MKL does not use AVX-512
+      on AMD's processors). Each form of matmul is measured in three sizes once per machine and remembered, like
+      convolutions (`genai_fast.autotune`), and checked against float64 in every process. Matmuls of slices, those
+      smaller than the measured sizes, and deterministic runs stay with PyTorch's library.
+    - threads: at most the cores that this process may use (affinity, a container's quota).
 
-    What cannot be had here is said in a FallbackWarning. Gradients and double backward are untouched: what is replaced
-    stands below autograd. Compiled models keep what they were compiled with: call it before.
+    A FallbackWarning names what is not available. Gradients and double backward are unaffected: the replacement is
+    below autograd. Compiled models keep what they were compiled with, so call this first.
 
     Returns:
-        what was done; a second call returns the first one's until that is removed, and its `with` block undoes nothing.
+        What was done; `.remove()` or the end of a `with` block undoes it. A second call returns the same object, and
+        its `with` block undoes nothing.
     """
     global _active
     if _active is not None:
@@ -142,12 +143,12 @@ def allowed_cores() -> int:
 def _keep_memory() -> str:
     """ "" or the reason why the allocator stays as it is."""
     if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        return "the allocator stays as it is: only glibc's can be told to keep memory"
+        return "the allocator is unchanged: only glibc's has a setting to keep memory"
     if "malloc" in os.environ.get("LD_PRELOAD", ""):
-        return "the allocator stays as it is: LD_PRELOAD names another one"
+        return "the allocator is unchanged: LD_PRELOAD names another one"
     if not _set_thresholds(_KEPT):
         _set_thresholds(_DEFAULT)
-        return f"the allocator stays as it is: glibc refused thresholds of {_KEPT >> 20} MiB"
+        return f"the allocator is unchanged: glibc refused thresholds of {_KEPT >> 20} MiB"
     return ""
 
 
@@ -191,7 +192,7 @@ def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
     """The forms of products that oneDNN computes faster and as exactly, each with the multiplications from which it
     does, and what is wrong with those that are not."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return {}, ["matrix products stay as they are: this PyTorch has no oneDNN"]
+        return {}, ["matmuls are unchanged: this PyTorch has no oneDNN"]
     faster, wrong = {}, []
     for form in _FORMS:
         for shape in _SHAPES:
@@ -213,7 +214,7 @@ def _faster_in_onednn() -> tuple[dict[str, int], list[str]]:
         theirs, ours = ((f(None, a, b) - exact).abs().max() / exact.abs().max() for f in (_torch, _onednn))
         if ours > 2 * theirs + _FLOOR:
             del faster[form]
-            wrong.append(f"matrix products ({form}) stay as they are: oneDNN's relative error is {ours:.1e}")
+            wrong.append(f"matmuls ({form}) are unchanged: oneDNN's relative error is {ours:.1e}")
     return faster, wrong
 
 

@@ -51,17 +51,17 @@ _active: SDPASwitch | None = None
 
 
 def enable_sdpa() -> SDPASwitch:
-    """Serve torch.nn.functional.scaled_dot_product_attention by ops.causal_attention's kernels, in the whole process.
+    """Serve torch.nn.functional.scaled_dot_product_attention with ops.causal_attention's kernels, process-wide.
 
-    On CUDA float16 and bfloat16, in place of the flash backend, which then comes first; on a CPU float32. Calls with
-    a mask, dropout, is_causal with T_q != T_k or more than 256 channels a head go where they went before. Compiled
-    models keep what they were compiled with: enable it before.
+    Serves float16 and bfloat16 on CUDA, in place of the flash backend, which then has priority, and float32 on a CPU.
+    Calls with a mask, dropout, is_causal with T_q != T_k or more than 256 channels per head are served as before.
+    Compiled models keep what they were compiled with, so enable it first.
 
     Returns:
-        a switch: `remove()`, or the end of a `with` block, restores everything; if it was on before, the block leaves
-        it on.
+        A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
+
     Raises:
-        RuntimeError: where no kernel of ours runs, naming the reason.
+        RuntimeError: no kernel of ours runs here; the message gives the reason.
     """
     global _active
     if _active is not None:

@@ -1,9 +1,9 @@
 """fuse(model): containers and methods run convolution, batch norm, activation and dropout as fused calls.
 
-GRU and RMS norm become the layers that compute them in one call; PyTorch's layer norm, without a residual, is one.
+GRU and RMS norm become the layers that compute them in one call. PyTorch's layer norm is one call already.
 
 The model remains the same object, with its children, keys and hooks; only the class of some modules changes, to a
-subclass of what it was. `genai_fast.fusion` decides at each call whether a chain is fused.
+subclass of the original. `genai_fast.fusion` decides at each call whether a chain is fused.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class _Equal(type):
 
 
 class _InPlace:
-    """What a module's class becomes: its own class, with another forward. Pickled, it is its own class again."""
+    """Mixin of fused classes: the original class with another forward, and pickled as the original class."""
 
     def __init_subclass__(cls, **settings: Any) -> None:
-        """The base class is not told: it may keep a register of its subclasses, or refuse to have any."""
+        """Bypass the base class's hook: it may register its subclasses, or refuse to be subclassed."""
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Later protocols name the class of the object, and pickle insists on that.
@@ -88,7 +88,7 @@ _kinds: dict[type, type] = {}
 
 
 def _original(cls: type) -> type:
-    """The class that fuse found; cls itself if fuse did not make it."""
+    """The class before fuse; cls itself if fuse did not create it."""
     return vars(cls).get("_fused_from", cls)
 
 
@@ -143,13 +143,13 @@ def _is_generated(module: nn.Module) -> bool:
 
 
 def _is_written(cls: type) -> bool:
-    """Whether this forward is a program's own: torch's modules are leaves or containers."""
+    """Whether this forward is user code: torch's modules are leaves or containers."""
     made_in = getattr(cls.forward, "__module__", None) or ""
     return not made_in.startswith(("torch.", "genai_fast."))
 
 
 class Plan(NamedTuple):
-    """What fuse does with a module: it gets a layer's forward, methods compiled again, or stays; and why."""
+    """What fuse does to a module: a layer's forward, recompiled methods, or nothing; and why."""
 
     layer: type[nn.Module] | None = None
     methods: dict[str, Written] = {}  # noqa: RUF012
@@ -160,9 +160,9 @@ class Plan(NamedTuple):
 def _plan(module: nn.Module) -> Plan:
     cls = _original(type(module))
     if wrapper := _wrapper(module):
-        return Plan(reasons=(f"{wrapper}: fuse comes first",))
+        return Plan(reasons=(f"{wrapper}: fuse before wrapping",))
     if _is_generated(module):
-        return Plan(reasons=("its forward is generated already",) if module._modules else ())
+        return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
         reason = obstacle(module) if "forward" in module.__dict__ else ""
         return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
@@ -229,26 +229,27 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
     for path, module in () if wrapped else model.named_modules():
         if wrapper := _wrapper(module):
             raise TypeError(
-                f"{name}: {path or 'model'}: expected a module that nothing wraps yet, got {wrapper};"
+                f"{name}: {path or 'model'}: expected a module that is not wrapped yet, got {wrapper};"
                 f" {name} the model first, then wrap or compile it"
             )
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Make a model run norms, activations, dropout and GRUs as fused calls, in place.
+    """Run a model's convolutions, norms, activations, dropout and GRUs as fused calls, in place.
 
-    nn.GRU and nn.RMSNorm become those of `layers`; nn.Sequential at any depth becomes a `layers.FusedSequential`; a
-    class whose methods call norms and activations in a row gets a subclass with these methods compiled again.
-    Parameters, buffers, keys, hooks, copies and optimizers stay; a pickle holds the original classes. `explain` says
-    what happens to each module and why not.
+    nn.GRU and nn.RMSNorm become their counterparts in `layers`; nn.Sequential at any depth becomes a
+    `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass with these
+    methods recompiled. Parameters, buffers, keys, hooks, copies and optimizers do not change; a pickle holds the
+    original classes. `explain` reports what happens to each module and why.
 
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
 
     Returns:
-        The same object. A fused model stays as it is.
+        The same object. Fusing a fused model changes nothing.
 
-    Raises: TypeError on a model that is wrapped already, or holds a module that is, and on what is no module.
+    Raises:
+        TypeError: the model is not a module, or is wrapped or compiled already, or contains such a module.
     """
     _check("fuse", model)
     for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
@@ -258,9 +259,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every module that `fuse` changed its own class back, in place; the same object is returned.
+    """Undo `fuse` in place: every module gets its original class back. Returns the same object.
 
-    Raises: TypeError as `fuse` does.
+    Raises:
+        TypeError: as for `fuse`.
     """
     _check("unfuse", model)
     for module in model.modules():
@@ -270,7 +272,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 class Row(NamedTuple):
-    """Modules at a path, what they are, what serves them, or ("" then) why they are left alone."""
+    """Modules at a path: their types, what serves them ("" for PyTorch's own code), and the reasons."""
 
     path: str
     found: str
@@ -280,7 +282,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `fuse` does to a model: rows to iterate over, and a table as str."""
+    """What `fuse` does to a model: an iterable of rows; str() gives a table."""
 
     rows: tuple[Row, ...]
 
@@ -300,16 +302,20 @@ class Explanation:
 
 
 def explain(model: nn.Module, example_input: Any = None) -> Explanation:
-    """What `fuse` makes of each part of a model, and why it leaves the others alone; the model is not changed.
+    """Report what `fuse` does to each part of a model and why it leaves the rest alone; the model is not changed.
 
     Args:
         model: any module, fused or not.
-        example_input: a tensor, or a tuple of positional arguments. With it the model runs once, fused meanwhile, in
-            the mode and under the contexts (no_grad, autocast) that it has now, and there is a row for each chain that
-            ran and each other leaf: what served it, with the measured times, and why the other implementations did not
-            (a size below a threshold, dtype, layout, device, measured slower). Buffers and random state are restored.
+        example_input: a tensor, or a tuple of positional arguments. With it the model runs once, temporarily fused, in
+            its current mode and contexts (no_grad, autocast), and there is a row for each chain that ran and for each
+            other leaf: what served it, with the measured times in microseconds, and why the other implementations did
+            not (size below a threshold, dtype, layout, device, measured slower). Buffers and random state are restored.
 
-    Raises: TypeError on what is not a module; with an example, what the model raises.
+    Returns:
+        An `Explanation`: rows (path, found, becomes, reason), and a table when printed.
+
+    Raises:
+        TypeError: the model is not a module. With an example, whatever the model raises.
     """
     _check("explain", model, wrapped=True)
     if example_input is not None:
@@ -345,7 +351,7 @@ def _chain_rows(path: str, names: Sequence[str], modules: Sequence[nn.Module], c
             yield Row(where, found, "", reason)
         elif (span.letters[0] in "ad" and len(span.letters) > 1) or span.letters == "d":
             covered.update(map(id, here))
-            yield Row(where, found, "", "it works in place on what this container was given")
+            yield Row(where, found, "", "it works in place on the container's input")
 
 
 def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
@@ -368,29 +374,29 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
 
 
 def _why_not(module: nn.Module) -> str:
-    """Why a module that looks like one of torch's does not count as one; "" if it does not look like one."""
+    """Why a module that resembles one of torch's is not treated as one; "" if it resembles none."""
     if not isinstance(module, (*STOCK, nn.modules.batchnorm._BatchNorm)):
         return ""
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "it is created at its first call"
+        return "it is initialized on its first call"
     if type(module) in STOCK:
         return obstacle(module)
     return f"a subclass of {', '.join(base.__name__ for base in type(module).__bases__)}"
 
 
-# Leaves that cost time and that fuse leaves to PyTorch: what helps.
+# Expensive leaves that fuse leaves to PyTorch: what helps.
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
-    ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its products"),
+    ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
-    ((nn.Linear, nn.Bilinear), "PyTorch's product; genai_fast.tune_cpu() speeds it up where oneDNN is faster"),
+    ((nn.Linear, nn.Bilinear), "PyTorch's matmul; genai_fast.tune_cpu() speeds it up if oneDNN is faster"),
 )
 
 
 def _why_left(module: nn.Module) -> str:
-    """Why PyTorch serves a leaf that takes time; "" of one that takes none."""
+    """Why PyTorch serves a leaf; "" for a leaf that costs next to nothing."""
     if reason := _why_not(module):
         return reason
     for kinds, remedy in _REMEDIES:
@@ -408,7 +414,7 @@ _WITHOUT_PARAMETERS = (
 
 
 def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
-    """Runs the model once, and tells what served each chain and leaf."""
+    """Run the model once; report what served each chain and leaf."""
     paths = {id(module): path for path, module in model.named_modules()}
     decisions: list[tuple[Sequence[nn.Module], Decision]] = []
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-__version__ = "0.1.0"  # the one place: pyproject.toml reads this line
+__version__ = "0.2.0"  # the one place: pyproject.toml reads this line
 
 
 def version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What the command line's commands do."""
+"""The commands of the command line."""
 
 from __future__ import annotations
 
@@ -71,10 +71,13 @@ def _say(recipe: str, result: Trained) -> None:
     folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    say(f"{folder}: validation: {terms or 'none' if result.record else 'as before, all epochs were done'}", sys.stdout)
+    say(
+        f"{folder}: validation: {terms or 'none' if result.record else 'unchanged, all epochs were already done'}",
+        sys.stdout,
+    )
     best = result.record.get("best")
     if best and best != result.record["step"]:
-        say(f"best on held-out data after step {best}: kept; the commands below take it with --best", sys.stdout)
+        say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
     if isinstance(result.task, TextTask):
         prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
         say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
@@ -129,7 +132,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     _check_seed(options.seed)
     _check_png(options.out)
     if (options.box is None) == (options.mask is None):
-        raise UsageError("expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE, one of them")
+        raise UsageError("expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE")
     run = _open(options, "inpaint", Inpaints)
     images = _images_for(run, options.data)
     count = min(options.count, len(images))
@@ -139,7 +142,7 @@ def run_inpaint(options: argparse.Namespace) -> int:
     repaired = run.model.inpaint(batch[0], mask, *batch[1:], steps=options.steps, seed=options.seed)
     x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
     pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
-    print(f"{options.out}: {count} images, damaged and repaired by {run.folder}, a row each")
+    print(f"{options.out}: {count} images: original, damaged and repaired by {run.folder}, one row each")
     return 0
 
 
@@ -152,7 +155,7 @@ def run_reconstruct(options: argparse.Namespace) -> int:
     with latents.evaluating(run.model):
         pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
     pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
-    print(f"{options.out}: {len(batch[0])} images, and what {run.folder} makes of them, a row each")
+    print(f"{options.out}: {len(batch[0])} images and their reconstructions by {run.folder}, one row each")
     return 0
 
 
@@ -197,7 +200,7 @@ def run_generate(options: argparse.Namespace) -> int:
         _check_parent(options.out)
     run = _open(options)
     if run.tokenizer is None:
-        raise UsageError(f"{run.folder}: expected a run of a model of text, got one of {run.recipe}; remedy: sample")
+        raise UsageError(f"{run.folder}: expected a run of a text model, got one of {run.recipe}; remedy: sample")
     records = []
     shown = printable if sys.stdout.isatty() else str  # a model may write what a terminal obeys
     for prompt in prompts:
@@ -220,7 +223,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         raise UsageError("expected --prompt TEXT or --prompts FILE, got both")
     if options.prompts is None:
         if options.prompt == "":
-            raise UsageError("--prompt: expected a text, got an empty one; remedy: leave it out, or give a word")
+            raise UsageError("--prompt: expected a text, got an empty one; remedy: omit it, or pass a word")
         return [_form(options.prompt or "")]
     try:
         found = cleaning.decode(options.prompts.read_bytes())
@@ -230,7 +233,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"--prompts: {options.prompts}: expected UTF-8, got other bytes from byte {found.first} on")
     prompts = [line for line in _form(found.text).split("\n") if line.strip()]
     if not prompts:
-        raise UsageError(f"--prompts: {options.prompts}: expected a prompt a line, got an empty file")
+        raise UsageError(f"--prompts: {options.prompts}: expected one prompt per line, got an empty file")
     return prompts
 
 
@@ -287,11 +290,8 @@ def run_tune(options: argparse.Namespace) -> int:
         )
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
-    rows = tune.table(chosen)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"{len(chosen)} convolutions; remembered in {autotune.file()}")
+    print(tune.text(chosen))
+    print(f"{len(chosen)} convolutions; choices saved in {autotune.file()}")
     return 0
 
 
@@ -336,7 +336,7 @@ def _open(options: argparse.Namespace, need: str = "", protocol: type = object) 
         folder = Path("runs") / folder
     run = open_run(folder, options.best)
     if need and (run.tokenizer is not None or not offers(run.model, protocol)):
-        raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}, which cannot")
+        raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}")
     return run
 
 
@@ -345,9 +345,7 @@ def _labels(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
     if name is None:
         return None
     if not run.classes:
-        raise UsageError(
-            f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: leave it out"
-        )
+        raise UsageError(f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: omit it")
     if name not in run.classes:
         raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
     return torch.full((count,), run.classes.index(name))

@@ -1,4 +1,4 @@
-"""What is here: versions, devices, backends and why others are not, caches, OpenMP runtimes."""
+"""What works on this machine: versions, devices, the backend of each op, caches, OpenMP runtimes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -20,27 +21,30 @@ from genai_fast.registry import OPS
 from genai_fast.versions import __version__, version
 
 _PACKAGES = ("torch", "triton", "numpy")
+_WIDTH = 100  # columns of the text
 
 
 def examine() -> dict[str, Any]:
     """Everything as JSON data; works without the C++ extension, without Triton and without a GPU."""
-    devices = _devices()
+    devices, kernels = _devices(), _cpu()
+    problems = _warnings(kernels)
     return {
+        "ok": not problems,
+        "warnings": problems,
         "versions": {
             "genai_fast": __version__,
             "python": platform.python_version(),
             **{name: version(name) or "not installed" for name in _PACKAGES},
-            "torch's CUDA": torch.version.cuda or "none",
+            "cuda": torch.version.cuda or "none",
         },
         "platform": platform.platform(),
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
-        "training on a CPU": _tuning(),
+        "cpu": kernels,
+        "tune_cpu": _tuning(),
         "ops": {name: {device: _served(name, device) for device in devices} for name in OPS},
         "caches": _caches(),
         "openmp": backends.mapped_openmp(),
-        "warnings": _warnings(),
     }
 
 
@@ -49,21 +53,21 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: a line a fact, ops that share a reason together, warnings last."""
+    """The report for people: the verdict, then one fact per line; ops that share a reason are listed together."""
     kernels = report["cpu"]
-    lines = ["versions"]
-    lines += [f"  {name:<14}{version}" for name, version in report["versions"].items()]
-    lines += [f"  {'platform':<14}{report['platform']}", "devices"]
-    lines += [f"  {device:<14}{what}" for device, what in report["devices"].items()]
-    lines += [
-        "CPU kernels",
-        f"  {'in use':<14}{kernels['in use'] or kernels['reason']}",
-        f"  {'available':<14}{', '.join(kernels['available']) or 'none'}"
-        f" (GENAI_FAST_ISA={kernels['GENAI_FAST_ISA'] or 'unset'})",
-        f"  {'threads':<14}{report['threads']}",
-        f"  {'tune_cpu()':<14}{report['training on a CPU']}",
-        "ops",
-    ]
+    lines = [f"WARNING: {warning}" for warning in report["warnings"]] or ["ok: no problems found"]
+    lines += ["versions", *_pairs(report["versions"] | {"platform": report["platform"]})]
+    lines += ["devices", *_pairs(report["devices"]), "CPU kernels"]
+    lines += _pairs(
+        {
+            "in use": kernels["in_use"] or kernels["reason"],
+            "available": f"{', '.join(kernels['available']) or 'none'}"
+            f" (GENAI_FAST_ISA={kernels['genai_fast_isa'] or 'unset'})",
+            "threads": report["threads"],
+            "tune_cpu()": report["tune_cpu"],
+        }
+    )
+    lines.append("ops")
     width, reasons = max(map(len, report["ops"])) + 2, defaultdict(list)
     for op, by_device in report["ops"].items():
         for device, served in by_device.items():
@@ -74,12 +78,21 @@ def as_text(report: dict[str, Any]) -> str:
         others = [op for op in report["ops"] if op not in ops]
         named = ", ".join(ops) if len(ops) < len(others) else f"all but {', '.join(others)}" if others else "every op"
         lines.append(f"  {device}, {reason} ({named})")
-    lines.append("caches")
-    lines += [f"  {name:<14}{where}" for name, where in report["caches"].items()]
-    lines.append("OpenMP runtimes")
-    lines += [f"  {path}" for path in report["openmp"]] or ["  none mapped"]
-    lines += [f"WARNING: {warning}" for warning in report["warnings"]] or ["all is well"]
-    return "\n".join(lines)
+    lines += ["caches", *_pairs(report["caches"]), "OpenMP runtimes"]
+    lines += [f"  {path}" for path in report["openmp"]] or ["  none loaded"]
+    return "\n".join(part for line in lines for part in _wrapped(line))
+
+
+def _pairs(facts: dict[str, Any]) -> list[str]:
+    return [f"  {name:<14}{value}" for name, value in facts.items()]
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(
+        line, _WIDTH, subsequent_indent=f"{indent}    ", break_long_words=False,
+        break_on_hyphens=False, replace_whitespace=False,
+    )  # fmt: skip
 
 
 def _devices() -> dict[str, str]:
@@ -91,25 +104,25 @@ def _devices() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    """The C++ kernels: instruction set in use, those that this processor has, and what is wrong."""
+    """The C++ kernels: instruction set in use, those that this processor supports, and what is wrong."""
     module, reason = extension()
     available = [isa for isa, here in module.instruction_sets().items() if here] if module else []
     in_use = ""
     if module is not None:
         try:
             in_use = cpu_kernels()[1]
-        except (RuntimeError, UsageError) as error:  # GENAI_FAST_ISA names one that is not here
+        except (RuntimeError, UsageError) as error:  # GENAI_FAST_ISA names one that this processor lacks
             reason = str(error)
     return {
-        "in use": in_use,
+        "in_use": in_use,
         "available": available,
-        "GENAI_FAST_ISA": os.environ.get("GENAI_FAST_ISA", ""),
+        "genai_fast_isa": os.environ.get("GENAI_FAST_ISA", ""),
         "reason": reason,
     }
 
 
 def _tuning() -> str:
-    """What training on this CPU is done with: see `tune_cpu`."""
+    """What `tune_cpu` sets on this CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", backends.FallbackWarning)  # it is in the text
         with cpu.tune_cpu() as tuning:
@@ -117,7 +130,7 @@ def _tuning() -> str:
 
 
 def _served(op: str, device: str) -> dict[str, Any]:
-    """Which backend serves a public op's float32 tensors on a device, and why each other does not."""
+    """Which backend serves a public op's float32 tensors on a device, and why each of the others does not."""
     names = [library.name for library in OPS[op].library]
     served = {backends.choose(name, backends.forced_backend(), device)[0] for name in names}
     others = {}
@@ -127,17 +140,17 @@ def _served(op: str, device: str) -> dict[str, Any]:
         if backend not in OPS[op].backends:
             others[backend] = f"{op} has no {backend} kernel"
         else:
-            others[backend] = backends.unavailable(backend, device) or "another comes first; use_backend() chooses it"
+            others[backend] = backends.unavailable(backend, device) or "another has priority; use_backend() selects it"
     return {"backend": " and ".join(sorted(served)), "not": others}
 
 
 def _caches() -> dict[str, str]:
-    """Folders of compiled kernels, with their size."""
+    """Compiled kernels, with their size, and the file of measured choices."""
     home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     caches = {
         "triton": _size(home),
-        "paths": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
+        "autotune": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
     }
     if inductor:
         caches["inductor"] = _size(Path(inductor))
@@ -151,16 +164,15 @@ def _size(folder: Path) -> str:
     return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 
 
-def _warnings() -> list[str]:
+def _warnings(kernels: dict[str, Any]) -> list[str]:
     found = []
     runtimes = backends.mapped_openmp()
     if len(runtimes) > 1:
         found.append(
-            f"{len(runtimes)} OpenMP runtimes are mapped and slow each other: {', '.join(runtimes)};"
-            f" remedy: import torch first, and no package with an OpenMP of its own beside it"
+            f"{len(runtimes)} OpenMP runtimes are loaded and slow each other down: {', '.join(runtimes)};"
+            f" remedy: import torch first, and no package that brings its own OpenMP"
         )
-    kernels = _cpu()
-    if not kernels["in use"]:
+    if not kernels["in_use"]:
         found.append(kernels["reason"])
     if sys.platform.startswith("linux") and torch.cuda.is_available() and version("triton") is None:
         found.append("triton is not installed, so CUDA tensors run on plain PyTorch; remedy: pip install triton")

@@ -1,4 +1,4 @@
-"""Examples of the command line, which each command's --help shows."""
+"""Examples that each command's --help shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "genai-fast sample runs/dcgan-mnist --count 100 --out grid.png",
         "genai-fast sample runs/cgan-mnist --class 7 --count 1000 --out sevens",
     ),
-    "interpolate": ("genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out ways.png",),
+    "interpolate": ("genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out between.png",),
     "inpaint": (
         "genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32",
         "genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png",
@@ -36,7 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "tune": (
         "genai-fast tune dcgan-64-generator dcgan-64-discriminator --batch 64",
-        "genai-fast tune net.py:make --input 3x64x64 --channels-last --out paths.md",
+        "genai-fast tune net.py:make --input 3x64x64 --channels-last --out choices.md",
     ),
     "doctor": ("genai-fast doctor", "genai-fast doctor --json"),
     "demo": ("genai-fast demo",),

@@ -1,7 +1,8 @@
-"""The fastest implementation of every convolution of a model, measured ahead of its use."""
+"""The fastest implementation of each convolution of a model, measured before the model is used."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +13,14 @@ from genai_fast.errors import UsageError
 from genai_fast.models import MODELS
 from genai_fast.swap import fuse
 
+_WIDTH = 120  # columns of the text
+
 
 def load(name: str, sizes: str | None, arguments: Sequence[str] = ()) -> tuple[nn.Module, tuple[int, ...]]:
     """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
 
     Raises:
-        UsageError: no such model, file or factory; no module from it; the input's shape is missing or none.
+        UsageError: no such model, file or factory; it returns no module; the input's shape is missing or invalid.
     """
     if name in MODELS:
         make, shape = MODELS[name]
@@ -48,16 +51,16 @@ def tune(
     model: nn.Module, shape: tuple[int, ...], *, batch: int, device: torch.device, bf16: bool = False,
     channels_last: bool = False,
 ) -> dict[str, autotune.Choice]:  # fmt: skip
-    """Run a model in training, with and without a gradient for its input, and in evaluation; gives what was chosen.
+    """Run a model in training mode, with and without an input gradient, and in evaluation mode; returns the choices.
 
     Args:
-        model: is fused and moved to the device.
+        model: it is fused and moved to the device.
         shape: of one input, without the batch.
-        batch: inputs at a time: choices hold for this batch.
+        batch: batch size; the choices hold for it.
         bf16: run under autocast to bfloat16.
-        channels_last: lay model and input out so.
+        channels_last: convert model and input to channels_last.
 
-    Raises: RuntimeError where choices are pinned (`GENAI_FAST_DETERMINISTIC=1`).
+    Raises: RuntimeError if choices are pinned (`GENAI_FAST_DETERMINISTIC=1`).
     """
     if autotune.pinned():
         raise RuntimeError("tune: choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
@@ -74,19 +77,20 @@ def tune(
     return autotune.chosen(device)
 
 
-def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
-    """Header and rows: what runs, its implementation, why that one, and the measured times."""
-    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
-    rows = [("convolution", "implementation", "why", *(f"{name} us" for name in names))]
+def text(chosen: dict[str, autotune.Choice]) -> str:
+    """A paragraph per convolution, for a terminal: what it is, its implementation and why, and the measured times."""
+    lines = []
     for key, (name, times) in chosen.items():
-        shown = (f"{times[n]:.0f}" if n in times else "-" for n in names)
-        rows.append((key, name, _why(name, times), *shown))
-    return rows
+        measured = ", ".join(f"{other} {time:.0f} us" for other, time in times.items())
+        choice = f"    {name}: {_why(name, times)}" + (f" ({measured})" if measured else "")
+        for line in (key, choice):
+            lines += textwrap.wrap(line, _WIDTH, subsequent_indent="        ", break_long_words=False)
+    return "\n".join(lines)
 
 
 def _why(name: str, times: dict[str, float]) -> str:
     if not times:
-        return "the only one"
+        return "the only implementation that serves it"
     default = "torch" if "torch" in times else next(iter(times))
     if name != default:
         return f"{times[default] / times[name]:.2f} x {default}"
@@ -94,8 +98,13 @@ def _why(name: str, times: dict[str, float]) -> str:
 
 
 def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
-    """The table as a document."""
-    header, *rows = table(chosen)
+    """The choices as a document with one table."""
+    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
+    header = ("convolution", "implementation", "why", *(f"{name} us" for name in names))
+    rows = [
+        (key, name, _why(name, times), *(f"{times[n]:.0f}" if n in times else "-" for n in names))
+        for key, (name, times) in chosen.items()
+    ]
     lines = [
         "# The implementation of each convolution",
         "",

@@ -149,7 +149,7 @@ def _check_arranged(path: Path, arranged: _Arranged, strict: bool) -> None:
             raise DataError(f"{message}; remedy: move or remove them")
         warnings.warn(f"{message}, and are left out; remedy: move or remove them", DataWarning, stacklevel=4)
     if arranged.loose:
-        message = f"{path}: {arranged.loose} pictures lie beside its subfolders, so there are no classes"
+        message = f"{path}: {arranged.loose} pictures are next to its subfolders, so there are no classes"
         warnings.warn(f"{message}; remedy: one subfolder for each class and no others", DataWarning, stacklevel=4)
 
 

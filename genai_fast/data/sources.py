@@ -17,7 +17,7 @@ from genai_fast.data.folder import load_pictures
 from genai_fast.data.images import Images
 from genai_fast.data.numpy_files import read_arrays
 from genai_fast.data.reading import gunzip, is_folder, parsing, read_bytes
-from genai_fast.errors import UsageError
+from genai_fast.errors import missing
 
 _IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("labels", "y", "y_train", "arr_1")
@@ -74,7 +74,7 @@ def _table(name: str, package: str, file: str, side: int, white: int) -> Images:
     # The package itself is not imported: it is slow, and scikit-learn brings an OpenMP runtime of its own.
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise UsageError(f'{name} comes with package {package}; remedy: pip install "genai-fast[data]"')
+        raise missing(package, "data", f"not installed; {name} is part of it")
     path = Path(found.origin).parent / file
     with parsing(path, f"{name} in a table", f"reinstall {package}"), gzip.open(path) as rows:
         table = np.loadtxt(rows, delimiter=",", dtype=np.float32).astype(np.uint8)

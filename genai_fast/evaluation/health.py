@@ -84,7 +84,7 @@ def warnings_of(
         said.append(
             f"mode collapse: samples have {diversity:.2f} of the data's diversity, expected at least"
             f" {LEAST_DIVERSITY:g}; remedy: more epochs if these are the first; then for a GAN WGAN-GP, spectral norm"
-            f" on the discriminator or a smaller rate for the generator, for a VAE a smaller beta"
+            f" on the discriminator or a smaller learning rate for the generator, for a VAE a smaller beta"
         )
     said += _discriminator(discriminator_accuracy, generator_loss, coverage)
     if samples is not None and real is not None:
@@ -92,13 +92,13 @@ def warnings_of(
         if share - data > EXCESS_SATURATION:
             said.append(
                 f"saturation: {share:.0%} of the samples' pixels are at black or white, {data:.0%} of the data's;"
-                f" remedy: a smaller rate for the generator, EMA of its weights, or spectral norm"
+                f" remedy: a smaller learning rate for the generator, EMA of its weights, or spectral norm"
             )
     if active_units == 0:
         said.append("posterior collapse: no latent unit depends on the data (active units 0); remedy: a smaller beta")
     elif kl is not None and kl < LEAST_KL * (latent or 1):
         said.append(
-            f"posterior collapse: KL is {kl:.3g} nats a sample, expected {LEAST_KL * (latent or 1):g} or more;"
+            f"posterior collapse: KL is {kl:.3g} nats per sample, expected {LEAST_KL * (latent or 1):g} or more;"
             f" remedy: a smaller beta"
         )
     return said
@@ -111,17 +111,17 @@ def _discriminator(accuracy: float | None, generator_loss: float | None, coverag
         return [
             f"the discriminator wins: its accuracy is {accuracy:.3f} and the generator's loss {generator_loss:.2f}"
             f" nats, so the generator learns little; remedy: label smoothing, spectral norm on the discriminator,"
-            f" a smaller rate for it, or WGAN-GP"
+            f" a smaller learning rate for it, or WGAN-GP"
         ]
     if accuracy < LOSING_ACCURACY:
         return [
-            f"the discriminator loses: its accuracy is {accuracy:.2f}, worse than guessing; remedy: a smaller rate for"
-            f" the generator, and a check that real images are labelled 1"
+            f"the discriminator loses: its accuracy is {accuracy:.2f}, worse than guessing; remedy: a smaller"
+            f" learning rate for the generator, and a check that real images are labelled 1"
         ]
     if abs(accuracy - 0.5) <= CHANCE and coverage is not None and coverage < LEAST_COVERAGE:
         return [
             f"the discriminator guesses: its accuracy is {accuracy:.2f} though samples cover {coverage:.0%} of the"
-            f" data; remedy: a smaller rate for the generator, or less label smoothing"
+            f" data; remedy: a smaller learning rate for the generator, or less label smoothing"
         ]
     return []
 

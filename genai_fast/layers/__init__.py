@@ -1,4 +1,4 @@
-"""nn.Module drop-ins: the keys and the constructors of torch's own modules, one fused call for several of them."""
+"""nn.Module drop-ins: torch's constructors and state-dict keys, with fused calls."""
 
 from genai_fast.layers.blocks import ConvBNAct, ConvTransposeBNAct
 from genai_fast.layers.norms import LayerNorm, RMSNorm

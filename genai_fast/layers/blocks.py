@@ -1,4 +1,4 @@
-"""A convolution, its batch norm and its activation as one module, with the keys of nn.Sequential(conv, bn, act)."""
+"""Convolution, batch norm and activation as one module with the keys of nn.Sequential(conv, bn, act)."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ class ConvBNAct(_Block):
     """activation(batch_norm(conv(x))): nn.Sequential(conv, norm, activation) with its keys, run fused.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: of nn.Conv1d,
-            2d or 3d; without bias by default, since the norm has one.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as for
+            nn.Conv1d, 2d or 3d; no bias by default, since the norm has one.
         dims: number of spatial dimensions, 1 to 3.
-        eps, momentum, affine, track_running_stats: of the norm.
-        activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None for none.
+        eps, momentum, affine, track_running_stats: as for nn.BatchNorm1d, 2d or 3d.
+        activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None.
         negative_slope: of leaky_relu.
 
-    Raises: ValueError on an unknown activation or number of dimensions.
+    Raises:
+        ValueError: unknown activation or number of dimensions.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class ConvBNAct(_Block):
 
 
 class ConvTransposeBNAct(_Block):
-    """activation(batch_norm(conv_transpose(x))), as `ConvBNAct` with nn.ConvTranspose1d, 2d or 3d."""
+    """activation(batch_norm(conv_transpose(x))): `ConvBNAct` with nn.ConvTranspose1d, 2d or 3d."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: _Size, stride: _Size = 1, padding: _Size = 0,

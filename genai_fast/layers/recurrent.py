@@ -1,4 +1,4 @@
-"""nn.GRU with the recurrence in one call a layer and direction."""
+"""nn.GRU with one call per layer and direction."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from genai_fast.precision import autocast_dtype, without_autocast
 
 
 class GRU(nn.GRU):
-    """nn.GRU: its constructor, keys, results and gradients; on a CPU in one fused call a layer and direction.
+    """nn.GRU: same constructor, keys, results and gradients; on a CPU one fused call per layer and direction.
 
-    PyTorch's own forward serves a few steps; CUDA, where it is cuDNN's, unless `use_backend` asks for another;
-    torch.export, torch.func and forward-mode derivatives; and, with a warning, packed sequences and dtypes without a
-    kernel. Dropout between layers draws other numbers than PyTorch's; torch.manual_seed still repeats them.
+    PyTorch's own forward serves short sequences; CUDA (cuDNN), unless `use_backend` selects a backend; torch.export,
+    torch.func and forward-mode derivatives; and, with a warning, packed sequences and dtypes without a kernel. Dropout
+    between layers draws different numbers than PyTorch's; torch.manual_seed reproduces them.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: of nn.GRU.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for nn.GRU.
     """
 
     def forward(self, input: Any, hx: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""FusedSequential: nn.Sequential that runs batch norm, activation and dropout of its children as fused calls."""
+"""FusedSequential: an nn.Sequential that runs its children's batch norm, activation and dropout as fused calls."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from genai_fast.fusion.run import run
 
 
 class FusedSequential(nn.Sequential):
-    """nn.Sequential whose children run fused where they can: same constructor, keys, outputs and gradients.
+    """nn.Sequential whose children run fused if possible: same constructor, keys, outputs and gradients.
 
-    At every call it looks at its children and runs as one
+    Each call inspects the children and runs these as one call:
 
     - [Conv or ConvTranspose or Linear,] BatchNorm or SyncBatchNorm [, activation];
-    - [activation,] Dropout in training, whose mask is drawn again in backward rather than kept;
-    - Conv2d or ConvTranspose2d, with what follows it, by the path that `genai_fast.autotune` measured as the fastest;
+    - [activation,] Dropout in training, whose mask is regenerated in backward instead of stored;
+    - Conv2d or ConvTranspose2d, with what follows it, by the fastest implementation (`genai_fast.autotune`);
 
     and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU. A child
     counts if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on
-    the CPU, where no gradient is needed, convolution, norm and activation are one oneDNN call.
+    the CPU, if no gradient is needed, convolution, norm and activation are one oneDNN call.
 
-    Where torch.export, torch.jit, torch.fx or torch.func trace it, and for what the ops do not serve, the children are
-    called one by one. The numbers that Dropout draws differ from torch's; torch.manual_seed still repeats them.
+    Under torch.export, torch.jit, torch.fx and torch.func, and for whatever the ops do not serve, the children are
+    called one by one. Dropout draws different numbers than torch's; torch.manual_seed reproduces them.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def make(name: str, config: Config, shape: tuple[int, int, int], classes: int) -
     if recipe.labelled and classes < 1:
         raise UsageError(
             f"{name}: expected images with labels, got none; remedy: a folder with one subfolder for each class, or"
-            f" labels beside the images"
+            f" labels next to the images"
         )
     try:
         return recipe.make(config, shape, classes)

@@ -36,7 +36,7 @@ class _BatchNormAct(KernelFunction):
             if ctx.group is not None:
                 raise NotImplementedError(
                     f"{_OP}: expected one backward through statistics of several processes, got create_graph=True;"
-                    f" use BatchNorm without synchronization where a gradient is differentiated"
+                    f" use BatchNorm without synchronization if a gradient is differentiated"
                 )
             grads = reference.gradients(*arguments, ctx.batch_statistics, eps, activation, slope)
             return dict(zip(("x", "weight", "bias"), grads, strict=True))

@@ -187,7 +187,7 @@ class GPTDecoder:
             if self.length:
                 raise RuntimeError(
                     f"{_CLASS}: expected the weights that made the {self.length} tokens of the cache, got changed ones;"
-                    f" begin anew with reset() or prefill()"
+                    f" start again with reset() or prefill()"
                 )
             self.refresh()
         with torch.no_grad():

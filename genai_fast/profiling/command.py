@@ -33,14 +33,14 @@ def run(options: argparse.Namespace) -> int:
     if options.batch is not None and options.batch < 1:
         raise UsageError(f"--batch: expected at least 1, got {options.batch}")
     for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
-        require(module, "train")  # now rather than after the measurement
+        require(module, "train")  # now, not after the measurement
     subject, device = _subject(options)
     variants = _variants(options.compare, subject)
     out = new_folder(Path("."), f"profile-{subject.name}") if options.out is None else options.out
     with _new(out) as folder, contextlib.redirect_stdout(sys.stderr):  # a loop's own words are not the report
         measurement = measure(subject, variants, options.seconds, device, folder, _say)
         _check(subject, measurement)
-        _say("measuring what matrix products reach here")
+        _say("measuring the peak of matmuls on this machine")
         found = figures(subject, measurement)
         text, data = report.as_text(found), json.dumps(found, indent=1, allow_nan=False)
         (folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def _subject(options: argparse.Namespace) -> tuple[Subject, torch.device | None]
         torch.cuda.set_device(device)
     if ":" in name:
         if options.data:
-            raise UsageError(f"--data: {name} has its own; remedy: leave it out")
+            raise UsageError(f"--data: {name} has its own; remedy: omit it")
         return loops.own(name, device, options.batch, bf16, options.own), device
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 3, cutoff=0.4)
@@ -80,7 +80,7 @@ def _variants(wanted: str | None, subject: Subject) -> list[str]:
     if LOOP in subject.variants:
         raise UsageError(
             f"--compare: {subject.what} takes no `prepare`; remedy: give it that parameter and call"
-            f" model = prepare(model) in it, once for each network"
+            f" model = prepare(model) in it, once per network"
         )
     if missing := [name for name in variants if name not in subject.variants]:
         raise UsageError(

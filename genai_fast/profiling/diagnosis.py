@@ -1,4 +1,4 @@
-"""What the figures of a variant say to do about it, in words with numbers."""
+"""Advice from the figures of a variant, in plain English with numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FORMS = (
     Form(
         "cross-entropy",
         ("aten::_log_softmax", "aten::nll_loss_forward", "aten::nll_loss_backward"),
-        "genai_fast.ops.cross_entropy, or linear_cross_entropy with the last layer in it",
+        "genai_fast.ops.cross_entropy, or linear_cross_entropy with the last layer included",
     ),
     Form(
         "binary cross-entropy",
@@ -61,7 +61,7 @@ _CONVOLUTIONS = (
 
 
 def diagnose(report: dict[str, Any], name: str) -> list[str]:
-    """What to change about a variant of `figures`' report that did not fail, the weightiest first."""
+    """What to change about a variant of `figures`' report that did not fail, the most important first."""
     found, cuda = report["variants"][name], report["device"] == "cuda"
     said: list[tuple[float, str]] = []  # share of the step, remedy
 
@@ -74,25 +74,25 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
         say(
             wait,
             f"waiting for data takes {wait:.0%} of the time: DataLoader(num_workers=..., persistent_workers=True"
-            f"{pinned}), cheaper transforms, or batches made ahead (genai_fast.data.ahead)",
+            f"{pinned}), cheaper transforms, or batches prepared in advance (genai_fast.data.ahead)",
         )
     busy = found["device_busy"]
     if busy is not None and busy < BUSY:
         say(
             1 - busy - wait,
-            f"the GPU computes {busy:.0%} of the time; {found['kernels']:.0f} kernels a step, {found['launches']:.0f}"
+            f"the GPU computes {busy:.0%} of the time; {found['kernels']:.0f} kernels per step, {found['launches']:.0f}"
             f" launches: genai_fast.training.Step runs the whole step as one CUDA graph; or a larger batch",
         )
     faults = found["page_faults"] or 0.0
     if not cuda and faults > FAULTS:
         say(
             WAITING,
-            f"{faults:,.0f} page faults a step: memory goes back to the system and is cleared again each time:"
+            f"{faults:,.0f} page faults per step: freed memory returns to the system and is cleared each time:"
             f" genai_fast.tune_cpu() keeps it",
         )
     retries = found.get("allocator_retries") or 0
     if retries:
-        say(1.0, f"the CUDA allocator gave memory back and tried again {retries} times: a smaller batch")
+        say(1.0, f"the CUDA allocator ran out of memory and retried {retries} times: a smaller batch")
     for form in FORMS:
         share = _share(found, form.operators)
         if share >= WORTH:
@@ -106,7 +106,7 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
     if products + convolutions >= MULTIPLYING and wide > 0.5 and _narrow_is_fast(cuda):
         say(
             (products + convolutions) / 2,
-            f"matrix products and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
+            f"matmuls and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
             f" float32: bfloat16 (torch.autocast; --precision bf16 here)",
         )
     seen, other = found["convolutions"] or 0, found["convolutions_not_channels_last"] or 0
@@ -121,7 +121,7 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
         say(
             outside - wait,
             f"{outside - wait:.0%} of the step passes outside PyTorch's operators, between"
-            f" {found['operator_calls']:.0f} calls of them: a larger batch, or torch.compile",
+            f" {found['operator_calls']:.0f} operator calls: a larger batch, or torch.compile",
         )
     cores, threads = allowed_cores(), report["environment"]["threads"]
     if not cuda and 2 * threads < cores:

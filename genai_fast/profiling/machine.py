@@ -17,6 +17,7 @@ from genai_fast.precision import float32_products
 from genai_fast.versions import __version__, version
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+_EMULATED_SIZE = 512  # on a CPU that lacks the type: 2048 takes minutes
 _REPEATS, _SECONDS = 15, 2.0  # of one measurement: this many, or three if that takes so long
 
 
@@ -97,13 +98,15 @@ def fastest(call: Callable[[], object], device: str) -> float:
 
 
 def gemm(device: str, precision: str) -> float:
-    """FLOP/s of a product of large random square matrices, in the fastest library that is here.
+    """FLOP/s of a product of large random square matrices, in the fastest library available.
 
     Args:
         precision: float32, bfloat16 or float16; on CUDA also tf32: float32 rounded by the tensor cores.
     """
-    size = GEMM_SIZE[device]
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    size = GEMM_SIZE[device]
+    if device == "cpu" and dtype is not torch.float32 and not onednn.serves(dtype):
+        size = min(size, _EMULATED_SIZE)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     libraries = [lambda: a @ b]
     if device == "cpu" and onednn.serves(dtype):

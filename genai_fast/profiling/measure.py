@@ -111,7 +111,7 @@ def measure(
         energy, load = Energy(cuda), ForeignLoad()
         running = [v for v in found if not v.failed]
         if running:
-            say(f"clocking {', '.join(v.name for v in running)}: {seconds:g} s each")
+            say(f"measuring {', '.join(v.name for v in running)}: {seconds:g} s each")
         ended = _clock(subject, running, steps, paces, seconds, cuda, energy)
     for variant in running:
         if variant.steps < LEAST and not variant.failed:

@@ -1,4 +1,4 @@
-"""The report of a profile: a table for the terminal, what to change, and a picture."""
+"""The report of a profile: a table for the terminal, what to change, and a plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHORTENED = 38  # characters of an operator's name there
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: what ran where, a column a variant, what to change."""
+    """The report for people: what ran where, one column per variant, what to change."""
     where = report["environment"]
     threads = "" if report["device"] == "cuda" else f" (threads: {where['threads']})"
     lines = [f"{report['model']}: {report['what']}", f"{where['device']}{threads}, torch {where['torch']}", ""]
@@ -53,10 +53,10 @@ def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]
         row("host ms", lambda v: _ms(v["host_seconds"]))
         row("device ms", lambda v: _ms(v["device_seconds"]))
         row("device busy", lambda v: _percent(v["device_busy"]))
-        row("kernels a step", lambda v: _short(v["kernels"]))
-        row("launches a step", lambda v: _short(v["launches"]))
-    row("operator calls a step", lambda v: _short(v["operator_calls"]))
-    row("FLOP a step", lambda v: _at_least(v, _short(v["flops"])))
+        row("kernels per step", lambda v: _short(v["kernels"]))
+        row("launches per step", lambda v: _short(v["launches"]))
+    row("operator calls per step", lambda v: _short(v["operator_calls"]))
+    row("FLOP per step", lambda v: _at_least(v, _short(v["flops"])))
     row("FLOP/s", lambda v: _at_least(v, _short(v["flops_per_second"])))
     if report["peak"] is not None:
         row(f"of {_peak(report)}", lambda v: _at_least(v, _percent(v["flops_share_of_peak"])))
@@ -66,11 +66,11 @@ def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]
         row("allocator retries", lambda v: str(v["allocator_retries"]))
     else:
         row("peak MiB resident, growth", lambda v: _mebibytes(v["peak_resident_growth_bytes"]))
-        row("page faults a step", lambda v: _short(v["page_faults"]))
-    row(f"J a {base['unit'][:-1]}", lambda v: _short(v["joules"]))
+        row("page faults per step", lambda v: _short(v["page_faults"]))
+    row(f"J per {base['unit'][:-1]}", lambda v: _short(v["joules"]))
     row("W", lambda v: _short(v["watts"]))
     row("first step s", lambda v: f"{v['first_step_seconds']:.2f}")
-    row("steps clocked", lambda v: str(v["steps"]))
+    row("steps measured", lambda v: str(v["steps"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -79,7 +79,7 @@ def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]
 
 
 def _peak(report: dict[str, Any]) -> str:
-    return f"the {_short(report['peak']['flops_per_second'])}FLOP/s of {report['peak']['precision']} products here"
+    return f"the {_short(report['peak']['flops_per_second'])}FLOP/s of {report['peak']['precision']} matmuls here"
 
 
 def _remarks(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]:
@@ -87,13 +87,13 @@ def _remarks(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[st
     if all(v["data_wait"] is None for v in good.values()):
         said.append(f"waiting for data: {report['no_wait']}")
     if report["device"] == "cpu" and len(good) > 1:
-        said.append(f"resident memory: what libraries set up once is in {next(iter(good))}'s")
+        said.append(f"resident memory: one-time allocations of libraries count in {next(iter(good))}")
     uncounted = sorted({name for v in good.values() for name in v["flops_not_counted"]})
     if uncounted:
         said.append(f"FLOP not counted of: {', '.join(uncounted)}")
     if (report["foreign_load"] or 0.0) > 0.2:
         said.append(
-            f"other programs kept {report['foreign_load']:.1f} cores busy meanwhile: the figures suffer from it"
+            f"other programs kept {report['foreign_load']:.1f} cores busy during the measurement, which distorts it"
         )
     return [text for text in said if text]
 
@@ -137,12 +137,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for name, v in good.items():
         times = [1e3 * t for t in v["timeline"]]
         line.plot(range(1, len(times) + 1), times, lw=0.8, marker=".", ms=3, color=colours.get(name, "C1"), label=name)
-    line.set(xlabel="step on the clock", ylabel="ms", ylim=(0, None))
+    line.set(xlabel="measured step", ylabel="ms", ylim=(0, None))
     line.legend(frameon=False, fontsize=8)
     for axes, (name, v) in zip(bars, good.items(), strict=True):
         top = v["operators"][:_BARS][::-1]
         names = [o["name"] if len(o["name"]) <= _SHORTENED else o["name"][:_SHORTENED] + "..." for o in top]
         axes.barh(range(len(top)), [1e3 * o["own_seconds"] for o in top], color=colours.get(name, "C1"))
         axes.set_yticks(range(len(top)), names, fontsize=7)
-        axes.set_xlabel(f"ms a step, {name}, under the profiler", fontsize=8)
+        axes.set_xlabel(f"ms per step, {name}, under the profiler", fontsize=8)
     figure.savefig(path)

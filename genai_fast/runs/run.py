@@ -140,7 +140,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         if settings.accumulate > 1 and distributed.size() > 1:
             raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
         if resume and not newest and distributed.first():
-            say(f"{folder}: stopped before its first checkpoint; it begins anew")
+            say(f"{folder}: stopped before its first checkpoint; starting again")
         if settings.init and not newest:
             _begin_with(Path(settings.init), model)
         model = parallel.placed(model, device, settings)
@@ -191,7 +191,7 @@ def _check_same_data(newest: Path, about: dict[str, Any]) -> None:
         return
     if {**found, "data": ""} == {**about, "data": ""}:
         raise UsageError(
-            f"{newest}: expected the data that the run began with, got other contents in as many samples; remedy: put"
+            f"{newest}: expected the data that the run began with, got as many samples with other contents; remedy: put"
             f" the data back, or begin a new run from this one's weights with --init {newest.parent}"
         )
     raise UsageError(f"{newest}: expected a run of {found}, got {about}; remedy: resume with the same data")
@@ -218,7 +218,7 @@ def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     fixed = [key for key, value in changes.items() if key not in ON_RESUME and saved.get(key) != value]
     if fixed:
         flags, allowed = (", ".join(f"--{k.replace('_', '-')}" for k in keys) for keys in (fixed, ON_RESUME))
-        raise ConfigError(f"--resume goes on with the run's own settings: only {allowed} may change, got {flags}")
+        raise ConfigError(f"--resume keeps the run's settings: only {allowed} may change, got {flags}")
     if not path.exists():
         raise UsageError(f"{folder}: expected a run ({CONFIG} in it), got none; remedy: leave --resume out")
     return config.build(RECIPES[name].config, {**saved, **changes}, str(path))

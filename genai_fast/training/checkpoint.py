@@ -130,7 +130,7 @@ def writing(run: Path, recipe: str = "RECIPE") -> Iterator[None]:
         stands = f"{stand[0].name} stands" if stand else "there is no checkpoint yet"
         then = f"go on with {resume_command(run, recipe)}" if stand else "begin again"
         reason = f"{error.strerror} ({atomic_files.room(run)})"
-        raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: mend that, then {then}") from error
+        raise DiskError(f"{run}: cannot be written to: {reason}; {stands}; remedy: fix that, then {then}") from error
 
 
 def resume_command(run: Path, recipe: str = "RECIPE") -> str:
@@ -235,7 +235,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """Put back model, optimizer, random generators, paths and (if `threads`) the thread count; returns state.json and,
     as "training_step", what `Step.load_state_dict` takes, empty if that was not saved.
 
-    Warns where this machine differs from the one that wrote it: then the run goes on, but not bit for bit.
+    Warns if this machine differs from the one that wrote it: the run then continues, but is no longer bit-exact.
     """
     state = read_state(checkpoint)
     tensors = _tensors(checkpoint, _TRAINING, state)
@@ -260,7 +260,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     different = changes(state["environment"], now)
     if different:
         warnings.warn(
-            f"{checkpoint}: the run goes on, but not bit for bit: {_short(different, 1000)}", UserWarning, stacklevel=2
+            f"{checkpoint}: the run continues, but is no longer bit-exact: {_short(different, 1000)}",
+            UserWarning,
+            stacklevel=2,
         )
     else:
         autotune.take(device, state["routes"])
@@ -329,7 +331,7 @@ def _remedy(checkpoint: Path) -> str:
     """What to do about a damaged one."""
     everything = found(checkpoint.parent)
     before = everything[everything.index(checkpoint) + 1 :] if checkpoint in everything else []
-    then = f"the run goes on from {before[0].name}" if before else "there is none before it, so the run begins anew"
+    then = f"the run continues from {before[0].name}" if before else "there is no earlier one, so the run starts again"
     return f"remove {checkpoint}; then {then}"
 
 

@@ -53,7 +53,7 @@ class Graphs:
         settings = self._read_settings()
         if settings != self._settings:
             if self._seen:
-                _say("Step captures its CUDA graphs anew, after a warm-up: an optimizer has another state or settings")
+                _say("Step captures its CUDA graphs again, after a warm-up: state or settings of an optimizer changed")
             self._settings = settings
             self._forget()
         shapes = tuple((x.shape, x.dtype) for x in batch)

@@ -1,4 +1,4 @@
-"""One training step of any model as one call: plain on the CPU, a captured CUDA graph on a GPU."""
+"""One training step of any model as one call: eager on the CPU, a captured CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Step:
         for x, y in batches:
             loss = step(x, y)  # detached, on the device; float(loss) waits for it
 
-    **What is minimised.** A loss function of the batch's tensors. It returns the loss, a 0-d tensor; or several 0-d
-    tensors as a tuple or NamedTuple that begins with it (or has a field `loss`), or as a dict with "loss". `step(...)`
-    returns the same, detached, without waiting for the device. In the place of a function may stand a model with
-    `training_step(*batch)`, which does the same. A batch is tensors: `step(*batch.values())` serves a dict.
+    **Loss.** A loss function takes the batch's tensors and returns the loss, a 0-d tensor; or several 0-d tensors as a
+    tuple or NamedTuple that begins with it (or has a field `loss`), or as a dict with "loss". `step(...)` returns the
+    same structure, detached, without waiting for the device. A model with `training_step(*batch)` may take the place
+    of the function. A batch consists of tensors; pass a dict as `step(*batch.values())`.
 
-    **Networks in turns.** A generator function, or a model's `turns(*batch)`, yields (parameters, loss) for each
-    update, in order, and goes on when those parameters have been updated. What it returns is the step's result; if
-    nothing, that is the tuple of its losses.
+    **Alternating updates.** A generator function, or a model's `turns(*batch)`, yields (parameters, loss) for each
+    update, in order, and is resumed after those parameters have been updated. Its return value is the step's result;
+    without one, the result is the tuple of its losses.
 
         def turns(real):
             fake = generator(torch.randn(len(real), 100, device=real.device))
@@ -54,41 +54,43 @@ class Step:
 
         step = Step(turns, [critic_optimizer, generator_optimizer])
 
-    A turn computes gradients of its own parameters only, and steps the optimizers that have them.
+    A turn computes gradients of its own parameters only, and steps the optimizers that hold them.
 
-    **What is not finite.** If the loss or the norm of the turn's gradients is infinite or NaN, the turn updates
-    nothing and is counted (`skipped()`). After such a step the buffers (batch norm's statistics) are as before it,
-    too, and a model's `after_step()` (a moving average), which follows each step, has changed nothing.
+    **Non-finite values.** If the loss or the norm of the turn's gradients is infinite or NaN, the turn updates nothing
+    and is counted (`skipped()`). Such a step also leaves the buffers (batch norm's statistics) unchanged, and a model's
+    `after_step()` (a moving average), which follows each step, has no effect.
 
-    **CUDA graphs.** The first three steps of a shape run plainly on a side stream: they warm up, and they count.
-    Then the step is captured, and each further call copies its batch into the graph's inputs and replays it. Random
-    numbers are fresh in each replay. What a step reads besides the batch may change only in place: weights, optimizer
-    state, buffers, tensors (a weight beta of a loss: `beta.fill_(0.5)`); Python numbers are frozen. Rates are the
-    exception: lr becomes a tensor that torch's schedulers fill. Another setting of an optimizer, or a state that it
-    loads, begins all this anew. Gradients are not kept. If the capture fails (something waits for the device: `item()`,
-    a print), all steps run plainly from then on, that batch's too, with a FallbackWarning that names the error.
+    **CUDA graphs.** The first three steps of a shape run eagerly on a side stream, as warm-up; they are ordinary
+    training steps. Then the step is captured, and each further call copies its batch into the graph's inputs and
+    replays it. Random numbers are fresh in each replay. Whatever a step reads besides the batch may change only in
+    place: weights, optimizer state, buffers, tensors (a weight beta of a loss: `beta.fill_(0.5)`); Python numbers are
+    frozen. The exception is the learning rate: lr becomes a tensor that torch's schedulers fill. Changing another
+    setting of an optimizer, or loading its state, restarts warm-up and capture. Gradients are not kept. If the capture
+    fails (something waits for the device: `item()`, a print), this batch and all further steps run eagerly, with a
+    FallbackWarning that names the error.
 
     Args:
         model: the loss function, or a model that has `training_step` or `turns`.
-        optimizer: one, or several whose parameters are disjoint. For a graph fused, and capturable where it has that
-            option: `torch.optim.Adam(..., fused=True, capturable=True)`.
-        clip: largest 2-norm of the gradient over the parameters of a turn; 0 for none.
-        precision: of the layers' arithmetic: float32, bfloat16 or float16 by autocast, or "bf16", "fp16". In float16
-            the loss is scaled by a factor that halves when gradients overflow, which skips the update, and doubles
-            after 2000 steps without; a gradient that the loss itself computes (a penalty) is not scaled.
-        accumulate: the batch is cut along its first dimension into so many parts, differing in size by 1 at most,
-            whose gradients are summed before the one update: less memory, and the same as the whole batch within
-            rounding if the loss is a mean: over the rows, or in cross-entropy over the targets that count. A mean over
-            anything else says over how many in an entry `weight` of its dict or NamedTuple, 0-d. What is returned is
-            the mean weighted alike, of `weight` the sum. 0-d tensors go to each part; random numbers are drawn, and
-            batch norm's statistics taken, for each part by itself.
-        graph: capture CUDA graphs; None: where the parameters are on CUDA.
-        graphs: most shapes of batch that get a graph, in one pool of memory; batches of further shapes run plainly.
-        module: of a loss function, whose buffers and `after_step` are meant above; several: an nn.ModuleList. None: of
-            the modules that the function's variables, or its object's attributes, are, the buffers.
+        optimizer: one, or several whose parameters are disjoint. A graph needs them fused, and capturable if they have
+            that option: `torch.optim.Adam(..., fused=True, capturable=True)`.
+        clip: largest 2-norm of the gradient over the parameters of a turn; 0: no clipping.
+        precision: autocast precision: "float32", "bfloat16" or "float16", or "bf16", "fp16". In float16 the loss is
+            scaled by a factor that is halved when gradients overflow (that update is skipped) and doubled after 2000
+            steps without overflow; a gradient that the loss itself computes (a penalty) is not scaled.
+        accumulate: gradient accumulation steps: the batch is split along its first dimension into this many parts,
+            whose sizes differ by at most 1, and their gradients are summed before one update. This saves memory and
+            equals the whole batch within rounding if the loss is a mean over the rows, or in cross-entropy over the
+            targets that are not ignored. A mean over anything else reports the count in an entry `weight`, 0-d, of its
+            dict or NamedTuple. The step returns means weighted the same way, and the sum of `weight`. 0-d tensors are
+            passed to each part; random numbers are drawn, and batch norm statistics computed, per part.
+        graph: capture CUDA graphs; None: if the parameters are on CUDA.
+        graphs: largest number of batch shapes with a graph, in one memory pool; further shapes run eagerly.
+        module: the module whose buffers and `after_step` are meant above, if `model` is a loss function; an
+            nn.ModuleList for several. None: the buffers of modules among the function's variables or its object's
+            attributes.
 
     Raises:
-        UsageError (a ValueError): arguments, batch or loss are not as told here.
+        UsageError (a ValueError): arguments, batch or loss do not meet the above.
     """
 
     def __init__(
@@ -115,8 +117,8 @@ class Step:
         narrow = PRECISIONS[precision]
         if self._device.type == "cpu" and narrow is not torch.float32 and not onednn.serves(narrow):
             warnings.warn(
-                f"Step: precision: this processor does not compute in {precision}: PyTorch imitates it, which is slower"
-                f" than float32, in convolutions many times; remedy: precision='float32'",
+                f"Step: precision: this processor does not support {precision}: PyTorch emulates it, which is slower"
+                f" than float32, many times so in convolutions; remedy: precision='float32'",
                 stacklevel=2,
             )
         images = [p for p in self._parameters if p.dim() == 4 and not p.is_contiguous()]
@@ -152,33 +154,35 @@ class Step:
             if not isinstance(x, torch.Tensor):
                 raise UsageError(
                     f"Step: batch: expected tensors, got {type(x).__name__} as number {number}; remedy: step(*tensors),"
-                    f" of a dict step(*batch.values()), and a loss function that takes them one by one"
+                    f" or step(*batch.values()) for a dict, and a loss function with one parameter per tensor"
                 )
         if sum(len(o.param_groups) for o in self._optimizers) != self._group_count:
-            raise UsageError("Step: optimizer: expected the groups of parameters it began with; remedy: a new Step")
+            raise UsageError(
+                "Step: optimizer: expected the parameter groups it had at the start, got others; remedy: a new Step"
+            )
         if self._graphs is not None:
             return self._graphs(*batch)
         return self._plain(*(self._placed(x) for x in batch))
 
     def skipped(self) -> tuple[int, int]:
-        """Turns skipped so far, and steps in a row up to now that skipped one; waits for the device."""
+        """(turns skipped so far, most recent consecutive steps that skipped one); waits for the device."""
         total, row = self._skipped.tolist()
         return int(total), int(row)
 
     @property
     def captured(self) -> int:
-        """Shapes of batch that have a CUDA graph by now."""
+        """Number of batch shapes that have a CUDA graph."""
         return 0 if self._graphs is None else len(self._graphs)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs beside model, optimizers and generators: counts, and the scale in float16."""
+        """What a resumed run needs besides model, optimizers and generators: counts, and the scale in float16."""
         return {name: x.clone() for name, x in self._state().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
-            UsageError: names, shapes or numbers are not such as a Step of this precision has; nothing is changed then.
+            UsageError: names, shapes or values do not match a Step of this precision; nothing is changed then.
         """
         mine = self._state()
         wanted, got = ({name: tuple(x.shape) for name, x in s.items()} for s in (mine, state))
@@ -292,7 +296,7 @@ class Step:
         """Step the optimizers of these parameters, whose gradients are first multiplied by `factor`."""
         given = [p for p in parameters if p.grad is not None]
         if not given:
-            raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one of others only")
+            raise UsageError("Step: loss: expected one that depends on the turn's parameters, got one that does not")
         gradients: list[Any] = [_dense(p) for p in given]
         # One pass over the gradients, which clipping needs in any case, finds what the loss does not show: a finite
         # loss can have a gradient that is not. A norm beyond 3e38 counts too: its square would be Adam's moment.

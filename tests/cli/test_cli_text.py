@@ -164,7 +164,7 @@ def test_stop_strings_have_that_form_too(here, trained, monkeypatch):
 
 MISTAKES = {
     "empty prompt": (["--prompt", ""], "--prompt: expected a text, got an empty one"),
-    "empty file": (["--prompts", "empty.txt"], "empty.txt: expected a prompt a line, got an empty file"),
+    "empty file": (["--prompts", "empty.txt"], "empty.txt: expected one prompt per line, got an empty file"),
     "two": (["--prompt", "a", "--prompts", "empty.txt"], "--prompt TEXT or --prompts FILE, got both"),
     "no file": (["--prompts", "none.txt"], "none.txt"),
     "bytes": (["--prompts", "latin.txt"], "latin.txt: expected UTF-8"),
@@ -229,7 +229,7 @@ def test_commands_for_images_refuse_text_and_the_other_way_round(here, trained, 
     assert call("train", "vae", "--data", "digits", "--epochs", "1", "--hidden", "4", "--run", "v") == 0
     capsys.readouterr()
     assert call("generate", "v") == 2
-    assert "expected a run of a model of text, got one of vae" in capsys.readouterr().err
+    assert "expected a run of a text model, got one of vae" in capsys.readouterr().err
 
 
 def test_stop_strings_never_show_and_nothing_before_them_is_lost():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import genai_fast
@@ -40,6 +41,29 @@ def test_it_covers_every_op_and_device():
     assert all(op in text for op in OPS) and str(torch.get_num_threads()) in text
 
 
+def _keys(value):
+    if isinstance(value, dict):
+        yield from value
+        for inner in value.values():
+            yield from _keys(inner)
+
+
+def _refuse():
+    raise RuntimeError("GENAI_FAST_ISA: expected one of portable on this processor, got 'sve9'; remedy: unset it, " * 2)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_keys_are_identifiers_the_verdict_comes_first_and_lines_fit(monkeypatch, right):
+    if not right:
+        monkeypatch.setattr(doctor, "cpu_kernels", _refuse)
+    report = doctor.examine()
+    assert all(key.isidentifier() and key == key.lower() for key in _keys(report))
+    assert list(report)[:2] == ["ok", "warnings"] and report["ok"] == (not report["warnings"])
+    verdict, *lines = doctor.as_text(report).splitlines()
+    assert report["ok"] is right and verdict.startswith("ok" if right else "WARNING: GENAI_FAST_ISA")
+    assert all(len(line) <= 100 and line == line.rstrip() for line in (verdict, *lines))
+
+
 def test_the_choice_of_a_backend_shows():
     with genai_fast.use_backend("reference"):
         served = doctor.examine()["ops"]["vae_loss"]["cpu"]
@@ -57,14 +81,11 @@ def test_it_works_without_extension_and_triton_and_says_so():
     assert (
         "C++ extension does not load" in served["not"]["cpu"] and "triton is not installed" in served["not"]["triton"]
     )
-    assert report["cpu"]["in use"] == "" and any("C++ extension" in w for w in report["warnings"])
+    assert report["cpu"]["in_use"] == "" and any("C++ extension" in w for w in report["warnings"])
 
 
 def test_a_wrong_instruction_set_is_reported(monkeypatch):
-    def refuse():
-        raise RuntimeError("GENAI_FAST_ISA: expected one of portable on this processor, got 'sve9'")
-
-    monkeypatch.setattr(doctor, "cpu_kernels", refuse)
+    monkeypatch.setattr(doctor, "cpu_kernels", _refuse)
     report = doctor.examine()
     assert any("sve9" in w for w in report["warnings"]) and "sve9" in doctor.as_text(report)
 
@@ -73,7 +94,7 @@ def test_two_openmp_runtimes_are_warned_of(monkeypatch):
     assert len(doctor.examine()["openmp"]) <= 1  # ours maps torch's only
     monkeypatch.setattr(backends, "mapped_openmp", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
     text = doctor.as_text(doctor.examine())
-    assert "WARNING: 2 OpenMP runtimes" in text and "/b/libiomp5.so" in text and "all is well" not in text
+    assert "WARNING: 2 OpenMP runtimes" in text and "/b/libiomp5.so" in text and text.startswith("WARNING")
 
 
 def test_caches_are_measured(monkeypatch, tmp_path):

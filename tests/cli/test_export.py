@@ -217,7 +217,7 @@ def test_the_command(exported, tmp_path, capsys, monkeypatch):
         (["--out", "there"], "--out: expected a new or empty folder, got there"),
         (["--out", "a.onnx"], "--out: expected the name of a .safetensors file, or of a folder"),
         (["--out", "w.safetensors", "--onnx"], "remedy: --out FOLDER"),
-        (["--out", "other", "--onnx"], 'remedy: pip install "genai-fast[export]"'),
+        (["--out", "other", "--onnx"], 'remedy: pip install onnx, or pip install ".[export]"'),
     ):
         assert call("export", run.folder, *arguments) == 2
         said = capsys.readouterr().err

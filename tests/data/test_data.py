@@ -35,7 +35,7 @@ def test_packaged_digits_are_real(name, shape, count):
 @pytest.mark.parametrize("name", ["mnist", "digits"])
 def test_a_missing_package_is_named(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UsageError, match=r'pip install "genai-fast\[data\]"'):
+    with pytest.raises(UsageError, match=r'pip install \S+, or pip install "\.\[data\]"'):
         data.load(name)
 
 

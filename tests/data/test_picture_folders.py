@@ -205,7 +205,7 @@ def test_a_stray_picture_is_named_and_takes_no_classes_away(tmp_path, form, stra
 @pytest.mark.parametrize("form", ["zip", "folder"])
 def test_pictures_mostly_beside_folders_have_no_classes(tmp_path, form):
     source = made(tmp_path, ["a.png", "b.png", "c.png", "x/d.png", "y/e.png"], form)
-    with pytest.warns(DataWarning, match="3 pictures lie beside its subfolders, so there are no classes"):
+    with pytest.warns(DataWarning, match="3 pictures are next to its subfolders, so there are no classes"):
         assert found(data.load(source)) == ([0, 1, 2, 3, 4], None)
 
 

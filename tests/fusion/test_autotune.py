@@ -105,7 +105,7 @@ def test_another_versions_file_is_not_read(clock):
 def test_a_folder_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "file"))
-    with pytest.warns(autotune.AutotuneWarning, match="this process alone"):
+    with pytest.warns(autotune.AutotuneWarning, match="in this process only"):
         assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3)).name == "b"
     assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=1e-3, b=2e-3)).name == "b"
 

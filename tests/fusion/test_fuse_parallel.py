@@ -94,7 +94,7 @@ def _ddp_checks(rank, make, shape):
     trained = _trains_alike(rank, make, shape, DistributedDataParallel)
     with pytest.raises(TypeError, match=r"fuse: model: .*got DistributedDataParallel"):
         fuse(DistributedDataParallel(make()))
-    assert any("fuse comes first" in row.reason for row in explain(DistributedDataParallel(make())))
+    assert any("fuse before wrapping" in row.reason for row in explain(DistributedDataParallel(make())))
     return trained
 
 

@@ -113,7 +113,7 @@ def test_an_inexact_library_is_refused(onednn_is_faster, monkeypatch):
         with genai_fast.tune_cpu(memory=False) as tuning:
             assert tuning.onednn == {}
     said = [str(w.message) for w in caught if w.category is genai_fast.FallbackWarning]
-    assert len(said) == 3 and all("stay as they are: oneDNN's relative error is" in text for text in said)
+    assert len(said) == 3 and all("are unchanged: oneDNN's relative error is" in text for text in said)
 
 
 def test_deterministic_runs_keep_torchs_library(pinned):

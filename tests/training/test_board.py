@@ -82,7 +82,7 @@ def test_texts_are_in_the_terminal_and_in_the_board(here, capsys, flags):
 def test_without_the_package_nothing_is_begun(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert call("train", "vae", *VAE, "--epochs", "1", "--tensorboard") == 2
-    assert 'pip install "genai-fast[tensorboard]"' in capsys.readouterr().err and not (here / "runs").exists()
+    assert 'pip install ".[tensorboard]"' in capsys.readouterr().err and not (here / "runs").exists()
 
 
 def test_a_sample_cannot_command_the_terminal():

@@ -101,7 +101,7 @@ def test_a_checkpoint_says_where_it_ran_and_other_places_are_warned_of(tmp_path,
     checkpoint.restore(newest, *new())
     assert torch.get_num_threads() == threads  # restored, so nothing to warn of
     torch.set_num_threads(threads + 1)
-    with pytest.warns(UserWarning, match=rf"not bit for bit: threads: {threads} then, {threads + 1} now$"):
+    with pytest.warns(UserWarning, match=rf"no longer bit-exact: threads: {threads} then, {threads + 1} now$"):
         checkpoint.restore(newest, *new(), threads=False)
     torch.set_num_threads(threads)
     edit(environment={**state["environment"], "isa": "sve2", "variables": {"MKL_CBWR": "AVX2"}})(newest)
@@ -134,7 +134,7 @@ def test_a_switch_that_was_turned_is_warned_of(tmp_path, monkeypatch, switch):
     turn, message = SWITCHES[switch]
     try:
         turn()
-        with pytest.warns(UserWarning, match=f"goes on, but not bit for bit: {message}"):
+        with pytest.warns(UserWarning, match=f"continues, but is no longer bit-exact: {message}"):
             checkpoint.restore(path, *new())
     finally:
         torch.use_deterministic_algorithms(False)

@@ -178,7 +178,7 @@ def test_broken_and_foreign_checkpoints_are_named(tmp_path, case):
     assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1000
     if "remedy: remove" in str(error.value):
         assert re.search(
-            r"remove \S+checkpoint-000000007; then the run goes on from checkpoint-000000004", str(error.value)
+            r"remove \S+checkpoint-000000007; then the run continues from checkpoint-000000004", str(error.value)
         )
         shutil.rmtree(path)
         checkpoint.restore(checkpoint.latest(tmp_path), *new())

@@ -357,7 +357,7 @@ MISTAKES = {
     "detached": (step_of(lambda net, x, y: mse(net, x, y).detach()), "remedy: no detach"),
     "other weights": (
         step_of(lambda net, x, y: mse(nn.Linear(8, 4), x, y)),
-        "on the turn's parameters, got one of others only",
+        "on the turn's parameters, got one that does not",
     ),
     "no turn": (step_of(lambda net, x, y: nothing(x, y)), "to be yielded, got nothing"),
     "a loss alone": (turn(lambda net, loss: loss), r"\(parameters, loss\) to be yielded, .*got a tensor of shape \(\)"),
@@ -384,7 +384,7 @@ MISTAKES = {
         r"first dimension, got \[\(4, 8\), \(3, 4\)\]",
     ),
     "closure": (lambda: Step(mse, torch.optim.LBFGS(plain_net().parameters())), "takes no closure, got LBFGS"),
-    "another group": (grown, "the groups of parameters it began with; remedy: a new Step"),
+    "another group": (grown, "the parameter groups it had at the start, got others; remedy: a new Step"),
     "no optimizer": (lambda: Step(mse, []), "expected one with parameters, got none"),
     "shared": (
         lambda: Step(mse, [torch.optim.SGD(net.parameters()) for net in [plain_net()] for _ in range(2)]),
@@ -415,5 +415,5 @@ def test_a_precision_that_the_processor_imitates_is_said(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make("float32")
-    with pytest.warns(UserWarning, match="does not compute in bfloat16: PyTorch imitates it"):
+    with pytest.warns(UserWarning, match="does not support bfloat16: PyTorch emulates it"):
         make("bfloat16")

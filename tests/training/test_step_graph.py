@@ -131,14 +131,14 @@ def test_a_captured_step_follows_rates_and_is_captured_anew_for_other_settings(r
     step(x, y)
     assert group["lr"] is rate and float(rate) == 0.25 and step.captured == 1
     group["betas"] = (0.5, 0.9)
-    with pytest.warns(FallbackWarning, match="captures its CUDA graphs anew"):
+    with pytest.warns(FallbackWarning, match="captures its CUDA graphs again"):
         step(x, y)
     assert step.captured == 0
     for _ in range(3):
         step(x, y)
     assert step.captured == 1
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # other tensors than the graph knows
-    with pytest.warns(FallbackWarning, match="captures its CUDA graphs anew"):
+    with pytest.warns(FallbackWarning, match="captures its CUDA graphs again"):
         step(x, y)
     assert step.captured == 0 and optimizer.param_groups[0]["lr"] is rate
 

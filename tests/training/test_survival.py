@@ -142,7 +142,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew_and_that_is_said(here, capsys,
     capsys.readouterr()
     assert call("train", "vae", "--run", "killed", "--resume") == 0
     said = capsys.readouterr().err
-    assert said.startswith("runs/killed: stopped before its first checkpoint; it begins anew\n")
+    assert said.startswith("runs/killed: stopped before its first checkpoint; starting again\n")
     assert kill.differences(here / "runs" / "straight", here / "runs" / "killed") == []
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_one_to_go_on_from(here, c
     capsys.readouterr()
     assert call("train", "vae", "--run", "damaged", "--resume") == 2
     said = capsys.readouterr().err
-    assert said.endswith(f"remedy: remove runs/damaged/{newest.name}; then the run goes on from {before.name}\n")
+    assert said.endswith(f"remedy: remove runs/damaged/{newest.name}; then the run continues from {before.name}\n")
     assert call("sample", "damaged", "--out", "a.png") == 0  # it needs the weights alone
     shutil.rmtree(newest)
     assert call("train", "vae", "--run", "damaged", "--resume") == 0

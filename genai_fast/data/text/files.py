@@ -91,7 +91,7 @@ class Findings:
     def leave_out(self, name: str, problem: str) -> None:
         """A file or a line does not serve; `problem` is "expected X, got Y"."""
         if self.strict:
-            raise DataError(f"{self.files.where(name)}: {problem}; remedy: mend or remove it")
+            raise DataError(f"{self.files.where(name)}: {problem}; remedy: repair or remove it")
         self.left_out[name] = problem
 
     @contextlib.contextmanager
@@ -142,7 +142,7 @@ class Findings:
             name, problem = next(iter(self.left_out.items()))
             count = len(self.left_out)
             more = f"; all {count} files or lines are broken or empty" if count > 1 else ""
-            raise DataError(f"{self.files.where(name)}: {problem}{more}; remedy: mend or replace it")
+            raise DataError(f"{self.files.where(name)}: {problem}{more}; remedy: repair or replace it")
         if self.left_out:
             named = ", ".join(f"{name} ({problem})" for name, problem in list(self.left_out.items())[:_NAMED])
             more = ", ..." if len(self.left_out) > _NAMED else ""

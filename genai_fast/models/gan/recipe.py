@@ -21,10 +21,10 @@ class GANConfig(ImageConfig):
 
     lr: float = changed(ImageConfig, "lr", 2e-4)
     beta1: float = changed(ImageConfig, "beta1", 0.5)
-    lr_discriminator: float = setting(0.0, "learning rate of the discriminator; 0: as --lr", low=0)
+    lr_discriminator: float = setting(0.0, "learning rate of the discriminator; 0: that of --lr", low=0)
     latent: int = setting(100, "dimensions of the latent space", low=1)
-    smoothing: float = setting(0.0, "label smoothing: real images count as real to the degree 1 - x", low=0, high=0.9)
-    ema: float = setting(0.0, "decay of the moving average of the generator; 0: none", low=0, high=0.99999)
+    smoothing: float = setting(0.0, "one-sided label smoothing: target 1 - x for real images", low=0, high=0.9)
+    ema: float = setting(0.0, "decay of the generator's exponential moving average; 0: none", low=0, high=0.99999)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class DCGANConfig(GANConfig):
         choices=("dcgan", "dense", "dense-k4"),
     )
     width: int = setting(64, "channels of the largest feature maps (dcgan)", low=1)
-    dropout: float = setting(-1.0, "share of D's activations dropped; -1: as its authors", low=-1, high=0.9)
-    spectral: bool = setting(False, "spectral norm on the discriminator's convolutions, without batch norm")
+    dropout: float = setting(
+        -1.0, "dropout probability in the discriminator; -1: that of its authors", low=-1, high=0.9
+    )
+    spectral: bool = setting(False, "spectral norm instead of batch norm in the discriminator")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class WGANGPConfig(GANConfig):
     beta1: float = changed(ImageConfig, "beta1", 0.0)
     beta2: float = changed(ImageConfig, "beta2", 0.9)
     batch_size: int = changed(ImageConfig, "batch_size", 64)
-    n_critic: int = setting(5, "updates of the critic for one of the generator", low=1)
+    n_critic: int = setting(5, "critic updates per generator update", low=1)
     penalty: float = setting(10.0, "weight of the gradient penalty", low=0)
     norm: str = setting("instance", "norm in the critic", choices=("instance", "none"))
     width: int = setting(64, "channels of the largest feature maps", low=1)

@@ -15,10 +15,10 @@ class GPTConfig(TextConfig):
     """Rates and decay: Brown et al. 2020."""
 
     layers: int = setting(6, "Transformer blocks", low=1)
-    heads: int = setting(6, "of attention", low=1)
-    width: int = setting(384, "of the hidden state", low=1)
-    dropout: float = setting(0.1, "share of activations dropped", low=0, high=0.9)
-    shard: bool = setting(False, "divide weights, gradients and optimizer state among the processes (FSDP2)")
+    heads: int = setting(6, "attention heads", low=1)
+    width: int = setting(384, "width of the hidden state", low=1)
+    dropout: float = setting(0.1, "dropout probability", low=0, high=0.9)
+    shard: bool = setting(False, "shard weights, gradients and optimizer state across processes (FSDP2)")
     batch_size: int = changed(TextConfig, "batch_size", 16)
     epochs: int = changed(TextConfig, "epochs", 10)
     beta2: float = changed(TextConfig, "beta2", 0.95)

@@ -16,9 +16,9 @@ class Seq2SeqConfig(TextConfig):
         "pydoc", "pairs: .po catalogues, .tsv, .jsonl (source, target), a folder; or text as for gpt, to pre-train on"
     )
     layers: int = setting(4, "Transformer blocks in encoder and decoder each", low=1)
-    heads: int = setting(4, "of attention", low=1)
-    width: int = setting(256, "of the hidden state", low=1)
-    dropout: float = setting(0.1, "share of activations dropped", low=0, high=0.9)
+    heads: int = setting(4, "attention heads", low=1)
+    width: int = setting(256, "width of the hidden state", low=1)
+    dropout: float = setting(0.1, "dropout probability", low=0, high=0.9)
     batch_size: int = changed(TextConfig, "batch_size", 32)
     block: int = changed(TextConfig, "block", 128)
     warmup: int = changed(TextConfig, "warmup", 100)

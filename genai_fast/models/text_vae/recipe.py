@@ -18,8 +18,8 @@ class TextVAEConfig(TextConfig):
     hidden: int = setting(256, "width of the recurrent states", low=1)
     latent: int = setting(32, "dimensions of the latent space", low=1)
     beta: float = setting(1.0, "weight of the KL term", low=0)
-    annealing: int = setting(1000, "steps over which that weight rises from 0", low=0)
-    word_dropout: float = setting(0.25, "share of the decoder's input tokens dropped", low=0, high=1)
+    annealing: int = setting(1000, "steps over which the KL weight rises from 0", low=0)
+    word_dropout: float = setting(0.25, "probability of dropping an input token of the decoder", low=0, high=1)
     batch_size: int = changed(TextConfig, "batch_size", 32)
     block: int = changed(TextConfig, "block", 64)
 

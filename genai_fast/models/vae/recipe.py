@@ -15,7 +15,7 @@ class VAEConfig(ImageConfig):
     hidden: int = setting(400, "width of the hidden layers", low=1)
     latent: int = setting(20, "dimensions of the latent space", low=1)
     beta: float = setting(1.0, "weight of the KL term", low=0)
-    likelihood: str = setting("bernoulli", "model of a pixel", choices=("bernoulli", "gaussian"))
+    likelihood: str = setting("bernoulli", "likelihood of a pixel", choices=("bernoulli", "gaussian"))
     grid_every: int = changed(ImageConfig, "grid_every", 0)  # its epochs take less time than a grid
     quality_every: int = changed(ImageConfig, "quality_every", 0)
 
