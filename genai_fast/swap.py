@@ -39,14 +39,8 @@ _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
 
 
-class _Equal(type):
-    """A class that equals the one it was made from: tables of classes (quantization's, say) find it."""
-
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or other is _original(cls)
-
-    def __hash__(cls) -> int:
-        return hash(_original(cls)) if _original(cls) is not cls else type.__hash__(cls)
+class _Fused(type):
+    """The metaclass of fused classes: a class itself is pickled as the one that it was made from."""
 
 
 class _InPlace:
@@ -104,10 +98,10 @@ def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> typ
 
 
 def _kind(metaclass: type) -> type:
-    """The metaclass of a fused class; a class itself is pickled as the original."""
+    """The metaclass of a fused class whose base has this one."""
     if metaclass not in _kinds:
-        bases = (_Equal,) if metaclass is type else (_Equal, metaclass)
-        _kinds[metaclass] = kind = type("_Equal", bases, {})
+        bases = (_Fused,) if metaclass is type else (_Fused, metaclass)
+        _kinds[metaclass] = kind = type("_Fused", bases, {})
         copyreg.pickle(kind, lambda cls: (copy.copy, (_original(cls),)))
     return _kinds[metaclass]
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from alike import norm_calls
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,27 +34,10 @@ def pytest_configure():
 
 
 @pytest.fixture
-def fused_calls(monkeypatch):
-    """The activations that ops.batch_norm_act was called with, measurements apart."""
-    from genai_fast import autotune, ops
-
-    made, op, measure, measuring = [], ops.batch_norm_act, autotune._measure, []
-
-    def counted(*args, **kwargs):
-        if not measuring:
-            made.append(args[8])
-        return op(*args, **kwargs)
-
-    def measured(*args):
-        measuring.append(True)
-        try:
-            return measure(*args)
-        finally:
-            measuring.pop()
-
-    monkeypatch.setattr(ops, "batch_norm_act", counted)
-    monkeypatch.setattr(autotune, "_measure", measured)
-    return made
+def fused_calls():
+    """The activations that fused batch norms were called with, measurements apart."""
+    with norm_calls() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

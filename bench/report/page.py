@@ -41,7 +41,7 @@ def page(found: Sequence[Record]) -> dict[str, bytes]:
         "Ops": measured("figures", device, SPEED) or ["Nothing was measured."],
         "Where the fused path is slower": (behind or ["Nowhere in what was measured."]) if shown.green else [],
         "Training steps": measured("training", "Ratios are of a step's wall time.", TRAINING),
-        "The path of each convolution": _paths(shown),
+        "The implementation of each convolution": _paths(shown),
         "Decoding": measured("decoding", "Wall time per token, greedy; sampled: temperature, top-k and top-p."),
         "Tuning": _tuning(shown),
         "Training curves": [f"![losses, plain and fused]({PARITY})"] if PARITY in images else [],

@@ -97,20 +97,25 @@ def _why(name: str, times: dict[str, float]) -> str:
     return f"no other takes less than {autotune.MARGIN:.0%} of its time"
 
 
+def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
+    """Header and rows: each convolution, its implementation, why that one, and the measured times."""
+    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
+    rows = [("convolution", "implementation", "why", *(f"{name} us" for name in names))]
+    for key, (name, times) in chosen.items():
+        shown = (f"{times[n]:.0f}" if n in times else "-" for n in names)
+        rows.append((key, name, _why(name, times), *shown))
+    return rows
+
+
 def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
     """The choices as a document with one table."""
-    names = list(dict.fromkeys(name for choice in chosen.values() for name in choice.microseconds))
-    header = ("convolution", "implementation", "why", *(f"{name} us" for name in names))
-    rows = [
-        (key, name, _why(name, times), *(f"{times[n]:.0f}" if n in times else "-" for n in names))
-        for key, (name, times) in chosen.items()
-    ]
+    header, *rows = (f"| {' | '.join(row)} |" for row in table(chosen))
     lines = [
         "# The implementation of each convolution",
         "",
         machine,
         "",
-        f"| {' | '.join(header)} |",
-        "| --- " * len(header) + "|",
+        header,
+        "| --- " * header.count(" | ") + "| --- |",
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+    return "\n".join([*lines, *rows, ""])

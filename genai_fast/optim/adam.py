@@ -11,7 +11,7 @@ import torch
 from genai_fast.backends import FallbackWarning, forced_backend, survey
 from genai_fast.kernels.common.rows import is_dense
 from genai_fast.ops.adam import flushed, share_memory
-from genai_fast.ops.dispatch import library_call, observed
+from genai_fast.ops.dispatch import library_call
 
 
 class _OneCall(torch.optim.Optimizer):
@@ -57,8 +57,6 @@ class _OneCall(torch.optim.Optimizer):
                 return f"{name} is a tensor"
         if flushed(group["eps"], group["betas"][1]):
             return f"eps={group['eps']} is as small as moments that the kernel counts as zero"
-        if observed():
-            return "a compiler, a transform or a dispatch mode must see torch's own operators"
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [])
         for p in group["params"]:
             if p.grad is None:

@@ -1,6 +1,5 @@
 """Fused models in two processes: DDP, FSDP2, and SyncBatchNorm against BatchNorm on the joined batch."""
 
-import contextlib
 import copy
 import os
 
@@ -8,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from alike import assert_close, assert_gradients_close, with_statistics
+from alike import assert_close, assert_gradients_close, norm_calls, with_statistics
 from fuse_models import HandWritten, UNet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from genai_fast import explain, fuse, ops
+from genai_fast import explain, fuse
 from genai_fast.fusion import thresholds
 from genai_fast.layers import FusedSequential
 
@@ -39,16 +38,6 @@ def _in_two_processes(check, tmp_path):
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
 
-@contextlib.contextmanager
-def _counted():
-    made, op = [], ops.batch_norm_act
-    ops.batch_norm_act = lambda *a, **k: made.append(a[8]) or op(*a, **k)
-    try:
-        yield made
-    finally:
-        ops.batch_norm_act = op
-
-
 def _trains_alike(rank, make, shape, wrap):
     plain = make()
     fused = fuse(copy.deepcopy(plain))
@@ -59,7 +48,7 @@ def _trains_alike(rank, make, shape, wrap):
         outputs, gradients = [], []
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
-            with _counted() as calls:
+            with norm_calls() as calls:
                 outputs.append(model(x))
             assert bool(calls) == (model is models[0])
             outputs[-1].square().sum().backward()
@@ -132,7 +121,7 @@ def _sync_checks(rank, sizes, momentum, group):
         x, images = joined[mine].clone().requires_grad_(), joined.clone().requires_grad_()
         fused.zero_grad()
         plain.zero_grad()
-        with _counted() as calls:
+        with norm_calls() as calls:
             y, expected = fused(x), plain(images)
         assert calls == ["leaky_relu", "tanh"]
         (y * weights[mine]).sum().backward()

@@ -112,7 +112,7 @@ def test_a_checkpoint_says_where_it_ran_and_other_places_are_warned_of(tmp_path,
 SWITCHES = {
     "algorithms": (
         lambda: torch.use_deterministic_algorithms(True),
-        r"deterministic\.algorithms: False then, True now",
+        r"deterministic\.paths, deterministic\.algorithms: False then, True now",
     ),
     "precision": (
         lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
