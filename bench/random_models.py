@@ -63,6 +63,12 @@ class OwnActivation(nn.Module):
         return x.clamp_(-2.0, 2.0)
 
 
+_LINEAR = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    nn.RNNBase, First, View, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Upsample,
+)  # fmt: skip
+
+
 class Model(NamedTuple):
     """A model, an input's shape, what is done to each copy of it, and whether it draws numbers of its own."""
 
@@ -77,6 +83,13 @@ class Model(NamedTuple):
         return any(type(m) is nn.Dropout and m.p > 0 for m in self.module.modules())
 
     @property
+    def kinks(self) -> bool:
+        """Whether a rounding can change a gradient much."""
+        smooth = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softmax, nn.Softplus, nn.Mish, nn.Identity)
+        costs = any(True for m in self.module.modules() if not m._modules and not isinstance(m, (*smooth, *_LINEAR)))
+        return costs or "relu" in self.source
+
+    @property
     def draws(self) -> bool:
         return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.module.modules())
 
@@ -84,9 +97,9 @@ class Model(NamedTuple):
 def _activation(d: random.Random, shape: Shape) -> nn.Module:
     inplace = d.random() < 0.4
     return d.choice((
-        lambda: nn.ReLU(inplace), lambda: nn.ReLU(inplace), lambda: nn.LeakyReLU(d.choice((0.2, 0.01, 0, 1.5)), inplace),
-        lambda: nn.LeakyReLU(0.2, inplace), nn.Tanh, nn.Sigmoid, lambda: nn.SiLU(inplace), nn.GELU,
-        lambda: nn.GELU("tanh"), nn.Identity, lambda: nn.PReLU(d.choice((1, shape[1]))), lambda: nn.ELU(inplace=inplace),
+        lambda: nn.ReLU(inplace), lambda: nn.ReLU(inplace), lambda: nn.LeakyReLU(0.2, inplace), nn.Tanh,
+        lambda: nn.LeakyReLU(d.choice((0.2, 0.01, 0, 1.5)), inplace), nn.Sigmoid, lambda: nn.SiLU(inplace), nn.GELU,
+        lambda: nn.GELU("tanh"), nn.Identity, lambda: nn.PReLU(d.choice((1, shape[1]))), nn.ELU,
         lambda: nn.Hardswish(inplace), lambda: nn.Softmax(1), nn.Softplus, nn.Mish, lambda: nn.ReLU6(inplace),
         lambda: nn.Hardtanh(inplace=inplace), OwnActivation,
     ))()  # fmt: skip
@@ -94,7 +107,7 @@ def _activation(d: random.Random, shape: Shape) -> nn.Module:
 
 def _dropout(d: random.Random, shape: Shape) -> nn.Module:
     inplace = d.random() < 0.3
-    if d.random() < 0.6:
+    if d.random() < 0.5:
         return nn.Dropout(d.choice((0, 0.0, np.float32(0), False)), inplace)
     kind = d.choice((nn.Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout))
     return kind(d.choice((0.1, 0.5, 1.0)), inplace)
@@ -171,7 +184,7 @@ def _shaping(d: random.Random, shape: Shape) -> nn.Module:
         ]  # fmt: skip
         if dims == 2:
             choices += [
-                lambda: nn.PixelShuffle(2), lambda: nn.PixelUnshuffle(2), nn.ChannelShuffle(d.choice((1, shape[1]))).eval,
+                lambda: nn.PixelShuffle(2), lambda: nn.PixelUnshuffle(2), lambda: nn.ChannelShuffle(shape[1]),
                 lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: nn.MaxPool2d(3, 1, 1),
             ]  # fmt: skip
     elif inner % 16 == 0:
@@ -191,6 +204,7 @@ def _features(d: random.Random, shape: Shape) -> nn.Module:
 def _layer(d: random.Random, shape: Shape) -> nn.Module:
     made = [_activation] * 6 + [_dropout] * 2 + [_norm] * 5 + [_other_norm] + [_shaping] * 2 + [_features]
     made += [_convolution] * 7 if len(shape) > 2 else [_features] * 4
+    made += [_features] * 5 if len(shape) == 3 else []
     return d.choice(made)(d, shape)
 
 
@@ -208,7 +222,7 @@ def _probed(module: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
 
 def _input_shape(d: random.Random, large: bool) -> Shape:
     batch, channels = d.choice((1, 2, 3, 5)), d.choice((1, 3, 4, 8, 16))
-    dims = d.choice((0, 1, 2, 2, 2, 2, 2, 3))
+    dims = d.choice((0, 1, 1, 2, 2, 2, 2, 2, 3))
     if large:
         batch, channels, dims = d.choice((1, 4, 8)), d.choice((16, 32)), d.choice((0, 2, 2, 2))
         return (512, 256) if dims == 0 else (batch, channels, 32, d.choice((30, 32)))
@@ -285,7 +299,9 @@ def _actions(d: random.Random, module: nn.Module) -> list[Action]:
     if d.random() < 0.05:
         found.append(_hook(d, d.choice([*names])))
     if d.random() < 0.1:
-        found.append(Action("channels_last", lambda model, log: model.to(memory_format=torch.channels_last)))
+        ranks = {p.dim() for p in module.parameters()}
+        last = torch.channels_last_3d if 5 in ranks else torch.channels_last
+        found.append(Action(str(last), lambda model, log: model.to(memory_format=last)))
     return found
 
 

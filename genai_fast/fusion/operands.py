@@ -163,7 +163,12 @@ class Norm(NamedTuple):
     def of(norm: nn.Module) -> Norm:
         parameters, buffers = norm._parameters, norm._buffers  # norm.weight looks in three places
         mean, var, training = buffers["running_mean"], buffers["running_var"], bool(norm.training)
-        if training and not norm.track_running_stats:
+        if (mean is None) is not (var is None):
+            raise ValueError("running_mean and running_var: expected both or neither")
+        if training and norm.track_running_stats:
+            if buffers["num_batches_tracked"] is None and type(norm) is nn.SyncBatchNorm:
+                raise ValueError("num_batches_tracked: expected a tensor")
+        elif training:
             mean = var = None
         momentum = None if norm.momentum is None else float(norm.momentum)
         group = _process_group(norm) if type(norm) is nn.SyncBatchNorm and training else None

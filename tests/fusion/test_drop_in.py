@@ -403,6 +403,24 @@ def test_a_method_replaced_on_the_class(monkeypatch):
     assert_close(fused(x), plain(x))
 
 
+@pytest.mark.parametrize("missing", ["running_mean", "running_var", "num_batches_tracked"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_a_norm_without_one_of_its_buffers(kind, training, missing, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), kind(4), nn.ReLU()).train(training))
+    results, x = [], torch.randn(2, 4, 8, 8)
+    for model in (fused, plain):
+        setattr(model[1], missing, None)
+        try:
+            results.append(model(x))
+        except Exception as error:
+            results.append((type(error), str(error)))
+    if isinstance(results[1], tuple):
+        assert results[0] == results[1]
+    else:
+        assert_close(*results)
+
+
 def test_a_nested_tensor():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1))
     x = torch.nested.nested_tensor([torch.randn(200, 64), torch.randn(100, 64)])
