@@ -310,7 +310,11 @@ def _by_value(made: Model, how: Circumstances, x: torch.Tensor, seed: int, ours:
     if exact.keys() != theirs.keys():
         exact = dict(theirs)
     suspects = {}
+    # Of a model whose gradients are nothing but roundings (a norm of a constant) there is nothing to compare.
+    noise = any(n.startswith("gradient") and _distance(b, exact[n][0], 2.0, s) > 1 for n, (b, _, s) in theirs.items())
     for name, (a, order, scale) in ours.items():
+        if noise and name.startswith("gradient"):
+            continue
         truth, own = exact[name][0], theirs[name][0]
         error, allowed = _distance(a, truth, order, scale), FACTOR * _distance(own, truth, order, scale) + floor
         if not error <= allowed and not _distance(a, own, order, scale) <= floor:

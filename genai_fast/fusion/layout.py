@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
 from genai_fast.backends import is_batched
 from genai_fast.fusion.operands import Convolution, memory_format
@@ -48,8 +48,11 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 
 def for_norm(x: torch.Tensor) -> torch.Tensor:
     """x [N, C, ...] in the layout of PyTorch's batch norm of it, which the op's result takes over from its input."""
-    if x.is_contiguous() or x.dim() not in (3, 4, 5) or torch.compiler.is_compiling():
+    if x.dim() not in (3, 4, 5) or torch.compiler.is_compiling():
         return x
+    if x.is_contiguous():  # and of one channel or position perhaps channels_last too: then PyTorch's is not
+        strides = make_contiguous_strides_for(x.shape) if x.stride(1) == 1 else x.stride()
+        return x if x.stride() == strides else x.as_strided(x.shape, strides)
     if x.dim() == 3:
         return x.contiguous()  # sequences have no channels_last
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d

@@ -318,8 +318,9 @@ def test_a_linear_layer_after_a_convolution(forced, weight, after, small_is_fuse
 
 @pytest.mark.parametrize("kind", [nn.Conv3d, nn.ConvTranspose3d])
 @pytest.mark.parametrize("last", ["input", "weight", "neither"])
-def test_a_folded_norm_leaves_layouts_of_volumes(kind, last, small_is_fused):
-    fused, plain = pair(lambda: nn.Sequential(kind(3, 8, 1), nn.BatchNorm3d(8)).eval())
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_folded_norm_leaves_layouts_of_volumes(kind, last, kernel, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(kind(3, 8, kernel), nn.BatchNorm3d(8)).eval())
     x = torch.randn(2, 3, 4, 5, 6)
     if last == "weight":
         for model in (fused, plain):
@@ -352,6 +353,16 @@ def test_results_of_a_norm_lie_as_pytorchs(kind, name, x, training, small_is_fus
     found, expected = fused(x), plain(x)
     assert_close(found, expected, 1e-4)
     assert strides(found) == strides(expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 6, 2), (3, 4, 1, 1), (2, 1, 3, 4, 5)], ids=str)
+def test_a_norm_of_one_channel_or_position(shape, small_is_fused):
+    """What follows reads the layout from strides that mean nothing."""
+    fused, plain = pair(lambda: nn.Sequential(getattr(nn, f"BatchNorm{len(shape) - 2}d")(shape[1]), nn.ReLU()))
+    x = torch.empty(shape, memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d).normal_()
+    (found, gradients), (expected, wanted) = step(fused, x), step(plain, x)
+    assert found[0].stride() == expected[0].stride()
+    assert_gradients_close(gradients, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
