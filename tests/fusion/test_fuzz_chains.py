@@ -96,6 +96,7 @@ def test_the_command_names_the_seed_and_the_model(monkeypatch, capsys):
 
 
 def test_a_model_that_magnifies_roundings_is_no_difference():
+    torch.manual_seed(0)
     made = random_models.Model(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), (2, 4), [], "")
     how = fuzz_chains.Circumstances(
         True, "grad", False, torch.float32, "contiguous", True, True, False, "", True, "torch", False, False
@@ -109,4 +110,4 @@ def test_a_model_that_magnifies_roundings_is_no_difference():
         shifted = plain._replace(outputs=[y + size for y in plain.outputs])
         return [*fuzz_chains._compared(made, how, x, 0, plain, shifted)]
 
-    assert not off_by(1e-5) and off_by(1e-2)
+    assert not off_by(5e-6) and off_by(1e-2)
