@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
 
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.operands import Chain, Convolution, Norm, needs_gradient, tensors_are_plain
@@ -49,6 +50,10 @@ def why_not(chain: Chain, x: torch.Tensor) -> str:
         return "gradients are needed"
     if conv.weight.dtype is not x.dtype or x.dim() != conv.weight.dim():
         return "input and weight differ in dtype or dimensions"
+    if x.dim() == 5:  # in channels_last_3d oneDNN's result lies otherwise than PyTorch's of the weight or such a kernel
+        last, weight_last = (suggest_memory_format(t) is torch.channels_last_3d for t in (x, conv.weight))
+        if (weight_last and not last) or (last and math.prod(conv.kernel) == 1):
+            return "input or weight is in channels_last_3d"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode}"
     if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):

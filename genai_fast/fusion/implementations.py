@@ -17,7 +17,7 @@ from torch import nn
 from genai_fast import autotune, ops
 from genai_fast.backends import forced_backend
 from genai_fast.fusion import conv_bn_folding, im2col, thresholds
-from genai_fast.fusion.layout import guarded, of_result, relaid
+from genai_fast.fusion.layout import for_norm, guarded, of_result, relaid
 from genai_fast.fusion.operands import (
     Activation,
     Chain,
@@ -96,7 +96,7 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         norm.module._check_input_dim(x)
     momentum = norm.counted()
     return ops.batch_norm_act(
-        x, *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
+        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
     )
 
 

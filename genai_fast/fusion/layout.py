@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
 from genai_fast.backends import is_batched
 from genai_fast.fusion.operands import Convolution, memory_format
@@ -21,23 +22,43 @@ class _Relaid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, wanted: torch.memory_format) -> torch.Tensor:
         ctx.given = memory_format(x)
-        return x.view_as(x) if ctx.given is wanted else x.contiguous(memory_format=wanted)
+        return x.view_as(x) if ctx.given is wanted else _moved(x, wanted)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return (grad if is_batched(grad) else grad.contiguous(memory_format=ctx.given)), None
 
 
+def _moved(x: torch.Tensor, wanted: torch.memory_format) -> torch.Tensor:
+    """A copy of x in another layout: of a 1 x 1 plane too, whose strides alone tell torch's convolutions the layout."""
+    return torch.empty_like(x, memory_format=wanted).copy_(x)
+
+
 def relaid(x: torch.Tensor, wanted: torch.memory_format) -> torch.Tensor:
     """x in that layout, with its gradient in x's."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Relaid.apply(x, wanted)
-    return x if memory_format(x) is wanted else x.contiguous(memory_format=wanted)
+    if memory_format(x) is wanted:
+        return x  # and no view of it: a program may change in place what a container returns
+    return _Relaid.apply(x, wanted) if torch.is_grad_enabled() and x.requires_grad else _moved(x, wanted)
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
     """x, for what gives its gradient in a layout of its own."""
-    return relaid(x, memory_format(x))
+    return _Relaid.apply(x, memory_format(x)) if torch.is_grad_enabled() and x.requires_grad else x
+
+
+def for_norm(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, ...] in the layout of PyTorch's batch norm of it, which the op's result takes over from its input."""
+    if x.dim() not in (3, 4, 5) or torch.compiler.is_compiling():
+        return x
+    if x.is_contiguous():  # and of one channel or position perhaps channels_last too: then PyTorch's is not
+        strides = make_contiguous_strides_for(x.shape) if x.stride(1) == 1 else x.stride()
+        return x if x.stride() == strides else x.as_strided(x.shape, strides)
+    if x.dim() == 3:
+        return x.contiguous()  # sequences have no channels_last
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous(memory_format=suggest_memory_format(x))
 
 
 def of_result(conv: Convolution, given: torch.memory_format) -> torch.memory_format:

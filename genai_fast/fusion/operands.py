@@ -53,6 +53,13 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
 
 
+def _whole(value: Any) -> int:
+    """A size, of the types that torch's convolutions take for one. Raises: TypeError on others."""
+    if isinstance(value, (bool, float, str)):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return int(value)
+
+
 class Convolution(NamedTuple):
     """A convolution or transposed convolution: [N, C, ...] to [N, C_out, ...]."""
 
@@ -73,12 +80,17 @@ class Convolution(NamedTuple):
 
         def sizes(value: Any) -> tuple[int, ...]:
             given = tuple(value) if isinstance(value, Sequence) else (value,)
-            return tuple(int(v) for v in (given * dims if len(given) == 1 else given))
+            if len(given) not in (1, dims):
+                raise ValueError(f"expected 1 or {dims} sizes, got {given}")
+            return tuple(map(_whole, given * dims if len(given) == 1 else given))
 
+        transposed = type(conv) in TRANSPOSED
+        if transposed and not isinstance(conv.padding, tuple):
+            raise TypeError(f"padding: expected a tuple, got {conv.padding!r}")
         padding = conv.padding if isinstance(conv.padding, str) else sizes(conv.padding)
         return Convolution(
-            conv, type(conv) in TRANSPOSED, weight, conv._parameters["bias"], sizes(conv.stride), padding,
-            sizes(conv.output_padding), sizes(conv.dilation), int(conv.groups), conv.padding_mode,
+            conv, transposed, weight, conv._parameters["bias"], sizes(conv.stride), padding,
+            sizes(conv.output_padding), sizes(conv.dilation), _whole(conv.groups), conv.padding_mode,
         )  # fmt: skip
 
     @property
@@ -151,7 +163,12 @@ class Norm(NamedTuple):
     def of(norm: nn.Module) -> Norm:
         parameters, buffers = norm._parameters, norm._buffers  # norm.weight looks in three places
         mean, var, training = buffers["running_mean"], buffers["running_var"], bool(norm.training)
-        if training and not norm.track_running_stats:
+        if (mean is None) is not (var is None):
+            raise ValueError("running_mean and running_var: expected both or neither")
+        if training and norm.track_running_stats:
+            if buffers["num_batches_tracked"] is None and type(norm) is nn.SyncBatchNorm:
+                raise ValueError("num_batches_tracked: expected a tensor")
+        elif training:
             mean = var = None
         momentum = None if norm.momentum is None else float(norm.momentum)
         group = _process_group(norm) if type(norm) is nn.SyncBatchNorm and training else None

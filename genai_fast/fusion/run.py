@@ -25,7 +25,8 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
     wanted = None  # the layout that PyTorch's x would have here, if x has another
     for start, stop, letters, fused in spans("".join([letter(module) for module in modules])):
         here = modules[start:stop]
-        if letters == "." and wanted is not None:  # what is not torch's own may ask for the layout, as x.view does
+        # What is not torch's own may ask for the layout, as x.view does; a Linear has its result in another one.
+        if letters[0] in ".L" and wanted is not None:
             x, wanted = relaid(x, wanted), None
         if fused and letters[0] == "L":
             x, here, letters = here[0](x), here[1:], letters[1:]

@@ -31,8 +31,8 @@ def _is_ours(norm: nn.LayerNorm | nn.RMSNorm, x: Any, residual: Any) -> bool:
         return False
     if residual is not None or forced_backend():
         return True
-    # PyTorch's layer norm is one call too, and no slower.
-    return isinstance(norm, nn.RMSNorm) and not thresholds.rms_norm(x)
+    # PyTorch's layer norm is one call too, and no slower. Of channels_last, its RMS norm keeps the layout.
+    return isinstance(norm, nn.RMSNorm) and (x.dim() < 4 or x.is_contiguous()) and not thresholds.rms_norm(x)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from alike import assert_alike, assert_close, assert_gradients_close, step
+from alike import assert_alike, assert_close, assert_gradients_close, step, strides
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -288,7 +288,114 @@ def test_gradients_reach_a_norm_in_its_layout(forced, batch, norm):
     assert_gradients_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_result_of_one_position_may_be_changed_in_place(kind, forced, small_is_fused):
+    """It lies in memory as contiguous and as channels_last, and only its strides tell which."""
+    size = 8 if kind is nn.Conv2d else 1
+    fused, plain = pair(lambda: nn.Sequential(kind(4, 8, size, bias=False)))
+    x = torch.randn(5, 4, size, size, requires_grad=True)
+    gradients = []
+    for model in (fused, plain):
+        y = model(x)
+        assert y.add_(1.0).stride() == plain(x).stride()
+        y.square().sum().backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters()})
+    assert_gradients_close(*gradients)
+
+
+@pytest.mark.parametrize("weight", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("after", [[], [nn.Identity()], [nn.Tanh(), nn.Dropout(0.0)]], ids=len)
+def test_a_linear_layer_after_a_convolution(forced, weight, after, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(8, 4, 3, 1, 1), *after, nn.Linear(12, 6)))
+    for model in (fused, plain):
+        model.to(memory_format=weight)
+    x = torch.randn(2, 8, 12, 12)
+    y, expected = fused(x), plain(x)
+    assert strides(y) == strides(expected)
+    y += 1.0
+    assert_close(y, expected + 1.0, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv3d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("last", ["input", "weight", "neither"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_folded_norm_leaves_layouts_of_volumes(kind, last, kernel, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(kind(3, 8, kernel), nn.BatchNorm3d(8)).eval())
+    x = torch.randn(2, 3, 4, 5, 6)
+    if last == "weight":
+        for model in (fused, plain):
+            model.to(memory_format=torch.channels_last_3d)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last == "input" else x
+    with torch.no_grad():
+        found, expected = fused(x), plain(x)
+    assert_close(found, expected, 1e-4)
+    assert strides(found) == strides(expected)
+
+
+def _inputs_in_memory():
+    yield nn.BatchNorm1d, "sequence", torch.randn(6, 5, 4).transpose(1, 2)
+    yield nn.BatchNorm1d, "steps first", torch.randn(5, 6, 4).permute(1, 2, 0)
+    for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
+        kind = getattr(nn, f"BatchNorm{dims}d")
+        x = torch.randn(6, 8, 5, 3, 2)[..., 0] if dims == 2 else torch.randn(6, 8, 5, 3, 2)
+        yield kind, "channels", x.contiguous(memory_format=last)[:, ::2]
+        yield kind, "one picture", x.contiguous(memory_format=last)[:1, ::2]
+        yield kind, "transposed", x[:, :4].transpose(1, -1).contiguous().transpose(1, -1)
+        yield kind, "expanded", x[:1, :4].expand(6, *x[:, :4].shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "x"), [pytest.param(*i, id=f"{i[0].__name__} {i[1]}") for i in _inputs_in_memory()]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_results_of_a_norm_lie_as_pytorchs(kind, name, x, training, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(kind(4), nn.ReLU()).train(training))
+    found, expected = fused(x), plain(x)
+    assert_close(found, expected, 1e-4)
+    assert strides(found) == strides(expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 6, 2), (3, 4, 1, 1), (2, 1, 3, 4, 5)], ids=str)
+def test_a_norm_of_one_channel_or_position(shape, small_is_fused):
+    """What follows reads the layout from strides that mean nothing."""
+    fused, plain = pair(lambda: nn.Sequential(getattr(nn, f"BatchNorm{len(shape) - 2}d")(shape[1]), nn.ReLU()))
+    x = torch.empty(shape, memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d).normal_()
+    (found, gradients), (expected, wanted) = step(fused, x), step(plain, x)
+    assert found[0].stride() == expected[0].stride()
+    assert_gradients_close(gradients, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [torch.channels_last, torch.channels_last_3d], ids=str)
+def test_an_rms_norm_keeps_a_layout(dtype, last, small_is_fused):
+    fused, plain = pair(lambda: nn.RMSNorm(8, dtype=dtype))
+    x = torch.randn(2, 3, 4, 5, 8, dtype=dtype)
+    x = (x[:, :, 0] if last is torch.channels_last else x).contiguous(memory_format=last)
+    found, expected = fused(x), plain(x)
+    assert_close(found, expected, 1e-2)
+    assert strides(found) == strides(expected)
+
+
 # --- what a plain call would run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"padding": 1}, {"padding": [1, 1]}, {"stride": True}, {"stride": (2, 2, 2)}, {"dilation": 1.0}, {"groups": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_settings_that_pytorch_refuses(kind, settings, forced, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(kind(4, 4, 3, 1, 1), nn.BatchNorm2d(4)))
+    raised = []
+    for model in (fused, plain):
+        for name, value in settings.items():
+            setattr(model[0], name, value)
+        try:
+            raised.append(model(torch.randn(2, 4, 8, 8)).shape)
+        except Exception as error:
+            raised.append((type(error), str(error)))
+    assert raised[0] == raised[1]
 
 
 def test_a_method_replaced_on_the_class(monkeypatch):
@@ -305,6 +412,24 @@ def test_a_method_replaced_on_the_class(monkeypatch):
     fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU()))
     x = torch.randn(4, 16, 64, 64)
     assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var", "num_batches_tracked"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_a_norm_without_one_of_its_buffers(kind, training, missing, small_is_fused):
+    fused, plain = pair(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), kind(4), nn.ReLU()).train(training))
+    results, x = [], torch.randn(2, 4, 8, 8)
+    for model in (fused, plain):
+        setattr(model[1], missing, None)
+        try:
+            results.append(model(x))
+        except Exception as error:
+            results.append((type(error), str(error)))
+    if isinstance(results[1], tuple):
+        assert results[0] == results[1]
+    else:
+        assert_close(*results)
 
 
 def test_a_nested_tensor():
