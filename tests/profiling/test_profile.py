@@ -117,7 +117,7 @@ def test_a_loop_that_waits_for_its_data_is_told_so(here, capsys):
         assert picture.size[0] > 500
 
 
-def test_variants_of_a_loop_with_prepare(here, capsys):
+def test_variants_of_a_loop_with_prepare(here, capsys, small_is_fused):
     arguments = ["mine.py:compared", "--compare", "eager,fused", "--seconds", "0.1", "--batch", "5", "--json"]
     assert call(*arguments, "--out", "p") == 0
     found = json.loads(capsys.readouterr().out)

@@ -60,19 +60,21 @@ class ImageVAE(nn.Module):
             return self._mean(self.decode(z)).view(-1, *a.shape)
 
     def inpaint(
-        self, x: torch.Tensor, mask: torch.Tensor, *labels: torch.Tensor, steps: int = 200, lr: float = 0.05,
-        seed: int | None = None,
+        self, x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None, *, steps: int = 200,
+        lr: float = 0.05, seed: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Repair x [B, C, H, W] where mask [B, 1, H, W] is True; see `latents.inpaint`.
+        """Repair x [B, C, H, W] where mask [B, 1, H, W] is True; see `latents.inpaint`. A conditional one needs labels.
 
         Runs in evaluation, and leaves each module's mode, the weights and their gradients as they are.
         """
 
+        given = () if labels is None else (labels,)
+
         def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.encode(images, *labels)
+            return self.encode(images, *given)
 
         def decode(z: torch.Tensor) -> torch.Tensor:
-            return self.decode(z, *labels)
+            return self.decode(z, *given)
 
         with latents.evaluating(self):
             return latents.inpaint(
