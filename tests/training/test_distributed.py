@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
         thresholds.ignored(),
     ):
         patch.setenv("GENAI_FAST_CACHE", str(folder / "cache"))
+        patch.setenv("GENAI_FAST_DETERMINISTIC", "1")  # numbers of whole runs are compared, whatever their batches
         patch.chdir(folder)
         cases.prepare(folder)
         for name in cases.RUNS.keys() - cases.SHARDED.keys():
