@@ -25,7 +25,12 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     kernels = extension()[0].kernels(request.param)
-    monkeypatch.setattr(cpu_kernel, "cpu_kernels", lambda: (kernels, request.param))
+
+    class Kernels:
+        def __getattr__(self, name):
+            return lambda *arguments: kernels[name](*arguments, torch.get_num_threads())
+
+    monkeypatch.setattr(cpu_kernel, "cpp", Kernels())
     return request.param
 
 
