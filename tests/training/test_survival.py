@@ -441,7 +441,7 @@ def test_other_contents_of_the_data_are_noticed(here, capsys, labels):
     assert call("train", "vae", "--data", "a.npz", *flags) == 0
     np.savez(here / "a.npz", images=pixels if labels else 255 - pixels, labels=classes[::-1] if labels else classes)
     assert call("train", "vae", "--run", "r", "--resume", "--epochs", "2") == 2
-    assert "expected the data that the run began with, got other contents" in capsys.readouterr().err
+    assert "with other contents" in capsys.readouterr().err
     np.savez(here / "a.npz", images=pixels, labels=classes)
     assert call("train", "vae", "--run", "r", "--resume", "--epochs", "2") == 0
     newest = checkpoint.latest(here / "runs" / "r")  # as an earlier version wrote it
