@@ -247,7 +247,7 @@ def test_commands_refuse_what_a_model_cannot(here, digits, capsys):
         (["inpaint", "g", *box], "expected a run of a model that can inpaint, got one of mlp-gan"),
         (["sample", "e"], "expected a run of a model that can sample, got one of autoencoder"),
         (["sample", "g", "--class", "3"], "--class: expected a run of a conditional model, got one of mlp-gan"),
-        (["inpaint", "g", "--data", digits], "expected --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE"),
+        (["inpaint", "g", "--data", digits], "expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE"),
         (["export", "g", "--out", "g.pt"], "--out: expected the name of a .safetensors file, or of a folder"),
     ):
         assert call(*arguments) == 2
