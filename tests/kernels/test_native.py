@@ -150,7 +150,7 @@ def test_gpt_decode_without_heads():
     weights = [torch.randn(s) for s in ((11, 0), (6, 0), *layer, (0,), (0,), (11, 0))]
     for channels in ((0, 4), (3, 0), (0, 0)):
         cache = torch.zeros(1, 2, 1, channels[0], 6, channels[1])
-        with pytest.raises(ValueError, match=r"gpt_decode: .*at least"):
+        with pytest.raises(ValueError, match="at least 1 head and 1 channel"):
             ops.gpt_decode(torch.tensor([[1]]), cache, 0, weights)
 
 
