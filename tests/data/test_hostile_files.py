@@ -39,7 +39,7 @@ def bounded(monkeypatch, tmp_path_factory):
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def refused(load, source, message):
+def assert_refused(load, source, message):
     with pytest.raises(DataError, match=message) as error:
         load(source)
     said = str(error.value)
@@ -115,7 +115,7 @@ HOSTILE_ARRAYS = {
 def test_arrays(tmp_path, case):
     name, content, message = HOSTILE_ARRAYS[case]
     (tmp_path / name).write_bytes(content)
-    refused(data.load, tmp_path / name, message)
+    assert_refused(data.load, tmp_path / name, message)
 
 
 def test_only_the_arrays_asked_for_are_read(tmp_path):
@@ -123,7 +123,7 @@ def test_only_the_arrays_asked_for_are_read(tmp_path):
     members = [("images.npy", npy(images)), ("features.npy", npy(np.zeros(1 << 26, np.uint8))), ("x.npy", b"broken")]
     found = data.load(zipped(tmp_path / "a.npz", members))
     assert np.array_equal(found.pixels[:, 0].numpy(), images)
-    refused(data.load, zipped(tmp_path / "b.npz", [("images.npy", members[1][1])]), "that unpack to")
+    assert_refused(data.load, zipped(tmp_path / "b.npz", [("images.npy", members[1][1])]), "that unpack to")
 
 
 def nested(depth, first, pair):
@@ -169,21 +169,21 @@ PICKLES = {
 def test_pickles(tmp_path, case):
     content, message = PICKLES[case]
     (tmp_path / "data_batch_1").write_bytes(content)
-    refused(data.load, tmp_path, message)
+    assert_refused(data.load, tmp_path, message)
 
 
 def test_labels_of_nested_lists_are_not_written_out(tmp_path):
     pixels = pickle.dumps(np.zeros((1, 3072), np.uint8), protocol=2)[2:-1]
     content = entries(named(b"data"), pixels, named(b"labels"), nested_lists(60))
     (tmp_path / "data_batch_1").write_bytes(content)
-    refused(data.load, tmp_path, "expected 1 labels, integers, got list of")
+    assert_refused(data.load, tmp_path, "expected 1 labels, integers, got list of")
 
 
 @pytest.mark.parametrize("names", ["one name", 5, {"a": 1}, [1, 2], []])
 def test_class_names_that_are_none(tmp_path, names):
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}))
     (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    refused(data.load, tmp_path, "expected the names of the classes")
+    assert_refused(data.load, tmp_path, "expected the names of the classes")
 
 
 def test_pickled_containers_are_what_they_were():
@@ -232,7 +232,7 @@ LZMA = zipped(io.BytesIO(), [("a.txt", os.urandom(99))], zipfile.ZIP_LZMA).getva
 def test_zip_files_of_text(tmp_path, case):
     make, message = TEXT_ZIPS[case]
     make(tmp_path / "a.zip")
-    refused(text.load, tmp_path / "a.zip", message)
+    assert_refused(text.load, tmp_path / "a.zip", message)
 
 
 def test_other_files_in_a_zip_do_not_count(tmp_path):
@@ -276,12 +276,12 @@ def test_only_regular_files_are_read(tmp_path, kind):
     with pytest.warns(DataWarning, match=r"a\.txt \(expected text, got "):
         assert text.load(tmp_path).documents == ["whole"]
     for name in ("a.npy", "a.npz", "a.zip", "x"):
-        refused(data.load, tmp_path / name, r"expected .*, got (a named pipe|a device|No such device)")
+        assert_refused(data.load, tmp_path / name, r"expected .*, got (a named pipe|a device|No such device)")
     for name in ("a.txt", "a.zip", "a.po"):
         for load in (text.load, text.load_pairs):
-            refused(load, tmp_path / name, "got (a named pipe|a device|No such device)")
-    refused(text.read_tokenizer, tmp_path / "tokenizer.json", "got (a named pipe|a device|No such device)")
-    refused(data.load, tmp_path, "expected pictures")
+            assert_refused(load, tmp_path / name, "got (a named pipe|a device|No such device)")
+    assert_refused(text.read_tokenizer, tmp_path / "tokenizer.json", "got (a named pipe|a device|No such device)")
+    assert_refused(data.load, tmp_path, "expected pictures")
     with pytest.raises(DataError, match=r"a\.png: expected a picture, got (a named pipe|a device|No such device)"):
         picture.read_light(tmp_path / "a.png", 4, 4)
 
@@ -310,9 +310,9 @@ def test_pictures_far_larger_than_their_files(tmp_path, case):
         (tmp_path / f"{k}.png").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        refused(data.load, tmp_path, message)
-        refused(lambda source: data.load(source, 8), tmp_path, message)
-        refused(lambda source: picture.read_light(source / "0.png", 8, 8), tmp_path, message.replace("expected a ", ""))
+        assert_refused(data.load, tmp_path, message)
+        assert_refused(lambda source: data.load(source, 8), tmp_path, message)
+        assert_refused(lambda source: picture.read_light(source / "0.png", 8, 8), tmp_path, message.replace("expected a ", ""))
 
 
 def test_large_pictures_are_decoded_one_after_the_other(monkeypatch, tmp_path):
@@ -368,7 +368,7 @@ CATALOGUES = {
 @pytest.mark.parametrize("case", CATALOGUES)
 def test_catalogues_take_no_longer_than_their_length(tmp_path, case):
     (tmp_path / "a.po").write_text(CATALOGUES[case])
-    refused(text.load_pairs, tmp_path / "a.po", "expected a catalogue's msgid, msgstr or string")
+    assert_refused(text.load_pairs, tmp_path / "a.po", "expected a catalogue's msgid, msgstr or string")
 
 
 ESCAPES = {
