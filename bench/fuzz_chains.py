@@ -1,6 +1,6 @@
 """Random models against plain PyTorch: outputs, gradients, buffers, errors, layouts and random state under fuse.
 
-    python -m bench.fuzz_chains --count 500 --seed 0     compare so many models
+    python -m bench.fuzz_chains --count 500 --seed 0     compare 500 models
     python -m bench.fuzz_chains --only 17                 one of them again, with its model and circumstances
 
 A model runs as it is and as `fuse(copy)`, in circumstances drawn with it (mode, autocast, dtype, layout, checkpointing,

@@ -1,6 +1,6 @@
 """Feeds damaged files to every public loader: each must end in one line, quickly, and in bounded memory.
 
-    python -m bench.fuzz_files --count 500 --seed 0      mutate and load so many files
+    python -m bench.fuzz_files --count 500 --seed 0      mutate and load 500 files
     python -m bench.fuzz_files --task png-17             load one again here, with its traceback
 
 A loader may read a damaged file or raise a UsageError (DataError, CheckpointError, ConfigError are such). Anything else
@@ -191,8 +191,8 @@ def damage(path: Path, draw: random.Random) -> None:
         path.write_bytes(mutated(path.read_bytes(), draw))
 
 
-def load(task: str) -> None:
-    """Load the file of a task, "<kind>-<seed>"; seed "sound": an undamaged one."""
+def load(task: str) -> Any:
+    """What the file of a task, "<kind>-<seed>", holds; seed "sound": an undamaged one."""
     kind, _, seed = task.rpartition("-")
     make, read = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -200,7 +200,7 @@ def load(task: str) -> None:
         path = make(Path(folder))
         if seed != "sound":
             damage(path, random.Random(task))
-        read(path)
+        return read(path)
 
 
 def finding(task: str) -> str:
