@@ -71,7 +71,7 @@ class Circumstances(NamedTuple):
 
 
 class _Shaken(torch.autograd.Function):
-    """x and its gradient, each element changed by so many roundings."""
+    """x and its gradient, each element changed by the given number of roundings."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, size: float, noise: torch.Generator) -> torch.Tensor:

@@ -55,8 +55,8 @@ def _module() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _checkpoint(path: Path) -> None:
-    checkpoint.restore(path.parent, *_module(), threads=False)
+def _checkpoint(path: Path) -> Any:
+    return checkpoint.restore(path.parent, *_module(), threads=False)
 
 
 def _saved(name: str) -> Callable[[Path], Path]:
@@ -100,12 +100,12 @@ def _of(name: str, content: Callable[[], bytes]) -> Callable[[Path], Path]:
     return make
 
 
-def _images(path: Path) -> None:
-    data.load(path, cache=False)
+def _images(path: Path) -> Any:
+    return data.load(path, cache=False)
 
 
-def _folder(path: Path) -> None:
-    data.load(path.parent, cache=False)
+def _folder(path: Path) -> Any:
+    return data.load(path.parent, cache=False)
 
 
 _IDX = b"\0\0\x08\x03" + struct.pack(">3I", 4, 8, 8) + bytes(256)

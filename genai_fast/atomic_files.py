@@ -34,7 +34,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the old one stays.
     """
-    # A name that no other process has, and at which nobody can have put a link to write through.
+    # A name that no other process has, and at which no link to write through can have been placed.
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield hidden

@@ -294,7 +294,7 @@ def _clock(device: torch.device, call: Callable[[], Any]) -> float:
         return time.perf_counter() - start
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_BUSY)  # the host queues the whole call meanwhile, so that its own time does not count
+        torch.cuda._sleep(_BUSY)  # while it spins the host queues the whole call: host time does not count
         start.record()
         call()
         end.record()

@@ -14,7 +14,7 @@ def printable(text: str) -> str:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """Print a line to a stream, None: stderr; if nobody reads it any more, nothing."""
+    """Print a line to a stream, None: stderr; do nothing if its reader is gone."""
     print(printable(line), file=Steady(sys.stderr if stream is None else stream), flush=True)
 
 

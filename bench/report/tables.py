@@ -50,7 +50,7 @@ def notes(figures: Iterable[Figure]) -> list[str]:
         if variants[FUSED].get("captured") is False:
             found.append(f"{name}: the fused step is not a captured graph")
         if (f.get("foreign_load") or 0.0) > BUSY:
-            found.append(f"{name}: other programs kept {f['foreign_load']:.1f} processors busy meanwhile")
+            found.append(f"{name}: other programs kept {f['foreign_load']:.1f} processors busy during the run")
     return found
 
 

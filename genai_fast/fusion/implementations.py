@@ -58,7 +58,7 @@ listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def decide(modules: Sequence[nn.Module], chain: Chain, x: torch.Tensor) -> Implementation:
-    """What serves this call; whoever listens is told why."""
+    """What serves this call; the listener, if any, is told why."""
     if chain.conv is not None:
         options, chosen, times = CONVOLUTIONS, *_fastest(chain, x)
     else:

@@ -1,4 +1,4 @@
-"""Methods that somebody wrote: chains of calls in their source are found, and compiled again as one call each.
+"""Hand-written methods: chains of calls in their source are found, and compiled again as one call each.
 
 Everything else of a method stays what it was: its branches, loops, flags and names are compiled from the same source
 into the same code, so nothing is frozen. A chain is what calls children and activations on one another's results:
@@ -187,7 +187,7 @@ class _Rewriter(ast.NodeTransformer):
             function, given, settings, make = None, node.func.value, node.args, _METHODS[node.func.attr]
             before = self._step(given)
             if before is None or letter(before.module) == ".":
-                return None  # nobody knows whether this is a tensor
+                return None  # it may not be a tensor
         else:
             return None
         try:
@@ -316,7 +316,7 @@ def _call(chain: Chain) -> Callable[..., Any]:
 
 
 def _watched() -> bool:
-    """Whether somebody follows the calls: a tracer knows the children, and hooks on all modules see only those."""
+    """Whether the calls are followed: a tracer knows the children, and hooks on all modules see only those."""
     if torch.compiler.is_compiling():
         return False
     return global_hooks() or torch.fx._symbolic_trace.is_fx_tracing()

@@ -57,7 +57,7 @@ def convolution(x: torch.Tensor, multiplications: int) -> str:
 
 
 def fold(elements: int, weight: torch.Tensor) -> str:
-    """Folding a norm into the weight, at every call, for so many elements of output."""
+    """Folding a norm into the weight, at every call, for this number of output elements."""
     return _too_small("elements of output", elements, FOLD) or (
         "" if elements >= weight.numel() * 4 else "the weight is large compared with the output"
     )

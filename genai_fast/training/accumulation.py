@@ -21,7 +21,7 @@ NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy
 
 
 def check(model: nn.Module | Callable[..., Any], count: int) -> None:
-    """Whether a batch may be cut into so many parts.
+    """Whether a batch may be cut into `count` parts.
 
     Raises:
         UsageError: it may not: the model's networks take turns, or its rows carry a state.
@@ -65,7 +65,7 @@ class Mean:
         self._shares: Any = 0.0
 
     def add(self, result: Any, rows: int) -> torch.Tensor | None:
-        """What is to be minimised for a part of so many rows; None: nothing in it counts."""
+        """The loss to minimise for a part of this many rows; None if nothing in it counts."""
         entries, loss = loss_output.entries(result), loss_output.differentiable(loss_output.minimised(result))
         weights = weights_of(result, rows)
         weight = weights[loss_output.place(result)]

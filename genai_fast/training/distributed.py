@@ -202,7 +202,7 @@ def part_of(batch: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...
 
 
 def joint(losses: Any, weight: float, weights: torch.Tensor | None = None) -> Any:
-    """The losses of the joined batch, of which this process's rows weigh so much: a NamedTuple as `losses` is."""
+    """The losses of the joined batch, in which this process's rows have this weight: a NamedTuple like `losses`."""
     if size() == 1:
         return losses
     values = torch.stack(tuple(losses)).detach().double()

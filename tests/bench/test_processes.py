@@ -56,7 +56,7 @@ def test_what_compilers_print_is_no_message():
 
 
 def running(pid):
-    """Not what has ended and waits for somebody to ask how."""
+    """Not what has ended and is still a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -75,7 +75,7 @@ def test_what_a_process_started_ends_with_it(tmp_path):
     assert code is None and said == "begun\n"
     assert processes.call(["sh", "-c", "echo said; echo more >&2; exit 4"], 60.0) == (4, "said\nmore\n")
     assert not any(running((tmp_path / name).read_text().strip()) for name in ("ends", "hangs", "call"))
-    assert not list(tmp_path.glob("*.ended"))  # nobody waited for them
+    assert not list(tmp_path.glob("*.ended"))  # they were not waited for
 
 
 INTERRUPTED = """

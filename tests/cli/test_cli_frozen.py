@@ -1,6 +1,6 @@
 """The command line is an interface: scripts rely on its commands, flags, choices and defaults.
 
-python tests/cli/test_cli_frozen.py    write cli_frozen.txt anew, after a change that is meant
+python tests/cli/test_cli_frozen.py    rewrite cli_frozen.txt after an intended change
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Files made to break or fill whoever reads them end in one line of error, within bounded memory."""
+"""Files made to break a reader or fill its memory end in one line of error, within bounded memory."""
 
 import contextlib
 import gzip

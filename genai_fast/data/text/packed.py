@@ -108,7 +108,7 @@ def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
 
 
 def _kept(entry: store.Entry, documents: int, tokenizer: Tokenizer) -> Tokens | None:
-    """What an entry holds, if it is of so many documents in this tokenizer's ids: its folder may be shared."""
+    """What an entry holds, if it is of this many documents in this tokenizer's ids: its folder may be shared."""
     found = entry.read()
     if found is None or not {"ids", "offsets"} <= found.arrays.keys():
         return None

@@ -69,7 +69,7 @@ class Decoder(Protocol):
 
 
 class WritesOn(Protocol):
-    """A language model, which `generation.generate` serves. It has `block` if it sees no more tokens than so many."""
+    """A language model, which `generation.generate` serves. It has `block` if it sees at most that many tokens."""
 
     vocabulary: int
 

@@ -29,7 +29,7 @@ _PARTS = {
 
 
 def serves(model: GPT, batch: int) -> bool:
-    """Whether the kernel computes steps of so many rows of this model, and what its modules would."""
+    """Whether the kernel computes steps of this many rows of this model, and what its modules would."""
     weight = model.transformer.wte.weight
     if batch > MOST_ROWS or weight.dtype not in FLOAT_DTYPES or global_hooks():
         return False
@@ -120,7 +120,7 @@ class CachedGPT:
                 f"CachedGPT: step: expected 1 to {self._model.block - 1} tokens before this one, got {self._held};"
                 f" remedy: prefill"
             )
-        checks.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)  # nobody looks at a GPU's
+        checks.token_ids("CachedGPT", "ids", ids[:, None], self._model.vocabulary)  # not checked on a GPU
         ids = ids.to(self._lengths.device)
         with as_it_is(self._model):
             if self._capture and self._replay is None:
