@@ -5,7 +5,8 @@
     python -m bench.compile_gate --update                  and the committed one rewritten
     python -m bench.compile_gate --check --once            each kernel as one case launches it: for tests
 
-What is compiled are the launches of the ops' bench cases and compile cases, as bench.launches records them.
+What is compiled are the launches of the ops' bench cases and compile cases, as bench.launches records them; for the
+two newest architectures, each kernel's first.
 
 Each committed table, bench/gate/triton-<version>.json, is of one Triton version, whose compiler is part of
 what is measured. `--check` fails on spills, on lost matrix instructions or loads of 16 bytes, on registers or
@@ -106,11 +107,15 @@ class Job:
 def jobs(architectures: Iterable[int], folders: Collection[str] = ()) -> list[Job]:
     """Every kernel as the bench cases and compile cases of its folder's ops launch it, by the first case that does.
 
+    Only a kernel's first launch is compiled for the two newest architectures: that it compiles there, and without
+    spills, is what is asked of them.
+
     Args:
         folders: of kernels/; all by default.
     """
     found: dict[tuple[str, int, str], Job] = {}
     begun: set[str] = set()
+    newest: set[tuple[str, str, int]] = set()
     for op in registry.OPS.values():
         if (folders and op.folder not in folders) or not any("triton" in library.kernels for library in op.library):
             continue
@@ -126,6 +131,9 @@ def jobs(architectures: Iterable[int], folders: Collection[str] = ()) -> list[Jo
                     key = op.folder, arch, launch.identity
                     if key in found or not launch.module.startswith(own):
                         continue
+                    if arch > LIMITED and (launch.module, launch.kernel, arch) in newest:
+                        continue
+                    newest.add((launch.module, launch.kernel, arch))
                     seen[launch.kernel] += 1
                     name = f"{op.folder}/{launch.kernel[1:]}/{op}-{case}-{precision}"
                     name += f"-{seen[launch.kernel]}" if seen[launch.kernel] > 1 else ""
