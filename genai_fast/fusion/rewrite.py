@@ -319,7 +319,7 @@ def _watched() -> bool:
     """Whether the calls are followed: a tracer knows the children, and hooks on all modules see only those."""
     if torch.compiler.is_compiling():
         return False
-    return global_hooks() or torch.fx._symbolic_trace.is_fx_tracing()
+    return global_hooks() or torch.fx._symbolic_trace._is_fx_tracing_flag  # is_fx_tracing() logs a warning
 
 
 class Written(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import logging
 import random
 import traceback
 
@@ -217,6 +218,12 @@ def test_what_changes_later_counts(fused_calls):
         m.downsample, m.act = shortcut, nn.ELU()
     assert_close(model(x), plain(x))
     assert fused_calls == ["none", "none"]
+
+
+def test_nothing_is_logged(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
+    fuse(_BasicBlock())(torch.randn(2, 3, 8, 8))
+    assert not caplog.records
 
 
 def test_a_class_is_made_once_for_instances_alike():
