@@ -31,8 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
     At no time half of it has that name. If the body raises, the hidden file is removed and the old one stays.
     A folder takes the place of nothing or of an empty one.
 
-    Raises:
-        OSError: it cannot be written; the old one stays.
+    Raises OSError: it cannot be written; the old one stays.
     """
     # A name that no other process has, and at which no link to write through can have been placed.
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
@@ -61,8 +60,7 @@ def held(folder: Path) -> Iterator[None]:
 
     First removes what writers that were killed have left.
 
-    Raises:
-        UsageError: another process is inside. The lock of one that dies goes with it.
+    Raises UsageError: another process is inside. The lock of one that dies goes with it.
     """
     descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:

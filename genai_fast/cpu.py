@@ -92,9 +92,8 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
     A FallbackWarning names what is not available. Gradients and double backward are unaffected: the replacement is
     below autograd. Compiled models keep what they were compiled with, so call this first.
 
-    Returns:
-        What was done; `.remove()` or the end of a `with` block undoes it. A second call returns the same object, and
-        its `with` block undoes nothing.
+    Returns: What was done; `.remove()` or the end of a `with` block undoes it. A second call returns the same object,
+        and its `with` block undoes nothing.
     """
     global _active
     if _active is not None:

@@ -26,8 +26,7 @@ def missing(module: str, extra: str, error: str) -> UsageError:
 def require(module: str, extra: str) -> ModuleType:
     """Import a package that only an extra installs.
 
-    Raises:
-        UsageError: it does not import; the message says how to install it.
+    Raises UsageError: it does not import; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -57,11 +57,8 @@ def enable_sdpa() -> SDPASwitch:
     Calls with a mask, dropout, is_causal with T_q != T_k or more than 256 channels per head are served as before.
     Compiled models keep what they were compiled with, so enable it first.
 
-    Returns:
-        A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
-
-    Raises:
-        RuntimeError: no kernel of ours runs here; the message gives the reason.
+    Returns: A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
+    Raises RuntimeError: no kernel of ours runs here; the message gives the reason.
     """
     global _active
     if _active is not None:

@@ -174,8 +174,7 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
 def assert_matches_reference(run: Run) -> None:
     """Outputs, then each gradient by name, against the float64 reference.
 
-    Raises:
-        AssertionError: names the run, and each output or input whose error passes its limit.
+    Raises AssertionError: names the run, and each output or input whose error passes its limit.
     """
     with run.products():
         wrong = _differences(run)
@@ -210,8 +209,7 @@ def _differences(run: Run) -> list[str]:
 def assert_second_derivative(run: Run) -> None:
     """A gradient penalty through the kernels: d/dx |df/dx|^2 in float32, against the float64 reference.
 
-    Raises:
-        AssertionError: a derivative is missing, or differs.
+    Raises AssertionError: a derivative is missing, or differs.
     """
     inputs = run.case.inputs(Tensors(torch.float32, run.device))
     truth = _penalty(run.op.reference, _widen(inputs))

@@ -97,8 +97,7 @@ class Gate:
     def _refuse(self, stage: str, known: dict[str, Any]) -> set[str]:
         """Fail what a red check forbids to measure, and forget such failures of what may be right now.
 
-        Returns:
-            The tasks that wait for their op's runs.
+        Returns: The tasks that wait for their op's runs.
         """
         waiting = set()
         for task in self._tasks(stage):

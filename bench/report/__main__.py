@@ -26,8 +26,7 @@ from genai_fast.table import write_between
 def load(path: Path) -> tuple[dict[str, Any], list[tables.Figure]]:
     """The machine's description and its figures, one per point, of pytest-benchmark's JSON.
 
-    Raises:
-        ReportError: the file is missing, truncated, foreign, or holds no figures.
+    Raises ReportError: the file is missing, truncated, foreign, or holds no figures.
     """
     content = records.read_json(path)
     if not isinstance(content, dict) or not content.keys() >= {"benchmarks", "machine_info"}:

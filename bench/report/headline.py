@@ -33,8 +33,7 @@ _MEASURE = "`python -m bench.gpu_gate` on a machine with an NVIDIA GPU checks an
 def headline(results: Path) -> str:
     """Markdown for the README, from all records below a folder; made-up ones are left out, with a line on stderr.
 
-    Raises:
-        ReportError: there is no such folder, or a record is damaged or foreign.
+    Raises ReportError: there is no such folder, or a record is damaged or foreign.
     """
     if not results.is_dir():
         raise ReportError(f"{results}: expected a folder of records, got none; remedy: --headline bench/results")

@@ -167,11 +167,7 @@ def is_record(content: Any) -> bool:
 
 
 def read(path: Path) -> Record:
-    """Read a record.
-
-    Raises:
-        ReportError: the file is missing, cut off, foreign or damaged.
-    """
+    """Read a record. Raises ReportError: the file is missing, cut off, foreign or damaged."""
     content = read_json(path)
     if not is_record(content):
         raise ReportError(

@@ -19,8 +19,7 @@ _WIDTH = 120  # columns of the text
 def load(name: str, sizes: str | None, arguments: Sequence[str] = ()) -> tuple[nn.Module, tuple[int, ...]]:
     """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
 
-    Raises:
-        UsageError: no such model, file or factory; it returns no module; the input's shape is missing or invalid.
+    Raises UsageError: no such model, file or factory; it returns no module; the input's shape is missing or invalid.
     """
     if name in MODELS:
         make, shape = MODELS[name]

@@ -127,11 +127,7 @@ def _remove(path: Path) -> None:
 
 
 def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A file of zeros to write decoded pictures into.
-
-    Raises:
-        OSError: the disk has no room for it.
-    """
+    """A file of zeros to write decoded pictures into. Raises OSError: the disk has no room for it."""
     pixels = np.lib.format.open_memmap(hidden / f"{PIXELS}.npy", mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process in the middle of writing
         with open(hidden / f"{PIXELS}.npy", "r+b") as file:

@@ -44,12 +44,9 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
             pytorch_model.bin a config.json (Hugging Face's) counts, and in a torch file "model_args" (nanoGPT's).
         heads: what the caller wants, or None.
 
-    Returns:
-        Heads are None if neither the files nor the caller say how many.
-
-    Raises:
-        DataError: it is missing or broken, holds no tensors, or its settings are of another network than models.GPT
-            or have other heads than the caller wants.
+    Returns: Heads are None if neither the files nor the caller say how many.
+    Raises DataError: it is missing or broken, holds no tensors, or its settings are of another network than models.GPT
+        or have other heads than the caller wants.
     """
     path = Path(path)
     if is_folder(path, "a GPT-2 checkpoint"):

@@ -23,8 +23,7 @@ def read_arrays(path: Path, *groups: Sequence[str]) -> list[np.ndarray | None]:
 
     An .npy holds the first group's.
 
-    Raises:
-        DataError: the file is broken, or has nothing of the first group.
+    Raises DataError: the file is broken, or has nothing of the first group.
     """
     with parsing(path, _EXPECTED):
         with open_regular(path) as file:

@@ -60,11 +60,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def is_folder(source: str | Path, expected: str) -> bool:
-    """Whether a source is a folder, else a file.
-
-    Raises:
-        DataError: it is not there, or cannot be looked at.
-    """
+    """Whether a source is a folder, else a file. Raises DataError: it is not there, or cannot be looked at."""
     try:
         return stat.S_ISDIR(os.stat(source).st_mode)
     except (FileNotFoundError, NotADirectoryError):

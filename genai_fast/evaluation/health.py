@@ -56,9 +56,7 @@ def warnings_of(
         generator_loss: the non-saturating -ln D(G(z)), nats a sample. A critic's (WGAN) has no such unit: leave it out.
         active_units: `active_units`' of the encoder's means. kl: nats a sample. latent: units of z.
 
-    Returns:
-        Sentences "what: figures; remedy: ...", empty if all is well.
-
+    Returns: Sentences "what: figures; remedy: ...", empty if all is well.
     Source: Goodfellow 2016, arXiv:1701.00160 (GANs); Bowman et al. 2016, arXiv:1511.06349 (posterior collapse).
     """
     own = {

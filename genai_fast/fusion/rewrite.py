@@ -349,11 +349,7 @@ class Written(NamedTuple):
 
 
 def written(model: nn.Module, function: Any) -> Written:
-    """A method of the model's class, with its chains as calls.
-
-    Raises:
-        Refused: why it stays as it is.
-    """
+    """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
     source = source_of(function)

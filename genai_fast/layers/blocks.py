@@ -60,8 +60,7 @@ class ConvBNAct(_Block):
         activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None.
         negative_slope: of leaky_relu.
 
-    Raises:
-        ValueError: unknown activation or number of dimensions.
+    Raises ValueError: unknown activation or number of dimensions.
     """
 
     def __init__(

@@ -52,8 +52,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def make(name: str, config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The model of recipe `name` for images of shape (C, H, W).
 
-    Raises:
-        UsageError: the settings and the images do not go together.
+    Raises UsageError: the settings and the images do not go together.
     """
     recipe = RECIPES[name]
     if recipe.labelled and classes < 1:

@@ -64,9 +64,7 @@ def act_dropout(
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh, sigmoid and
             leaky_relu with a slope above 0 can; silu and the GELUs cannot.
 
-    Returns:
-        y, shape and dtype of x.
-
+    Returns: y, shape and dtype of x.
     Gradients: x, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64); all drop the same elements.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.

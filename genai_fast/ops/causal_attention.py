@@ -84,11 +84,9 @@ def causal_attention(
             read (and check) the beginnings.
         return_lse: also return the logarithm of the sum of exp(score) of each row, before dropout.
 
-    Returns:
-        out [B, H, T_q, D] of q's dtype, dense, in q's order of memory: of a view of a projection [B, T, H D] comes
-        one that .transpose(1, 2).flatten(2) takes back without a copy. With return_lse (out, lse), lse float32
-        [B, H, T_q].
-
+    Returns: out [B, H, T_q, D] of q's dtype, dense, in q's order of memory: of a view of a projection [B, T, H D] comes
+        one that .transpose(1, 2).flatten(2) takes back without a copy. With return_lse (out, lse), lse float32 [B, H,
+        T_q].
     Under autocast q, k and v are cast to its dtype.
     Gradients: q, k, v, from out and lse, to any order (the second and higher through plain PyTorch, which holds the
     scores; torch.compile refuses those). Two backward passes give the same bits.

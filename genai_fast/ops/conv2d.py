@@ -68,9 +68,7 @@ def conv2d(
         bias: [C_out] or None for 0; dtype of x.
         stride, padding: ints or pairs, for H and W.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x; the strides are those that F.conv2d gives. Under autocast all are cast.
-
+    Returns: y [N, C_out, OH, OW], dtype of x; the strides are those that F.conv2d gives. Under autocast all are cast.
     Gradients: x (in channels_last memory), weight and bias, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: x's gradient: C++ (CPU) up to 8 channels, Triton (CUDA); PyTorch for the rest: `serves` says why.

@@ -180,10 +180,8 @@ def conv_transpose2d(
         activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x, always in channels_last memory. Under autocast x and weight are cast, as
+    Returns: y [N, C_out, OH, OW], dtype of x, always in channels_last memory. Under autocast x and weight are cast, as
         with PyTorch's convolutions.
-
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
         those). y is kept for the activation's derivative, so it must stay as it is until backward; silu, the
         GELUs, and leaky_relu with a slope of 0 or less run as an op of their own where gradients are recorded.
@@ -213,9 +211,7 @@ def conv_transpose1d(
     Args:
         x: [N, C, L]; weight: [C, C_out, K]; otherwise as in conv_transpose2d.
 
-    Returns:
-        y [N, C_out, (L - 1) stride - 2 padding + K + output_padding], channels last in memory.
-
+    Returns: y [N, C_out, (L - 1) stride - 2 padding + K + output_padding], channels last in memory.
     Gradients, Backends, Raises, Source: as conv_transpose2d.
     """
     op = "conv_transpose1d"
@@ -241,9 +237,7 @@ def upsample_conv2d(
         weight: [C_out, C, 3, 3], as of a Conv2d; dtype of x.
         bias, activation, negative_slope: as in conv_transpose2d.
 
-    Returns:
-        y [N, C_out, 2 H, 2 W], dtype of x, in channels_last memory.
-
+    Returns: y [N, C_out, 2 H, 2 W], dtype of x, in channels_last memory.
     Gradients, Backends, Raises: as conv_transpose2d. The sums of weights are taken in float32 and rounded once.
     Source: Odena, Dumoulin & Olah 2016 (resize, then convolve); phases: Shi et al. 2016, arXiv:1609.07009.
     """
@@ -289,9 +283,7 @@ def conv_transpose2d_batch_norm_act(
         momentum, eps: of the batch norm.
         activation, negative_slope: after the batch norm.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x, in channels_last memory.
-
+    Returns: y [N, C_out, OH, OW], dtype of x, in channels_last memory.
     Gradients: all parameters, to any order (the second and higher through plain PyTorch; torch.compile refuses
         those). bias has none but rounding: the mean takes it away again.
     Backends: Triton (CUDA) for what `serves` serves; elsewhere conv_transpose2d, then batch_norm_act.

@@ -93,9 +93,7 @@ def cross_entropy(
     Class weights are left to the caller, from the single losses: with w = weight[target], 0 where it is ignored,
     (cross_entropy(logits, target, reduction="none") * w).sum() / w.sum() is F.cross_entropy's mean without smoothing.
 
-    Returns:
-        The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
-
+    Returns: The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
     Gradients: logits, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are no class
@@ -281,9 +279,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         chunk: rows at a time; by default as many as make 64 MiB of logits on the CPU, 256 MiB on CUDA.
 
-    Returns:
-        The loss, as `cross_entropy` gives it.
-
+    Returns: The loss, as `cross_entropy` gives it.
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch with whole logits;
         torch.compile refuses those). Those of weight and bias are summed over chunks in float32.
     Backends: matrix products by PyTorch; the rest C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).

@@ -41,9 +41,7 @@ def decode_attention(
             cache holds them already, and cache_seqlens counts them.
         scale, window, softcap, return_lse: as in causal_attention.
 
-    Returns:
-        out [B, H, T, D] of q's dtype, in q's order of memory; with return_lse (out, lse), lse float32 [B, H, T].
-
+    Returns: out [B, H, T, D] of q's dtype, in q's order of memory; with return_lse (out, lse), lse float32 [B, H, T].
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed. A cache without room for

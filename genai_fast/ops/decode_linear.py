@@ -42,10 +42,8 @@ def decode_linear(
 
     All tensors have x's dtype and device; autocast changes nothing.
 
-    Returns:
-        y [..., N] of x's dtype, contiguous. The kernel computes in float32 and rounds once, and up to 16 rows a row's
-        bits are the same alone and among others.
-
+    Returns: y [..., N] of x's dtype, contiguous. The kernel computes in float32 and rounds once, and up to 16 rows a
+        row's bits are the same alone and among others.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: Triton (CUDA, up to 16 rows), reference (elsewhere, and float64). On a CPU `gpt_decode` is the fast way.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.

@@ -44,9 +44,7 @@ def gpt_decode(
         scales: of int8 matrices, in the order of the list: a factor [out] for each row. Else empty.
         eps: of the layer norms.
 
-    Returns:
-        logits [B, V] of the cache's dtype.
-
+    Returns: logits [B, V] of the cache's dtype.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: C++ (CPU), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.

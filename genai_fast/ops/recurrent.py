@@ -150,10 +150,8 @@ def gru(
         bias_ih, bias_hh: [3 H], or None for 0.
         All have x's dtype and device; under autocast they are cast.
 
-    Returns:
-        (y [T, B, H], h_n [B, H]), dtype of x. The state itself is float32 (float64 for such an x): y is the state
+    Returns: (y [T, B, H], h_n [B, H]), dtype of x. The state itself is float32 (float64 for such an x): y is the state
         rounded, and it is y that meets weight_hh. h_n is a copy of y[-1].
-
     Gradients: all tensors, through y and h_n, to any order (the second and higher through plain PyTorch; torch.compile
         refuses those). Kept for backward: 8 H numbers a row of x.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The products with x and the weights'
@@ -196,10 +194,8 @@ def lstm(
         bias_ih, bias_hh: [4 H], or None for 0.
         All have x's dtype and device; under autocast they are cast.
 
-    Returns:
-        (y [T, B, H], h_n [B, H], c_n [B, H]), dtype of x. Between the steps the cell is float32 (float64 for
-        such an x).
-
+    Returns: (y [T, B, H], h_n [B, H], c_n [B, H]), dtype of x. Between the steps the cell is float32 (float64 for such
+        an x).
     Gradients: all tensors, through all results, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: torch.lstm (CPU, where oneDNN's is fast), Triton (CUDA, launched as gru is; cuDNN's nn.LSTM may well be

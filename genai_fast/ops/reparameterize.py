@@ -59,9 +59,7 @@ def reparameterize(
             a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
             Without it and a seed: what `ops.rows` says.
 
-    Returns:
-        z, shape and dtype of mu (the wider one's under autocast), contiguous.
-
+    Returns: z, shape and dtype of mu (the wider one's under autocast), contiguous.
     Gradients: mu and logvar, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Other strides than row-major rows are
         copied first.
@@ -81,9 +79,7 @@ def reparameterize_kl(
     Args:
         mu, logvar, seed, offset: as for `reparameterize`.
 
-    Returns:
-        z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
-
+    Returns: z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
     Gradients: mu and logvar through both results, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).

@@ -75,8 +75,7 @@ def compare(
         warm_up: samples that are thrown away first.
         calls: calls in a sample; None: as many as a millisecond takes.
 
-    Raises:
-        ValueError: nothing to compare, or fewer than two rounds.
+    Raises ValueError: nothing to compare, or fewer than two rounds.
     """
     if not functions or rounds < 2:
         raise ValueError(

@@ -106,8 +106,7 @@ def own(
     may be a generator) that runs one step a `next` and may yield the step's samples as an int. It may ask for
     `prepare`, to be called with each network before its first use, `batch` and `device`.
 
-    Raises:
-        UsageError: no such function, or one that asks for something else or is not asked for what is given.
+    Raises UsageError: no such function, or one that asks for something else or is not asked for what is given.
     """
     function = imports.load(name, arguments)
     wanted, required = _parameters(name, function)

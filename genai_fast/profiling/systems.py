@@ -137,8 +137,7 @@ def of_recipe(name: str, batch: int | None = None, precision: str = "float32") -
 
     If it has none, the images are 64 x 64 pixels in 3 colours.
 
-    Raises:
-        UsageError: there is no such recipe.
+    Raises UsageError: there is no such recipe.
     """
     if name not in RECIPES:
         raise UsageError(f"expected a recipe, one of {', '.join(RECIPES)}, got {name!r}")

@@ -60,8 +60,7 @@ def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
 
     The folder may exist if it is empty.
 
-    Raises:
-        UsageError: a package for ONNX is missing.
+    Raises UsageError: a package for ONNX is missing.
     """
     for package in ("onnx", "onnxscript") if onnx else ():
         require(package, "export")

@@ -23,8 +23,7 @@ NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy
 def check(model: nn.Module | Callable[..., Any], count: int) -> None:
     """Whether a batch may be cut into `count` parts.
 
-    Raises:
-        UsageError: it may not: the model's networks take turns, or its rows carry a state.
+    Raises UsageError: it may not: the model's networks take turns, or its rows carry a state.
     """
     if count > 1 and (offers(model, InTurns) or inspect.isgeneratorfunction(model)):
         raise UsageError(NO_TURNS)

@@ -72,8 +72,7 @@ def save(
         best: step of the checkpoint that is the best so far, maybe this one; 0 for none.
         training_step: `Step.state_dict()`.
 
-    Raises:
-        DiskError: it cannot be written: nothing of it stays, and those before do.
+    Raises DiskError: it cannot be written: nothing of it stays, and those before do.
     """
     final = _folder(run, step)
     with writing(run, about.get("recipe", "RECIPE")):
@@ -209,8 +208,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
 def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
     """Put what fits of a safetensors file into the model; returns how many tensors, and what does not match.
 
-    Raises:
-        CheckpointError: the file cannot be read, or nothing in it fits.
+    Raises CheckpointError: the file cannot be read, or nothing in it fits.
     """
     try:
         tensors = atomic_files.read_tensors(path)

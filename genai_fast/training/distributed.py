@@ -43,8 +43,7 @@ def processes(settings: Config) -> Iterator[None]:
     Each takes the GPU of its LOCAL_RANK and, unless `settings.threads` says how many, its part of the machine's CPU
     threads.
 
-    Raises:
-        UsageError: a variable of torchrun's, a GPU or the settings do not serve.
+    Raises UsageError: a variable of torchrun's, a GPU or the settings do not serve.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -109,11 +108,7 @@ def agreed(x: Any) -> Any:
 
 
 def check_alike(about: dict[str, Any]) -> None:
-    """All processes read the same data.
-
-    Raises:
-        UsageError: this one did not.
-    """
+    """All processes read the same data. Raises UsageError: this one did not."""
     if (expected := agreed(about)) != about:
         raise UsageError(
             f"process {dist.get_rank()}: expected data as the first process has, {expected}, got {about}; remedy: the"

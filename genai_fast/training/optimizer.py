@@ -45,8 +45,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def owners(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
     """The ids of all parameters -> the number of their optimizer.
 
-    Raises:
-        UsageError: something is no optimizer, wants a closure, or shares parameters with another.
+    Raises UsageError: something is no optimizer, wants a closure, or shares parameters with another.
     """
     owner: dict[int, int] = {}
     for number, optimizer in enumerate(optimizers):

@@ -18,8 +18,7 @@ class Board:
     Pictures and texts belong to the step of the last record. Close it, or leave it as a context: events wait in a
     queue.
 
-    Raises:
-        UsageError: the package is not installed.
+    Raises UsageError: the package is not installed.
     """
 
     def __init__(self, run: Path, step: int) -> None:

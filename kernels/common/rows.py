@@ -88,8 +88,7 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
 def address(x: torch.Tensor | None) -> int:
     """Where x's data lie; 0 for None, which kernels take for what is absent.
 
-    Raises:
-        ValueError: x has elements but no memory, as a zero tensor of autograd or a parameter that is sharded away.
+    Raises ValueError: x has elements but no memory, as a zero tensor of autograd or a parameter that is sharded away.
     """
     if x is None:
         return 0

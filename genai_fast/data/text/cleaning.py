@@ -43,8 +43,7 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
         raw: the file's bytes.
         otherwise: the encoding of a file that has no mark and is not UTF-8 throughout; unknown ones do not count.
 
-    Raises:
-        UnreadableError: the bytes are no text.
+    Raises UnreadableError: the bytes are no text.
     """
     mark, encoding = next(((mark, name) for mark, name in _BOMS if raw.startswith(mark)), (b"", "utf-8"))
     if encoding == "utf-8" and raw.count(0) * _BINARY > len(raw):

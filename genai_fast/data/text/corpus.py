@@ -56,8 +56,7 @@ class Corpus:
         Documents that differ in white space alone fall on the same side. A single document is cut in two near the end:
         between paragraphs if that can be, else lines, else words, else sentences or characters.
 
-        Raises:
-            DataError: the documents are all the same, or the only one has a single word.
+        Raises DataError: the documents are all the same, or the only one has a single word.
         """
         if len(self) == 1:
             _check_fraction(fraction)
@@ -135,8 +134,7 @@ class PairCorpus:
     def split(self, fraction: float, seed: int) -> tuple[PairCorpus, PairCorpus]:
         """(training, validation), as Corpus.split; a source that stands in several pairs falls on one side.
 
-        Raises:
-            DataError: all sources are the same.
+        Raises DataError: all sources are the same.
         """
         held_out = _held_out(self.name, "sources", (plain(source) for source, _ in self.pairs), fraction, seed)
         kept = [pair for pair, held in zip(self.pairs, held_out, strict=True) if not held]

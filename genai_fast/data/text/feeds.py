@@ -40,11 +40,7 @@ class Feed(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Batches of an epoch.
-
-        Raises:
-            DataError: there is too little text for one batch.
-        """
+        """Batches of an epoch. Raises DataError: there is too little text for one batch."""
 
     @property
     def samples(self) -> int:
@@ -54,8 +50,7 @@ class Feed(ABC):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's batches from number `start` on.
 
-        Raises:
-            DataError: there is too little text for one batch; at the call.
+        Raises DataError: there is too little text for one batch; at the call.
         """
         batches = self._epoch(epoch, start, self.steps)
         if self.rows is None:

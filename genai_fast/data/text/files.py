@@ -55,11 +55,7 @@ class Files:
             self._zip.close()
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
-
-        Raises:
-            UnreadableError: it cannot be read.
-        """
+        """A file's bytes. Raises UnreadableError: it cannot be read."""
         try:
             return read_bytes(self._base / name) if self._zip is None else self._zip.read(name)
         except Exception as error:  # as many as there are ways to damage a zip file
@@ -132,8 +128,7 @@ class Findings:
     def close(self, found: int, expected: str) -> None:
         """Close the files and warn of what was wrong.
 
-        Raises:
-            DataError: nothing was found; `expected` says what should have been.
+        Raises DataError: nothing was found; `expected` says what should have been.
         """
         self.files.close()
         if not found:
@@ -167,8 +162,7 @@ def _warn(message: str) -> None:
 def open_source(source: str | Path, suffixes: tuple[str, ...], named: str) -> Files:
     """The files of a source.
 
-    Raises:
-        DataError: it is not there, or holds no such file; `named` says what else a source may be.
+    Raises DataError: it is not there, or holds no such file; `named` says what else a source may be.
     """
     is_folder(source, f"{named}the path of a file or folder")
     return Files(Path(source), suffixes)

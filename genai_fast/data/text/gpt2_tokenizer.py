@@ -26,8 +26,7 @@ _MODEL = {
 def of_model(contents: dict[str, Any], path: Path) -> dict[str, list]:
     """Tokens and merges, as BPETokenizer takes them, of what tokenizer.json holds.
 
-    Raises:
-        DataError: the tokenizer does other things than GPT-2's.
+    Raises DataError: the tokenizer does other things than GPT-2's.
     """
     with parsing(path, "a byte-level BPE tokenizer as GPT-2's", _REMEDY):
         model = contents["model"]

@@ -33,8 +33,7 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
             is the source of the rest. This is for pre-training on text alone.
         strict: as in `load`.
 
-    Raises:
-        DataError: the source is missing, or nothing in it serves.
+    Raises DataError: the source is missing, or nothing in it serves.
     """
     if str(source) == PYDOC:
         return continuations(load(source, strict=strict))
@@ -57,8 +56,7 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
 def continuations(corpus: Corpus) -> PairCorpus:
     """(first part, rest) of each passage of two words or more, cut at the white space next to its middle.
 
-    Raises:
-        DataError: there is no such passage.
+    Raises DataError: there is no such passage.
     """
     pairs = []
     for passage in map(str.strip, corpus.passages().documents):

@@ -55,8 +55,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: `end` has none; what is no UTF-8, and what is unknown, is U+FFFD.
 
-        Raises:
-            ValueError: there is no such id.
+        Raises ValueError: there is no such id.
         """
         stream = self.stream()
         return "".join([stream.put(i) for i in ids]) + stream.close()
@@ -104,8 +103,7 @@ class Stream(ABC):
     def put(self, token: int) -> str:
         """The text that is complete with this id: "" while a character is open.
 
-        Raises:
-            ValueError: there is no such id.
+        Raises ValueError: there is no such id.
         """
         if not 0 <= token < self._size:
             raise ValueError(f"decode: expected ids from 0 to {self._size - 1}, got {token}; remedy: its own tokenizer")
@@ -275,8 +273,7 @@ def make_tokenizer(kind: str, documents: Sequence[str], size: int | None = None)
         size: ids at most. "char" keeps the most frequent characters (None: all); "bpe" makes as many as there are pairs
             that occur twice (None: 4,096; at least 257); "byte" always has 257.
 
-    Raises:
-        DataError: another kind, no text, or too few ids; a UsageError if the package is missing.
+    Raises DataError: another kind, no text, or too few ids; a UsageError if the package is missing.
     """
     if kind not in KINDS:
         raise DataError(f"tokenizer: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
@@ -324,9 +321,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     Args:
         path: a tokenizer's JSON file, or a folder with tokenizer.json, or vocab.json and merges.txt.
 
-    Raises:
-        DataError: it is missing or is no tokenizer's file, its parts do not fit together, or it is one of Hugging
-            Face's that gives other ids than GPT-2's way would.
+    Raises DataError: it is missing or is no tokenizer's file, its parts do not fit together, or it is one of Hugging
+        Face's that gives other ids than GPT-2's way would.
     """
     path = Path(path)
     if path.is_dir():

@@ -128,8 +128,7 @@ class Recipe:
     def make(self, settings: Config, *of_data: Any) -> nn.Module:
         """The model for such data, as `values` takes it.
 
-        Raises:
-            UsageError, ValueError: the settings and the data do not go together.
+        Raises UsageError, ValueError: the settings and the data do not go together.
         """
         values = self.values(settings, *of_data)
         return by_name(self.model, values) if self.build is None else self.build(values)
