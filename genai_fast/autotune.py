@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+from genai_fast import atomic_files
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.versions import version
 
@@ -360,7 +360,7 @@ def _locked() -> Iterator[None]:
 
 def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
     """Add one choice; whole files only, so that a reader never sees half of one."""
-    target, written = file(), ""
+    target = file()
     try:
         machines = remembered()
         machines.setdefault(here, {}).setdefault(family, {})[shape] = choice
@@ -368,15 +368,9 @@ def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
             name: {f: {"x".join(map(str, s)): c._asdict() for s, c in shapes.items()} for f, shapes in families.items()}
             for name, families in machines.items()
         }
-        handle, written = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-        with open(handle, "w", encoding="utf-8") as stream:
-            json.dump({"version": VERSION, "machines": content}, stream, indent=1)
-        os.replace(written, target)
+        atomic_files.write_text(target, json.dumps({"version": VERSION, "machines": content}, indent=1))
     except OSError as error:
         _warn_once(f"{target}: cannot be written: {error.strerror}; choices are kept in this process only")
-        if written:
-            with contextlib.suppress(OSError):
-                os.unlink(written)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.data.images import array_digest
 from genai_fast.data.reading import read_bytes
 
@@ -95,14 +95,12 @@ class Entry:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
             arrays[file.stem] = {"bytes": file.stat().st_size, "digest": array_digest(array)}
         meta = {"version": VERSION, "arrays": arrays, "about": about}
-        with open(hidden / _META, "w", encoding="utf-8") as file:
-            json.dump(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
+        (hidden / _META).write_text(json.dumps(meta), encoding="utf-8")
+        atomic_files.synchronize(hidden / _META)
         for old in self.path.parent.glob(f"{self.path.name.partition('-')[0]}-*"):
             if old != self.path or self.read() is None:
                 with contextlib.suppress(OSError):  # out of the way at once, for another process may be looking
-                    _remove(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
+                    atomic_files.discard(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
         try:
             os.rename(hidden, self.path)
         except OSError:
@@ -115,15 +113,7 @@ def remove_old(parent: Path, name: re.Pattern[str], seconds: float) -> None:
     for found in parent.iterdir():
         with contextlib.suppress(OSError):
             if name.fullmatch(found.name) and time.time() - found.lstat().st_mtime > seconds:
-                _remove(found)
-
-
-def _remove(path: Path) -> None:
-    """A folder with all in it, or a link in its place but not what it points to."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+                atomic_files.discard(found)
 
 
 def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:

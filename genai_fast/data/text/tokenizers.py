@@ -6,7 +6,6 @@ import codecs
 import functools
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from genai_fast import atomic_files
 from genai_fast.data.errors import DataError, brief, listed
 from genai_fast.data.reading import parsing, read_bytes
 from genai_fast.data.text import gpt2_tokenizer
@@ -79,12 +79,7 @@ class Tokenizer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file, for read_tokenizer."""
-        hidden = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        with open(hidden, "w", encoding="utf-8") as file:
-            json.dump(self._file(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(hidden, path)
+        atomic_files.write_text(Path(path), json.dumps(self._file()))
 
     def _file(self) -> dict[str, Any]:
         return {"form": _FORM, "version": _VERSION, "kind": self.kind, **self._contents()}
