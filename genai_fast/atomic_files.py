@@ -54,6 +54,12 @@ def write_text(path: Path, text: str) -> None:
         hidden.write_text(text, encoding="utf-8")
 
 
+def check_vacant(out: Path) -> None:
+    """Raises UsageError unless `out`, of a flag --out, is no file and no folder with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside, this process alone writes into the folder; on a file system without locks nothing ensures it.

@@ -94,8 +94,8 @@ def run_sample(options: argparse.Namespace) -> int:
     picture = options.out.suffix.lower() == ".png"
     if not picture and options.out.suffix:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
-    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    if not picture:
+        atomic_files.check_vacant(options.out)
     run = _open(options, "sample", Draws)
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
@@ -253,8 +253,8 @@ def run_export(options: argparse.Namespace) -> int:
         )
     if one_file and options.onnx:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
-    if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    if not one_file:
+        atomic_files.check_vacant(options.out)
     run = _open(options)
     network = export.network_of(run)
     if one_file:

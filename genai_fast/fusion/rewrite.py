@@ -44,32 +44,12 @@ class Chain(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-def _relu(inplace: bool = False) -> nn.Module:
-    return nn.ReLU(inplace)
-
-
-def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> nn.Module:
-    return nn.LeakyReLU(negative_slope, inplace)
-
-
-def _silu(inplace: bool = False) -> nn.Module:
-    return nn.SiLU(inplace)
-
-
-def _gelu(approximate: str = "none") -> nn.Module:
-    return nn.GELU(approximate)
-
-
+# The constructors take what the functions do, except for torch.relu.
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
-    F.relu: _relu, F.leaky_relu: _leaky_relu, F.silu: _silu, F.gelu: _gelu, torch.relu: lambda: nn.ReLU(),
+    F.relu: nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.silu: nn.SiLU, F.gelu: nn.GELU, torch.relu: lambda: nn.ReLU(),
     **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
 }  # fmt: skip
-_METHODS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(),
-    "relu_": lambda: nn.ReLU(True),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
+_METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 class _Step(NamedTuple):

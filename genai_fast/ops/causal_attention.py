@@ -99,8 +99,7 @@ def causal_attention(
     if dtype is not None and q.dtype is not torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     for name, x in (("k", k), ("v", v)):
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
+        checks.same_dtype(_OP, name, x, "q", q)
     settings = scores_settings(_OP, q, scale, window, softcap)
     causal, dropout = checks.flag(_OP, "causal", causal), checks.share(_OP, "dropout", dropout)
     offset = checks.offset(_OP, offset)

@@ -94,8 +94,7 @@ def conv2d(
     if bias is not None:
         bias = bias if autocast_dtype(x.device.type) is None else bias.to(x.dtype)
         checks.per_channel(_OP, {"bias": bias}, x, weight.size(0))
-        if bias.dtype is not x.dtype:
-            raise TypeError(f"{_OP}: bias: expected {x.dtype} as x has, got {bias.dtype}; convert it with .to(x.dtype)")
+        checks.same_dtype(_OP, "bias", bias, "x", x)
     return _Conv2d.call(x, weight, bias, stride, padding, forced_backend())
 
 

@@ -138,11 +138,7 @@ def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
-    if weight.dtype is not x.dtype:
-        raise TypeError(
-            f"{op}: weight: expected {x.dtype} as x has, got {weight.dtype}; convert it with .to(x.dtype), or use"
-            f" torch.autocast"
-        )
+    checks.same_dtype(op, "weight", weight, "x", x, ", or use torch.autocast")
     return x, weight
 
 

@@ -130,12 +130,8 @@ def _settings(
     """They, as the library ops take them."""
     checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     ignore_index = checks.integer(op, "ignore_index", ignore_index)
-    return (
-        ignore_index,
-        checks.share(op, "label_smoothing", label_smoothing),
-        checks.factor(op, "z_loss", z_loss),
-        reduction,
-    )
+    smoothing = checks.share(op, "label_smoothing", label_smoothing)
+    return ignore_index, smoothing, checks.factor(op, "z_loss", z_loss), reduction
 
 
 def _targets(
@@ -326,5 +322,5 @@ def _partner(name: str, p: Any, x: torch.Tensor) -> None:
     """A tensor of x's device, and of its dtype unless autocast casts them."""
     checks.is_floating(_LINEAR, name, p)
     checks.same_device(_LINEAR, name, p, "x", x)
-    if p.dtype is not x.dtype and autocast_dtype(x.device.type) is None:
-        raise TypeError(f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)")
+    if autocast_dtype(x.device.type) is None:
+        checks.same_dtype(_LINEAR, name, p, "x", x)

@@ -61,8 +61,7 @@ def decode_attention(
         if tuple(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, one row for each query, got {tuple(x.shape)}")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *new):
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
+        checks.same_dtype(_OP, name, x, "q", q)
     checks.needs_no_gradient(_OP, "q", (q, k_cache, v_cache, k, v))
     if new and not observed():
         _check_memory(k_cache, v_cache)

@@ -88,5 +88,4 @@ def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> 
     checks.same_device(_OP, name, tensor, "x", x)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{_OP}: {name}: expected shape {shape}, got {tuple(tensor.shape)}; reshape it")
-    if tensor.dtype is not x.dtype:
-        raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x has, got {tensor.dtype}; convert it with .to(x.dtype)")
+    checks.same_dtype(_OP, name, tensor, "x", x)

@@ -94,13 +94,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, Any]:
             f" the {gates} gates come one after another"
         )
     rows, hidden = weight_hh.shape
-    shapes = {
-        "weight_ih": (rows, x.size(2)),
-        "bias_ih": (rows,),
-        "bias_hh": (rows,),
-        "h0": (x.size(1), hidden),
-        "c0": (x.size(1), hidden),
-    }
+    shapes = dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) | dict.fromkeys(("h0", "c0"), (x.size(1), hidden))
+    shapes["weight_ih"] = (rows, x.size(2))
     narrow = autocast_dtype(x.device.type)
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -117,11 +112,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, Any]:
             )
         if narrow is not None and value.dtype is not torch.float64:
             value = value.to(narrow)
-        elif value.dtype is not x.dtype:
-            raise TypeError(
-                f"{op}: {name}: expected {x.dtype} as x has, got {value.dtype}; convert it with .to(x.dtype), or use"
-                f" torch.autocast"
-            )
+        else:
+            checks.same_dtype(op, name, value, "x", x, ", or use torch.autocast")
         found[name] = value
     for name in ("h0", "c0"):
         if name in found and found[name] is None:

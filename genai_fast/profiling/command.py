@@ -92,8 +92,7 @@ def _variants(wanted: str | None, subject: Subject) -> list[str]:
 @contextlib.contextmanager
 def _new(out: Path) -> Any:
     """A folder to write into, which gets its name when all is written; nothing is left otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
+    atomic_files.check_vacant(out)
     with atomic_files.whole(out) as folder:
         try:
             folder.mkdir()
