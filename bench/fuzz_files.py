@@ -141,7 +141,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
         lambda path: config.build(config.ImageConfig, config.read(path, "vae"), str(path)),
     ),
     "tokenizer": (_tokenizer, text.read_tokenizer),
-}  # fmt: skip
+}
 
 
 def mutated(raw: bytes, draw: random.Random) -> bytes:

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
-_WRAPPERS = (
-    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
-)  # fmt: skip
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
 # Modules that become a layer of ours as they are.

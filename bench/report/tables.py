@@ -62,18 +62,21 @@ def cell(values: Mapping[str, Any], name: str, form: str | Callable[[Any], str])
 
 # Header, key and form: of each variant, of the fused one alone, and of the latter only where speed may be shown.
 _VARIANT = (
-    ("ms", "wall_us", milliseconds), ("device ms", "device_us", milliseconds),
-    ("MiB", "peak_bytes", lambda n: f"{n / 2**20:.1f}"), ("launches", "launches", "{}"),
+    ("ms", "wall_us", milliseconds),
+    ("device ms", "device_us", milliseconds),
+    ("MiB", "peak_bytes", lambda n: f"{n / 2**20:.1f}"),
+    ("launches", "launches", "{}"),
     ("J/step", "joules_per_step", "{:.3g}"),
-)  # fmt: skip
+)
 _OF_FUSED = (
     ("sampled ms", "sampled_us", milliseconds), ("samples/s", "samples_per_second", "{:.0f}"),
     ("tokens/s", "tokens_per_second", "{:.0f}"), ("MFU", "mfu", "{:.1%}"), ("MFU of", "mfu_precision", "{}"),
 )  # fmt: skip
 _GREEN = (
-    ("GB/s", "gigabytes_per_second", "{:.4g}"), ("GFLOP/s", "gigaflops_per_second", "{:.4g}"),
+    ("GB/s", "gigabytes_per_second", "{:.4g}"),
+    ("GFLOP/s", "gigaflops_per_second", "{:.4g}"),
     ("of roof", "share_of_roof", "{:.0%}"),
-)  # fmt: skip
+)
 
 
 def cells(figures: Iterable[Figure], green: bool = True) -> list[list[str]]:

@@ -53,11 +53,13 @@ def run(out: Path, epochs: int | None = None) -> Path:
         f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
         f"pictures:   {folder}/samples.png, reconstructions.png, latent.png\n"
         f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads, {where['device']})",
-        comparison, f"{settings.batch_size}",
+        comparison,
+        f"{settings.batch_size}",
         f"genai-fast sample {folder} --count 100 --seed 2 --out grid.png",
         "genai-fast train vae --data digits --likelihood gaussian",
-        "genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64", "genai-fast doctor",
-    )  # fmt: skip
+        "genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64",
+        "genai-fast doctor",
+    )
     return folder
 
 
@@ -94,12 +96,13 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
         f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
         f" diversity {validation['diversity']:.2f} of the data's\n"
         f"pictures:   {folder}/samples.png, grids/",
-        comparison, f"{size}",
+        comparison,
+        f"{size}",
         f"genai-fast sample {folder} --count 1000 --out digits",
         f"genai-fast interpolate {folder} --out interpolation.png",
         f"genai-fast export {folder} --out generator.safetensors",
         "genai-fast train dcgan --data YOUR_FOLDER --size 64",
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -125,11 +128,13 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
         f"\n{text.strip()}\n\n"
         f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
         f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)",
-        comparison, f"{settings.batch_size} x {settings.block} tokens",
+        comparison,
+        f"{settings.batch_size} x {settings.block} tokens",
         f'genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2',
-        f"genai-fast export {folder} --out gpt.safetensors", "genai-fast train gpt --data YOUR_FILE.txt",
+        f"genai-fast export {folder} --out gpt.safetensors",
+        "genai-fast train gpt --data YOUR_FILE.txt",
         "genai-fast train seq2seq --data YOUR_CATALOGUE.po",
-    )  # fmt: skip
+    )
     return folder
 
 

@@ -1,4 +1,4 @@
-"""RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a line in _FAMILIES."""
+"""RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a name in _FAMILIES."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from genai_fast.config import Config
 from genai_fast.errors import UsageError
 from genai_fast.models.common.recipe import Recipe
 
-_FAMILIES = (
-    "vae",
-    "conv_vae",
-    "autoencoder",
-    "gan",
-    "gpt",
-    "lstm",
-    "seq2seq",
-    "text_vae",
-    "vrnn",
-)  # fmt: skip
+_FAMILIES = ("vae", "conv_vae", "autoencoder", "gan", "gpt", "lstm", "seq2seq", "text_vae", "vrnn")
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

@@ -122,9 +122,8 @@ def causal_attention(
         offset = rows.offset(q.numel() // max(q.size(-1), 1))
     seed = checks.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, causal, dropout, offset,
-        forced_backend(),
-    )  # fmt: skip
+        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, causal, dropout, offset, forced_backend()
+    )
     return (out, lse) if return_lse else out
 
 

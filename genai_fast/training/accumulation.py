@@ -68,8 +68,10 @@ class Mean:
         entries, loss = loss_output.entries(result), loss_output.differentiable(loss_output.minimised(result))
         weights = weights_of(result, rows)
         weight = weights[loss_output.place(result)]
-        values = [_where_counted(w, x.detach().float() if x.dtype.itemsize < 4 else x.detach()) * w
-                  for x, w in zip(entries, weights, strict=True)]  # fmt: skip
+        values = [
+            _where_counted(w, x.detach().float() if x.dtype.itemsize < 4 else x.detach()) * w
+            for x, w in zip(entries, weights, strict=True)
+        ]
         self._sums = [a + b for a, b in zip(self._sums, values, strict=True)] if self._sums else values
         self._totals = [a + b for a, b in zip(self._totals, weights, strict=True)] if self._totals else weights
         self._left -= 1

@@ -19,9 +19,7 @@ def bias_act(x, bias, activation, slope):
     (bias,) = require_channels(x, bias)
     shape, joined = joined_extent(x, bias is not None)
     bias, y = _repeated(bias, joined), torch.empty_like(x)
-    cpp.bias_act(
-        address(x), DTYPE_CODE[x.dtype], address(y), *shape, address(bias), ACTIVATION_CODE[activation], slope
-    )  # fmt: skip
+    cpp.bias_act(address(x), DTYPE_CODE[x.dtype], address(y), *shape, address(bias), ACTIVATION_CODE[activation], slope)
     return y
 
 

@@ -88,9 +88,11 @@ class Cost:
 
 # How a case is launched: its dtype, and how CUDA multiplies float32.
 PRECISIONS = {
-    "fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

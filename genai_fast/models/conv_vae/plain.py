@@ -32,13 +32,9 @@ class PlainConditionalVAE(PlainConvVAE):
     """Labels [B] come with the images: the encoder sees their embedding as one more channel, the decoder one-hot."""
 
     def __init__(
-        self,
-        classes: int = 10,
-        size: int = 64,
-        channels: int = 3,
-        latent: int = 128,
+        self, classes: int = 10, size: int = 64, channels: int = 3, latent: int = 128,
         widths: tuple[int, ...] = (32, 64, 128, 256, 512),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(size, channels, latent, widths, planes=1, labels=classes)
         self.classes = classes
         self.embed = nn.Embedding(classes, size * size)

@@ -23,9 +23,7 @@ from genai_fast.models.common.generation import as_it_is, check_rows, unrounded
 from genai_fast.models.gpt.model import _MLP, GPT, Attend, _Attention, _Block
 
 # What `next_logits` reads; a module of another class may compute anything.
-_PARTS = {
-    GPT, _Block, _Attention, _MLP, LayerNorm, nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList
-}  # fmt: skip
+_PARTS = {GPT, _Block, _Attention, _MLP, LayerNorm, nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList}
 
 
 def serves(model: GPT, batch: int) -> bool:

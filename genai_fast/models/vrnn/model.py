@@ -124,13 +124,8 @@ class VRNN(nn.Module):
         checks.positive("VRNN", vocabulary=vocabulary, embedding=embedding, hidden=hidden, latent=latent)
         if not beta >= 0:
             raise ValueError(f"VRNN: beta: expected at least 0, got {beta}")
-        self.vocabulary, self.embedding, self.hidden, self.latent, self.beta = (
-            vocabulary,
-            embedding,
-            hidden,
-            latent,
-            beta,
-        )
+        self.vocabulary, self.embedding, self.hidden = vocabulary, embedding, hidden
+        self.latent, self.beta = latent, beta
         self.embed = nn.Embedding(vocabulary, embedding)
         self.prior = _network(hidden, hidden, 2 * latent)
         self.encoder = _network(embedding + hidden, hidden, 2 * latent)
