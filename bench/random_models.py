@@ -333,15 +333,8 @@ def _written(d: random.Random, layers: list[nn.Module], shapes: list[Shape], see
             lines.append(f"{variable} = {expression}")
             expression = variable
             if kept and shapes[k] == shapes[int(kept[1:])] and d.random() < 0.7:
-                lines.append(
-                    d.choice(
-                        (
-                            f"{variable} = {variable} + {kept}",
-                            f"{variable} += {kept}",
-                            f"{variable} = {kept} * {variable}",
-                        )
-                    )
-                )
+                joined = (f"= {variable} + {kept}", f"+= {kept}", f"= {kept} * {variable}")
+                lines.append(f"{variable} {d.choice(joined)}")
                 kept = ""
             elif not kept and d.random() < 0.4:
                 kept = f"h{k}"

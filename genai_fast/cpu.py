@@ -58,13 +58,8 @@ class CPUTuning:
 
     def __str__(self) -> str:
         products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
-        parts = [
-            "freed memory kept" if self.memory else "stock allocator",
-            f"matmuls {products}",
-            f"{self.threads} threads",
-            *self.notes,
-        ]
-        return "; ".join(parts)
+        memory = "freed memory kept" if self.memory else "stock allocator"
+        return "; ".join([memory, f"matmuls {products}", f"{self.threads} threads", *self.notes])
 
     def __enter__(self) -> CPUTuning:
         return self
@@ -180,10 +175,8 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> str:
 def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     rows, inputs, outputs = shape
     noise = torch.Generator().manual_seed(0)
-    x, w, g = (
-        torch.randn(*size, generator=noise, device="cpu")
-        for size in ((rows, inputs), (outputs, inputs), (rows, outputs))
-    )
+    sizes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+    x, w, g = (torch.randn(*size, generator=noise, device="cpu") for size in sizes)
     return {"output": (x, w.t()), "input gradient": (g, w), "weight gradient": (g.t(), x)}[form]
 
 
@@ -223,13 +216,8 @@ def _route(least: dict[str, int]) -> torch.library.Library:
     smallest = min(least.values())
 
     def served(a: torch.Tensor, b: torch.Tensor) -> bool:
-        size = a.numel() * b.size(1)
-        return (
-            size >= smallest
-            and a.dtype is torch.float32
-            and b.dtype is torch.float32
-            and size >= least.get(_form(a, b), math.inf)
-        )
+        size, single = a.numel() * b.size(1), a.dtype is torch.float32 and b.dtype is torch.float32
+        return size >= smallest and single and size >= least.get(_form(a, b), math.inf)
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
         return _onednn(None, a, b) if served(a, b) else NotImplemented

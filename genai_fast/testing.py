@@ -115,12 +115,8 @@ def _evaluate(op, function, inputs, upstream=None):
     targets = _differentiable(inputs)
     if upstream is None or not targets:
         return [*outputs, *updated], {}
-    grads = torch.autograd.grad(
-        outputs,
-        list(targets.values()),
-        [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)],
-        allow_unused=True,
-    )
+    incoming = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)]
+    grads = torch.autograd.grad(outputs, list(targets.values()), incoming, allow_unused=True)
     zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
     return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 

@@ -167,13 +167,8 @@ def figures(
         compiled: False leaves torch.compile out.
     """
     system = _system(name, batch)
-    head = {
-        "system": name,
-        "case": "x".join(map(str, (system.batch, *system.shape))),
-        "dtype": system.config.precision,
-        "device": device,
-        "batch": system.batch,
-    }
+    case = "x".join(map(str, (system.batch, *system.shape)))
+    head = {"system": name, "case": case, "dtype": system.config.precision, "device": device, "batch": system.batch}
     say(name, "losses")
     if message := red(system, device, WARM_UP):
         return {**head, "failures": {"numerics": message}}

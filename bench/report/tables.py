@@ -92,12 +92,8 @@ def cells(figures: Iterable[Figure], green: bool = True) -> list[list[str]]:
         ran = {name: v for name, v in f["variants"].items() if "skipped" not in v}
         for name in sorted(ran, key=lambda name: (name == FUSED, name.startswith(COMPILED), name)):
             mine = f if name == FUSED else {}
-            row = [
-                title(f),
-                name,
-                *(cell(ran[name], *c[1:]) for c in _VARIANT),
-                *(cell(mine, *c[1:]) for c in of_fused),
-            ]
+            row = [title(f), name, *(cell(ran[name], *c[1:]) for c in _VARIANT)]
+            row += [cell(mine, *c[1:]) for c in of_fused]
             lines.append(row + ([cell(f["ratio"], name, speed), speed(best(mine)[1])] if green else []))
     kept = [k for k, column in enumerate(zip(*lines, strict=True)) if set(column[1:]) != {"-"}]
     return [[line[k] for k in kept] for line in lines]

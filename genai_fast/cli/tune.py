@@ -109,12 +109,5 @@ def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
 def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
     """The choices as a document with one table."""
     header, *rows = (f"| {' | '.join(row)} |" for row in table(chosen))
-    lines = [
-        "# The implementation of each convolution",
-        "",
-        machine,
-        "",
-        header,
-        "| --- " * header.count(" | ") + "| --- |",
-    ]
-    return "\n".join([*lines, *rows, ""])
+    rule = "| --- " * header.count(" | ") + "| --- |"
+    return "\n".join(["# The implementation of each convolution", "", machine, "", header, rule, *rows, ""])

@@ -25,13 +25,9 @@ _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one fun
 # config.json's settings that change what the network computes -> what models.GPT computes. Absent ones have this value
 # in Hugging Face's GPT2Config, too.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": _TANH,
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    **{"model_type": ("gpt2",), "activation_function": _TANH, "layer_norm_epsilon": (1e-5,)},
+    **dict.fromkeys(("scale_attn_weights", "tie_word_embeddings"), (True,)),
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,)),
     "quantization_config": (None,),
 }
 

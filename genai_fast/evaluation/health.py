@@ -59,13 +59,8 @@ def warnings_of(
     Returns: Sentences "what: figures; remedy: ...", empty if all is well.
     Source: Goodfellow 2016, arXiv:1701.00160 (GANs); Bowman et al. 2016, arXiv:1511.06349 (posterior collapse).
     """
-    own = {
-        "diversity": diversity,
-        "coverage": coverage,
-        "discriminator_accuracy": discriminator_accuracy,
-        "generator_loss": generator_loss,
-        "kl": kl,
-    }
+    own = {"diversity": diversity, "coverage": coverage, "generator_loss": generator_loss, "kl": kl}
+    own["discriminator_accuracy"] = discriminator_accuracy
     given = {**(figures or {}), **{name: value for name, value in own.items() if value is not None}}
     bad = [name for name, value in given.items() if not math.isfinite(value)]
     if samples is not None and not bool(torch.isfinite(samples).all()):

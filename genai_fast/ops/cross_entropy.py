@@ -264,9 +264,8 @@ def linear_cross_entropy(
     """`cross_entropy` of x weight^T + bias, by chunks of rows: the logits [..., V] are never whole in memory.
 
     The gradients of the sum over rows are made in forward, while a chunk's logits are there, and multiplied by the
-    upstream gradient in backward; with reduction "none" they are made in backward, which costs one more matrix
-    product. Worth it where the logits are what fills the memory; where they fit, `cross_entropy(F.linear(...))`
-    is as fast.
+    upstream gradient in backward; with reduction "none" they are made in backward, which costs one more matrix product.
+    Worth it where the logits are what fills the memory; where they fit, `cross_entropy(F.linear(...))` is as fast.
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64.

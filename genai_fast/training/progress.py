@@ -88,15 +88,12 @@ class Bar:
     def __init__(self, stream: TextIO, total: int) -> None:
         rich = require("rich.progress", "train")
         console = require("rich.console", "train").Console(file=stream)
-        self._bar = rich.Progress(
-            rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(bar_width=12),
-            rich.TextColumn("{task.fields[text]}"),
-            rich.TextColumn("{task.fields[rate]}"),
-            rich.TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,  # its thread would compete with the kernels' threads
+        epoch, *texts = map(
+            rich.TextColumn, ("epoch {task.fields[epoch]}", "{task.fields[text]}", "{task.fields[rate]}")
         )
+        columns = (epoch, rich.BarColumn(bar_width=12), *texts, rich.TimeRemainingColumn())
+        # Its thread would compete with the kernels' threads.
+        self._bar = rich.Progress(*columns, console=console, auto_refresh=False)
         # The first step of a convolutional model takes some seconds: its convolutions' paths are measured.
         self._task = self._bar.add_task("", total=total, epoch=1, text="first step ...", rate="")
         self._validation: dict[str, float] = {}

@@ -170,12 +170,8 @@ class Streams(_Running):
             places = starts[:, None] + first + np.arange(now)
             inside = np.minimum(places, targets - 1)
             x, y = (torch.from_numpy(self._ids[inside + k].astype(np.int64)) for k in (0, 1))
-            beyond = torch.from_numpy(places >= targets)
-            yield (
-                x.masked_fill_(beyond, self._end),
-                y.masked_fill_(beyond, IGNORED),
-                torch.full((streams,), float(first > 0)),
-            )
+            beyond, carry = torch.from_numpy(places >= targets), torch.full((streams,), float(first > 0))
+            yield x.masked_fill_(beyond, self._end), y.masked_fill_(beyond, IGNORED), carry
 
 
 class _Documents:

@@ -14,13 +14,8 @@ _END = "<|endoftext|>"
 _REMEDY = "a checkpoint with GPT-2's own tokenizer, or another tokenizer to train from the beginning"
 # Settings of tokenizer.json that change ids -> what our tokenizer does.
 _NONE = (None, False, "")
-_MODEL = {
-    "dropout": (None, 0, 0.0),
-    "continuing_subword_prefix": _NONE,
-    "end_of_word_suffix": _NONE,
-    "byte_fallback": _NONE,
-    "ignore_merges": _NONE,
-}
+_MODEL = dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"), _NONE)
+_MODEL["dropout"] = (None, 0, 0.0)
 
 
 def of_model(contents: dict[str, Any], path: Path) -> dict[str, list]:

@@ -296,13 +296,8 @@ def _characters(documents: Sequence[str], size: int | None) -> CharTokenizer:
 def _train(documents: Sequence[str], size: int) -> BPETokenizer:
     package = require("tokenizers", "text")
     encoder = _by_words(package, package.models.BPE())
-    trainer = package.trainers.BpeTrainer(
-        vocab_size=size - 1,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=list(byte_alphabet()),
-    )
+    how = {"min_frequency": 2, "show_progress": False, "special_tokens": []}
+    trainer = package.trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), **how)
     pieces = (piece for document in documents for piece, _ in _pieces(scalars(document)))
     encoder.train_from_iterator(pieces, trainer)
     vocabulary = encoder.get_vocab()
