@@ -150,16 +150,9 @@ def figures(subject: Subject) -> dict[str, Any]:
     variants = walls(wall)
     for name, step in steps.items():
         variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
-    mode = "training" if subject.training else "evaluation"
-    return {
-        "op": f"fuse, {mode}",
-        "case": f"{subject.model}-{subject.layout}",
-        "dtype": "float32",
-        "device": DEVICE,
-        "variants": variants | skipped,
-        "ratio": ratios(wall),
-        "foreign_load": load.cores(),
-    }
+    op = f"fuse, {'training' if subject.training else 'evaluation'}"
+    head = {"op": op, "case": f"{subject.model}-{subject.layout}", "dtype": "float32", "device": DEVICE}
+    return {**head, "variants": variants | skipped, "ratio": ratios(wall), "foreign_load": load.cores()}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)

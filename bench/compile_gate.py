@@ -287,15 +287,8 @@ def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
             yield f"{count}: expected at most {expected:g} (+{INSTRUCTION_SLACK:.0%}), got {got:g}"
 
 
-_COLUMNS = {
-    "registers": "registers",
-    "spill_bytes": "spill B",
-    "shared_bytes": "shared B",
-    "wide_loads": "16 B loads",
-    "instructions": "SASS",
-    "loop_instructions": "in loop",
-    "instructions_per_element": "an element",
-}
+_COLUMNS = {"registers": "registers", "spill_bytes": "spill B", "shared_bytes": "shared B", "wide_loads": "16 B loads"}
+_COLUMNS |= {"instructions": "SASS", "loop_instructions": "in loop", "instructions_per_element": "per element"}
 
 
 def render(table: dict[str, Row]) -> str:

@@ -308,16 +308,10 @@ def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choic
         content = json.loads(_read(file()))
         if content.get("version") != VERSION:
             return {}
+        machines = {name: found for name, found in content["machines"].items() if only is None or name == only}
         return {
-            name: {
-                family: {
-                    tuple(map(int, filter(None, shape.split("x")))): Choice(str(c["name"]), dict(c["microseconds"]))
-                    for shape, c in shapes.items()
-                }
-                for family, shapes in families.items()
-            }
-            for name, families in content["machines"].items()
-            if only is None or name == only
+            name: {family: dict(map(_entry, shapes.items())) for family, shapes in families.items()}
+            for name, families in machines.items()
         }
     except FileNotFoundError:
         return {}
@@ -326,6 +320,12 @@ def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choic
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _warn_once(f"{file()}: is damaged; choices are measured again and the file is replaced")
     return {}
+
+
+def _entry(pair: tuple[str, dict[str, Any]]) -> tuple[Shape, Choice]:
+    shape, choice = pair
+    sizes = tuple(map(int, filter(None, shape.split("x"))))
+    return sizes, Choice(str(choice["name"]), dict(choice["microseconds"]))
 
 
 def _read(path: Path) -> str:

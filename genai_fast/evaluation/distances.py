@@ -82,12 +82,8 @@ def precision_recall_density_coverage(real: torch.Tensor, fake: torch.Tensor, k:
         within += inside.sum(0)
         covered += int(inside.any(1).sum())
         recalled += int((distance <= fake_radius).any(1).sum())
-    return PRDC(
-        precision=float((within > 0).double().mean()),
-        recall=recalled / len(real),
-        density=float(within.double().mean()) / k,
-        coverage=covered / len(real),
-    )
+    precision, density = float((within > 0).double().mean()), float(within.double().mean()) / k
+    return PRDC(precision, recalled / len(real), density, covered / len(real))
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

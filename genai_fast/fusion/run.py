@@ -67,13 +67,8 @@ def _fits(x: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return (
-        x.layout is torch.strided
-        and not x.is_nested
-        and x.dim() > 1
-        and not x.is_meta
-        and _served(forced_backend(), x.device.type, x.dtype)
-    )
+    usual = x.layout is torch.strided and not x.is_nested and x.dim() > 1 and not x.is_meta
+    return usual and _served(forced_backend(), x.device.type, x.dtype)
 
 
 @functools.cache

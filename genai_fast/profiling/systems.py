@@ -88,13 +88,10 @@ class System:
         (tokens,) = self.shape
         ids = torch.randint(self.vocabulary, (self.batch, tokens + 1), generator=generator).to(device)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        lengths = torch.full((self.batch,), tokens, device=device)
-        return {
-            "windows": (x, y),
-            "streams": (x, y, torch.ones(self.batch, device=device)),
-            "sequences": (x, lengths),
-            "pairs": (x, lengths, y, lengths),
-        }[RECIPES[self.recipe].feed]
+        lengths, carry = torch.full((self.batch,), tokens, device=device), torch.ones(self.batch, device=device)
+        pairs = (x, lengths, y, lengths)
+        by_feed = {"windows": (x, y), "streams": (x, y, carry), "sequences": (x, lengths), "pairs": pairs}
+        return by_feed[RECIPES[self.recipe].feed]
 
     def model(self) -> nn.Module:
         return RECIPES[self.recipe].make(self.config, *self._of_data)

@@ -101,18 +101,9 @@ def _write(
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
     atomic_files.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
-    state = {
-        "format": _FORMAT,
-        "version": VERSION,
-        "step": step,
-        "best": best,
-        "progress": progress,
-        "about": about,
-        "optimizer": groups,
-        "environment": environment(device),
-        "routes": autotune.routes(device),
-        "files": {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)},
-    }
+    state = {"format": _FORMAT, "version": VERSION, "step": step, "best": best, "progress": progress, "about": about}
+    state |= {"optimizer": groups, "environment": environment(device), "routes": autotune.routes(device)}
+    state["files"] = {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)}
     state["digest"] = _digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
 

@@ -178,19 +178,10 @@ def fit(
                     f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
                 )
             best, lowest = _better(figures, at)
-            record = {
-                "kind": "epoch",
-                "epoch": at.epoch + 1,
-                "step": at.step,
-                **rates(train, train.samples / at.seconds),
-                "data_wait": at.waited / at.seconds,
-                "step_ms": meter.step_ms(),
-                "skipped": at.skipped,
-                "train": means,
-                "validation": figures,
-                "best": best or None,
-                "warnings": warnings,
-            }
+            record = {"kind": "epoch", "epoch": at.epoch + 1, "step": at.step}
+            record |= rates(train, train.samples / at.seconds) | {"data_wait": at.waited / at.seconds}
+            record |= {"step_ms": meter.step_ms(), "skipped": at.skipped, "train": means, "validation": figures}
+            record |= {"best": best or None, "warnings": warnings}
             metrics.write(**record)
             at = Progress(epoch=at.epoch + 1, step=at.step, ailing=ailing, best=best, lowest=lowest)
             save()
