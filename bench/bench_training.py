@@ -2,7 +2,7 @@
 
 Each side runs in a process of its own, in turn (A B A B ...): settings of the allocator and of the library of matrix
 products belong to a process, and so do its habits. Every side is measured as PyTorch comes and under
-`genai_fast.tune_cpu()`, so that nobody takes an allocator or another library for a kernel.
+`genai_fast.tune_cpu()`, so that the effect of an allocator or another library is not credited to a kernel.
 """
 
 from __future__ import annotations

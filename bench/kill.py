@@ -125,7 +125,7 @@ def _finish(process: subprocess.Popen, run: str) -> str:
 
 
 def _wait(process: subprocess.Popen, run: Path, moment: str, draw: random.Random, taken: float) -> bool:
-    """Sleep until the moment, of a run that takes so many seconds; False if the process ended before."""
+    """Sleep until the moment, of a run that takes `taken` seconds; False if the process ended before."""
     end = time.monotonic() + _PATIENCE
     if moment == "time":
         time.sleep(draw.uniform(0.0, taken / 2))

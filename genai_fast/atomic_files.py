@@ -119,7 +119,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         pass
     try:
         with safetensors.safe_open(path, "pt") as file:
-            # Copies: safetensors maps the file, which a run that goes on for days would hold open.
+            # Copies: safetensors maps the file, which a run of several days would hold open.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except safetensors.SafetensorError as error:
         raise Damaged(str(error)) from error

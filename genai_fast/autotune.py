@@ -339,7 +339,7 @@ def _read(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """Alone with the file, among processes; goes on without the lock if its holder does not let go."""
+    """Alone with the file, among processes; continues without the lock if its holder does not release it."""
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # said when the choice is written

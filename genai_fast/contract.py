@@ -33,7 +33,7 @@ class HasAfterStep(Protocol):
 
 
 class Carries(Protocol):
-    """A state that goes on from batch to batch and is no part of the state dict."""
+    """A state that continues from batch to batch and is not part of the state dict."""
 
     def carried(self) -> dict[str, torch.Tensor]:
         """Copies of it, [layers, rows, ...] each, for a checkpoint."""

@@ -19,7 +19,7 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 
 class Steady:
-    """A stream that falls silent when its reader is gone, rather than raise BrokenPipeError, EIO or the like."""
+    """A stream that falls silent when its reader is gone, rather than raise BrokenPipeError or EIO."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._gone = stream, False

@@ -3,7 +3,7 @@
     err(kernel, float64 reference) <= 2 err(eager in that dtype, float64 reference) + floor[dtype]
 
 and 3 times for gradients. The error of outputs is max-norm over max-norm, of gradients 2-norm over 2-norm: they flip
-by rounding at an activation's kink. On CUDA float32 is multiplied in full meanwhile: PyTorch lets convolutions round
+by rounding at an activation's kink. On CUDA float32 is multiplied in full here: PyTorch lets convolutions round
 the factors to TF32, which a run of its own checks.
 """
 
@@ -51,7 +51,7 @@ class Run:
         return None if self.backend == AUTOMATIC else self.backend
 
     def products(self) -> contextlib.AbstractContextManager[None]:
-        """Multiply as the run asks for, meanwhile."""
+        """Multiply as the run asks for, inside the block."""
         return float32_products(convolutions="tf32" if self.tf32 else "ieee")
 
     def __str__(self) -> str:
@@ -180,7 +180,7 @@ def assert_matches_reference(run: Run) -> None:
 def _differences(run: Run) -> list[str]:
     op = run.op
 
-    def inputs() -> dict[str, Any]:  # anew each time: an op may update them in place
+    def inputs() -> dict[str, Any]:  # new ones each time: an op may update them in place
         return run.case.inputs(Tensors(run.dtype, run.device))
 
     outputs, _ = _evaluate(op, op.reference, _widen(inputs()))

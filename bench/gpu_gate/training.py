@@ -96,7 +96,7 @@ def variants(system: System, device: str, compiled: bool = True) -> dict[str, Ca
     def reduced() -> Call:
         step = plain(preparing(COMPILE, bf16=narrow, mode="reduce-overhead"))
 
-        def marked() -> Any:  # networks in turns are several graphs a step: nobody guesses where the next step begins
+        def marked() -> Any:  # networks in turns are several graphs a step: say where the next step begins
             torch.compiler.cudagraph_mark_step_begin()
             return step()
 
@@ -262,7 +262,7 @@ def queued_times(steps: Mapping[str, Call]) -> dict[str, float]:
 
 
 def joules_of(step: Call, seconds: float, energy: Energy) -> float | None:
-    """Of the whole device, for one step of about that many seconds; None where nobody tells."""
+    """Of the whole device, for one step of about that many seconds; None if it is unknown."""
     count = math.ceil(ENERGY_SECONDS / seconds)
     wait("cuda")
     before = energy.joules()
@@ -280,7 +280,7 @@ def wait(device: str) -> None:
 
 
 def say(name: str, what: str) -> None:
-    """A sign of life: whoever waits gives up when none comes."""
+    """A sign of life: the parent process gives up when none comes."""
     print(f"{name}: {what}", flush=True)
 
 

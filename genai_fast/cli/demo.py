@@ -64,7 +64,7 @@ def run(out: Path, epochs: int | None = None) -> Path:
 
 
 def _say(figures: str, comparison: Comparison, step: str, *commands: str) -> None:
-    """Figures, the speed of a training step of so many samples, and what to try next."""
+    """Figures, the speed of a training step, and what to try next."""
     speed = f"{comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {step}"
     lines = [f"{speed}; measured just now:", *str(comparison).splitlines()]
     for name, block in (("speed:", lines), ("next:", commands)):

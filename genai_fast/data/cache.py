@@ -2,7 +2,7 @@
 
 An entry's name is two hashes: of where the data came from and what was made of them, and of what lay there. Another
 state of the same source so has another name, and replaces the entry before it. Entries are written under a hidden name
-and renamed as one; what is damaged or of another version is made anew.
+and renamed as one; what is damaged or of another version is made again.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def keep_rows(hidden: Path, pixels: np.memmap, rows: np.ndarray) -> None:
-    """Write the file anew with these rows alone."""
+    """Rewrite the file with these rows alone."""
     shape = (len(rows), *pixels.shape[1:])
     kept = np.lib.format.open_memmap(hidden / f"{PIXELS}.new", mode="w+", dtype=np.uint8, shape=shape)
     for first in range(0, len(rows), 256):

@@ -106,7 +106,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Sizes(DataUnpickler):
-    """Reads a torch file's pickle with nothing for each object: what takes for ever here does so in torch.load."""
+    """Reads a torch file's pickle with nothing for each object: what takes forever here does so in torch.load."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _Anything

@@ -39,7 +39,7 @@ def parsing(where: str | Path, expected: str, remedy: str = "fetch it again") ->
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file to read its bytes; a pipe or a device, which could wait or give bytes for ever, is refused.
+    """Open a regular file to read its bytes; a pipe or a device, which could wait or give bytes forever, is refused.
 
     Raises:
         OSError: it cannot be opened.

@@ -83,7 +83,7 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
-        self.swallows = False  # whether what is raised here may end here, and who goes on see what is in between
+        self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
         definition.body = self._body(definition.body)
 
     # --- statements in a row become one expression

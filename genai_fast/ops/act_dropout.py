@@ -56,7 +56,7 @@ def act_dropout(
         activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
         seed: an int or a 0-d int64 tensor on x's device, or None to draw one from that device's default generator
-            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew). None is
+            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws again). None is
             drawn out of training, nor for p = 0.
         offset: elements of the global tensor that come before this one. Element i, in the order of memory of a
             contiguous or channels-last x (row-major for other strides), uses position offset + i of the seed's stream.

@@ -78,7 +78,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         activation = (ctx.activation, ctx.slope)
         if differentiated_again():
             settings = (ctx.stride, ctx.padding, ctx.output_padding, "none", 0.0)
-            y = reference.conv_transpose(x, weight, bias, *settings)  # anew: the saved one carries no graph
+            y = reference.conv_transpose(x, weight, bias, *settings)  # again: the saved one carries no graph
             grad_y, grad_bn_weight, grad_bn_bias = batch_norm_reference.gradients(
                 grad_out, y, bn_weight, bn_bias, mean, rstd, True, ctx.eps, *activation
             )

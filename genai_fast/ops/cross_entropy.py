@@ -52,7 +52,7 @@ class _CrossEntropy(KernelFunction):
 
 
 def _over_the_logits(arguments, backend):
-    """The gradient in the memory of the logits, and autograd told so: whoever saved them raises from now on."""
+    """The gradient in the memory of the logits, and autograd told so: a backward that saved them raises from now on."""
     grad_loss, logits, *rest = arguments
     logits = logits.detach()
     device, dtype, _ = survey((grad_loss, logits))
@@ -85,7 +85,7 @@ def cross_entropy(
         reduction: "mean" over the positions that count (NaN if there are none, as in PyTorch), "sum", or "none" for
             one value a position.
         inplace: write the gradient over the logits, in backward: one tensor of their size less. Afterwards they hold
-            their gradient, and whoever needs them for a backward still to come raises, as does a second backward. A
+            their gradient, and a later backward that needs them raises, as does a second backward. A
             hint: where that cannot be told or the memory not be written (rows that overlap, checkpoints and other
             saved-tensor hooks, torch.compile, torch.func, batched or differentiable gradients) the gradient has its
             own.

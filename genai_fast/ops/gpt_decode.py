@@ -110,7 +110,7 @@ class GPTDecoder:
 
     Weights are read where they lie if they have the dtype asked for (float32 ones of a model in float32: no copy is
     made); others are converted once. If they change (a training step, load_state_dict), `reset` takes the new ones up;
-    going on with a cache that the old ones made raises. A parameter that is replaced rather than written to
+    continuing with a cache that the old ones made raises. A parameter that is replaced rather than written to
     (`.data = `, load_state_dict(assign=True)) is not seen: make a new decoder, or keep its tensors and call `refresh`.
 
     Args:
@@ -166,20 +166,20 @@ class GPTDecoder:
         )
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Begin anew with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        """Start again with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
         self._check(ids, 0)
         self.reset()
         return self.append(ids)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with one token for each sample, int64 [B]; gives logits float32 [B, V]."""
+        """Append one token per sample, int64 [B]; gives logits float32 [B, V]."""
         if not isinstance(ids, torch.Tensor) or ids.dim() != 1:
             got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"{_CLASS}: ids: expected int64 [{self.batch}], one token a sample, got {got}")
         return self.append(ids.unsqueeze(1))
 
     def append(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        """Append the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
         self._check(ids, self.length)
         if self._changed():
             if self.length:
@@ -196,11 +196,11 @@ class GPTDecoder:
         return logits
 
     def reset(self) -> None:
-        """Forget all tokens. Weights that have changed are read anew before the next."""
+        """Forget all tokens. Weights that have changed are read again before the next."""
         self.length = 0
 
     def refresh(self) -> None:
-        """Read the weights anew, and forget all tokens."""
+        """Read the weights again, and forget all tokens."""
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
         self._read = self._versions()
         self.length = 0

@@ -38,7 +38,7 @@ class _Gru(KernelFunction):
             return {}
         gates, h0, weight_hh, bias_n, y, saved = ctx.saved_tensors
         if differentiated_again():
-            y, _, saved = reference.gru(gates, h0, weight_hh, bias_n, True)  # anew: the saved ones carry no graph
+            y, _, saved = reference.gru(gates, h0, weight_hh, bias_n, True)  # again: the saved ones carry no graph
             parts = reference.gru_backward(grad_y, grad_last, saved, y, h0, weight_hh)
         else:
             parts = library_call("gru_backward", grad_y, grad_last, saved, y, h0, weight_hh, ctx.backend)

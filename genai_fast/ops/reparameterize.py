@@ -54,7 +54,7 @@ def reparameterize(
         mu: mean, [B, ...], float32, bfloat16, float16 or float64, any strides.
         logvar: log-variance, shape, dtype and device of mu (under autocast dtypes may differ: the wider one wins).
         seed: an int or a 0-d int64 tensor on mu's device, or None to draw one from that device's default generator
-            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew).
+            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws again).
         offset: elements of the global tensor that come before this one, so that data-parallel ranks that share
             a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
             Without it and a seed: what `ops.rows` says.

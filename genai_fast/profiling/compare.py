@@ -28,7 +28,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Load:
-    """What else the machine did meanwhile."""
+    """What else the machine did during the comparison."""
 
     cores: int
     threads: int  # torch's
@@ -71,7 +71,7 @@ def compare(
     Args:
         functions: name -> callable without arguments.
         rounds: samples a function, at least.
-        seconds: how long to go on at least.
+        seconds: shortest time to measure for.
         warm_up: samples that are thrown away first.
         calls: calls in a sample; None: as many as a millisecond takes.
 

@@ -47,7 +47,7 @@ def _counted(measurement: Measurement) -> FlopCount | None:
 def roof(device: str, count: FlopCount) -> dict[str, Any] | None:
     """What this machine's matrix products reach in the precision of most of those counted, measured now.
 
-    {"precision", "flops_per_second"}; None: nobody measures that precision.
+    {"precision", "flops_per_second"}; None: that precision is not measured.
     """
     precision = str(max(count.by_dtype, key=lambda dtype: count.by_dtype[dtype])).removeprefix("torch.")
     if precision not in ("float32", "bfloat16", "float16"):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from genai_fast.backends import LIBRARIES, select, survey
 
 _ATEN = torch.ops.aten
-# They multiply matrices too, and nobody has written down how many.
+# They multiply matrices too, but there are no formulas for them.
 _UNKNOWN = {
     "mv", "addmv", "_addmm_activation", "_int_mm", "_grouped_mm", "_scaled_grouped_mm", "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd", "_cdist_forward", "miopen_rnn",

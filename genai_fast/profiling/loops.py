@@ -1,4 +1,4 @@
-"""What is profiled: a recipe beside its plain PyTorch, or somebody's own training loop; each variant as one call."""
+"""What is profiled: a recipe beside its plain PyTorch, or a user's own training loop; each variant as one call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Subject:
     variants: tuple[str, ...]
     make: Callable[[str], Callable[[], int | None]]
     block: int = 0  # tokens of a sample; 0: samples are counted
-    no_wait: str = "unknown, no DataLoader of PyTorch was asked for a batch"  # said where nothing was waited for
+    no_wait: str = "unknown, no DataLoader of PyTorch was asked for a batch"  # reported if nothing was waited for
     waiting: Waiting = field(default_factory=Waiting)
     left_alone: list[Row] = field(default_factory=list)  # by fuse, and why; filled by `make`
 

@@ -53,7 +53,7 @@ def nvml() -> tuple[Any, Any]:
     import pynvml
 
     pynvml.nvmlInit()
-    # By its identity: CUDA_VISIBLE_DEVICES numbers devices anew.
+    # By its identity: CUDA_VISIBLE_DEVICES renumbers devices.
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 

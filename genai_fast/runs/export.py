@@ -160,7 +160,7 @@ def _write_graph(run: Opened, plain: nn.Module, values: Values, path: Path) -> N
     chatter = logging.getLogger("torch.onnx")
     level = chatter.level
     try:
-        chatter.setLevel(logging.ERROR)  # that torchvision is not there, and the like
+        chatter.setLevel(logging.ERROR)  # such as that torchvision is missing
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 plain, tensors, dynamo=True, verbose=False, input_names=[*graph.inputs],

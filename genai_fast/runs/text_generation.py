@@ -22,7 +22,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 class Style:
     """How a text is drawn.
 
-    temperature: 0 takes the likeliest token; top_k: among so many likeliest, 0 for all; top_p: among the likeliest
+    temperature: 0 takes the likeliest token; top_k: among the k likeliest, 0 for all; top_p: among the likeliest
     that make up this much of the probability; stop: strings at which the text ends, left out of it; repeats: False
     leaves out sentences that have been written before; seed: None for another text each time.
     """

@@ -35,7 +35,7 @@ MOST_SKIPPED = 10  # steps in a row that skipped an update for NaN: then trainin
 
 
 class TrainingStopped(UsageError):
-    """Training cannot go on: the loss is no longer a number."""
+    """Training cannot continue: the loss is no longer a number."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def fit(
 
     Args:
         about: JSON data stored with each checkpoint.
-        resume: what `checkpoint.restore` returned, to go on from there.
+        resume: what `checkpoint.restore` returned, to resume from there.
         after_epoch: number of the epoch and its mean losses -> figures for "validation", warnings, and a text to show;
             None: the figures of `evaluate`.
         board: gets all records too.
@@ -188,7 +188,7 @@ def fit(
             screen.epoch(record, config.epochs)
             screen.sample(text)
             kinds = {message.partition(":")[0]: message for message in warnings}
-            for kind in kinds.keys() - warned:  # again only when it has been well meanwhile
+            for kind in kinds.keys() - warned:  # again only after it has recovered
                 screen.warn(kinds[kind])
             warned = set(kinds)
             distributed.same_noise(device)  # the first process may have drawn pictures
@@ -200,7 +200,7 @@ def fit(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects the names of signals that ask to stop; the second one acts as if nobody listened."""
+    """Collects the names of signals that ask to stop; the second one acts as usual."""
     stop: list[str] = []
     if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
         yield stop
@@ -278,7 +278,7 @@ def _weight(batch: tuple[torch.Tensor, ...], feed: Feed, losses: Any) -> int:
 
 
 def _progress(resume: dict[str, Any] | None, steps: int) -> Progress:
-    """Where a run goes on whose epochs have so many steps."""
+    """Where a run resumes whose epochs have this many steps."""
     if resume is None:
         return Progress()
     given = resume["progress"]

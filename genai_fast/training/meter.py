@@ -46,7 +46,7 @@ class Meter:
         self._last, self._steps = self._since, []  # seconds from the end of a step to that of the next
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, with the clock on whoever makes them."""
+        """The batches, timing how long each takes to arrive."""
         while True:
             start = time.perf_counter()
             try:
@@ -104,7 +104,7 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
 
 
 class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
+    """Appends JSON lines; first drops those after the step at which a run resumes, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """

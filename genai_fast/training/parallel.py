@@ -80,7 +80,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names in its state dict of what is not finite, in any process; all must ask."""
+    """State-dict names of tensors that are not finite in some process; all processes must call."""
     state = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in model.state_dict().items()}
     found = [name for name, x in state.items() if not x.isfinite().all()]
     if distributed.size() == 1:

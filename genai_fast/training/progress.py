@@ -50,7 +50,7 @@ class Lines:
         self._epoch = f"epoch {epoch}/{epochs}"
 
     def step(self, done: int) -> None:
-        """So many samples are done."""
+        """This many samples are done."""
         if time.monotonic() >= self._due:
             self._print(f"{self._epoch}  {self._terms}  {done / self._total:.1%} of the run")
 
@@ -103,7 +103,7 @@ class Bar:
         self._bar.update(self._task, epoch=f"{epoch}/{epochs}")
 
     def step(self, done: int) -> None:
-        """So many samples are done; the losses may still be in the making on a device."""
+        """This many samples are done; the losses may still be being computed on a device."""
         now = time.monotonic()
         if now - self._drawn > _REDRAW:
             self._drawn = now

@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class Board:
-    """Writes events of a run that goes on behind `step`; what an earlier process wrote of later steps is hidden.
+    """Writes events of a run that continues after `step`; what an earlier process wrote of later steps is hidden.
 
     Pictures and texts belong to the step of the last record. Close it, or leave it as a context: events wait in a
     queue.

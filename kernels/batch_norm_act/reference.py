@@ -58,7 +58,7 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
 
 
 def gradients(grad_y, x, weight, bias, mean, rstd, batch_statistics, eps, activation, slope):
-    """Gradients of x, weight and bias that can be differentiated again: batch statistics are computed from x anew."""
+    """Gradients of x, weight and bias that can be differentiated again: batch statistics are computed from x again."""
     if batch_statistics:
         count = x.numel() // x.size(1)
         mean, squares = moments(wide(x))

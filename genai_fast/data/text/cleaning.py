@@ -15,7 +15,7 @@ _BOMS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_BINARY = 1000  # text has fewer than one zero byte in so many
+_BINARY = 1000  # text has fewer than one zero byte in this many
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 PARAGRAPH = re.compile(r"\n(?:[^\S\n]*\n)+")  # what stands between two
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")

@@ -138,8 +138,8 @@ class Windows(_Running):
 class Streams(_Running):
     """(x [B, T], y [B, T], carry [B] float32): B places in the text that move on together, block by block.
 
-    Row b of a batch goes on where row b of the batch before it ended, so a hidden state is carried on where `carry` is
-    1 and begins anew where it is 0: in the first batch. Epochs are all alike. In all() the streams are a little longer
+    Row b of a batch continues where row b of the batch before it ended, so a hidden state is kept where `carry` is 1
+    and starts again where it is 0: in the first batch. Epochs are all alike. In all() the streams are a little longer
     and the last one is padded, so that each token is a target once; weight its means by (y >= 0).sum().
 
     Args:

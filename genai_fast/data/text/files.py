@@ -143,7 +143,7 @@ class Findings:
             more = ", ..." if len(self.left_out) > _NAMED else ""
             _warn(
                 f"{self.files.path}: left out {len(self.left_out)} broken or empty files or lines: {named}{more};"
-                f" remedy: mend or remove them"
+                f" remedy: repair or remove them"
             )
         if self.replaced:
             name, first = next(iter(self._replaced_in.items()))

@@ -1,4 +1,4 @@
-"""Where pairs of texts come from: catalogues of translations, tables, JSON lines, and text that goes on."""
+"""Where pairs of texts come from: catalogues of translations, tables, JSON lines, and text to be continued."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _has_pairs(files: Files, name: str) -> bool:
     try:
         text = decode(files.read(name)).text
     except UnreadableError:
-        return False  # whoever reads it says so
+        return False  # reading it reports that
     # The first line may be anything, a licence for example; the first one that has a field of either kind decides.
     found = _FIELD.search(text)
     if found is None:

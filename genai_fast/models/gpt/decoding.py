@@ -111,7 +111,7 @@ class CachedGPT:
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with ids [B] -> logits [B, V] of the next token."""
+        """Append ids [B] -> logits [B, V] of the next token."""
         check_rows(ids, self._batch)
         if not 0 < self._held < self._model.block:
             raise ValueError(

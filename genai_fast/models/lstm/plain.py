@@ -10,7 +10,7 @@ from torch import nn
 
 
 class PlainLSTMLanguageModel(nn.Module):
-    """Embedding, LSTM, linear; the hidden state goes on from batch to batch. Arguments as LSTMLanguageModel's."""
+    """Embedding, LSTM, linear; the hidden state carries over from batch to batch. Arguments as LSTMLanguageModel's."""
 
     def __init__(
         self, vocabulary: int, embedding: int = 128, hidden: int = 256, layers: int = 2, dropout: float = 0.0

@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     """Encoded sources, as the decoder reads them."""
 
     states: torch.Tensor  # [B, S, width]
-    lengths: torch.Tensor  # [B], int64: the states behind them are of padding, and nobody reads them
+    lengths: torch.Tensor  # [B], int64: the states after them are padding and are not read
 
 
 class _Dropout(nn.Module):
