@@ -5,8 +5,6 @@ products belong to a process, and so do its habits. Every side is measured as Py
 `genai_fast.tune_cpu()`, so that the effect of an allocator or another library is not credited to a kernel.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

@@ -13,8 +13,6 @@ what is measured. `--check` fails on spills, on lost matrix instructions or load
 shared memory that leave room for fewer warps, on more instructions, and on what the op's spec expects of a kernel.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

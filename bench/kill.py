@@ -5,8 +5,6 @@
 Weights, optimizer, random generators, progress and metrics.jsonl must come out the same to the last bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What a compiled kernel uses, read from its machine code (SASS) without a GPU."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

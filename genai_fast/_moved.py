@@ -1,7 +1,5 @@
 """Modules under their former names, for one version: they warn, and give what their new place gives."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import warnings

@@ -6,8 +6,6 @@ replaced. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, p
 default: implementations differ in rounding, and two measurements need not agree on the fastest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Recording CUDA work as a graph, so that a recording which fails leaves the process as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings

@@ -1,7 +1,5 @@
 """What training asks of a model. Nothing here is to be inherited: a model offers what it has by these names."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol

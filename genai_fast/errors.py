@@ -1,7 +1,5 @@
 """Errors that the user can fix, and packages that an extra installs."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """What the user's own files and modules define, by name: `MODULE:NAME` or `FILE.py:NAME`."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """Lines to a terminal or a pipe, which may be gone before the work is done and must not be told what it obeys."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -23,8 +23,6 @@ JSON record, bench/results/<gpu>/<date>-<commit>.json; the files that were writt
 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -5,8 +5,6 @@
 runs the cases, which the checker watches.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -9,8 +9,6 @@ A folder, or files, of records that `python -m bench.gpu_gate` wrote: README.md 
 `--headline` prints the few rows of each GPU that the top-level README.md shows, or writes them between its marks.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

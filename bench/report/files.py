@@ -1,7 +1,5 @@
 """Writing result files, and the commit that they are results of."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

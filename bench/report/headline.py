@@ -1,7 +1,5 @@
 """The few rows that the top-level README.md shows of each GPU, from its newest green record."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The GPU gate's records: read and checked, what is wrong in each, and whether it is green."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

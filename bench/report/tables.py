@@ -1,7 +1,5 @@
 """Figures as text: one row per variant, the same columns for ops, training steps and decoding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The commands of the command line."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

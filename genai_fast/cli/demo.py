@@ -1,7 +1,5 @@
 """The demonstrations: VAEs and a GAN on real handwritten digits, their pictures, and the speed measured here."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What works on this machine: versions, devices, the backend of each op, caches, OpenMP runtimes."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Examples that each command's --help shows."""
 
-from __future__ import annotations
-
 _LINES = """\
 genai-fast train dcgan --help
 genai-fast train gpt --data BOOK.txt --run book

@@ -1,7 +1,5 @@
 """The command line's parser; genai_fast.cli.commands runs the commands."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

@@ -1,7 +1,5 @@
 """The fastest implementation of each convolution of a model, measured before the model is used."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

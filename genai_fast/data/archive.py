@@ -1,7 +1,5 @@
 """Zip files: names as paths, sizes that are checked before anything is unpacked."""
 
-from __future__ import annotations
-
 import bz2
 import lzma
 import os

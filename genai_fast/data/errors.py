@@ -1,7 +1,5 @@
 """What is raised and warned of data; text from files is made safe to print here."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GPT-2 checkpoints on disk: tensors, and what the files beside them say of the network."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

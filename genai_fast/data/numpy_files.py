@@ -1,7 +1,5 @@
 """.npy and .npz files of plain arrays: only what is asked for is read, and no size in a header is trusted."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

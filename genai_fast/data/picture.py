@@ -1,7 +1,5 @@
 """One picture file: its header, and its pixels in eight bits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Reading files that may be anything: regular files alone, bounded in what they unpack to, errors of one kind."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Where images come from: packages, IDX and NumPy files, CIFAR-10, folders and zip files of pictures."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Distances between two sets of features, and numbers that say how varied a set is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ Random embeddings tell sets of images apart where the features of an ImageNet cl
 sets of images against each other; they are not those of Inception features.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

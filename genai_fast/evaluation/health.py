@@ -1,7 +1,5 @@
 """What is wrong with a training run, in plain words, from an epoch's figures and samples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Bits per dimension from a model's negative log-likelihood."""
 
-from __future__ import annotations
-
 import math
 
 

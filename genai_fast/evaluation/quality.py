@@ -1,7 +1,5 @@
 """How good and how varied generated images are, beside the data."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

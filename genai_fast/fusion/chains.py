@@ -1,7 +1,5 @@
 """Which children of a container are torch's own and untouched, and which of those in a row run as one."""
 
-from __future__ import annotations
-
 import functools
 import re
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Modules called one after another, those in a row that one call serves as one."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Convolution, batch norm and activation as one module with the keys of nn.Sequential(conv, bn, act)."""
 
-from __future__ import annotations
-
 import functools
 from collections import OrderedDict
 from collections.abc import Callable

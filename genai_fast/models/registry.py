@@ -1,7 +1,5 @@
 """RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a name in _FAMILIES."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 

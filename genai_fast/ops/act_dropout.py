@@ -1,7 +1,5 @@
 """An activation and dropout in one pass, with a mask that is never stored."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.backends import forced_backend

@@ -1,7 +1,5 @@
 """One Adam step over all tensors of a model, in one call."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Batch normalization and activation as one op: statistics, apply, and their gradients in one pass each."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A bias by channel and an activation in one pass, and their gradients in one more; GELU with a bias by the same."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """Scaled dot-product attention that never holds the matrix of scores: causal, windowed, grouped-query, packed."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """What ops ask of their arguments; each error names op, argument, expected, got and remedy."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Iterable

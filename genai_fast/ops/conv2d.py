@@ -1,7 +1,5 @@
 """Convolution of an image, whose input's gradient is a transposed convolution to few channels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """Transposed convolution with its bias and activation in one kernel, with batch-norm statistics in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The cross-entropy of logits, and of a linear layer's logits that never exist as a whole."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

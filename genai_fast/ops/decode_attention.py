@@ -1,7 +1,5 @@
 """Attention of a few new tokens over a cache of keys and values, for generating text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

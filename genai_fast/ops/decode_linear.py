@@ -1,7 +1,5 @@
 """A linear layer on a few rows, with the norm before it and the activation and sum behind it, for generating text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Gated linear units after their matrix products: an activation of one half times the other, in one pass each way."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Generating text with a GPT-2: new tokens through all layers in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

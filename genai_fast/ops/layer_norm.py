@@ -1,7 +1,5 @@
 """Layer and RMS normalization of a residual sum: one pass forward, one backward, no float atomics."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

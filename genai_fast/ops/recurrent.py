@@ -1,7 +1,5 @@
 """GRU and LSTM layers over whole sequences, with nn.GRU's and nn.LSTM's weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

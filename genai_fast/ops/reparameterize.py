@@ -1,7 +1,5 @@
 """Reparameterized sampling of a diagonal Gaussian, with its KL divergence in the same pass."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.backends import forced_backend

@@ -1,7 +1,5 @@
 """Rotary position embedding in one pass, and the tables that it reads."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The negative evidence lower bound of a VAE: reconstruction and KL terms, and their gradients, in one pass each."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 

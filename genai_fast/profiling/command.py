@@ -1,7 +1,5 @@
 """What `genai-fast profile` does."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
 """Comparison of callables by interleaved medians in one process."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics

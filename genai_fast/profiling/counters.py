@@ -1,7 +1,5 @@
 """What the machine counts while steps run: memory, page faults, energy. None stands for what it does not tell."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -1,7 +1,5 @@
 """From what was measured to figures: plain data, for the table, the JSON file and the diagnosis. None: unknown."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from typing import Any

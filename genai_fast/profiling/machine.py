@@ -1,7 +1,5 @@
 """The machine that is measured on: what it is, and how fast it multiplies matrices."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

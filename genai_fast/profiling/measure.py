@@ -1,7 +1,5 @@
 """The measurement: each variant warmed up and looked into by itself, then all clocked in turn."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

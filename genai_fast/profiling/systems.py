@@ -1,7 +1,5 @@
 """The systems whose training step is measured: in plain PyTorch, and as we train them. Recipes declare them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What is looked at while a model trains: grids of samples, figures on held-out images, and warnings from them."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

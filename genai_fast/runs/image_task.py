@@ -1,7 +1,5 @@
 """Training on images: the data, the model that fits them, what is looked at, and the pictures at the end."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

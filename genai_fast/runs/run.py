@@ -1,7 +1,5 @@
 """Runs in folders: begun, resumed, opened again, sampled."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A step's batch in parts, to save memory: which models allow it, how it is cut, and what each part weighs."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The tensors that a step changes beside the optimizers' own, put back when an update was skipped."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -12,8 +12,6 @@ A run's folder holds `checkpoint-<step>/` with
 They are written into a hidden folder, synchronized, and renamed as one: a folder of that name is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """What decides the bits of a result on this machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a loss function returns: a 0-d tensor, or several of them as a tuple, NamedTuple or dict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ That is DistributedDataParallel or, with `--shard`, FSDP2. Losses, updates and c
 the joined batch; DISTRIBUTED.md says where they are not. In one process none of this runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """One training step of any model as one call: eager on the CPU, a captured CUDA graph on a GPU."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any

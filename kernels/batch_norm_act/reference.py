@@ -3,8 +3,6 @@
 z = (x - mean) rstd weight + bias, y = activate(z); mean and rstd by channel, over all other dimensions.
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import activate, derivative

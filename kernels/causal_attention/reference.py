@@ -6,8 +6,6 @@ itself where `starts_q` and `starts_k` cut packed ones apart. Word (row, j) of d
 to a multiple of 4.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Tensors as [batch, columns] for the kernels of rows.h: unit column stride, any row stride."""
 
-from __future__ import annotations
-
 import torch
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,7 +1,5 @@
 """What an op folder says about itself, once. Tests, benchmarks, the compile gate and the op table read it from here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

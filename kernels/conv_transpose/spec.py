@@ -1,7 +1,5 @@
 """conv_transpose: what the ops are, their cases and their cost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

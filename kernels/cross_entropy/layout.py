@@ -1,7 +1,5 @@
 """Logits [..., V] as rows that kernels find by address, targets and gradients beside them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

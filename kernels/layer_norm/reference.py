@@ -3,8 +3,6 @@
 h = x + residual, x-hat = (h - mean) rstd, y = x-hat weight + bias; all by row of the last dimension. RMS: mean is 0.
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import wide

@@ -1,7 +1,5 @@
 """Translations out of gettext's .po catalogues."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Bytes to text, and the one form that all text is brought to."""
 
-from __future__ import annotations
-
 import codecs
 import functools
 import re

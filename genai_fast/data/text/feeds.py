@@ -7,8 +7,6 @@ a tuple of CPU tensors whose first dimension counts samples; ids are int64. What
 target is -100.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The files of a source (one, a folder's, a zip's), and what was wrong with them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Hugging Face's files of a GPT-2 tokenizer: tokenizer.json, or vocab.json and merges.txt."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """HTML to text, in one pass: no page takes longer than its length."""
 
-from __future__ import annotations
-
 import html
 import re
 

@@ -1,7 +1,5 @@
 """Documents as one row of ids, in a mapped file of the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Where pairs of texts come from: catalogues of translations, tables, JSON lines, and text to be continued."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

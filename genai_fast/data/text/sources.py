@@ -1,7 +1,5 @@
 """Where documents come from: the standard library, text, HTML and JSON lines; files, folders and zip files."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The convolutional autoencoder: ConvVAE's networks without sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 

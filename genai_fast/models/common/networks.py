@@ -1,7 +1,5 @@
 """Fused networks from the plain ones of `plain.py`."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """The networks of the convolutional autoencoders in plain PyTorch; `common.conv` makes the fused ones of them."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -1,7 +1,5 @@
 """What models may offer besides `genai_fast.contract`, by these names: commands and evaluation ask with `offers`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """A recipe: all that the rest of the house knows of a model that `genai-fast train NAME` trains."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What the variational autoencoders of images share."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Convolutional variational autoencoders of images in [-1, 1]: the loss is summed squared error plus KL."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """DCGAN's generator and discriminator, by themselves and conditional on a class. Discriminators end in logits."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

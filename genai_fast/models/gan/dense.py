@@ -1,7 +1,5 @@
 """Networks of dense layers, and of a dense layer before or after convolutions. Discriminators end in logits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Generative adversarial networks: two networks in turns, as `genai_fast.training.Step` takes them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Generator, Iterator

@@ -1,7 +1,5 @@
 """GPT-2 checkpoints of the usual layouts brought into one: our names, matrices [out, in]."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """GPT-2 with PyTorch's own modules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """An LSTM language model that keeps its state behind all tokens so far."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.models.common.generation import as_it_is, check_rows
