@@ -3,8 +3,6 @@
 Both sides have the same memory layout: a change of layout is not counted as a kernel's gain.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

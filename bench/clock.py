@@ -1,7 +1,5 @@
 """Device time on CUDA: graph replay, the L2 cache flushed, inputs in rotation."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ is a finding: another exception, more than `SECONDS` of processor time, more tha
 Exit code: 0 none, 1 findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import io

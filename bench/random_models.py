@@ -1,7 +1,5 @@
 """Random models of some 60 kinds of layers, as nn.Sequential or as a class with a written forward, for fuzzing."""
 
-from __future__ import annotations
-
 import linecache
 import random
 import warnings

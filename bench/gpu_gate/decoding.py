@@ -4,8 +4,6 @@ Logits are compared first: if they are wrong there are no figures. All variants 
 A peer that torch.compile cannot serve is skipped, with the reason in the figure; the others must run.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What a GPU gate has to do, what it has done, and what of that counts: its record as it grows."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -4,8 +4,6 @@ Losses are compared first: if they differ there are no figures. All variants sha
 A peer that cannot run is skipped, with the reason in the figure; the fused step must run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -5,8 +5,6 @@ the default. The default is replaced by the fastest setting that gains `GAIN` an
 and so is each case of the op that would be launched with it. `write` stores the results.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Advice from the figures of a variant, in plain English with numbers."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

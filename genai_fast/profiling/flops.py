@@ -4,8 +4,6 @@ Only what multiplies matrices counts: products, convolutions, attention, recurre
 addition are two operations. A fused op counts as its reference does.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What is profiled: a recipe beside its plain PyTorch, or a user's own training loop; each variant as one call."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence

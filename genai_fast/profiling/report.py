@@ -1,7 +1,5 @@
 """The report of a profile: a table for the terminal, what to change, and a plot."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

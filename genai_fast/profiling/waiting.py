@@ -1,7 +1,5 @@
 """Time that a training loop spends waiting for its next batch."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

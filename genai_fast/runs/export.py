@@ -1,7 +1,5 @@
 """A run's model for use without genai_fast: its weights, a plain PyTorch script around them, an ONNX graph."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import logging

@@ -3,8 +3,6 @@
 Nothing here may read a global but functions, classes and imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Text from models: tokens to words as they come, stop strings, and sentences that repeat left out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Training on text: the data, the tokenizer, the model that fits them, and the texts that show how it learns."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable
