@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -26,7 +27,7 @@ _FLOOR = 1e-6  # of a product's relative error, in float32
 Product = Callable[..., torch.Tensor]
 
 
-class CPUTuning:
+class CPUTuning(contextlib.AbstractContextManager):
     """What `tune_cpu` did, in words by str(); `remove()` undoes it, and so does the end of a `with` block.
 
     Attributes:
@@ -60,9 +61,6 @@ class CPUTuning:
         products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
         memory = "freed memory kept" if self.memory else "stock allocator"
         return "; ".join([memory, f"matmuls {products}", f"{self.threads} threads", *self.notes])
-
-    def __enter__(self) -> CPUTuning:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.calls -= 1

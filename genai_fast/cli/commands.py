@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -307,24 +308,15 @@ def run_doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(options: argparse.Namespace) -> int:
-    return _demo("run", options)
-
-
-def run_demo_gan(options: argparse.Namespace) -> int:
-    return _demo("run_gan", options)
-
-
-def run_demo_text(options: argparse.Namespace) -> int:
-    return _demo("run_text", options)
-
-
 def _demo(name: str, options: argparse.Namespace) -> int:
     from genai_fast.cli import demo
 
     with tune_cpu():
         getattr(demo, name)(options.out, options.epochs)
     return 0
+
+
+run_demo, run_demo_gan, run_demo_text = (partial(_demo, name) for name in ("run", "run_gan", "run_text"))
 
 
 def _open(options: argparse.Namespace, need: str = "", protocol: type = object) -> Opened:

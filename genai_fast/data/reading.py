@@ -26,13 +26,9 @@ def parsing(where: str | Path, expected: str, remedy: str = "fetch it again") ->
         yield
     except UsageError:
         raise
-    except OSError as error:
-        if error.errno is None:  # a parser's own
-            raise DataError(f"{where}: expected {expected}, got {reason(error)}; remedy: {remedy}") from error
-        raise DataError(
-            f"{where}: expected {expected}, got {reason(error)}; remedy: a file that can be read"
-        ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # else a parser's own
+            remedy = "a file that can be read"
         raise DataError(f"{where}: expected {expected}, got {reason(error)}; remedy: {remedy}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, TextIO
 
@@ -39,7 +40,7 @@ def _excerpt(text: str) -> list[str]:
     return [f"  | {printable(line)}".replace("\t", "\ufffd") for line in cut]
 
 
-class Lines:
+class Lines(contextlib.AbstractContextManager):
     """A line for each epoch, one every half a minute within it, and each warning once."""
 
     def __init__(self, stream: TextIO, total: int = 1) -> None:
@@ -74,9 +75,6 @@ class Lines:
     def _print(self, line: str) -> None:
         self._due = time.monotonic() + _EVERY
         print(printable(line), file=self._stream, flush=True)
-
-    def __enter__(self) -> Lines:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         pass

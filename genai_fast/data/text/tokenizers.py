@@ -64,9 +64,9 @@ class Tokenizer(ABC):
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, an integer array [length]; many at a time are faster than one by one."""
 
-    @abstractmethod
     def stream(self) -> Stream:
         """Decodes ids as they come."""
+        return Stream(self._table)
 
     @abstractmethod
     def _contents(self) -> dict[str, Any]:
@@ -88,69 +88,37 @@ class Tokenizer(ABC):
         return f"<{self.kind} tokenizer of {self.size} ids, {self.digest}>"
 
 
-class Stream(ABC):
-    """Text of ids that come one by one."""
+class Stream:
+    """Text of ids that come one by one; table: the bytes of each id but the end."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._size = tokenizer.size
-        self._end = tokenizer.end
-
-    def put(self, token: int) -> str:
-        """The text that is complete with this id: "" while a character is open.
-
-        Raises ValueError: there is no such id.
-        """
-        if not 0 <= token < self._size:
-            raise ValueError(f"decode: expected ids from 0 to {self._size - 1}, got {token}; remedy: its own tokenizer")
-        return "" if token == self._end else self._text(int(token))
-
-    def close(self) -> str:
-        """The end has come: U+FFFD for a character that is still open."""
-        return ""
-
-    @abstractmethod
-    def _text(self, token: int) -> str: ...
-
-
-class _ByteStream(Stream):
-    def __init__(self, tokenizer: Tokenizer, table: Sequence[bytes]) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def _text(self, token: int) -> str:
-        return self._decoder.decode(self._table[token])
+    def put(self, token: int) -> str:
+        """The text that is complete with this id: "" while a character is open. Raises ValueError: no such id."""
+        end = len(self._table)
+        if not 0 <= token <= end:
+            raise ValueError(f"decode: expected ids from 0 to {end}, got {token}; remedy: its own tokenizer")
+        return "" if token == end else self._decoder.decode(self._table[token])
 
     def close(self) -> str:
+        """The end has come: U+FFFD for a character that is still open."""
         return self._decoder.decode(b"", True)
-
-
-class _CharStream(Stream):
-    def __init__(self, tokenizer: Tokenizer, characters: str) -> None:
-        super().__init__(tokenizer)
-        self._characters = characters
-
-    def _text(self, token: int) -> str:
-        return self._characters[token] if token < len(self._characters) else _UNKNOWN
 
 
 class ByteTokenizer(Tokenizer):
     """UTF-8: ids 0 to 255 are the bytes, 256 is the end. Every text has its own ids."""
 
     kind, size, end = "byte", 257, 256
+    _table = tuple(bytes([value]) for value in range(256))
 
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for text in texts:
             yield np.frombuffer(scalars(text).encode(), np.uint8)
 
-    def stream(self) -> Stream:
-        return _ByteStream(self, _BYTES)
-
     def _contents(self) -> dict[str, Any]:
         return {}
-
-
-_BYTES = [bytes([value]) for value in range(256)]
 
 
 class CharTokenizer(Tokenizer):
@@ -162,15 +130,13 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.unknown, self.end = len(characters), len(characters) + 1
         self.size = len(characters) + 2
+        self._table = [character.encode() for character in (*characters, _UNKNOWN)]
         self._ids = np.full(_CODE_POINTS, self.unknown, np.int32)
         self._ids[_code_points(characters)] = np.arange(len(characters))
 
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for text in texts:
             yield self._ids[_code_points(scalars(text))]
-
-    def stream(self) -> Stream:
-        return _CharStream(self, self.characters)
 
     def _contents(self) -> dict[str, Any]:
         return {"characters": self.characters}
@@ -214,9 +180,6 @@ class BPETokenizer(Tokenizer):
                 if last:
                     yield parts[0] if len(parts) == 1 else np.concatenate(parts)
                     parts = []
-
-    def stream(self) -> Stream:
-        return _ByteStream(self, self._table)
 
     def _contents(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "merges": self.merges}
