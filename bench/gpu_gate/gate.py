@@ -65,9 +65,8 @@ class Gate:
                     print(f"RED {task}: {kind}: {message}", flush=True)
             self.save()
 
-        batches = [
-            [t for t in batch if t not in waiting and self._wanted(stage, t)] for batch in self.tasks.get(stage, ())
-        ]
+        todo = self.tasks.get(stage, ())
+        batches = [[t for t in batch if t not in waiting and self._wanted(stage, t)] for batch in todo]
         batches = sorted(filter(None, batches), key=len, reverse=True)
         module, options = ("figures", {"compiled": True}) if stage == "compiled" else (stage, {})
         command = [sys.executable, "-m", WORKER, module, self.device, json.dumps(options)]

@@ -70,10 +70,8 @@ def _say(recipe: str, result: Trained) -> None:
     folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    say(
-        f"{folder}: validation: {terms or 'none' if result.record else 'unchanged, all epochs were already done'}",
-        sys.stdout,
-    )
+    terms = (terms or "none") if result.record else "unchanged, all epochs were already done"
+    say(f"{folder}: validation: {terms}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
@@ -281,12 +279,10 @@ def run_tune(options: argparse.Namespace) -> int:
         raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
     if options.out is not None:
         _check_parent(options.out)
-    chosen = {}
-    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
+    chosen, bf16 = {}, options.bf16 or options.precision in ("bfloat16", "bf16")
+    how = {"batch": options.batch, "device": device, "bf16": bf16, "channels_last": options.channels_last}
     for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
-        chosen |= tune.tune(
-            model, shape, batch=options.batch, device=device, bf16=bf16, channels_last=options.channels_last
-        )
+        chosen |= tune.tune(model, shape, **how)
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     print(tune.text(chosen))

@@ -229,9 +229,8 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_With(self, node: ast.With) -> ast.AST:
         before = self.swallows
-        managers = (
-            self._named(i.context_expr.func) if isinstance(i.context_expr, ast.Call) else None for i in node.items
-        )
+        opened = (item.context_expr for item in node.items)
+        managers = (self._named(x.func) if isinstance(x, ast.Call) else None for x in opened)
         self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
         try:
             return self.visit_If(node)

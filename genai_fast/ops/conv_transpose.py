@@ -19,15 +19,16 @@ from genai_fast.precision import autocast_dtype
 Ints = int | tuple[int, ...]
 
 
-def _convolution_gradients(needed, grad_y, x, weight, stride, padding, backend):
+def _convolution_gradients(ctx, grad_y, x, weight):
     """Gradients of x and weight, by name, from that of the convolution's result."""
-    grad_x = grad_weight = None
-    if needed[0]:
-        grad_x = backward_call("conv_transpose_grad_input", grad_y, weight, x.shape[2:], stride, padding, backend)
-    if needed[1]:
-        to_weight = (grad_y, x, weight.shape[2:], stride, padding, not weight.is_contiguous(), backend)
-        grad_weight = backward_call("conv_transpose_grad_weight", *to_weight)
-    return {"x": grad_x, "weight": grad_weight}
+    found, settings = {}, (ctx.stride, ctx.padding)
+    if ctx.needs_input_grad[0]:
+        to_x = (grad_y, weight, x.shape[2:], *settings, ctx.backend)
+        found["x"] = backward_call("conv_transpose_grad_input", *to_x)
+    if ctx.needs_input_grad[1]:
+        to_weight = (grad_y, x, weight.shape[2:], *settings, not weight.is_contiguous(), ctx.backend)
+        found["weight"] = backward_call("conv_transpose_grad_weight", *to_weight)
+    return found
 
 
 class _ConvTranspose(KernelFunction):
@@ -51,10 +52,7 @@ class _ConvTranspose(KernelFunction):
             grad_y, grad_bias = backward_call("bias_act_backward", *arguments)
         elif ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
-        gradients = _convolution_gradients(
-            ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
-        )
-        return dict(**gradients, bias=grad_bias)
+        return dict(**_convolution_gradients(ctx, grad_y, x, weight), bias=grad_bias)
 
 
 class _ConvTransposeBatchNormAct(KernelFunction):

@@ -204,17 +204,14 @@ class _LinearCrossEntropy(KernelFunction):
         if differentiated_again():
             grads = _differentiable(grad_loss, x, weight, bias, target, ctx.settings, needed)
         elif reduction == "none":
-            _, *grads = library_call(
-                _LINEAR, x, weight, bias, target, grad_loss, *ctx.settings, ctx.chunk, *needed, ctx.backend
-            )
+            arguments = (x, weight, bias, target, grad_loss, *ctx.settings, ctx.chunk, *needed, ctx.backend)
+            _, *grads = library_call(_LINEAR, *arguments)
         else:
             if reduction == "mean":  # where no target counts, all gradients are 0
                 grad_loss = grad_loss / (target != ctx.settings[0]).sum(dtype=grad_loss.dtype).clamp(min=1)
             grads = _scaled(made, grad_loss)
-        grads = [
-            g.to(p.dtype) if wanted else None for g, p, wanted in zip(grads, (x, weight, bias), needed, strict=True)
-        ]
-        return dict(zip(("x", "weight", "bias"), grads, strict=True))
+        of = {"x": x, "weight": weight, "bias": bias}.items()
+        return {n: g.to(p.dtype) for g, (n, p), wanted in zip(grads, of, needed, strict=True) if wanted}
 
 
 def counted(node: Any) -> torch.Tensor | None:

@@ -187,9 +187,8 @@ class GPTDecoder:
                 )
             self.refresh()
         with torch.no_grad():
-            logits = library_call(
-                _OP, self._cache, ids, self.length, self._weights, self._scales, self._eps, forced_backend()
-            )
+            arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps)
+            logits = library_call(_OP, *arguments, forced_backend())
         self.length += ids.size(1)
         return logits
 

@@ -202,9 +202,8 @@ def lstm(
     h, c, weight, backend = a["h0"], a["c0"], a["weight_hh"], forced_backend()
     if x.is_cpu and not backend:  # as planned: there is no C++ kernel
         weights = (a["weight_ih"], weight) if bias is None else (a["weight_ih"], weight, bias, torch.zeros_like(bias))
-        y, h_n, c_n = torch.lstm(
-            a["x"], (h.unsqueeze(0), c.unsqueeze(0)), weights, bias is not None, 1, 0.0, True, False, False
-        )
+        before = (h.unsqueeze(0), c.unsqueeze(0))
+        y, h_n, c_n = torch.lstm(a["x"], before, weights, bias is not None, 1, 0.0, True, False, False)
         return y, h_n.squeeze(0), c_n.squeeze(0)
     inputs = (F.linear(a["x"], a["weight_ih"], bias), h, c, weight)
     keep = needs_graph(inputs) or transformed()

@@ -49,9 +49,8 @@ class Comparison:
             for name, t in self.timings.items()
         ]
         others = "unknown" if self.load.others is None else f"{self.load.others:.1f}"
-        return "\n".join(
-            [*lines, f"{self.load.cores} cores, {self.load.threads} threads, others kept {others} cores busy"]
-        )
+        lines += [f"{self.load.cores} cores, {self.load.threads} threads, others kept {others} cores busy"]
+        return "\n".join(lines)
 
 
 def compare(

@@ -116,10 +116,8 @@ class Watch:
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
         if {"reconstruction", "kl"} <= figures.keys():
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
-            traits = image_traits(model)
-            figures["bits_per_dim"] = bits_per_dim(
-                elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed
-            )
+            traits, dims = image_traits(model), math.prod(self._train.shape)
+            figures["bits_per_dim"] = bits_per_dim(elbo, dims, traits.likelihood, signed=traits.signed)
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:

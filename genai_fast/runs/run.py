@@ -157,10 +157,8 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
             task.prepare(folder)
             if settings.tensorboard:
                 board = stack.enter_context(Board(folder, state["step"] if state else 0))
-        about, watch = task.about, task.watch(model, folder, board)
-        record = fit(
-            model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
-        )
+        more = {"about": task.about, "after_epoch": task.watch(model, folder, board), "board": board}
+        record = fit(model, optimizer, *feeds, settings, folder, resume=state, **more)
         model = parallel.whole_model(model, task.model).eval()
         if distributed.first():
             task.finish(model, folder)

@@ -89,9 +89,8 @@ class Mean:
         means = [s / t for s, t in zip(self._sums, self._totals, strict=True)]
         if (place := _place(result)) is not None:
             means[place] = self._totals[place]
-        return loss_output.like(
-            result, [m.to(x.dtype) for m, x in zip(means, loss_output.entries(result), strict=True)]
-        )
+        entries = loss_output.entries(result)
+        return loss_output.like(result, [m.to(x.dtype) for m, x in zip(means, entries, strict=True)])
 
     def factor(self) -> torch.Tensor | None:
         """What the gradients are still to be multiplied by; None: nothing."""

@@ -138,9 +138,8 @@ def fit(
             with contextlib.closing(data.ahead(batches, pin=True) if on_cuda else batches) as fed:
                 for batch in meter.waiting(fed):
                     schedule.set(at.step)
-                    samples = (
-                        len(batch[0]) if train.rows is None else min(train.size, train.samples - at.batch * train.size)
-                    )
+                    left = train.samples - at.batch * train.size
+                    samples = len(batch[0]) if train.rows is None else min(train.size, left)
                     with distributed.sharing(samples):
                         meter.add(step(*batch), samples)
                     at.batch, at.step = at.batch + 1, at.step + 1

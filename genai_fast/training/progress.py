@@ -86,9 +86,8 @@ class Bar:
     def __init__(self, stream: TextIO, total: int) -> None:
         rich = require("rich.progress", "train")
         console = require("rich.console", "train").Console(file=stream)
-        epoch, *texts = map(
-            rich.TextColumn, ("epoch {task.fields[epoch]}", "{task.fields[text]}", "{task.fields[rate]}")
-        )
+        fields = ("epoch {task.fields[epoch]}", "{task.fields[text]}", "{task.fields[rate]}")
+        epoch, *texts = map(rich.TextColumn, fields)
         columns = (epoch, rich.BarColumn(bar_width=12), *texts, rich.TimeRemainingColumn())
         # Its thread would compete with the kernels' threads.
         self._bar = rich.Progress(*columns, console=console, auto_refresh=False)

@@ -335,12 +335,8 @@ def _check_bpe(contents: dict[str, Any]) -> str:
     tokens, merges = contents.get("tokens"), contents.get("merges")
     if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
         return "expected tokens as a list of strings, got others"
-    known = set(tokens)
-    if (
-        len(known) < len(tokens)
-        or not known.issuperset(byte_alphabet())
-        or not set("".join(tokens)) <= set(byte_alphabet())
-    ):
+    known, alphabet = set(tokens), set(byte_alphabet())
+    if len(known) < len(tokens) or not alphabet <= known or not set("".join(tokens)) <= alphabet:
         return "expected different tokens of GPT-2's byte alphabet, and each of its 256 characters as one, got others"
     if not isinstance(merges, list) or not all(_is_pair(merge) for merge in merges):
         return "expected merges as a list of pairs of strings, got others"

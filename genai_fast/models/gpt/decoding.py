@@ -64,9 +64,8 @@ def cached_decoder(model: GPT, batch: int, weights: str) -> CachedGPT | ops.GPTD
     plain = plain and not any(map(obstacle, model.modules()))  # hooks are called by modules alone
     if plain and choose("gpt_decode", forced_backend(), "cpu")[0] == "cpu":
         return ops.GPTDecoder(model.state_dict(), model.heads, model.block, batch, weights)
-    unrounded(
-        weights, f"a GPT of {parameters[0].dtype} on {parameters[0].device} that modules decode (hooks, no kernel)"
-    )
+    one = parameters[0]
+    unrounded(weights, f"a GPT of {one.dtype} on {one.device} that modules decode (hooks, no kernel)")
     return CachedGPT(model, batch)
 
 
