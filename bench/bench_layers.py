@@ -3,8 +3,6 @@
 Both sides have the same memory layout: a change of layout is not counted as a kernel's gain.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from bench import memory
 from bench.points import DEVICE, ROUNDS
 from bench.variants import COMPILED, FUSED, ratios, ready, walls, warm
 from genai_fast import fuse
+from genai_fast.models.common.plain_conv import conv_block
+from genai_fast.models.gan.plain import PlainDCGANDiscriminator, PlainDCGANGenerator
 from genai_fast.profiling import ForeignLoad, compare
 
 EAGER = "eager"
@@ -25,27 +25,18 @@ SECONDS = 2.0
 TOLERANCE = 2e-3  # of outputs in max-norm and of gradients in 2-norm: rounding, through some ten layers
 
 
-def _dcgan_generator() -> nn.Module:
-    """Radford, Metz & Chintala 2015, 64 x 64."""
+def _discriminator(dropout: float = 0.0) -> nn.Module:
+    """DCGAN's up to the logits, with dropout after each norm's activation."""
     layers: list[nn.Module] = []
-    for given, width, stride, padding in ((100, 512, 1, 0), (512, 256, 2, 1), (256, 128, 2, 1), (128, 64, 2, 1)):
-        layers += [nn.ConvTranspose2d(given, width, 4, stride, padding, bias=False), nn.BatchNorm2d(width)]
-        layers.append(nn.ReLU(True))
-    return nn.Sequential(*layers, nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())
-
-
-def _dcgan_discriminator(dropout: float = 0.0) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-    for given, width in ((64, 128), (128, 256), (256, 512)):
-        layers += [nn.Conv2d(given, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width)]
-        layers.append(nn.LeakyReLU(0.2, inplace=True))
-        if dropout:
+    for layer in PlainDCGANDiscriminator().main[:-1]:
+        layers.append(layer)
+        if dropout and isinstance(layer, nn.LeakyReLU) and len(layers) > 2:
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 0, bias=False))
+    return nn.Sequential(*layers)
 
 
-def _leaky(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers, nn.LeakyReLU())
+def _dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(100, 12544, bias=False), nn.BatchNorm1d(12544), nn.LeakyReLU())
 
 
 class _CharRNN(nn.Module):
@@ -60,21 +51,15 @@ class _CharRNN(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "dcgan_64_generator_block": (lambda: _dcgan_generator()[9:12], (64, 128, 16, 16)),
-    "dcgan_64_discriminator_block": (lambda: _dcgan_discriminator()[2:5], (64, 64, 32, 32)),
-    "conv_vae_64_first_block": (lambda: _leaky(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32)), (64, 3, 64, 64)),
-    "conv_vae_64_last_block": (
-        lambda: _leaky(nn.ConvTranspose2d(32, 32, 3, 2, 1, 1), nn.BatchNorm2d(32)),
-        (64, 32, 32, 32),
-    ),
-    "dense_to_image_first_block": (
-        lambda: _leaky(nn.Linear(100, 12544, bias=False), nn.BatchNorm1d(12544)),
-        (128, 100),
-    ),
+    "dcgan_64_generator_block": (lambda: PlainDCGANGenerator().main[9:12], (64, 128, 16, 16)),
+    "dcgan_64_discriminator_block": (lambda: _discriminator()[2:5], (64, 64, 32, 32)),
+    "conv_vae_64_first_block": (lambda: conv_block(nn.Conv2d(3, 32, 3, 2, 1)), (64, 3, 64, 64)),
+    "conv_vae_64_last_block": (lambda: conv_block(nn.ConvTranspose2d(32, 32, 3, 2, 1, 1)), (64, 32, 32, 32)),
+    "dense_to_image_first_block": (_dense, (128, 100)),
     "char_rnn_gru": (_CharRNN, (128, 32, 256)),
-    "dcgan_64_generator": (_dcgan_generator, (32, 100, 1, 1)),
-    "dcgan_64_discriminator": (_dcgan_discriminator, (32, 3, 64, 64)),
-    "dcgan_64_discriminator_dropout": (functools.partial(_dcgan_discriminator, 0.3), (32, 3, 64, 64)),
+    "dcgan_64_generator": (lambda: PlainDCGANGenerator().main, (32, 100, 1, 1)),
+    "dcgan_64_discriminator": (_discriminator, (32, 3, 64, 64)),
+    "dcgan_64_discriminator_dropout": (functools.partial(_discriminator, 0.3), (32, 3, 64, 64)),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -163,16 +148,9 @@ def figures(subject: Subject) -> dict[str, Any]:
     variants = walls(wall)
     for name, step in steps.items():
         variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
-    mode = "training" if subject.training else "evaluation"
-    return {
-        "op": f"fuse, {mode}",
-        "case": f"{subject.model}-{subject.layout}",
-        "dtype": "float32",
-        "device": DEVICE,
-        "variants": variants | skipped,
-        "ratio": ratios(wall),
-        "foreign_load": load.cores(),
-    }
+    op = f"fuse, {'training' if subject.training else 'evaluation'}"
+    head = {"op": op, "case": f"{subject.model}-{subject.layout}", "dtype": "float32", "device": DEVICE}
+    return {**head, "variants": variants | skipped, "ratio": ratios(wall), "foreign_load": load.cores()}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)

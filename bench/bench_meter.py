@@ -4,8 +4,6 @@ The difference of two whole steps drowns in the machine's noise where the meter 
 the meter alone over the step without it, does not. On CUDA that is host time, which the device does not wait for.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path

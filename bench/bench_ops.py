@@ -4,8 +4,6 @@ pytest-benchmark clocks one variant after the other; the ratio stored with them 
 since between one benchmark and the next the machine changes more than the code does.
 """
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -2,10 +2,8 @@
 
 Each side runs in a process of its own, in turn (A B A B ...): settings of the allocator and of the library of matrix
 products belong to a process, and so do its habits. Every side is measured as PyTorch comes and under
-`genai_fast.tune_cpu()`, so that nobody takes an allocator or another library for a kernel.
+`genai_fast.tune_cpu()`, so that the effect of an allocator or another library is not credited to a kernel.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -25,6 +23,7 @@ import genai_fast
 from bench.gpu_gate.training import autocast_of, red, variants
 from bench.points import COMPILED, DEVICE, FUSED
 from bench.report import files
+from bench.variants import ratios, walls
 from genai_fast.kernels.common import onednn
 from genai_fast.profiling import ForeignLoad, compare
 from genai_fast.profiling.loops import EAGER
@@ -46,10 +45,8 @@ class Worker:
     """A process that holds one side's step, warmed up, and clocks it when asked."""
 
     def __init__(self, system: str, side: str, setting: str, device: str) -> None:
-        command = [sys.executable, "-m", "bench.bench_training", system, side, setting, device]
-        self._process = subprocess.Popen(
-            command, cwd=files.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, "-m", "bench.bench_training", system, side, setting, device], subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=files.ROOT, stdin=pipe, stdout=pipe, text=True)
         self._read()
 
     def clock(self) -> float:
@@ -104,27 +101,14 @@ def figures(system: str, device: str) -> tuple[dict[str, Any], ...]:
                 times[pair].append(worker.clock())
     seconds = {pair: statistics.median(values) for pair, values in times.items()}
     chosen, found = SYSTEMS[system], []
-    for name, theirs, ours in (
-        (STOCK, STOCK, STOCK),
-        (TUNED, TUNED, TUNED),
-        ("eager stock, fused tuned", STOCK, TUNED),
-    ):
-        others = {side: t for (side, setting), t in seconds.items() if setting == theirs and side != FUSED}
-        fused = seconds[FUSED, ours]
-        variants: dict[str, Any] = {
-            side: {"wall_us": round(t * 1e6, 2)} for side, t in (*others.items(), (FUSED, fused))
-        }
-        found.append(
-            {
-                "op": "training step",
-                "case": f"{system}-{chosen.batch}x{'x'.join(map(str, chosen.shape))}, {name}",
-                "dtype": chosen.config.precision,
-                "device": device,
-                "variants": variants | {side: {"skipped": why} for side, why in skipped.items() if theirs == STOCK},
-                "ratio": {side: round(t / fused, 3) for side, t in others.items()},
-                "foreign_load": load.cores(),
-            }
-        )
+    case = f"{system}-{chosen.batch}x{'x'.join(map(str, chosen.shape))}"
+    head = {"op": "training step", "dtype": chosen.config.precision, "device": device, "foreign_load": load.cores()}
+    mixed = "eager stock, fused tuned"
+    for name, theirs, ours in ((STOCK, STOCK, STOCK), (TUNED, TUNED, TUNED), (mixed, STOCK, TUNED)):
+        times = {side: t for (side, setting), t in seconds.items() if setting == theirs and side != FUSED}
+        times[FUSED] = seconds[FUSED, ours]
+        left_out = {side: {"skipped": why} for side, why in skipped.items() if theirs == STOCK}
+        found.append({**head, "case": f"{case}, {name}", "variants": walls(times) | left_out, "ratio": ratios(times)})
     return tuple(found)
 
 

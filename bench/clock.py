@@ -1,7 +1,5 @@
 """Device time on CUDA: graph replay, the L2 cache flushed, inputs in rotation."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -67,7 +65,7 @@ def device_times(
                 around = _events_of_a_graph() if inside else None
                 captured.append((capture(call, around)[0], around))
             how[name], ready[name] = "graph", captured
-        except Exception:  # whatever the capture of somebody's code raises
+        except Exception:  # whatever the capture of foreign code raises
             torch.cuda.synchronize()
     flush = _larger_than_the_cache()
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -13,14 +13,12 @@ what is measured. `--check` fails on spills, on lost matrix instructions or load
 shared memory that leave room for fewer warps, on more instructions, and on what the op's spec expects of a kernel.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -287,15 +285,8 @@ def _relative(arch: int, row: Row, before: Row) -> Iterator[str]:
             yield f"{count}: expected at most {expected:g} (+{INSTRUCTION_SLACK:.0%}), got {got:g}"
 
 
-_COLUMNS = {
-    "registers": "registers",
-    "spill_bytes": "spill B",
-    "shared_bytes": "shared B",
-    "wide_loads": "16 B loads",
-    "instructions": "SASS",
-    "loop_instructions": "in loop",
-    "instructions_per_element": "an element",
-}
+_COLUMNS = {"registers": "registers", "spill_bytes": "spill B", "shared_bytes": "shared B", "wide_loads": "16 B loads"}
+_COLUMNS |= {"instructions": "SASS", "loop_instructions": "in loop", "instructions_per_element": "per element"}
 
 
 def render(table: dict[str, Row]) -> str:
@@ -316,10 +307,20 @@ def render(table: dict[str, Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in rows)
 
 
+def read_table(path: Path) -> dict[str, Row]:
+    """What `write_table` wrote; empty if there is no such file."""
+    launches = json.loads(path.read_text()) if path.exists() else {}
+    return {f"{name}/{arch}": row for name, rows in launches.items() for arch, row in rows.items()}
+
+
 def write_table(path: Path, table: dict[str, Row]) -> None:
-    """One line per row, by name."""
-    rows = (f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(table.items()))
-    write_all({path: ("{\n" + ",\n".join(rows) + "\n}\n").encode()})
+    """One line per launch, by name: its rows, by architecture."""
+    launches: dict[str, dict[str, Row]] = defaultdict(dict)
+    for name, row in sorted(table.items()):
+        launch, _, arch = name.rpartition("/")
+        launches[launch][arch] = row
+    lines = (f"{json.dumps(name)}: {json.dumps(rows, sort_keys=True)}" for name, rows in launches.items())
+    write_all({path: ("{\n" + ",\n".join(lines) + "\n}\n").encode()})
 
 
 def _covered(name: str, options: argparse.Namespace) -> bool:
@@ -346,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     path = options.tables / f"triton-{triton.__version__}.json"
-    committed = json.loads(path.read_text()) if path.exists() else {}
+    committed = read_table(path)
     if options.check and not committed:
         print(f"compile gate: there is no table {path}; remedy: python -m bench.compile_gate --update")
         return 2

@@ -1,7 +1,5 @@
 """Collects bench_*.py (plain `pytest` stays in tests/), names the device, and prints the summary."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -214,9 +214,8 @@ def _run(
         except Exception as raised:
             error, message = (stage, type(raised).__name__), str(raised)
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        return Result(
-            error, outputs, gradients, buffers, inputs, [*model.state_dict()], torch.get_rng_state(), log, message
-        )
+        keys, state = [*model.state_dict()], torch.get_rng_state()
+        return Result(error, outputs, gradients, buffers, inputs, keys, state, log, message)
 
 
 def _distance(a: torch.Tensor, truth: torch.Tensor, order: float, scale: float = 0.0) -> float:
@@ -339,9 +338,8 @@ def report(seed: int, found: list[str]) -> str:
     """All that is to be known about a difference."""
     made, how = random_models.draw(seed), Circumstances.draw(random.Random(seed + 1))
     lines = [f"--only {seed}: {len(found)} differences", *(f"  {line}" for line in found[:8])]
-    return "\n".join(
-        [*lines, repr(made.module), made.source, *(a.label for a in made.actions), f"input {made.shape}; {how}", ""]
-    )
+    lines += [repr(made.module), made.source, *(a.label for a in made.actions), f"input {made.shape}; {how}", ""]
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -8,8 +8,6 @@ is a finding: another exception, more than `SECONDS` of processor time, more tha
 Exit code: 0 none, 1 findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import io
@@ -141,7 +139,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
         lambda path: config.build(config.ImageConfig, config.read(path, "vae"), str(path)),
     ),
     "tokenizer": (_tokenizer, text.read_tokenizer),
-}  # fmt: skip
+}
 
 
 def mutated(raw: bytes, draw: random.Random) -> bytes:

@@ -5,8 +5,6 @@
 Weights, optimizer, random generators, progress and metrics.jsonl must come out the same to the last bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -82,10 +80,9 @@ def differences(a: Path, b: Path) -> list[str]:
         "progress": tuple(unclocked(state["progress"]) for state in states),
         METRICS: tuple(metrics(run) for run in (a, b)),
         "files": tuple(sorted(p.name for p in run.iterdir() if p.name[0] != ".") for run in (a, b)),
-        **{
-            key: tuple(state[key] for state in states) for key in ("step", "best", "optimizer", "environment", "routes")
-        },
     }
+    for key in ("step", "best", "optimizer", "environment", "routes"):
+        pairs[key] = tuple(state[key] for state in states)
     differing = [key for key, (x, y) in pairs.items() if x != y]
     for name in ("model.safetensors", "training.safetensors"):
         x, y = (safetensors.torch.load_file(path / name) for path in newest)
@@ -108,16 +105,10 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _start(recipe: str, flags: Sequence[str], run: str, folder: Path) -> subprocess.Popen:
-    resumes = (folder / "runs" / run / CONFIG).exists()
-    more = ["--resume"] if resumes else flags
-    return subprocess.Popen(
-        [sys.executable, "-m", "genai_fast", "train", recipe, "--run", run, *more],
-        cwd=folder,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    more = ["--resume"] if (folder / "runs" / run / CONFIG).exists() else flags
+    command = [sys.executable, "-m", "genai_fast", "train", recipe, "--run", run, *more]
+    how = {"env": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, "cwd": folder, "text": True}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
 def _finish(process: subprocess.Popen, run: str) -> str:
@@ -132,7 +123,7 @@ def _finish(process: subprocess.Popen, run: str) -> str:
 
 
 def _wait(process: subprocess.Popen, run: Path, moment: str, draw: random.Random, taken: float) -> bool:
-    """Sleep until the moment, of a run that takes so many seconds; False if the process ended before."""
+    """Sleep until the moment, of a run that takes `taken` seconds; False if the process ended before."""
     end = time.monotonic() + _PATIENCE
     if moment == "time":
         time.sleep(draw.uniform(0.0, taken / 2))
@@ -152,7 +143,7 @@ def _written(run: Path, moment: str) -> set[tuple[str, int]]:
     """The state of metrics.jsonl (name and time), or the checkpoints in the making (name and number of the folder)."""
     there = set()
     for path in run.glob(METRICS if moment == "step" else ".checkpoint-*.new"):
-        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        with contextlib.suppress(FileNotFoundError):  # it is gone by now
             status = path.stat()
             there.add((path.name, status.st_mtime_ns if moment == "step" else status.st_ino))
     return there

@@ -6,8 +6,6 @@ launch takes Triton's own path (binding of arguments, specialisation of multiple
 that are 1, options) up to the hook that Triton calls before it compiles.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from collections.abc import Iterator

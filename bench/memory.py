@@ -1,7 +1,5 @@
 """Peak memory of one call, beyond what was there before it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

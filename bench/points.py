@@ -1,7 +1,5 @@
 """What is measured: each op on each bench case, forward and backward, fused and as people write it."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

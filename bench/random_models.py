@@ -1,7 +1,5 @@
 """Random models of some 60 kinds of layers, as nn.Sequential or as a class with a written forward, for fuzzing."""
 
-from __future__ import annotations
-
 import linecache
 import random
 import warnings
@@ -144,9 +142,11 @@ def _convolution(d: random.Random, shape: Shape) -> nn.Module:
 def _norm(d: random.Random, shape: Shape) -> nn.Module:
     dims, channels = len(shape) - 2, shape[1]
     settings: dict[str, Any] = {
-        "eps": d.choice((1e-5, 1e-3, 0.8, 0, np.float32(1e-5))), "affine": d.random() < 0.8,
-        "momentum": d.choice((0.1, 0.1, None, 0.0, 1, np.float64(0.3))), "track_running_stats": d.random() < 0.85,
-    }  # fmt: skip
+        "eps": d.choice((1e-5, 1e-3, 0.8, 0, np.float32(1e-5))),
+        "affine": d.random() < 0.8,
+        "momentum": d.choice((0.1, 0.1, None, 0.0, 1, np.float64(0.3))),
+        "track_running_stats": d.random() < 0.85,
+    }
     if d.random() < 0.6:
         settings = {}
     batch = getattr(nn, f"BatchNorm{max(dims, 1)}d")
@@ -308,10 +308,12 @@ def _actions(d: random.Random, module: nn.Module) -> list[Action]:
 _FUNCTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU: ("F.relu({})", "torch.relu({})", "{}.relu()", "F.relu({}, inplace=True)", "{}.relu_()"),
     nn.LeakyReLU: ("F.leaky_relu({}, 0.2)", "F.leaky_relu({}, negative_slope=0.1, inplace=True)", "F.leaky_relu({})"),
-    nn.Tanh: ("{}.tanh()", "torch.tanh({})", "F.tanh({})"), nn.Sigmoid: ("torch.sigmoid({})", "{}.sigmoid()"),
-    nn.SiLU: ("F.silu({})", "F.silu({}, inplace=True)"), nn.GELU: ("F.gelu({})", 'F.gelu({}, approximate="tanh")'),
+    nn.Tanh: ("{}.tanh()", "torch.tanh({})", "F.tanh({})"),
+    nn.Sigmoid: ("torch.sigmoid({})", "{}.sigmoid()"),
+    nn.SiLU: ("F.silu({})", "F.silu({}, inplace=True)"),
+    nn.GELU: ("F.gelu({})", 'F.gelu({}, approximate="tanh")'),
     nn.Dropout: ("F.dropout({}, 0.0, self.training)",),
-}  # fmt: skip
+}
 
 
 def _written(d: random.Random, layers: list[nn.Module], shapes: list[Shape], seed: int) -> tuple[nn.Module, str]:
@@ -329,15 +331,8 @@ def _written(d: random.Random, layers: list[nn.Module], shapes: list[Shape], see
             lines.append(f"{variable} = {expression}")
             expression = variable
             if kept and shapes[k] == shapes[int(kept[1:])] and d.random() < 0.7:
-                lines.append(
-                    d.choice(
-                        (
-                            f"{variable} = {variable} + {kept}",
-                            f"{variable} += {kept}",
-                            f"{variable} = {kept} * {variable}",
-                        )
-                    )
-                )
+                joined = (f"= {variable} + {kept}", f"+= {kept}", f"= {kept} * {variable}")
+                lines.append(f"{variable} {d.choice(joined)}")
                 kept = ""
             elif not kept and d.random() < 0.4:
                 kept = f"h{k}"

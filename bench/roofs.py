@@ -3,8 +3,6 @@
 python -m bench.roofs
 """
 
-from __future__ import annotations
-
 import functools
 import json
 

@@ -1,7 +1,5 @@
 """What every benchmark does with its variants: make them, time them in turn, compare them with the fused one."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Modules under their former names, for one version: they warn, and give what their new place gives."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import warnings
@@ -9,10 +7,8 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "commands": "cli.commands",
-    "demo": "cli.demo",
-    "doctor": "cli.doctor",
-    "examples": "cli.examples",
+    **{name: f"cli.{name}" for name in ("commands", "demo", "doctor", "examples", "tune")},
+    **{f"training.{name}": f"runs.{name}" for name in ("export", "image_task", "pictures", "text_task")},
     "fuse": "swap",
     "models.adversarial": "models.gan.model",
     "models.gan_conditional": "models.gan.dcgan",
@@ -25,19 +21,14 @@ MOVED = {
     "training.config": "config",
     "training.disk": "atomic_files",
     "training.display": "training.progress",
-    "training.export": "runs.export",
     "training.feed": "training.batches",
-    "training.image_task": "runs.image_task",
     "training.kept": "training.buffer_snapshot",
     "training.losses": "training.loss_output",
-    "training.pictures": "runs.pictures",
     "training.recipes": "models.registry",
     "training.runs": "runs.run",
     "training.standalone": "runs.export_template",
-    "training.text_task": "runs.text_task",
     "training.watch": "runs.image_evaluation",
     "training.writing": "runs.text_generation",
-    "tune": "cli.tune",
 }
 
 

@@ -31,8 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
     At no time half of it has that name. If the body raises, the hidden file is removed and the old one stays.
     A folder takes the place of nothing or of an empty one.
 
-    Raises:
-        OSError: it cannot be written; the old one stays.
+    Raises OSError: it cannot be written; the old one stays.
     """
     # A name that no other process has, and at which no link to write through can have been placed.
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
@@ -55,14 +54,19 @@ def write_text(path: Path, text: str) -> None:
         hidden.write_text(text, encoding="utf-8")
 
 
+def check_vacant(out: Path) -> None:
+    """Raises UsageError unless `out`, of a flag --out, is no file and no folder with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside, this process alone writes into the folder; on a file system without locks nothing ensures it.
 
     First removes what writers that were killed have left.
 
-    Raises:
-        UsageError: another process is inside. The lock of one that dies goes with it.
+    Raises UsageError: another process is inside. The lock of one that dies goes with it.
     """
     descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
@@ -115,7 +119,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         pass
     try:
         with safetensors.safe_open(path, "pt") as file:
-            # Copies: safetensors maps the file, which a run that goes on for days would hold open.
+            # Copies: safetensors maps the file, which a run of several days would hold open.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except safetensors.SafetensorError as error:
         raise Damaged(str(error)) from error

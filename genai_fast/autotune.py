@@ -6,8 +6,6 @@ replaced. `GENAI_FAST_DETERMINISTIC=1`, or torch.use_deterministic_algorithms, p
 default: implementations differ in rounding, and two measurements need not agree on the fastest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -15,7 +13,6 @@ import math
 import os
 import platform
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +27,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+from genai_fast import atomic_files
 from genai_fast.kernels.common.extension import cpu_kernels, extension
 from genai_fast.versions import version
 
@@ -308,16 +306,10 @@ def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choic
         content = json.loads(_read(file()))
         if content.get("version") != VERSION:
             return {}
+        machines = {name: found for name, found in content["machines"].items() if only is None or name == only}
         return {
-            name: {
-                family: {
-                    tuple(map(int, filter(None, shape.split("x")))): Choice(str(c["name"]), dict(c["microseconds"]))
-                    for shape, c in shapes.items()
-                }
-                for family, shapes in families.items()
-            }
-            for name, families in content["machines"].items()
-            if only is None or name == only
+            name: {family: dict(map(_entry, shapes.items())) for family, shapes in families.items()}
+            for name, families in machines.items()
         }
     except FileNotFoundError:
         return {}
@@ -326,6 +318,12 @@ def remembered(only: str | None = None) -> dict[str, dict[str, dict[Shape, Choic
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _warn_once(f"{file()}: is damaged; choices are measured again and the file is replaced")
     return {}
+
+
+def _entry(pair: tuple[str, dict[str, Any]]) -> tuple[Shape, Choice]:
+    shape, choice = pair
+    sizes = tuple(map(int, filter(None, shape.split("x"))))
+    return sizes, Choice(str(choice["name"]), dict(choice["microseconds"]))
 
 
 def _read(path: Path) -> str:
@@ -339,7 +337,7 @@ def _read(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """Alone with the file, among processes; goes on without the lock if its holder does not let go."""
+    """Alone with the file, among processes; continues without the lock if its holder does not release it."""
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # said when the choice is written
@@ -360,7 +358,7 @@ def _locked() -> Iterator[None]:
 
 def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
     """Add one choice; whole files only, so that a reader never sees half of one."""
-    target, written = file(), ""
+    target = file()
     try:
         machines = remembered()
         machines.setdefault(here, {}).setdefault(family, {})[shape] = choice
@@ -368,15 +366,9 @@ def _write(here: str, family: str, shape: Shape, choice: Choice) -> None:
             name: {f: {"x".join(map(str, s)): c._asdict() for s, c in shapes.items()} for f, shapes in families.items()}
             for name, families in machines.items()
         }
-        handle, written = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-        with open(handle, "w", encoding="utf-8") as stream:
-            json.dump({"version": VERSION, "machines": content}, stream, indent=1)
-        os.replace(written, target)
+        atomic_files.write_text(target, json.dumps({"version": VERSION, "machines": content}, indent=1))
     except OSError as error:
         _warn_once(f"{target}: cannot be written: {error.strerror}; choices are kept in this process only")
-        if written:
-            with contextlib.suppress(OSError):
-                os.unlink(written)
 
 
 @functools.cache

@@ -101,8 +101,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def choose(name: str, forced: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The backend that serves a library op on such tensors, and why no kernel does ("" if one does).
 
-    Raises:
-        RuntimeError: `forced` names a backend that cannot serve the call.
+    Raises RuntimeError: `forced` names a backend that cannot serve the call.
     """
     if device == "meta":
         return "reference", ""

@@ -1,7 +1,5 @@
 """Recording CUDA work as a graph, so that a recording which fails leaves the process as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings
@@ -41,7 +39,7 @@ def capture(body: Callable[[], Any], device: torch.device, pool: Any = None) -> 
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         try:
-            # Relaxed: kernels that a warm-up did not meet are loaded and memory is pinned meanwhile, by this thread and
+            # Relaxed: kernels that a warm-up did not meet are loaded and memory is pinned then, by this thread and
             # others, which stricter modes forbid. None of it is work of the stream's.
             recording = torch.cuda.graph(graph, pool, side_stream(device), capture_error_mode="relaxed")
             with recording, _waiting_raises():
@@ -49,8 +47,8 @@ def capture(body: Callable[[], Any], device: torch.device, pool: Any = None) -> 
         except BaseException:
             torch.cuda.set_stream(current)  # where ending a broken capture raises, torch leaves its own
             graph.reset()
-            _mend_allocator(device, pool)
-            _mend_generator(device)
+            _repair_allocator(device, pool)
+            _repair_generator(device)
             raise
     return graph, result
 
@@ -68,8 +66,8 @@ def _waiting_raises() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _mend_allocator(device: torch.device, pool: Any) -> None:
-    """A capture whose end raised goes on for the allocator, which then gives no memory back; end it there too."""
+def _repair_allocator(device: torch.device, pool: Any) -> None:
+    """A capture whose end raised continues for the allocator, which then gives no memory back; end it there too."""
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:  # it has ended: graph.reset() has done the rest
@@ -77,7 +75,7 @@ def _mend_allocator(device: torch.device, pool: Any) -> None:
     torch._C._cuda_releasePool(device.index, pool)
 
 
-def _mend_generator(device: torch.device) -> None:
+def _repair_generator(device: torch.device) -> None:
     """Before torch 2.13 a broken capture leaves the generator waiting for its end; then the same state, afresh."""
     generator = torch.cuda.default_generators[device.index]
     try:

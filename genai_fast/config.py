@@ -1,7 +1,5 @@
 """Configuration: a dataclass; a flat TOML file overrides its defaults, and command-line flags override both."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -1,7 +1,5 @@
 """What training asks of a model. Nothing here is to be inherited: a model offers what it has by these names."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -33,7 +31,7 @@ class HasAfterStep(Protocol):
 
 
 class Carries(Protocol):
-    """A state that goes on from batch to batch and is no part of the state dict."""
+    """A state that continues from batch to batch and is not part of the state dict."""
 
     def carried(self) -> dict[str, torch.Tensor]:
         """Copies of it, [layers, rows, ...] each, for a checkpoint."""

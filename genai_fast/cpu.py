@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -26,7 +27,7 @@ _FLOOR = 1e-6  # of a product's relative error, in float32
 Product = Callable[..., torch.Tensor]
 
 
-class CPUTuning:
+class CPUTuning(contextlib.AbstractContextManager):
     """What `tune_cpu` did, in words by str(); `remove()` undoes it, and so does the end of a `with` block.
 
     Attributes:
@@ -58,16 +59,8 @@ class CPUTuning:
 
     def __str__(self) -> str:
         products = f"by oneDNN ({', '.join(self.onednn)})" if self.onednn else "by PyTorch's own library"
-        parts = [
-            "freed memory kept" if self.memory else "stock allocator",
-            f"matmuls {products}",
-            f"{self.threads} threads",
-            *self.notes,
-        ]
-        return "; ".join(parts)
-
-    def __enter__(self) -> CPUTuning:
-        return self
+        memory = "freed memory kept" if self.memory else "stock allocator"
+        return "; ".join([memory, f"matmuls {products}", f"{self.threads} threads", *self.notes])
 
     def __exit__(self, *exception: object) -> None:
         self.calls -= 1
@@ -92,9 +85,8 @@ def tune_cpu(*, memory: bool = True, matmul: bool = True, threads: bool = True) 
     A FallbackWarning names what is not available. Gradients and double backward are unaffected: the replacement is
     below autograd. Compiled models keep what they were compiled with, so call this first.
 
-    Returns:
-        What was done; `.remove()` or the end of a `with` block undoes it. A second call returns the same object, and
-        its `with` block undoes nothing.
+    Returns: What was done; `.remove()` or the end of a `with` block undoes it. A second call returns the same object,
+        and its `with` block undoes nothing.
     """
     global _active
     if _active is not None:
@@ -181,10 +173,8 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> str:
 def _operands(form: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     rows, inputs, outputs = shape
     noise = torch.Generator().manual_seed(0)
-    x, w, g = (
-        torch.randn(*size, generator=noise, device="cpu")
-        for size in ((rows, inputs), (outputs, inputs), (rows, outputs))
-    )
+    sizes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+    x, w, g = (torch.randn(*size, generator=noise, device="cpu") for size in sizes)
     return {"output": (x, w.t()), "input gradient": (g, w), "weight gradient": (g.t(), x)}[form]
 
 
@@ -224,13 +214,8 @@ def _route(least: dict[str, int]) -> torch.library.Library:
     smallest = min(least.values())
 
     def served(a: torch.Tensor, b: torch.Tensor) -> bool:
-        size = a.numel() * b.size(1)
-        return (
-            size >= smallest
-            and a.dtype is torch.float32
-            and b.dtype is torch.float32
-            and size >= least.get(_form(a, b), math.inf)
-        )
+        size, single = a.numel() * b.size(1), a.dtype is torch.float32 and b.dtype is torch.float32
+        return size >= smallest and single and size >= least.get(_form(a, b), math.inf)
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> Any:
         return _onednn(None, a, b) if served(a, b) else NotImplemented

@@ -1,7 +1,5 @@
 """Errors that the user can fix, and packages that an extra installs."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 
@@ -26,8 +24,7 @@ def missing(module: str, extra: str, error: str) -> UsageError:
 def require(module: str, extra: str) -> ModuleType:
     """Import a package that only an extra installs.
 
-    Raises:
-        UsageError: it does not import; the message says how to install it.
+    Raises UsageError: it does not import; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,5 @@
 """What the user's own files and modules define, by name: `MODULE:NAME` or `FILE.py:NAME`."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
@@ -15,8 +13,7 @@ from genai_fast.errors import UsageError
 def load(name: str, arguments: Sequence[str] = ()) -> Any:
     """The class or function of that name; from here on sys.argv is the file's or module's name and `arguments`.
 
-    Raises:
-        UsageError: no such file or module, or no such function in it.
+    Raises UsageError: no such file or module, or no such function in it.
     """
     source, _, function = name.rpartition(":")
     sys.argv = [source, *arguments]  # of this process's own arguments it could make nothing

@@ -3,8 +3,6 @@
 That is in full ("ieee"), or with factors rounded to TF32's 10 bits ("tf32").
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

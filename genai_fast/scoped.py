@@ -1,7 +1,5 @@
 """Settings that with-blocks change, safely in threads."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import threading

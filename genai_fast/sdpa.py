@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 _MOST_CHANNELS = 256
 
 
-class SDPASwitch:
+class SDPASwitch(contextlib.AbstractContextManager):
     """What `enable_sdpa` did; `remove()` undoes it, and so does the end of a `with` block unless it was on before."""
 
     def __init__(self, library: torch.library.Library, priority: list[int] | None) -> None:
@@ -37,9 +38,6 @@ class SDPASwitch:
         if self._priority is not None:
             torch._C._set_sdp_priority_order(self._priority)
         _active = None
-
-    def __enter__(self) -> SDPASwitch:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.calls -= 1
@@ -57,11 +55,8 @@ def enable_sdpa() -> SDPASwitch:
     Calls with a mask, dropout, is_causal with T_q != T_k or more than 256 channels per head are served as before.
     Compiled models keep what they were compiled with, so enable it first.
 
-    Returns:
-        A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
-
-    Raises:
-        RuntimeError: no kernel of ours runs here; the message gives the reason.
+    Returns: A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
+    Raises RuntimeError: no kernel of ours runs here; the message gives the reason.
     """
     global _active
     if _active is not None:

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
-_WRAPPERS = (
-    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule",
-)  # fmt: skip
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
 # Modules that become a layer of ours as they are.
@@ -239,11 +237,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
 
-    Returns:
-        The same object. Fusing a fused model changes nothing.
-
-    Raises:
-        TypeError: the model is not a module, or is wrapped or compiled already, or contains such a module.
+    Returns: The same object. Fusing a fused model changes nothing.
+    Raises TypeError: the model is not a module, or is wrapped or compiled already, or contains such a module.
     """
     _check("fuse", model)
     for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
@@ -255,8 +250,7 @@ def fuse(model: nn.Module) -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse` in place: every module gets its original class back. Returns the same object.
 
-    Raises:
-        TypeError: as for `fuse`.
+    Raises TypeError: as for `fuse`.
     """
     _check("unfuse", model)
     for module in model.modules():
@@ -305,11 +299,8 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
             other leaf: what served it, with the measured times in microseconds, and why the other implementations did
             not (size below a threshold, dtype, layout, device, measured slower). Buffers and random state are restored.
 
-    Returns:
-        An `Explanation`: rows (path, found, becomes, reason), and a table when printed.
-
-    Raises:
-        TypeError: the model is not a module. With an example, whatever the model raises.
+    Returns: An `Explanation`: rows (path, found, becomes, reason), and a table when printed.
+    Raises TypeError: the model is not a module. With an example, whatever the model raises.
     """
     _check("explain", model, wrapped=True)
     if example_input is not None:

@@ -4,8 +4,6 @@ python -m genai_fast.table            print it
 python -m genai_fast.table README.md  write it between the marks there
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

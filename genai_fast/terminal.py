@@ -1,7 +1,5 @@
 """Lines to a terminal or a pipe, which may be gone before the work is done and must not be told what it obeys."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -19,7 +17,7 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 
 class Steady:
-    """A stream that falls silent when its reader is gone, rather than raise BrokenPipeError, EIO or the like."""
+    """A stream that falls silent when its reader is gone, rather than raise BrokenPipeError or EIO."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._gone = stream, False

@@ -3,7 +3,7 @@
     err(kernel, float64 reference) <= 2 err(eager in that dtype, float64 reference) + floor[dtype]
 
 and 3 times for gradients. The error of outputs is max-norm over max-norm, of gradients 2-norm over 2-norm: they flip
-by rounding at an activation's kink. On CUDA float32 is multiplied in full meanwhile: PyTorch lets convolutions round
+by rounding at an activation's kink. On CUDA float32 is multiplied in full here: PyTorch lets convolutions round
 the factors to TF32, which a run of its own checks.
 """
 
@@ -51,7 +51,7 @@ class Run:
         return None if self.backend == AUTOMATIC else self.backend
 
     def products(self) -> contextlib.AbstractContextManager[None]:
-        """Multiply as the run asks for, meanwhile."""
+        """Multiply as the run asks for, inside the block."""
         return float32_products(convolutions="tf32" if self.tf32 else "ieee")
 
     def __str__(self) -> str:
@@ -115,12 +115,8 @@ def _evaluate(op, function, inputs, upstream=None):
     targets = _differentiable(inputs)
     if upstream is None or not targets:
         return [*outputs, *updated], {}
-    grads = torch.autograd.grad(
-        outputs,
-        list(targets.values()),
-        [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)],
-        allow_unused=True,
-    )
+    incoming = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)]
+    grads = torch.autograd.grad(outputs, list(targets.values()), incoming, allow_unused=True)
     zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
     return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 
@@ -174,8 +170,7 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
 def assert_matches_reference(run: Run) -> None:
     """Outputs, then each gradient by name, against the float64 reference.
 
-    Raises:
-        AssertionError: names the run, and each output or input whose error passes its limit.
+    Raises AssertionError: names the run, and each output or input whose error passes its limit.
     """
     with run.products():
         wrong = _differences(run)
@@ -185,7 +180,7 @@ def assert_matches_reference(run: Run) -> None:
 def _differences(run: Run) -> list[str]:
     op = run.op
 
-    def inputs() -> dict[str, Any]:  # anew each time: an op may update them in place
+    def inputs() -> dict[str, Any]:  # new ones each time: an op may update them in place
         return run.case.inputs(Tensors(run.dtype, run.device))
 
     outputs, _ = _evaluate(op, op.reference, _widen(inputs()))
@@ -210,8 +205,7 @@ def _differences(run: Run) -> list[str]:
 def assert_second_derivative(run: Run) -> None:
     """A gradient penalty through the kernels: d/dx |df/dx|^2 in float32, against the float64 reference.
 
-    Raises:
-        AssertionError: a derivative is missing, or differs.
+    Raises AssertionError: a derivative is missing, or differs.
     """
     inputs = run.case.inputs(Tensors(torch.float32, run.device))
     truth = _penalty(run.op.reference, _widen(inputs))

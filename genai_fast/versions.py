@@ -1,7 +1,5 @@
 """Versions of what is installed, and of genai_fast, which may be a checkout that is not installed."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 __version__ = "0.2.0"  # the one place: pyproject.toml reads this line

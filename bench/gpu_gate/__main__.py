@@ -23,8 +23,6 @@ JSON record, bench/results/<gpu>/<date>-<commit>.json; the files that were writt
 0 green, 1 red, 2 no GPU, 3 not through yet.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
@@ -158,12 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the record (bench/results/<gpu>/...)")
     parser.add_argument("--commit", help="the commit's hash, if the checkout has no .git")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=max(1, min(12, (os.cpu_count() or 2) - 2)),
-        help="processes that check ops at a time: most of that time compiles kernels; default here: %(default)s",
-    )
+    jobs, what = max(1, min(12, (os.cpu_count() or 2) - 2)), "processes that check ops at a time: most of that time"
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"{what} compiles kernels; default here: %(default)s")
     parser.add_argument(
         "--stages", type=stages_of, default=STAGES, metavar="a,b,...", help=f"only these of {','.join(STAGES)}"
     )

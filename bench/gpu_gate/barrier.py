@@ -7,8 +7,6 @@ nothing else can tell. A barrier that fails may also wait forever: run it with a
 everything else. Exit code: 0 right, 1 wrong, 2 nothing to check.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ Logits are compared first: if they are wrong there are no figures. All variants 
 A peer that torch.compile cannot serve is skipped, with the reason in the figure; the others must run.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import time
@@ -79,7 +77,7 @@ MEASURED = {
 
 
 class Loop(NamedTuple):
-    """`begin` goes back to `held` tokens; `token(ids [B])` goes on with one more, and gives logits [B, V]."""
+    """`begin` goes back to `held` tokens; `token(ids [B])` appends one more, and gives logits [B, V]."""
 
     begin: Callable[[], Any]
     token: Callable[[torch.Tensor], torch.Tensor]
@@ -207,7 +205,7 @@ def variants(model: Model, device: str, compile_too: bool = True) -> dict[str, C
 def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = True) -> dict[str, Any]:
     """All figures of a model.
 
-    wall_us: median of a token and what it takes to go on with the likeliest. sampled_us: of one drawn by
+    wall_us: median of a token, including the choice of the likeliest. sampled_us: of one drawn by
     `Sampler(**PICK)`, as generated text is. ratio, tokens_per_second and the share of the roof: of the fused loop, by
     wall_us; bytes are those of the weights and of what the cache holds, each once.
     """

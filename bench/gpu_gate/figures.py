@@ -3,8 +3,6 @@
 Numerics of the very case come first: a wrong one has no figures.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a GPU gate has to do, what it has done, and what of that counts: its record as it grows."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -67,9 +65,8 @@ class Gate:
                     print(f"RED {task}: {kind}: {message}", flush=True)
             self.save()
 
-        batches = [
-            [t for t in batch if t not in waiting and self._wanted(stage, t)] for batch in self.tasks.get(stage, ())
-        ]
+        todo = self.tasks.get(stage, ())
+        batches = [[t for t in batch if t not in waiting and self._wanted(stage, t)] for batch in todo]
         batches = sorted(filter(None, batches), key=len, reverse=True)
         module, options = ("figures", {"compiled": True}) if stage == "compiled" else (stage, {})
         command = [sys.executable, "-m", WORKER, module, self.device, json.dumps(options)]
@@ -97,8 +94,7 @@ class Gate:
     def _refuse(self, stage: str, known: dict[str, Any]) -> set[str]:
         """Fail what a red check forbids to measure, and forget such failures of what may be right now.
 
-        Returns:
-            The tasks that wait for their op's runs.
+        Returns: The tasks that wait for their op's runs.
         """
         waiting = set()
         for task in self._tasks(stage):

@@ -4,8 +4,6 @@ A 32-bit index that overflows reads or writes elsewhere, so that the last rows a
 takes up to 35 GB of device memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@
 runs the cases, which the checker watches.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -34,16 +32,8 @@ def memory_check(limit: float = LONGEST) -> dict[str, Any]:
     if limit < SHORTEST:
         return {"skipped": f"{max(limit, 0.0):.0f} s were left, it needs at least {SHORTEST:g}", "again": True}
     limit = min(limit, LONGEST)
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        str(_FINDINGS),
-        sys.executable,
-        "-m",
-        "bench.gpu_gate.memory",
-    ]
+    flags = ["--tool", "memcheck", "--error-exitcode", str(_FINDINGS)]
+    command = [tool, *flags, sys.executable, "-m", "bench.gpu_gate.memory"]
     # Inside a caching allocator's large blocks nothing looks out of bounds.
     code, output = processes.call(command, limit, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     if code is None:

@@ -5,8 +5,6 @@ are drawn differently, and GPU arithmetic rounds differently, so means over ten 
 the plain curve's. That is enough to catch an optimizer that does nothing or a frozen batch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

@@ -76,8 +76,7 @@ def _watch(
 ) -> tuple[str | None, str | None, bool]:
     """Take finished tasks off the list until a process ends.
 
-    Returns:
-        The task at which it ended, why (None: all done, or time is up), and whether it finished any task.
+    Returns: The task at which it ended, why (None: all done, or time is up), and whether it finished any task.
     """
     at, worked, printed, heard = None, False, [], time.monotonic()
     while tasks:

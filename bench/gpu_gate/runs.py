@@ -3,8 +3,6 @@
 Its numbers, those of its second derivative if the case is small, the same bits twice, and capture as a CUDA graph.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any

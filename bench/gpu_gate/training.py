@@ -4,8 +4,6 @@ Losses are compared first: if they differ there are no figures. All variants sha
 A peer that cannot run is skipped, with the reason in the figure; the fused step must run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -96,7 +94,7 @@ def variants(system: System, device: str, compiled: bool = True) -> dict[str, Ca
     def reduced() -> Call:
         step = plain(preparing(COMPILE, bf16=narrow, mode="reduce-overhead"))
 
-        def marked() -> Any:  # networks in turns are several graphs a step: nobody guesses where the next step begins
+        def marked() -> Any:  # networks in turns are several graphs a step: say where the next step begins
             torch.compiler.cudagraph_mark_step_begin()
             return step()
 
@@ -167,13 +165,8 @@ def figures(
         compiled: False leaves torch.compile out.
     """
     system = _system(name, batch)
-    head = {
-        "system": name,
-        "case": "x".join(map(str, (system.batch, *system.shape))),
-        "dtype": system.config.precision,
-        "device": device,
-        "batch": system.batch,
-    }
+    case = "x".join(map(str, (system.batch, *system.shape)))
+    head = {"system": name, "case": case, "dtype": system.config.precision, "device": device, "batch": system.batch}
     say(name, "losses")
     if message := red(system, device, WARM_UP):
         return {**head, "failures": {"numerics": message}}
@@ -267,7 +260,7 @@ def queued_times(steps: Mapping[str, Call]) -> dict[str, float]:
 
 
 def joules_of(step: Call, seconds: float, energy: Energy) -> float | None:
-    """Of the whole device, for one step of about that many seconds; None where nobody tells."""
+    """Of the whole device, for one step of about that many seconds; None if it is unknown."""
     count = math.ceil(ENERGY_SECONDS / seconds)
     wait("cuda")
     before = energy.joules()
@@ -285,7 +278,7 @@ def wait(device: str) -> None:
 
 
 def say(name: str, what: str) -> None:
-    """A sign of life: whoever waits gives up when none comes."""
+    """A sign of life: the parent process gives up when none comes."""
     print(f"{name}: {what}", flush=True)
 
 

@@ -5,8 +5,6 @@ the default. The default is replaced by the fastest setting that gains `GAIN` an
 and so is each case of the op that would be launched with it. `write` stores the results.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -41,10 +39,9 @@ def tasks(device: str) -> Iterator[tuple[str, Point, str]]:
 def tune(point: Point, name: str, times: Times) -> dict[str, Any]:
     """The best settings of a launch in a point.
 
-    Returns:
-        kernel, case; and if the point launches it: dtype, shape, default and settings (the best), default_us and
-        best_us of the whole point, tried (microseconds, or why not), refused (what is faster, and wrong), kept (not
-        the default), reason.
+    Returns: kernel, case; and if the point launches it: dtype, shape, default and settings (the best), default_us and
+        best_us of the whole point, tried (microseconds, or why not), refused (what is faster, and wrong), kept (not the
+        default), reason.
     """
     found: dict[str, Any] = {"kernel": name, "case": str(point), "kept": False}
     step = point.step(FUSED)

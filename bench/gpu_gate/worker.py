@@ -6,8 +6,6 @@ calls bench/gpu_gate/STAGE.py's work(task, device, **options) for each and print
 {"run": task, **result} after it, on lines that begin with `MARK`: compilers print lines of braces too.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib

@@ -9,8 +9,6 @@ A folder, or files, of records that `python -m bench.gpu_gate` wrote: README.md 
 `--headline` prints the few rows of each GPU that the top-level README.md shows, or writes them between its marks.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -26,8 +24,7 @@ from genai_fast.table import write_between
 def load(path: Path) -> tuple[dict[str, Any], list[tables.Figure]]:
     """The machine's description and its figures, one per point, of pytest-benchmark's JSON.
 
-    Raises:
-        ReportError: the file is missing, truncated, foreign, or holds no figures.
+    Raises ReportError: the file is missing, truncated, foreign, or holds no figures.
     """
     content = records.read_json(path)
     if not isinstance(content, dict) or not content.keys() >= {"benchmarks", "machine_info"}:

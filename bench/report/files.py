@@ -1,14 +1,14 @@
 """Writing result files, and the commit that they are results of."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import math
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from genai_fast import atomic_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,19 +28,10 @@ def _finite(value: Any) -> Any:
 
 def write_all(files: Mapping[Path, bytes]) -> None:
     """Write whole files, creating their folders; if one cannot be written, none is."""
-    hidden = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for path, temporary in hidden.items():
+    with contextlib.ExitStack() as stack:
+        for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(files[path])
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in hidden.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in hidden.values():
-            temporary.unlink(missing_ok=True)
+            stack.enter_context(atomic_files.whole(path)).write_bytes(content)
 
 
 def commit() -> tuple[str, bool | None]:

@@ -1,7 +1,5 @@
 """The few rows that the top-level README.md shows of each GPU, from its newest green record."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,8 +31,7 @@ _MEASURE = "`python -m bench.gpu_gate` on a machine with an NVIDIA GPU checks an
 def headline(results: Path) -> str:
     """Markdown for the README, from all records below a folder; made-up ones are left out, with a line on stderr.
 
-    Raises:
-        ReportError: there is no such folder, or a record is damaged or foreign.
+    Raises ReportError: there is no such folder, or a record is damaged or foreign.
     """
     if not results.is_dir():
         raise ReportError(f"{results}: expected a folder of records, got none; remedy: --headline bench/results")

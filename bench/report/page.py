@@ -3,8 +3,6 @@
 Speed-ups are shown only if the gate is green on the commit that was measured.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

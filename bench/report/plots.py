@@ -1,7 +1,5 @@
 """The report's plots, as PNG files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any

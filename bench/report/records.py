@@ -1,7 +1,5 @@
 """The GPU gate's records: read and checked, what is wrong in each, and whether it is green."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
@@ -167,11 +165,7 @@ def is_record(content: Any) -> bool:
 
 
 def read(path: Path) -> Record:
-    """Read a record.
-
-    Raises:
-        ReportError: the file is missing, cut off, foreign or damaged.
-    """
+    """Read a record. Raises ReportError: the file is missing, cut off, foreign or damaged."""
     content = read_json(path)
     if not is_record(content):
         raise ReportError(

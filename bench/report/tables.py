@@ -1,7 +1,5 @@
 """Figures as text: one row per variant, the same columns for ops, training steps and decoding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,18 +60,21 @@ def cell(values: Mapping[str, Any], name: str, form: str | Callable[[Any], str])
 
 # Header, key and form: of each variant, of the fused one alone, and of the latter only where speed may be shown.
 _VARIANT = (
-    ("ms", "wall_us", milliseconds), ("device ms", "device_us", milliseconds),
-    ("MiB", "peak_bytes", lambda n: f"{n / 2**20:.1f}"), ("launches", "launches", "{}"),
+    ("ms", "wall_us", milliseconds),
+    ("device ms", "device_us", milliseconds),
+    ("MiB", "peak_bytes", lambda n: f"{n / 2**20:.1f}"),
+    ("launches", "launches", "{}"),
     ("J/step", "joules_per_step", "{:.3g}"),
-)  # fmt: skip
+)
 _OF_FUSED = (
     ("sampled ms", "sampled_us", milliseconds), ("samples/s", "samples_per_second", "{:.0f}"),
     ("tokens/s", "tokens_per_second", "{:.0f}"), ("MFU", "mfu", "{:.1%}"), ("MFU of", "mfu_precision", "{}"),
 )  # fmt: skip
 _GREEN = (
-    ("GB/s", "gigabytes_per_second", "{:.4g}"), ("GFLOP/s", "gigaflops_per_second", "{:.4g}"),
+    ("GB/s", "gigabytes_per_second", "{:.4g}"),
+    ("GFLOP/s", "gigaflops_per_second", "{:.4g}"),
     ("of roof", "share_of_roof", "{:.0%}"),
-)  # fmt: skip
+)
 
 
 def cells(figures: Iterable[Figure], green: bool = True) -> list[list[str]]:
@@ -89,12 +90,8 @@ def cells(figures: Iterable[Figure], green: bool = True) -> list[list[str]]:
         ran = {name: v for name, v in f["variants"].items() if "skipped" not in v}
         for name in sorted(ran, key=lambda name: (name == FUSED, name.startswith(COMPILED), name)):
             mine = f if name == FUSED else {}
-            row = [
-                title(f),
-                name,
-                *(cell(ran[name], *c[1:]) for c in _VARIANT),
-                *(cell(mine, *c[1:]) for c in of_fused),
-            ]
+            row = [title(f), name, *(cell(ran[name], *c[1:]) for c in _VARIANT)]
+            row += [cell(mine, *c[1:]) for c in of_fused]
             lines.append(row + ([cell(f["ratio"], name, speed), speed(best(mine)[1])] if green else []))
     kept = [k for k, column in enumerate(zip(*lines, strict=True)) if set(column[1:]) != {"-"}]
     return [[line[k] for k in kept] for line in lines]

@@ -1,11 +1,10 @@
 """The commands of the command line."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,10 +70,8 @@ def _say(recipe: str, result: Trained) -> None:
     folder = result.folder
     figures = result.record.get("validation", {})
     terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    say(
-        f"{folder}: validation: {terms or 'none' if result.record else 'unchanged, all epochs were already done'}",
-        sys.stdout,
-    )
+    terms = (terms or "none") if result.record else "unchanged, all epochs were already done"
+    say(f"{folder}: validation: {terms}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
@@ -94,8 +91,8 @@ def run_sample(options: argparse.Namespace) -> int:
     picture = options.out.suffix.lower() == ".png"
     if not picture and options.out.suffix:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
-    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    if not picture:
+        atomic_files.check_vacant(options.out)
     run = _open(options, "sample", Draws)
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
@@ -253,8 +250,8 @@ def run_export(options: argparse.Namespace) -> int:
         )
     if one_file and options.onnx:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
-    if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    if not one_file:
+        atomic_files.check_vacant(options.out)
     run = _open(options)
     network = export.network_of(run)
     if one_file:
@@ -282,12 +279,10 @@ def run_tune(options: argparse.Namespace) -> int:
         raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
     if options.out is not None:
         _check_parent(options.out)
-    chosen = {}
-    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
+    chosen, bf16 = {}, options.bf16 or options.precision in ("bfloat16", "bf16")
+    how = {"batch": options.batch, "device": device, "bf16": bf16, "channels_last": options.channels_last}
     for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
-        chosen |= tune.tune(
-            model, shape, batch=options.batch, device=device, bf16=bf16, channels_last=options.channels_last
-        )
+        chosen |= tune.tune(model, shape, **how)
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     print(tune.text(chosen))
@@ -309,24 +304,15 @@ def run_doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(options: argparse.Namespace) -> int:
-    return _demo("run", options)
-
-
-def run_demo_gan(options: argparse.Namespace) -> int:
-    return _demo("run_gan", options)
-
-
-def run_demo_text(options: argparse.Namespace) -> int:
-    return _demo("run_text", options)
-
-
 def _demo(name: str, options: argparse.Namespace) -> int:
     from genai_fast.cli import demo
 
     with tune_cpu():
         getattr(demo, name)(options.out, options.epochs)
     return 0
+
+
+run_demo, run_demo_gan, run_demo_text = (partial(_demo, name) for name in ("run", "run_gan", "run_text"))
 
 
 def _open(options: argparse.Namespace, need: str = "", protocol: type = object) -> Opened:

@@ -1,10 +1,10 @@
 """The demonstrations: VAEs and a GAN on real handwritten digits, their pictures, and the speed measured here."""
 
-from __future__ import annotations
-
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,21 +46,33 @@ def run(out: Path, epochs: int | None = None) -> Path:
     where = environment(device)
     served = where["backends"]["vae_loss"]
     validation = first.record["validation"]
-    print(
+    _say(
         f"\nvalidation: negative ELBO {validation['loss']:.1f} nats a digit"
         f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
         f"pictures:   {folder}/samples.png, reconstructions.png, latent.png\n"
-        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads,"
-        f" {where['device']})\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
-        f" {settings.batch_size}; measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f"next:       genai-fast sample {folder} --count 100 --seed 2 --out grid.png\n"
-        f"            genai-fast train vae --data digits --likelihood gaussian\n"
-        f"            genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64\n"
-        f"            genai-fast doctor"
+        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads, {where['device']})",
+        comparison,
+        f"{settings.batch_size}",
+        f"genai-fast sample {folder} --count 100 --seed 2 --out grid.png",
+        "genai-fast train vae --data digits --likelihood gaussian",
+        "genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64",
+        "genai-fast doctor",
     )
     return folder
+
+
+def _say(figures: str, comparison: Comparison, step: str, *commands: str) -> None:
+    """Figures, the speed of a training step, and what to try next."""
+    speed = f"{comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {step}"
+    lines = [f"{speed}; measured just now:", *str(comparison).splitlines()]
+    for name, block in (("speed:", lines), ("next:", commands)):
+        figures += "".join(f"\n{'' if k else name:12}{line}" for k, line in enumerate(block))
+    print(figures)
+
+
+def _measured(eager: Callable[[], Any], fused: Callable[[], Any], rounds: int) -> Comparison:
+    # Five samples of warm-up: on CUDA, the graph is captured by then.
+    return compare({"eager": eager, "fused": fused}, rounds=rounds, warm_up=5)
 
 
 def run_gan(out: Path, epochs: int | None = None) -> Path:
@@ -76,37 +88,26 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     discriminator = nn.Sequential(*copy.deepcopy(model.discriminator.main), nn.Flatten(0), nn.Sigmoid())
     plain = gan_step(generator.train(), discriminator.train(), model.latent, device.type)
     step = Step(model.train(), make_optimizer(model, settings))
-    # Five samples of warm-up: on CUDA, the graph is captured by then.
-    comparison = compare({"eager": lambda: plain(x), "fused": lambda: step(x)}, rounds=GAN_ROUNDS, warm_up=5)
+    comparison = _measured(lambda: plain(x), lambda: step(x), GAN_ROUNDS)
     validation = trained.record["validation"]
-    print(
+    _say(
         f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
         f" diversity {validation['diversity']:.2f} of the data's\n"
-        f"pictures:   {folder}/samples.png, grids/\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
-        f" measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f"next:       genai-fast sample {folder} --count 1000 --out digits\n"
-        f"            genai-fast interpolate {folder} --out interpolation.png\n"
-        f"            genai-fast export {folder} --out generator.safetensors\n"
-        f"            genai-fast train dcgan --data YOUR_FOLDER --size 64"
+        f"pictures:   {folder}/samples.png, grids/",
+        comparison,
+        f"{size}",
+        f"genai-fast sample {folder} --count 1000 --out digits",
+        f"genai-fast interpolate {folder} --out interpolation.png",
+        f"genai-fast export {folder} --out generator.safetensors",
+        "genai-fast train dcgan --data YOUR_FOLDER --size 64",
     )
     return folder
 
 
 def run_text(out: Path, epochs: int | None = None) -> Path:
     """Train a small GPT on Python's documentation; measure its step and its writing; returns the run's folder."""
-    settings = GPTConfig(
-        layers=4,
-        heads=4,
-        width=256,
-        block=128,
-        dropout=0.0,
-        warmup=50,
-        epochs=epochs or TEXT_EPOCHS,
-        lr=2e-3,
-        sample_every=2,
-    )
+    small = {"layers": 4, "heads": 4, "width": 256, "block": 128, "dropout": 0.0, "warmup": 50}
+    settings = GPTConfig(**small, epochs=epochs or TEXT_EPOCHS, lr=2e-3, sample_every=2)
     folder = new_folder(out, "demo-text")
     print(f"A GPT of {settings.layers} layers on Python's own documentation, in {folder}; samples/ tells how it learns")
     trained = train("gpt", settings, folder)
@@ -117,22 +118,20 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
     plain = loss_step(peer, device.type)
     again = task.model().to(device)
     step = Step(again, make_optimizer(again, settings))
-    # Five samples of warm-up: on CUDA, the graph is captured by then.
-    comparison = compare({"eager": lambda: plain(*batch), "fused": lambda: step(*batch)}, rounds=TEXT_ROUNDS, warm_up=5)
+    comparison = _measured(lambda: plain(*batch), lambda: step(*batch), TEXT_ROUNDS)
     figures = trained.record["validation"]
     style = text_generation.Style(max_tokens=150, temperature=0.5, top_k=20, repeats=False)
     text = _BEGINNING + "".join(text_generation.write(model, task.tokenizer, _BEGINNING, style))
-    print(
+    _say(
         f"\n{text.strip()}\n\n"
         f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
-        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
-        f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f'next:       genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2\n'
-        f"            genai-fast export {folder} --out gpt.safetensors\n"
-        f"            genai-fast train gpt --data YOUR_FILE.txt\n"
-        f"            genai-fast train seq2seq --data YOUR_CATALOGUE.po"
+        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)",
+        comparison,
+        f"{settings.batch_size} x {settings.block} tokens",
+        f'genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2',
+        f"genai-fast export {folder} --out gpt.safetensors",
+        "genai-fast train gpt --data YOUR_FILE.txt",
+        "genai-fast train seq2seq --data YOUR_CATALOGUE.po",
     )
     return folder
 
@@ -144,12 +143,5 @@ def training_speed(images: Images, settings: VAEConfig, device: torch.device) ->
     model = MLPVAE(size, settings.hidden, settings.latent).to(device)
     step = Step(model, make_optimizer(model, settings))
     peer = PlainMLPVAE(size, settings.hidden, settings.latent).to(device)
-    adam = torch.optim.Adam(peer.parameters(), lr=settings.lr)
-
-    def eager() -> None:
-        adam.zero_grad()
-        peer.loss(x).backward()
-        adam.step()
-
-    # Five samples of warm-up: on CUDA, the graph is captured by then.
-    return compare({"eager": eager, "fused": lambda: step(x)}, rounds=ROUNDS, warm_up=5)
+    plain = loss_step(peer, device.type, settings.lr)
+    return _measured(lambda: plain(x), lambda: step(x), ROUNDS)

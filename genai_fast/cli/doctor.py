@@ -1,7 +1,5 @@
 """What works on this machine: versions, devices, the backend of each op, caches, OpenMP runtimes."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -58,15 +56,9 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [f"WARNING: {warning}" for warning in report["warnings"]] or ["ok: no problems found"]
     lines += ["versions", *_pairs(report["versions"] | {"platform": report["platform"]})]
     lines += ["devices", *_pairs(report["devices"]), "CPU kernels"]
-    lines += _pairs(
-        {
-            "in use": kernels["in_use"] or kernels["reason"],
-            "available": f"{', '.join(kernels['available']) or 'none'}"
-            f" (GENAI_FAST_ISA={kernels['genai_fast_isa'] or 'unset'})",
-            "threads": report["threads"],
-            "tune_cpu()": report["tune_cpu"],
-        }
-    )
+    isa = f"{', '.join(kernels['available']) or 'none'} (GENAI_FAST_ISA={kernels['genai_fast_isa'] or 'unset'})"
+    lines += _pairs({"in use": kernels["in_use"] or kernels["reason"], "available": isa})
+    lines += _pairs({"threads": report["threads"], "tune_cpu()": report["tune_cpu"]})
     lines.append("ops")
     width, reasons = max(map(len, report["ops"])) + 2, defaultdict(list)
     for op, by_device in report["ops"].items():
@@ -113,12 +105,8 @@ def _cpu() -> dict[str, Any]:
             in_use = cpu_kernels()[1]
         except (RuntimeError, UsageError) as error:  # GENAI_FAST_ISA names one that this processor lacks
             reason = str(error)
-    return {
-        "in_use": in_use,
-        "available": available,
-        "genai_fast_isa": os.environ.get("GENAI_FAST_ISA", ""),
-        "reason": reason,
-    }
+    isa = os.environ.get("GENAI_FAST_ISA", "")
+    return {"in_use": in_use, "available": available, "genai_fast_isa": isa, "reason": reason}
 
 
 def _tuning() -> str:
@@ -148,13 +136,9 @@ def _caches() -> dict[str, str]:
     """Compiled kernels, with their size, and the file of measured choices."""
     home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    caches = {
-        "triton": _size(home),
-        "autotune": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
-    }
-    if inductor:
-        caches["inductor"] = _size(Path(inductor))
-    return caches
+    choices = str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)")
+    caches = {"triton": _size(home), "autotune": choices}
+    return caches | ({"inductor": _size(Path(inductor))} if inductor else {})
 
 
 def _size(folder: Path) -> str:

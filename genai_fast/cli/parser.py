@@ -1,7 +1,5 @@
 """The command line's parser; genai_fast.cli.commands runs the commands."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os
@@ -52,6 +50,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def add_default(self, flag: str, default: Any, help: str, **more: Any) -> None:
+        """An argument of the default's type, whose help names the default."""
+        kind = Path if isinstance(default, Path) else type(default)
+        self.add_argument(flag, type=kind, default=default, help=f"{help}; default: %(default)s", **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,78 +112,54 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         p = kinds.add_parser(name, help=recipe.summary, description=recipe.summary, allow_abbrev=False)
         p.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")
         p.add_argument("--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA")
-        p.add_argument(
-            "--out", type=Path, default=Path("runs"), help="folder that holds the runs; default: %(default)s"
-        )
+        p.add_default("--out", Path("runs"), "folder that holds the runs")
         p.add_argument("--resume", action="store_true", help="resume the run named by --run")
         groups = {title: p.add_argument_group(title) for title in ("data", "model", "optimizer", "run")}
         for f in fields(recipe.config):
             kind = types(recipe.config)[f.name]
             switch = {"action": argparse.BooleanOptionalAction}
             value = {"type": kind, "metavar": "|".join(f.metadata["choices"]) or f.name.upper()}
-            groups[_GROUP_OF.get(f.name, "model")].add_argument(
-                f"--{f.name.replace('_', '-')}",
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']}; default: {f.default}",
-                **(switch if kind is bool else value),
-            )
+            how = (switch if kind is bool else value) | {"help": f"{f.metadata['help']}; default: {f.default}"}
+            group, flag = groups[_GROUP_OF.get(f.name, "model")], f"--{f.name.replace('_', '-')}"
+            group.add_argument(flag, default=argparse.SUPPRESS, **how)
 
     sample = _of_a_run(commands, "sample", "draw samples: a grid, or a folder of pictures")
-    sample.add_argument("--count", type=int, default=64, help="number of pictures; default: %(default)s")
-    sample.add_argument(
-        "--out",
-        type=Path,
-        default=Path("grid.png"),
-        help="a PNG file for a grid, or a new folder for one file per picture; default: %(default)s",
-    )
+    sample.add_default("--count", 64, "number of pictures")
+    sample.add_default("--out", Path("grid.png"), "a PNG file for a grid, or a new folder for one file per picture")
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents")
-    interpolate.add_argument(
-        "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
-    )
-    interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
-    interpolate.add_argument(
-        "--out", type=Path, default=Path("interpolation.png"), help="PNG file; default: %(default)s"
-    )
+    interpolate.add_default("--pairs", 8, "pairs of latents, one row each")
+    interpolate.add_default("--steps", 10, "pictures per row")
+    interpolate.add_default("--out", Path("interpolation.png"), "PNG file")
     inpaint = _of_a_run(commands, "inpaint", "fill in missing parts of pictures with a variational autoencoder")
     inpaint.add_argument(
         "--data", required=True, metavar="DATA", help="pictures to repair, in any form that `train` reads"
     )
-    inpaint.add_argument("--count", type=int, default=8, help="number of pictures; default: %(default)s")
+    inpaint.add_default("--count", 8, "number of pictures")
     inpaint.add_argument(
         "--box", metavar="LEFT,TOP,WIDTH,HEIGHT", help="the missing part, in pixels of the model's images"
     )
     inpaint.add_argument(
         "--mask", type=Path, metavar="FILE", help="or: a picture that is white where pixels are missing"
     )
-    inpaint.add_argument("--steps", type=int, default=200, help="optimization steps for z; default: %(default)s")
-    inpaint.add_argument("--out", type=Path, default=Path("inpainted.png"), help="PNG file; default: %(default)s")
+    inpaint.add_default("--steps", 200, "optimization steps for z")
+    inpaint.add_default("--out", Path("inpainted.png"), "PNG file")
     what = "draw pictures and their reconstructions by an autoencoder"
     reconstruct = _of_a_run(commands, "reconstruct", what, draws=False)
-    reconstruct.add_argument(
-        "--data",
-        default="",
-        metavar="DATA",
-        help="pictures, in any form that `train` reads; default: the run's held-out data",
-    )
-    reconstruct.add_argument("--count", type=int, default=12, help="number of pictures; default: %(default)s")
-    reconstruct.add_argument(
-        "--out", type=Path, default=Path("reconstructed.png"), help="PNG file; default: %(default)s"
-    )
+    pictures = "pictures, in any form that `train` reads; default: the run's held-out data"
+    reconstruct.add_argument("--data", default="", metavar="DATA", help=pictures)
+    reconstruct.add_default("--count", 12, "number of pictures")
+    reconstruct.add_default("--out", Path("reconstructed.png"), "PNG file")
     generate = _of_a_run(commands, "generate", "continue a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: none")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with one prompt per line")
     generate.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help='also write {"prompt", "text"} there, one per line'
     )
-    generate.add_argument("--max-tokens", type=int, default=200, help="tokens to write, at most; default: %(default)s")
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the most likely token; default: %(default)s"
-    )
-    generate.add_argument(
-        "--top-k", type=int, default=50, help="sample from the k most likely tokens, 0: all; default: %(default)s"
-    )
-    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus probability; default: %(default)s")
-    generate.add_argument("--seed", type=int, default=1, help="random seed; default: %(default)s")
+    generate.add_default("--max-tokens", 200, "tokens to write, at most")
+    generate.add_default("--temperature", 0.8, "0: always the most likely token")
+    generate.add_default("--top-k", 50, "sample from the k most likely tokens, 0: all")
+    generate.add_default("--top-p", 0.95, "nucleus probability")
+    generate.add_default("--seed", 1, "random seed")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated"
     )
@@ -192,12 +171,8 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     )
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that were written before")
     export = _of_a_run(commands, "export", "export the weights for plain PyTorch", draws=False)
-    export.add_argument(
-        "--out",
-        type=Path,
-        default=Path("weights.safetensors"),
-        help="a .safetensors file, or a new folder for weights and a plain PyTorch script; default: %(default)s",
-    )
+    what = "a .safetensors file, or a new folder for weights and a plain PyTorch script"
+    export.add_default("--out", Path("weights.safetensors"), what)
     export.add_argument("--onnx", action="store_true", help="also write ONNX into that folder")
 
     tune = commands.add_parser(
@@ -210,7 +185,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         "models", nargs="+", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
     )
     tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
-    tune.add_argument("--batch", type=int, default=64, help="batch size; default: %(default)s")
+    tune.add_default("--batch", 64, "batch size")
     tune.add_argument("--device", default=None, help="default: cuda if available, else cpu")
     tune.add_argument("--bf16", action="store_true", help="the same as --precision bfloat16")
     tune.add_argument(
@@ -230,9 +205,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         ("demo-text", "train a GPT on Python's own documentation in a few minutes"),
     ):
         demo = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        demo.add_argument(
-            "--out", type=Path, default=Path("runs"), help="folder that holds the runs; default: %(default)s"
-        )
+        demo.add_default("--out", Path("runs"), "folder that holds the runs")
         demo.add_argument("--epochs", type=int, default=None, help="passes over the data; default: the demo's own")
     for name, one in commands_of(parser).items():
         one.set_defaults(parser=one)
@@ -251,13 +224,7 @@ def _recipes() -> dict[str, Any]:
 
 def _add_profile(commands: Any) -> None:
     what = "profile a training step, of a recipe or your own loop: eager, compiled and fused"
-    profile = commands.add_parser(
-        "profile",
-        help=what,
-        description=_PROFILE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    profile = commands.add_parser("profile", help=what, description=_PROFILE, allow_abbrev=False)
     profile.add_argument("model", metavar="MODEL", help="a recipe of `train`, or FILE.py:FUNCTION or MODULE:FUNCTION")
     profile.add_argument(
         "--compare", metavar="VARIANTS", help="two or three of eager,compile,fused; default: eager,fused"
@@ -293,13 +260,9 @@ def _of_a_run(commands: Any, name: str, what: str, draws: bool = True) -> argpar
     parser.add_argument("folder", metavar="RUN", help="a run's folder, or its name in runs/")
     parser.add_argument("--best", action="store_true", help="use the best checkpoint on held-out data, not the newest")
     if draws:
-        parser.add_argument("--seed", type=int, default=1, help="random seed; default: %(default)s")
-        parser.add_argument(
-            "--class",
-            dest="label",
-            metavar="NAME",
-            help="class to draw, for a conditional model; default: each in turn",
-        )
+        parser.add_default("--seed", 1, "random seed")
+        what = "class to draw, for a conditional model; default: each in turn"
+        parser.add_argument("--class", dest="label", metavar="NAME", help=what)
     return parser
 
 

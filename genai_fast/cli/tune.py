@@ -1,7 +1,5 @@
 """The fastest implementation of each convolution of a model, measured before the model is used."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 
@@ -19,8 +17,7 @@ _WIDTH = 120  # columns of the text
 def load(name: str, sizes: str | None, arguments: Sequence[str] = ()) -> tuple[nn.Module, tuple[int, ...]]:
     """The model and the shape of one input, for a name in MODELS, `module:factory` or `file.py:factory`.
 
-    Raises:
-        UsageError: no such model, file or factory; it returns no module; the input's shape is missing or invalid.
+    Raises UsageError: no such model, file or factory; it returns no module; the input's shape is missing or invalid.
     """
     if name in MODELS:
         make, shape = MODELS[name]
@@ -110,12 +107,5 @@ def table(chosen: dict[str, autotune.Choice]) -> list[tuple[str, ...]]:
 def markdown(machine: str, chosen: dict[str, autotune.Choice]) -> str:
     """The choices as a document with one table."""
     header, *rows = (f"| {' | '.join(row)} |" for row in table(chosen))
-    lines = [
-        "# The implementation of each convolution",
-        "",
-        machine,
-        "",
-        header,
-        "| --- " * header.count(" | ") + "| --- |",
-    ]
-    return "\n".join([*lines, *rows, ""])
+    rule = "| --- " * header.count(" | ") + "| --- |"
+    return "\n".join(["# The implementation of each convolution", "", machine, "", header, rule, *rows, ""])

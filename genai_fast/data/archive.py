@@ -1,7 +1,5 @@
 """Zip files: names as paths, sizes that are checked before anything is unpacked."""
 
-from __future__ import annotations
-
 import bz2
 import lzma
 import os
@@ -30,8 +28,7 @@ class Archive:
         wanted: name -> whether the file counts.
         expected: what the file is said to be in errors.
 
-    Raises:
-        DataError: it is no zip file, or the wanted files unpack to far more than its size.
+    Raises DataError: it is no zip file, or the wanted files unpack to far more than its size.
     """
 
     def __init__(self, path: Path, wanted: Callable[[str], bool], expected: str = "a zip file") -> None:
@@ -53,11 +50,7 @@ class Archive:
         return list(self._members)
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
-
-        Raises:
-            Exception: the file is damaged; zlib, bz2 and lzma raise their own.
-        """
+        """A file's bytes. Raises Exception: the file is damaged; zlib, bz2 and lzma raise their own."""
         info = self._members[name]
         if info.flag_bits & _ENCRYPTED:
             raise ValueError("an encrypted file")

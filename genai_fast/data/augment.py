@@ -1,7 +1,5 @@
 """Random changes to a batch of images that leave what they show: mirrored, shifted, turned, in another light."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Batches made in a thread while the model computes."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import threading

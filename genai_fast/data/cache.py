@@ -2,7 +2,7 @@
 
 An entry's name is two hashes: of where the data came from and what was made of them, and of what lay there. Another
 state of the same source so has another name, and replaces the entry before it. Entries are written under a hidden name
-and renamed as one; what is damaged or of another version is made anew.
+and renamed as one; what is damaged or of another version is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genai_fast import autotune
+from genai_fast import atomic_files, autotune
 from genai_fast.data.images import array_digest
 from genai_fast.data.reading import read_bytes
 
@@ -95,14 +95,12 @@ class Entry:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
             arrays[file.stem] = {"bytes": file.stat().st_size, "digest": array_digest(array)}
         meta = {"version": VERSION, "arrays": arrays, "about": about}
-        with open(hidden / _META, "w", encoding="utf-8") as file:
-            json.dump(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
+        (hidden / _META).write_text(json.dumps(meta), encoding="utf-8")
+        atomic_files.synchronize(hidden / _META)
         for old in self.path.parent.glob(f"{self.path.name.partition('-')[0]}-*"):
             if old != self.path or self.read() is None:
                 with contextlib.suppress(OSError):  # out of the way at once, for another process may be looking
-                    _remove(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
+                    atomic_files.discard(old.rename(hidden.with_name(f"{hidden.name}.{old.name}")))
         try:
             os.rename(hidden, self.path)
         except OSError:
@@ -115,23 +113,11 @@ def remove_old(parent: Path, name: re.Pattern[str], seconds: float) -> None:
     for found in parent.iterdir():
         with contextlib.suppress(OSError):
             if name.fullmatch(found.name) and time.time() - found.lstat().st_mtime > seconds:
-                _remove(found)
-
-
-def _remove(path: Path) -> None:
-    """A folder with all in it, or a link in its place but not what it points to."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+                atomic_files.discard(found)
 
 
 def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A file of zeros to write decoded pictures into.
-
-    Raises:
-        OSError: the disk has no room for it.
-    """
+    """A file of zeros to write decoded pictures into. Raises OSError: the disk has no room for it."""
     pixels = np.lib.format.open_memmap(hidden / f"{PIXELS}.npy", mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process in the middle of writing
         with open(hidden / f"{PIXELS}.npy", "r+b") as file:
@@ -140,7 +126,7 @@ def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def keep_rows(hidden: Path, pixels: np.memmap, rows: np.ndarray) -> None:
-    """Write the file anew with these rows alone."""
+    """Rewrite the file with these rows alone."""
     shape = (len(rows), *pixels.shape[1:])
     kept = np.lib.format.open_memmap(hidden / f"{PIXELS}.new", mode="w+", dtype=np.uint8, shape=shape)
     for first in range(0, len(rows), 256):

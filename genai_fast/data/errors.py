@@ -1,7 +1,5 @@
 """What is raised and warned of data; text from files is made safe to print here."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -18,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value that a file holds, in a few words and bounded time: repr of nested containers can take for ever."""
+    """A value that a file holds, in a few words and bounded time: repr of nested containers can take forever."""
     if isinstance(value, str | bytes):
         return repr(value[:40])
     if value is None or isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() < 64):

@@ -1,7 +1,5 @@
 """Folders and zip files of pictures: decoded once, in threads, into a mapped file of the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

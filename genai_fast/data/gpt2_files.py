@@ -1,7 +1,5 @@
 """GPT-2 checkpoints on disk: tensors, and what the files beside them say of the network."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -25,13 +23,9 @@ _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one fun
 # config.json's settings that change what the network computes -> what models.GPT computes. Absent ones have this value
 # in Hugging Face's GPT2Config, too.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": _TANH,
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    **{"model_type": ("gpt2",), "activation_function": _TANH, "layer_norm_epsilon": (1e-5,)},
+    **dict.fromkeys(("scale_attn_weights", "tie_word_embeddings"), (True,)),
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,)),
     "quantization_config": (None,),
 }
 
@@ -44,12 +38,9 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
             pytorch_model.bin a config.json (Hugging Face's) counts, and in a torch file "model_args" (nanoGPT's).
         heads: what the caller wants, or None.
 
-    Returns:
-        Heads are None if neither the files nor the caller say how many.
-
-    Raises:
-        DataError: it is missing or broken, holds no tensors, or its settings are of another network than models.GPT
-            or have other heads than the caller wants.
+    Returns: Heads are None if neither the files nor the caller say how many.
+    Raises DataError: it is missing or broken, holds no tensors, or its settings are of another network than models.GPT
+        or have other heads than the caller wants.
     """
     path = Path(path)
     if is_folder(path, "a GPT-2 checkpoint"):
@@ -113,7 +104,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Sizes(DataUnpickler):
-    """Reads a torch file's pickle with nothing for each object: what takes for ever here does so in torch.load."""
+    """Reads a torch file's pickle with nothing for each object: what takes forever here does so in torch.load."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _Anything

@@ -158,11 +158,8 @@ def batches(
         whole: leave a smaller last batch out.
         rows: number of a batch's images -> [B] int64, which of them to give, as they are in the whole; None: all.
 
-    Returns:
-        An iterator over (x,) or (x, labels): x [B, C, H, W] float32, labels [B] int64.
-
-    Raises:
-        DataError: there are no labels, or fewer images than a whole batch; at the call, not at the first batch.
+    Returns: An iterator over (x,) or (x, labels): x [B, C, H, W] float32, labels [B] int64.
+    Raises DataError: there are no labels, or fewer images than a whole batch; at the call, not at the first batch.
     """
     if labels and images.labels is None:
         raise DataError(

@@ -1,7 +1,5 @@
 """.npy and .npz files of plain arrays: only what is asked for is read, and no size in a header is trusted."""
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -23,8 +21,7 @@ def read_arrays(path: Path, *groups: Sequence[str]) -> list[np.ndarray | None]:
 
     An .npy holds the first group's.
 
-    Raises:
-        DataError: the file is broken, or has nothing of the first group.
+    Raises DataError: the file is broken, or has nothing of the first group.
     """
     with parsing(path, _EXPECTED):
         with open_regular(path) as file:

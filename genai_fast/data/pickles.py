@@ -1,7 +1,5 @@
 """Pickles as data: no code runs, and what a short one can make stays small."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """One picture file: its header, and its pixels in eight bits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -53,8 +51,7 @@ def opened(file: BinaryIO | str | os.PathLike[str]) -> Iterator[Any]:
     That is found once, without decoding, so what its header says and what becomes of its pixels agree. A tag that
     cannot be read, or names no turn, is as none.
 
-    Raises:
-        Exception: it is no such picture, or is far larger than its file; Pillow raises all kinds on broken files.
+    Raises Exception: it is no such picture, or is far larger than its file; Pillow raises all kinds on broken files.
     """
     image, _, formats = _pillow()
     with image.open(file, formats=formats) as picture:
@@ -88,8 +85,7 @@ def read_pixels(file: BinaryIO, form: Form, size: int | None) -> np.ndarray:
 
     With `size`, the centre square is scaled to it. Alpha is dropped over a white background, 16 bits are scaled to 8.
 
-    Raises:
-        Exception: as `opened`.
+    Raises Exception: as `opened`.
     """
     ops = _pillow()[1]
     with opened(file) as picture:
@@ -110,8 +106,7 @@ def read_pixels(file: BinaryIO, form: Form, size: int | None) -> np.ndarray:
 def read_light(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
     """The luminance of a picture file, upright, scaled to [height, width], uint8.
 
-    Raises:
-        DataError: it is no picture that can be read.
+    Raises DataError: it is no picture that can be read.
     """
     with parsing(path, "a picture", "another picture"), open_regular(path) as file, opened(file) as picture:
         _pillow()[1].exif_transpose(picture, in_place=True)

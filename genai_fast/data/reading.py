@@ -1,7 +1,5 @@
 """Reading files that may be anything: regular files alone, bounded in what they unpack to, errors of one kind."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io
@@ -28,18 +26,14 @@ def parsing(where: str | Path, expected: str, remedy: str = "fetch it again") ->
         yield
     except UsageError:
         raise
-    except OSError as error:
-        if error.errno is None:  # a parser's own
-            raise DataError(f"{where}: expected {expected}, got {reason(error)}; remedy: {remedy}") from error
-        raise DataError(
-            f"{where}: expected {expected}, got {reason(error)}; remedy: a file that can be read"
-        ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # else a parser's own
+            remedy = "a file that can be read"
         raise DataError(f"{where}: expected {expected}, got {reason(error)}; remedy: {remedy}") from error
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file to read its bytes; a pipe or a device, which could wait or give bytes for ever, is refused.
+    """Open a regular file to read its bytes; a pipe or a device, which could wait or give bytes forever, is refused.
 
     Raises:
         OSError: it cannot be opened.
@@ -60,11 +54,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def is_folder(source: str | Path, expected: str) -> bool:
-    """Whether a source is a folder, else a file.
-
-    Raises:
-        DataError: it is not there, or cannot be looked at.
-    """
+    """Whether a source is a folder, else a file. Raises DataError: it is not there, or cannot be looked at."""
     try:
         return stat.S_ISDIR(os.stat(source).st_mode)
     except (FileNotFoundError, NotADirectoryError):

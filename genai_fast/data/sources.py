@@ -1,7 +1,5 @@
 """Where images come from: packages, IDX and NumPy files, CIFAR-10, folders and zip files of pictures."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import math
@@ -52,8 +50,7 @@ def load(
         cache: a folder for decoded pictures, which are then mapped and not read; None or True: `images` in
             $GENAI_FAST_CACHE, else in the user's cache folder; False: decode into memory.
 
-    Raises:
-        DataError: a file is missing, empty, broken or of another kind; a UsageError if a package is missing.
+    Raises DataError: a file is missing, empty, broken or of another kind; a UsageError if a package is missing.
     """
     path = Path(source)
     if packaged := _PACKAGED.get(str(source)):

@@ -13,13 +13,6 @@ from genai_fast.evaluation.likelihood import bits_per_dim
 from genai_fast.evaluation.quality import SampleQuality
 
 __all__ = [
-    "PRDC",
-    "SampleQuality",
-    "active_units",
-    "bits_per_dim",
-    "frechet_distance",
-    "image_features",
-    "precision_recall_density_coverage",
-    "sample_diversity",
-    "warnings_of",
-]
+    "PRDC", "SampleQuality", "active_units", "bits_per_dim", "frechet_distance", "image_features",
+    "precision_recall_density_coverage", "sample_diversity", "warnings_of",
+]  # fmt: skip

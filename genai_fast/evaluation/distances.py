@@ -1,7 +1,5 @@
 """Distances between two sets of features, and numbers that say how varied a set is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,11 +28,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
         a, b: features [N, D] and [M, D], N and M >= 2, any floating dtype; D may exceed N. Computed in
             float64 on the CPU.
 
-    Returns:
-        The distance, >= 0; a set to itself gives 0 up to float64's rounding.
-
-    Raises:
-        ValueError: other shapes, fewer than 2 rows, or a value that is infinite or NaN. TypeError: other dtypes.
+    Returns: The distance, >= 0; a set to itself gives 0 up to float64's rounding.
+    Raises ValueError: other shapes, fewer than 2 rows, or a value that is infinite or NaN. TypeError: other dtypes.
     Source: Dowson & Landau 1982, J. Multivariate Analysis 12(3); for features: Heusel et al. 2017, arXiv:1706.08500.
     """
     a, b = _features("frechet_distance", a=a, b=b, least=2)
@@ -67,8 +62,7 @@ def precision_recall_density_coverage(real: torch.Tensor, fake: torch.Tensor, k:
             Computed in float64, on CUDA if `real` is there and on the CPU otherwise.
         k: neighbours, >= 1.
 
-    Raises:
-        ValueError: other shapes, too few rows for k, or a value that is infinite or NaN. TypeError: other dtypes.
+    Raises ValueError: other shapes, too few rows for k, or a value that is infinite or NaN. TypeError: other dtypes.
     Source: precision and recall: Kynkäänniemi et al. 2019, arXiv:1904.06991; density and coverage: Naeem et al. 2020,
         arXiv:2002.09797.
     """
@@ -86,12 +80,8 @@ def precision_recall_density_coverage(real: torch.Tensor, fake: torch.Tensor, k:
         within += inside.sum(0)
         covered += int(inside.any(1).sum())
         recalled += int((distance <= fake_radius).any(1).sum())
-    return PRDC(
-        precision=float((within > 0).double().mean()),
-        recall=recalled / len(real),
-        density=float(within.double().mean()) / k,
-        coverage=covered / len(real),
-    )
+    precision, density = float((within > 0).double().mean()), float(within.double().mean()) / k
+    return PRDC(precision, recalled / len(real), density, covered / len(real))
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -150,8 +140,7 @@ def active_units(mu: torch.Tensor, threshold: float = 0.01) -> int:
         mu: posterior means [N, latent] of N >= 2 samples of the data, any floating dtype.
         threshold: least variance, in squared units of the prior's standard deviation.
 
-    Raises:
-        ValueError: another shape, fewer than 2 rows, or a value that is infinite or NaN. TypeError: another dtype.
+    Raises ValueError: another shape, fewer than 2 rows, or a value that is infinite or NaN. TypeError: another dtype.
     Source: Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
     """
     (mu,) = _features("active_units", mu=mu, least=2)

@@ -5,8 +5,6 @@ Random embeddings tell sets of images apart where the features of an ImageNet cl
 sets of images against each other; they are not those of Inception features.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -43,12 +41,9 @@ def image_features(images: torch.Tensor, device: torch.device | str | None = Non
         images: [N, C, H, W] in [0, 1], C 1 or 3, H and W from 8 to 256, any floating dtype.
         device: where to compute; None: where the images are.
 
-    Returns:
-        [N, DIMENSIONS] float32 on that device, without gradient; computed in float32 (no TF32, no autocast) and a few
-        images at a time. Equal for every batch and PyTorch version up to rounding.
-
-    Raises:
-        ValueError: another shape, or pixels that are not in [0, 1]. TypeError: another dtype.
+    Returns: [N, DIMENSIONS] float32 on that device, without gradient; computed in float32 (no TF32, no autocast) and a
+        few images at a time. Equal for every batch and PyTorch version up to rounding.
+    Raises ValueError: another shape, or pixels that are not in [0, 1]. TypeError: another dtype.
     """
     _check(images)
     device = images.device if device is None else torch.device(device)

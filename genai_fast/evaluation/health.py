@@ -1,7 +1,5 @@
 """What is wrong with a training run, in plain words, from an epoch's figures and samples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -56,18 +54,11 @@ def warnings_of(
         generator_loss: the non-saturating -ln D(G(z)), nats a sample. A critic's (WGAN) has no such unit: leave it out.
         active_units: `active_units`' of the encoder's means. kl: nats a sample. latent: units of z.
 
-    Returns:
-        Sentences "what: figures; remedy: ...", empty if all is well.
-
+    Returns: Sentences "what: figures; remedy: ...", empty if all is well.
     Source: Goodfellow 2016, arXiv:1701.00160 (GANs); Bowman et al. 2016, arXiv:1511.06349 (posterior collapse).
     """
-    own = {
-        "diversity": diversity,
-        "coverage": coverage,
-        "discriminator_accuracy": discriminator_accuracy,
-        "generator_loss": generator_loss,
-        "kl": kl,
-    }
+    own = {"diversity": diversity, "coverage": coverage, "generator_loss": generator_loss, "kl": kl}
+    own["discriminator_accuracy"] = discriminator_accuracy
     given = {**(figures or {}), **{name: value for name, value in own.items() if value is not None}}
     bad = [name for name, value in given.items() if not math.isfinite(value)]
     if samples is not None and not bool(torch.isfinite(samples).all()):

@@ -1,7 +1,5 @@
 """Bits per dimension from a model's negative log-likelihood."""
 
-from __future__ import annotations
-
 import math
 
 
@@ -27,8 +25,7 @@ def bits_per_dim(nats: float, dimensions: int, likelihood: str, levels: int = 25
         levels: values that a dimension of the data may take, >= 2; unused for Bernoulli.
         signed: data on [-1, 1] instead of [0, 1]; unused for Bernoulli.
 
-    Raises:
-        ValueError: another likelihood, or dimensions or levels out of range.
+    Raises ValueError: another likelihood, or dimensions or levels out of range.
     Source: Theis, van den Oord & Bethge 2016, arXiv:1511.01844.
     """
     if likelihood not in ("bernoulli", "gaussian"):

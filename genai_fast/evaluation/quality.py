@@ -1,7 +1,5 @@
 """How good and how varied generated images are, beside the data."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -24,8 +22,7 @@ class SampleQuality:
         count: how many of them serve, chosen at random by a fixed seed; all, if there are no more.
         device: where features are computed; None: where `real` is.
 
-    Raises:
-        ValueError, TypeError: images that do not fit.
+    Raises ValueError, TypeError: images that do not fit.
 
     Attributes:
         count: real images that serve; as many generated ones are the right number.

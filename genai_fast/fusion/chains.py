@@ -1,7 +1,5 @@
 """Which children of a container are torch's own and untouched, and which of those in a row run as one."""
 
-from __future__ import annotations
-
 import functools
 import re
 from typing import NamedTuple
@@ -18,14 +16,8 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }  # fmt: skip
 
 # One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
-_LETTERS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((*CONVS, *TRANSPOSED), "C"),
-    nn.Linear: "L",
-    **dict.fromkeys(NORMS, "N"),
-    **dict.fromkeys(ACTIVATIONS, "A"),
-    nn.Identity: "I",
-    nn.Dropout: "D",
-}
+_LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C") | {nn.Linear: "L"}
+_LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(ACTIVATIONS, "A") | {nn.Identity: "I", nn.Dropout: "D"}
 STOCK = tuple(_LETTERS)
 _CHAIN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
@@ -64,12 +56,8 @@ def obstacle(child: nn.Module) -> str:
 
 def global_hooks() -> bool:
     """Whether hooks are registered on every module."""
-    return bool(
-        _globals._global_forward_hooks
-        or _globals._global_forward_pre_hooks
-        or _globals._global_backward_hooks
-        or _globals._global_backward_pre_hooks
-    )
+    forward = _globals._global_forward_hooks or _globals._global_forward_pre_hooks
+    return bool(forward or _globals._global_backward_hooks or _globals._global_backward_pre_hooks)
 
 
 def letter(child: nn.Module) -> str:

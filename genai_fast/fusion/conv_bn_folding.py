@@ -5,8 +5,6 @@ output, or the fold is not taken; and nothing is kept that an optimizer, a loade
 stale.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

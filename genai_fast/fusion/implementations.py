@@ -100,10 +100,6 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _norm_modules(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return chain.activation(chain.norm(x))
-
-
 def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
     if not chain.dropout.training:
         return "evaluation: nothing is dropped"
@@ -115,18 +111,17 @@ def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     return ops.act_dropout(x, float(chain.dropout.p), True, chain.activation.name, chain.activation.slope)
 
 
-def _dropout_modules(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return chain.dropout(chain.activation(x))
-
-
 def _always(chain: Chain, x: torch.Tensor) -> str:
     return ""
 
 
-NORMS = (Implementation("batch_norm_act", _norm_why_not, _norm_act), Implementation("modules", _always, _norm_modules))
+NORMS = (
+    Implementation("batch_norm_act", _norm_why_not, _norm_act),
+    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
+)
 DROPOUTS = (
     Implementation("act_dropout", _dropout_why_not, _act_dropout),
-    Implementation("modules", _always, _dropout_modules),
+    Implementation("modules", _always, lambda chain, x: chain.dropout(chain.activation(x))),
 )
 
 
@@ -173,28 +168,12 @@ def _relayout_why_not(chain: Chain, x: torch.Tensor) -> str:
     return ""
 
 
-def _channels_last_why_not(chain: Chain, x: torch.Tensor) -> str:
-    return _relayout_why_not(chain, x) or _torch_why_not(chain, x)
-
-
-def _channels_last(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return _torch(chain, relaid(x, torch.channels_last))
-
-
 def _folded_why_not(chain: Chain, x: torch.Tensor) -> str:
     if torch.compiler.is_compiling():
         return "torch.compile"
     if chain.conv.weight.dim() == 4 and (reason := _plane_why_not(chain, x)):
         return reason
     return conv_bn_folding.why_not(chain, x)
-
-
-def _folded_last_why_not(chain: Chain, x: torch.Tensor) -> str:
-    return _relayout_why_not(chain, x) or _folded_why_not(chain, x)
-
-
-def _folded_last(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return conv_bn_folding.run(chain, relaid(x, torch.channels_last))
 
 
 def _gemm_why_not(chain: Chain, x: torch.Tensor) -> str:
@@ -217,14 +196,6 @@ def _gemm(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     else:
         y = F.linear(x.flatten(1), weight.flatten(1), bias).unflatten(1, (-1, 1, 1))
     return _after(chain, y)
-
-
-def _im2col_why_not(chain: Chain, x: torch.Tensor) -> str:
-    return _plane_why_not(chain, x) or im2col.why_not(chain.conv, x)
-
-
-def _im2col(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return _after(chain, im2col.convolved(chain.conv, guarded(x)))
 
 
 def kernel_why_not(conv: Convolution) -> str:
@@ -293,12 +264,21 @@ TORCH = Implementation("torch", _torch_why_not, _torch)
 CONVOLUTIONS = (
     Implementation("folded", _folded_why_not, conv_bn_folding.run),
     TORCH,
-    Implementation("folded_channels_last", _folded_last_why_not, _folded_last),
-    Implementation("channels_last", _channels_last_why_not, _channels_last),
+    Implementation(
+        "folded_channels_last", lambda chain, x: _relayout_why_not(chain, x) or _folded_why_not(chain, x),
+        lambda chain, x: conv_bn_folding.run(chain, relaid(x, torch.channels_last)),
+    ),
+    Implementation(
+        "channels_last", lambda chain, x: _relayout_why_not(chain, x) or _torch_why_not(chain, x),
+        lambda chain, x: _torch(chain, relaid(x, torch.channels_last)),
+    ),
     Implementation("gemm", _gemm_why_not, _gemm),
-    Implementation("im2col", _im2col_why_not, _im2col),
+    Implementation(
+        "im2col", lambda chain, x: _plane_why_not(chain, x) or im2col.why_not(chain.conv, x),
+        lambda chain, x: _after(chain, im2col.convolved(chain.conv, guarded(x))),
+    ),
     Implementation("kernel", _kernel_why_not, _kernel),
-)
+)  # fmt: skip
 _BY_NAME = {option.name: option for option in CONVOLUTIONS}
 
 

@@ -5,8 +5,6 @@ place. It is more than courtesy: `x.view` raises on another layout, and the back
 wrong numbers from a gradient in another layout than its input's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

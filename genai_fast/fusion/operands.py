@@ -132,14 +132,12 @@ class Convolution(NamedTuple):
         if self.module is not None:
             return self.module(x)
         function = getattr(F, f"conv{'_transpose' if self.transposed else ''}{self.weight.dim() - 2}d")
+        stride, padding, dilation = self.stride, self.padding, self.dilation
         if self.transposed:
-            return function(
-                x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-            )
-        padding = self.padding
+            return function(x, self.weight, self.bias, stride, padding, self.output_padding, self.groups, dilation)
         if self.padding_mode != "zeros":  # the cost of another border is about that of this one
             padding = "same" if isinstance(padding, str) else padding
-        return function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return function(x, self.weight, self.bias, stride, padding, dilation, self.groups)
 
     def made_up(self, generator: torch.Generator) -> Convolution:
         weight, bias = like(self.weight, generator), like(self.bias, generator)
@@ -170,11 +168,10 @@ class Norm(NamedTuple):
                 raise ValueError("num_batches_tracked: expected a tensor")
         elif training:
             mean = var = None
+        weight, bias = parameters["weight"], parameters["bias"]
         momentum = None if norm.momentum is None else float(norm.momentum)
         group = _process_group(norm) if type(norm) is nn.SyncBatchNorm and training else None
-        return Norm(
-            norm, parameters["weight"], parameters["bias"], mean, var, training, momentum, float(norm.eps), group
-        )
+        return Norm(norm, weight, bias, mean, var, training, momentum, float(norm.eps), group)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

@@ -44,32 +44,12 @@ class Chain(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-def _relu(inplace: bool = False) -> nn.Module:
-    return nn.ReLU(inplace)
-
-
-def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> nn.Module:
-    return nn.LeakyReLU(negative_slope, inplace)
-
-
-def _silu(inplace: bool = False) -> nn.Module:
-    return nn.SiLU(inplace)
-
-
-def _gelu(approximate: str = "none") -> nn.Module:
-    return nn.GELU(approximate)
-
-
+# The constructors take what the functions do, except for torch.relu.
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
-    F.relu: _relu, F.leaky_relu: _leaky_relu, F.silu: _silu, F.gelu: _gelu, torch.relu: lambda: nn.ReLU(),
+    F.relu: nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.silu: nn.SiLU, F.gelu: nn.GELU, torch.relu: lambda: nn.ReLU(),
     **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
 }  # fmt: skip
-_METHODS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(),
-    "relu_": lambda: nn.ReLU(True),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
+_METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 class _Step(NamedTuple):
@@ -103,7 +83,7 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
-        self.swallows = False  # whether what is raised here may end here, and who goes on see what is in between
+        self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
         definition.body = self._body(definition.body)
 
     # --- statements in a row become one expression
@@ -249,9 +229,8 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_With(self, node: ast.With) -> ast.AST:
         before = self.swallows
-        managers = (
-            self._named(i.context_expr.func) if isinstance(i.context_expr, ast.Call) else None for i in node.items
-        )
+        opened = (item.context_expr for item in node.items)
+        managers = (self._named(x.func) if isinstance(x, ast.Call) else None for x in opened)
         self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
         try:
             return self.visit_If(node)
@@ -349,11 +328,7 @@ class Written(NamedTuple):
 
 
 def written(model: nn.Module, function: Any) -> Written:
-    """A method of the model's class, with its chains as calls.
-
-    Raises:
-        Refused: why it stays as it is.
-    """
+    """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
     source = source_of(function)

@@ -1,7 +1,5 @@
 """Modules called one after another, those in a row that one call serves as one."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -67,13 +65,8 @@ def _fits(x: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return (
-        x.layout is torch.strided
-        and not x.is_nested
-        and x.dim() > 1
-        and not x.is_meta
-        and _served(forced_backend(), x.device.type, x.dtype)
-    )
+    usual = x.layout is torch.strided and not x.is_nested and x.dim() > 1 and not x.is_meta
+    return usual and _served(forced_backend(), x.device.type, x.dtype)
 
 
 @functools.cache

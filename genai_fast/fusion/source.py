@@ -1,7 +1,5 @@
 """The source of a method, and its code again: equal to what runs, or refused."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect

@@ -4,8 +4,6 @@ Measured on two AVX-512 cores with `pytest bench/bench_layers.py` at many sizes.
 call is too small, or "".
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Convolution, batch norm and activation as one module with the keys of nn.Sequential(conv, bn, act)."""
 
-from __future__ import annotations
-
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -60,8 +58,7 @@ class ConvBNAct(_Block):
         activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None.
         negative_slope: of leaky_relu.
 
-    Raises:
-        ValueError: unknown activation or number of dimensions.
+    Raises ValueError: unknown activation or number of dimensions.
     """
 
     def __init__(

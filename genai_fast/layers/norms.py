@@ -1,7 +1,5 @@
 """nn.LayerNorm and nn.RMSNorm in one call, that also take a residual: one pass for the sum and its norm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """nn.GRU with one call per layer and direction."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings

@@ -1,7 +1,5 @@
 """FusedSequential: an nn.Sequential that runs its children's batch norm, activation and dropout as fused calls."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Generative models on the fused ops and layers, each loaded when it is first asked for. README.md: how to add one."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

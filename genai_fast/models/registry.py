@@ -1,6 +1,4 @@
-"""RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a line in _FAMILIES."""
-
-from __future__ import annotations
+"""RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a name in _FAMILIES."""
 
 import importlib
 from collections.abc import Callable
@@ -12,17 +10,7 @@ from genai_fast.config import Config
 from genai_fast.errors import UsageError
 from genai_fast.models.common.recipe import Recipe
 
-_FAMILIES = (
-    "vae",
-    "conv_vae",
-    "autoencoder",
-    "gan",
-    "gpt",
-    "lstm",
-    "seq2seq",
-    "text_vae",
-    "vrnn",
-)  # fmt: skip
+_FAMILIES = ("vae", "conv_vae", "autoencoder", "gan", "gpt", "lstm", "seq2seq", "text_vae", "vrnn")
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -52,8 +40,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def make(name: str, config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The model of recipe `name` for images of shape (C, H, W).
 
-    Raises:
-        UsageError: the settings and the images do not go together.
+    Raises UsageError: the settings and the images do not go together.
     """
     recipe = RECIPES[name]
     if recipe.labelled and classes < 1:

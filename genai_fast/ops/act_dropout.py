@@ -1,7 +1,5 @@
 """An activation and dropout in one pass, with a mask that is never stored."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.backends import forced_backend
@@ -56,7 +54,7 @@ def act_dropout(
         activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
         seed: an int or a 0-d int64 tensor on x's device, or None to draw one from that device's default generator
-            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew). None is
+            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws again). None is
             drawn out of training, nor for p = 0.
         offset: elements of the global tensor that come before this one. Element i, in the order of memory of a
             contiguous or channels-last x (row-major for other strides), uses position offset + i of the seed's stream.
@@ -64,9 +62,7 @@ def act_dropout(
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh, sigmoid and
             leaky_relu with a slope above 0 can; silu and the GELUs cannot.
 
-    Returns:
-        y, shape and dtype of x.
-
+    Returns: y, shape and dtype of x.
     Gradients: x, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64); all drop the same elements.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.

@@ -1,7 +1,5 @@
 """One Adam step over all tensors of a model, in one call."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -50,9 +48,7 @@ def adam_step(
         lr, betas, eps, weight_decay: as torch.optim.Adam takes them: at least 0, betas less than 1.
         decoupled: AdamW's decay p *= 1 - lr weight_decay instead of g += weight_decay p.
 
-    Returns:
-        The updated params, exp_avgs, exp_avg_sqs and steps, one list.
-
+    Returns: The updated params, exp_avgs, exp_avg_sqs and steps, one list.
     Gradients: none.
     Backends: C++ (CPU, float32; numbers below 1.2e-38 count as zero), reference (elsewhere).
         On CUDA torch.optim.Adam(fused=True) is the better choice.

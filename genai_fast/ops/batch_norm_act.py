@@ -1,7 +1,5 @@
 """Batch normalization and activation as one op: statistics, apply, and their gradients in one pass each."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -115,9 +113,7 @@ def batch_norm_act(
         process_group: in training, take the statistics over the batches of all its processes, which must all call
             (torch.distributed.group.WORLD or a group; None: this process alone).
 
-    Returns:
-        y, shape and dtype of x.
-
+    Returns: y, shape and dtype of x.
     Gradients: x, weight, bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
         those, and so do statistics of several processes).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are means and squared

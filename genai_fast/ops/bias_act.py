@@ -1,7 +1,5 @@
 """A bias by channel and an activation in one pass, and their gradients in one more; GELU with a bias by the same."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -55,9 +53,7 @@ def bias_act(
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh and sigmoid
             always keep y; leaky_relu can where its slope is above 0; silu and the GELUs cannot.
 
-    Returns:
-        y, shape and dtype of x.
-
+    Returns: y, shape and dtype of x.
     Gradients: x and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The sums by channel are bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
@@ -85,9 +81,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
         approximate: "none" or "tanh", as of F.gelu. "none" is relatively accurate far into the negative tail too.
             Without a bias it is F.gelu on the CPU, which is faster there, unless use_backend asks for a kernel.
 
-    Returns:
-        y, shape and dtype of x, contiguous.
-
+    Returns: y, shape and dtype of x, contiguous.
     Gradients, Backends, Raises: as `bias_act`. Backward keeps x alone.
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """

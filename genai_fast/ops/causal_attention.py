@@ -1,7 +1,5 @@
 """Scaled dot-product attention that never holds the matrix of scores: causal, windowed, grouped-query, packed."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any
@@ -84,11 +82,9 @@ def causal_attention(
             read (and check) the beginnings.
         return_lse: also return the logarithm of the sum of exp(score) of each row, before dropout.
 
-    Returns:
-        out [B, H, T_q, D] of q's dtype, dense, in q's order of memory: of a view of a projection [B, T, H D] comes
-        one that .transpose(1, 2).flatten(2) takes back without a copy. With return_lse (out, lse), lse float32
-        [B, H, T_q].
-
+    Returns: out [B, H, T_q, D] of q's dtype, dense, in q's order of memory: of a view of a projection [B, T, H D] comes
+        one that .transpose(1, 2).flatten(2) takes back without a copy. With return_lse (out, lse), lse float32 [B, H,
+        T_q].
     Under autocast q, k and v are cast to its dtype.
     Gradients: q, k, v, from out and lse, to any order (the second and higher through plain PyTorch, which holds the
     scores; torch.compile refuses those). Two backward passes give the same bits.
@@ -101,8 +97,7 @@ def causal_attention(
     if dtype is not None and q.dtype is not torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     for name, x in (("k", k), ("v", v)):
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
+        checks.same_dtype(_OP, name, x, "q", q)
     settings = scores_settings(_OP, q, scale, window, softcap)
     causal, dropout = checks.flag(_OP, "causal", causal), checks.share(_OP, "dropout", dropout)
     offset = checks.offset(_OP, offset)
@@ -125,9 +120,8 @@ def causal_attention(
         offset = rows.offset(q.numel() // max(q.size(-1), 1))
     seed = checks.seed(_OP, seed, "q", q) if dropout > 0 else None
     out, lse = _CausalAttention.call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, causal, dropout, offset,
-        forced_backend(),
-    )  # fmt: skip
+        q, k, v, cu_seqlens_q, cu_seqlens_k, most_q, most_k, seed, *settings, causal, dropout, offset, forced_backend()
+    )
     return (out, lse) if return_lse else out
 
 

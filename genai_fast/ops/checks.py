@@ -1,7 +1,5 @@
 """What ops ask of their arguments; each error names op, argument, expected, got and remedy."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Iterable
@@ -102,11 +100,8 @@ def matches(op: str, name: str, x: Any, other_name: str, other: torch.Tensor) ->
             f"{op}: {name}: expected shape {tuple(other.shape)} as {other_name} has, got {tuple(x.shape)};"
             f" reshape or expand it"
         )
-    if x.dtype is not other.dtype and autocast_dtype(x.device.type) is None:
-        raise TypeError(
-            f"{op}: {name}: expected {other.dtype} as {other_name} has, got {x.dtype};"
-            f" convert it with .to({other_name}.dtype)"
-        )
+    if autocast_dtype(x.device.type) is None:
+        same_dtype(op, name, x, other_name, other)
 
 
 def has_channels(op: str, x: Any) -> None:
@@ -134,20 +129,8 @@ def per_channel(
     else:
         return
     for name, p in parameters.items():
-        if p is None:
-            continue
-        is_floating(op, name, p)
-        same_device(op, name, p, "x", x)
-        if p.dim() != 1 or p.size(0) != channels:
-            raise ValueError(
-                f"{op}: {name}: expected shape ({channels},) as {source} {channels} channels, got {tuple(p.shape)};"
-                f" channels come second"
-            )
-        if p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
-            allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
-            raise TypeError(
-                f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()"
-            )
+        if p is not None:
+            _parameter(op, name, p, x, channels, f"as {source} {channels} channels", "channels come second")
     if len({p.dtype for p in parameters.values() if p is not None}) > 1:
         got = ", ".join(f"{name} {p.dtype}" for name, p in parameters.items() if p is not None)
         raise TypeError(f"{op}: expected parameters and running statistics of one dtype, got {got}; convert with .to()")
@@ -161,20 +144,22 @@ def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Ten
     autocast = autocast_dtype(x.device.type) is not None
     columns = x.size(-1)
     for name, p in parameters.items():
-        if p is None:
-            continue
-        is_floating(op, name, p)
-        same_device(op, name, p, "x", x)
-        if p.dim() != 1 or p.size(0) != columns:
-            raise ValueError(
-                f"{op}: {name}: expected shape ({columns},) as x has {columns} in its last dimension,"
-                f" got {tuple(p.shape)}; reshape it"
-            )
-        if not autocast and p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
-            allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
-            raise TypeError(
-                f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()"
-            )
+        if p is not None:
+            reason = f"as x has {columns} in its last dimension"
+            _parameter(op, name, p, x, columns, reason, "reshape it", any_dtype=autocast)
+
+
+def _parameter(
+    op: str, name: str, p: Any, x: torch.Tensor, size: int, reason: str, remedy: str, *, any_dtype: bool = False
+) -> None:
+    """p is [size] on x's device, in x's dtype or in float32 beside a narrower x."""
+    is_floating(op, name, p)
+    same_device(op, name, p, "x", x)
+    if p.shape != (size,):
+        raise ValueError(f"{op}: {name}: expected shape ({size},) {reason}, got {tuple(p.shape)}; {remedy}")
+    if not any_dtype and p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
+        allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
+        raise TypeError(f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()")
 
 
 def activation(op: str, name: Any, slope: Any) -> float:
@@ -225,6 +210,14 @@ def same_device(op: str, name: str, x: torch.Tensor, other_name: str, other: tor
         raise ValueError(
             f"{op}: {name}: expected device {other.device} as {other_name} has, got {x.device};"
             f" move it with .to({other_name}.device)"
+        )
+
+
+def same_dtype(op: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, or_else: str = "") -> None:
+    if x.dtype is not other.dtype:
+        raise TypeError(
+            f"{op}: {name}: expected {other.dtype} as {other_name} has, got {x.dtype}; convert it with"
+            f" .to({other_name}.dtype){or_else}"
         )
 
 

@@ -1,7 +1,5 @@
 """Convolution of an image, whose input's gradient is a transposed convolution to few channels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -68,9 +66,7 @@ def conv2d(
         bias: [C_out] or None for 0; dtype of x.
         stride, padding: ints or pairs, for H and W.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x; the strides are those that F.conv2d gives. Under autocast all are cast.
-
+    Returns: y [N, C_out, OH, OW], dtype of x; the strides are those that F.conv2d gives. Under autocast all are cast.
     Gradients: x (in channels_last memory), weight and bias, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: x's gradient: C++ (CPU) up to 8 channels, Triton (CUDA); PyTorch for the rest: `serves` says why.
@@ -96,8 +92,7 @@ def conv2d(
     if bias is not None:
         bias = bias if autocast_dtype(x.device.type) is None else bias.to(x.dtype)
         checks.per_channel(_OP, {"bias": bias}, x, weight.size(0))
-        if bias.dtype is not x.dtype:
-            raise TypeError(f"{_OP}: bias: expected {x.dtype} as x has, got {bias.dtype}; convert it with .to(x.dtype)")
+        checks.same_dtype(_OP, "bias", bias, "x", x)
     return _Conv2d.call(x, weight, bias, stride, padding, forced_backend())
 
 

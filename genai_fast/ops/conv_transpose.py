@@ -1,7 +1,5 @@
 """Transposed convolution with its bias and activation in one kernel, with batch-norm statistics in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -21,15 +19,16 @@ from genai_fast.precision import autocast_dtype
 Ints = int | tuple[int, ...]
 
 
-def _convolution_gradients(needed, grad_y, x, weight, stride, padding, backend):
+def _convolution_gradients(ctx, grad_y, x, weight):
     """Gradients of x and weight, by name, from that of the convolution's result."""
-    grad_x = grad_weight = None
-    if needed[0]:
-        grad_x = backward_call("conv_transpose_grad_input", grad_y, weight, x.shape[2:], stride, padding, backend)
-    if needed[1]:
-        to_weight = (grad_y, x, weight.shape[2:], stride, padding, not weight.is_contiguous(), backend)
-        grad_weight = backward_call("conv_transpose_grad_weight", *to_weight)
-    return {"x": grad_x, "weight": grad_weight}
+    found, settings = {}, (ctx.stride, ctx.padding)
+    if ctx.needs_input_grad[0]:
+        to_x = (grad_y, weight, x.shape[2:], *settings, ctx.backend)
+        found["x"] = backward_call("conv_transpose_grad_input", *to_x)
+    if ctx.needs_input_grad[1]:
+        to_weight = (grad_y, x, weight.shape[2:], *settings, not weight.is_contiguous(), ctx.backend)
+        found["weight"] = backward_call("conv_transpose_grad_weight", *to_weight)
+    return found
 
 
 class _ConvTranspose(KernelFunction):
@@ -53,10 +52,7 @@ class _ConvTranspose(KernelFunction):
             grad_y, grad_bias = backward_call("bias_act_backward", *arguments)
         elif ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
-        gradients = _convolution_gradients(
-            ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
-        )
-        return dict(**gradients, bias=grad_bias)
+        return dict(**_convolution_gradients(ctx, grad_y, x, weight), bias=grad_bias)
 
 
 class _ConvTransposeBatchNormAct(KernelFunction):
@@ -78,7 +74,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         activation = (ctx.activation, ctx.slope)
         if differentiated_again():
             settings = (ctx.stride, ctx.padding, ctx.output_padding, "none", 0.0)
-            y = reference.conv_transpose(x, weight, bias, *settings)  # anew: the saved one carries no graph
+            y = reference.conv_transpose(x, weight, bias, *settings)  # again: the saved one carries no graph
             grad_y, grad_bn_weight, grad_bn_bias = batch_norm_reference.gradients(
                 grad_out, y, bn_weight, bn_bias, mean, rstd, True, ctx.eps, *activation
             )
@@ -138,11 +134,7 @@ def cast(op: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
-    if weight.dtype is not x.dtype:
-        raise TypeError(
-            f"{op}: weight: expected {x.dtype} as x has, got {weight.dtype}; convert it with .to(x.dtype), or use"
-            f" torch.autocast"
-        )
+    checks.same_dtype(op, "weight", weight, "x", x, ", or use torch.autocast")
     return x, weight
 
 
@@ -180,10 +172,8 @@ def conv_transpose2d(
         activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
         negative_slope: of leaky_relu.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x, always in channels_last memory. Under autocast x and weight are cast, as
+    Returns: y [N, C_out, OH, OW], dtype of x, always in channels_last memory. Under autocast x and weight are cast, as
         with PyTorch's convolutions.
-
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
         those). y is kept for the activation's derivative, so it must stay as it is until backward; silu, the
         GELUs, and leaky_relu with a slope of 0 or less run as an op of their own where gradients are recorded.
@@ -213,9 +203,7 @@ def conv_transpose1d(
     Args:
         x: [N, C, L]; weight: [C, C_out, K]; otherwise as in conv_transpose2d.
 
-    Returns:
-        y [N, C_out, (L - 1) stride - 2 padding + K + output_padding], channels last in memory.
-
+    Returns: y [N, C_out, (L - 1) stride - 2 padding + K + output_padding], channels last in memory.
     Gradients, Backends, Raises, Source: as conv_transpose2d.
     """
     op = "conv_transpose1d"
@@ -241,9 +229,7 @@ def upsample_conv2d(
         weight: [C_out, C, 3, 3], as of a Conv2d; dtype of x.
         bias, activation, negative_slope: as in conv_transpose2d.
 
-    Returns:
-        y [N, C_out, 2 H, 2 W], dtype of x, in channels_last memory.
-
+    Returns: y [N, C_out, 2 H, 2 W], dtype of x, in channels_last memory.
     Gradients, Backends, Raises: as conv_transpose2d. The sums of weights are taken in float32 and rounded once.
     Source: Odena, Dumoulin & Olah 2016 (resize, then convolve); phases: Shi et al. 2016, arXiv:1609.07009.
     """
@@ -289,9 +275,7 @@ def conv_transpose2d_batch_norm_act(
         momentum, eps: of the batch norm.
         activation, negative_slope: after the batch norm.
 
-    Returns:
-        y [N, C_out, OH, OW], dtype of x, in channels_last memory.
-
+    Returns: y [N, C_out, OH, OW], dtype of x, in channels_last memory.
     Gradients: all parameters, to any order (the second and higher through plain PyTorch; torch.compile refuses
         those). bias has none but rounding: the mean takes it away again.
     Backends: Triton (CUDA) for what `serves` serves; elsewhere conv_transpose2d, then batch_norm_act.

@@ -1,7 +1,5 @@
 """The cross-entropy of logits, and of a linear layer's logits that never exist as a whole."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -52,7 +50,7 @@ class _CrossEntropy(KernelFunction):
 
 
 def _over_the_logits(arguments, backend):
-    """The gradient in the memory of the logits, and autograd told so: whoever saved them raises from now on."""
+    """The gradient in the memory of the logits, and autograd told so: a backward that saved them raises from now on."""
     grad_loss, logits, *rest = arguments
     logits = logits.detach()
     device, dtype, _ = survey((grad_loss, logits))
@@ -85,7 +83,7 @@ def cross_entropy(
         reduction: "mean" over the positions that count (NaN if there are none, as in PyTorch), "sum", or "none" for
             one value a position.
         inplace: write the gradient over the logits, in backward: one tensor of their size less. Afterwards they hold
-            their gradient, and whoever needs them for a backward still to come raises, as does a second backward. A
+            their gradient, and a later backward that needs them raises, as does a second backward. A
             hint: where that cannot be told or the memory not be written (rows that overlap, checkpoints and other
             saved-tensor hooks, torch.compile, torch.func, batched or differentiable gradients) the gradient has its
             own.
@@ -93,9 +91,7 @@ def cross_entropy(
     Class weights are left to the caller, from the single losses: with w = weight[target], 0 where it is ignored,
     (cross_entropy(logits, target, reduction="none") * w).sum() / w.sum() is F.cross_entropy's mean without smoothing.
 
-    Returns:
-        The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
-
+    Returns: The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
     Gradients: logits, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are no class
@@ -132,12 +128,8 @@ def _settings(
     """They, as the library ops take them."""
     checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     ignore_index = checks.integer(op, "ignore_index", ignore_index)
-    return (
-        ignore_index,
-        checks.share(op, "label_smoothing", label_smoothing),
-        checks.factor(op, "z_loss", z_loss),
-        reduction,
-    )
+    smoothing = checks.share(op, "label_smoothing", label_smoothing)
+    return ignore_index, smoothing, checks.factor(op, "z_loss", z_loss), reduction
 
 
 def _targets(
@@ -212,17 +204,14 @@ class _LinearCrossEntropy(KernelFunction):
         if differentiated_again():
             grads = _differentiable(grad_loss, x, weight, bias, target, ctx.settings, needed)
         elif reduction == "none":
-            _, *grads = library_call(
-                _LINEAR, x, weight, bias, target, grad_loss, *ctx.settings, ctx.chunk, *needed, ctx.backend
-            )
+            arguments = (x, weight, bias, target, grad_loss, *ctx.settings, ctx.chunk, *needed, ctx.backend)
+            _, *grads = library_call(_LINEAR, *arguments)
         else:
             if reduction == "mean":  # where no target counts, all gradients are 0
                 grad_loss = grad_loss / (target != ctx.settings[0]).sum(dtype=grad_loss.dtype).clamp(min=1)
             grads = _scaled(made, grad_loss)
-        grads = [
-            g.to(p.dtype) if wanted else None for g, p, wanted in zip(grads, (x, weight, bias), needed, strict=True)
-        ]
-        return dict(zip(("x", "weight", "bias"), grads, strict=True))
+        of = {"x": x, "weight": weight, "bias": bias}.items()
+        return {n: g.to(p.dtype) for g, (n, p), wanted in zip(grads, of, needed, strict=True) if wanted}
 
 
 def counted(node: Any) -> torch.Tensor | None:
@@ -270,9 +259,8 @@ def linear_cross_entropy(
     """`cross_entropy` of x weight^T + bias, by chunks of rows: the logits [..., V] are never whole in memory.
 
     The gradients of the sum over rows are made in forward, while a chunk's logits are there, and multiplied by the
-    upstream gradient in backward; with reduction "none" they are made in backward, which costs one more matrix
-    product. Worth it where the logits are what fills the memory; where they fit, `cross_entropy(F.linear(...))`
-    is as fast.
+    upstream gradient in backward; with reduction "none" they are made in backward, which costs one more matrix product.
+    Worth it where the logits are what fills the memory; where they fit, `cross_entropy(F.linear(...))` is as fast.
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64.
@@ -281,9 +269,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         chunk: rows at a time; by default as many as make 64 MiB of logits on the CPU, 256 MiB on CUDA.
 
-    Returns:
-        The loss, as `cross_entropy` gives it.
-
+    Returns: The loss, as `cross_entropy` gives it.
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch with whole logits;
         torch.compile refuses those). Those of weight and bias are summed over chunks in float32.
     Backends: matrix products by PyTorch; the rest C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
@@ -330,5 +316,5 @@ def _partner(name: str, p: Any, x: torch.Tensor) -> None:
     """A tensor of x's device, and of its dtype unless autocast casts them."""
     checks.is_floating(_LINEAR, name, p)
     checks.same_device(_LINEAR, name, p, "x", x)
-    if p.dtype is not x.dtype and autocast_dtype(x.device.type) is None:
-        raise TypeError(f"{_LINEAR}: {name}: expected {x.dtype} as x has, got {p.dtype}; convert it with .to(x.dtype)")
+    if autocast_dtype(x.device.type) is None:
+        checks.same_dtype(_LINEAR, name, p, "x", x)

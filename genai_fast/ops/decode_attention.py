@@ -1,7 +1,5 @@
 """Attention of a few new tokens over a cache of keys and values, for generating text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -41,9 +39,7 @@ def decode_attention(
             cache holds them already, and cache_seqlens counts them.
         scale, window, softcap, return_lse: as in causal_attention.
 
-    Returns:
-        out [B, H, T, D] of q's dtype, in q's order of memory; with return_lse (out, lse), lse float32 [B, H, T].
-
+    Returns: out [B, H, T, D] of q's dtype, in q's order of memory; with return_lse (out, lse), lse float32 [B, H, T].
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed. A cache without room for
@@ -63,8 +59,7 @@ def decode_attention(
         if tuple(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, one row for each query, got {tuple(x.shape)}")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), *new):
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{_OP}: {name}: expected {q.dtype} as q has, got {x.dtype}; convert it with .to(q.dtype)")
+        checks.same_dtype(_OP, name, x, "q", q)
     checks.needs_no_gradient(_OP, "q", (q, k_cache, v_cache, k, v))
     if new and not observed():
         _check_memory(k_cache, v_cache)

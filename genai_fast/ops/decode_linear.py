@@ -1,7 +1,5 @@
 """A linear layer on a few rows, with the norm before it and the activation and sum behind it, for generating text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -42,10 +40,8 @@ def decode_linear(
 
     All tensors have x's dtype and device; autocast changes nothing.
 
-    Returns:
-        y [..., N] of x's dtype, contiguous. The kernel computes in float32 and rounds once, and up to 16 rows a row's
-        bits are the same alone and among others.
-
+    Returns: y [..., N] of x's dtype, contiguous. The kernel computes in float32 and rounds once, and up to 16 rows a
+        row's bits are the same alone and among others.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: Triton (CUDA, up to 16 rows), reference (elsewhere, and float64). On a CPU `gpt_decode` is the fast way.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
@@ -90,5 +86,4 @@ def _like_x(name: str, tensor: Any, shape: tuple[int, ...], x: torch.Tensor) -> 
     checks.same_device(_OP, name, tensor, "x", x)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{_OP}: {name}: expected shape {shape}, got {tuple(tensor.shape)}; reshape it")
-    if tensor.dtype is not x.dtype:
-        raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x has, got {tensor.dtype}; convert it with .to(x.dtype)")
+    checks.same_dtype(_OP, name, tensor, "x", x)

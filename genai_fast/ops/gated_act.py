@@ -1,7 +1,5 @@
 """Gated linear units after their matrix products: an activation of one half times the other, in one pass each way."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -85,9 +83,7 @@ def gated_act(
         activation: of the gate: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "sigmoid" (GLU), "relu" (ReGLU),
             "tanh", or "none" (bilinear).
 
-    Returns:
-        y [..., D], dtype of x, contiguous. Under autocast x and up meet in the wider dtype.
-
+    Returns: y [..., D], dtype of x, contiguous. Under autocast x and up meet in the wider dtype.
     Gradients: x, up and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
         Backward keeps the inputs alone and computes the activation again.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The bias's sums are bitwise repeatable.

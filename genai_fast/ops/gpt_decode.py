@@ -1,7 +1,5 @@
 """Generating text with a GPT-2: new tokens through all layers in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +42,7 @@ def gpt_decode(
         scales: of int8 matrices, in the order of the list: a factor [out] for each row. Else empty.
         eps: of the layer norms.
 
-    Returns:
-        logits [B, V] of the cache's dtype.
-
+    Returns: logits [B, V] of the cache's dtype.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
     Backends: C++ (CPU), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
@@ -112,7 +108,7 @@ class GPTDecoder:
 
     Weights are read where they lie if they have the dtype asked for (float32 ones of a model in float32: no copy is
     made); others are converted once. If they change (a training step, load_state_dict), `reset` takes the new ones up;
-    going on with a cache that the old ones made raises. A parameter that is replaced rather than written to
+    continuing with a cache that the old ones made raises. A parameter that is replaced rather than written to
     (`.data = `, load_state_dict(assign=True)) is not seen: make a new decoder, or keep its tensors and call `refresh`.
 
     Args:
@@ -168,20 +164,20 @@ class GPTDecoder:
         )
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Begin anew with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        """Start again with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
         self._check(ids, 0)
         self.reset()
         return self.append(ids)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with one token for each sample, int64 [B]; gives logits float32 [B, V]."""
+        """Append one token per sample, int64 [B]; gives logits float32 [B, V]."""
         if not isinstance(ids, torch.Tensor) or ids.dim() != 1:
             got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"{_CLASS}: ids: expected int64 [{self.batch}], one token a sample, got {got}")
         return self.append(ids.unsqueeze(1))
 
     def append(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        """Append the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
         self._check(ids, self.length)
         if self._changed():
             if self.length:
@@ -191,18 +187,17 @@ class GPTDecoder:
                 )
             self.refresh()
         with torch.no_grad():
-            logits = library_call(
-                _OP, self._cache, ids, self.length, self._weights, self._scales, self._eps, forced_backend()
-            )
+            arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps)
+            logits = library_call(_OP, *arguments, forced_backend())
         self.length += ids.size(1)
         return logits
 
     def reset(self) -> None:
-        """Forget all tokens. Weights that have changed are read anew before the next."""
+        """Forget all tokens. Weights that have changed are read again before the next."""
         self.length = 0
 
     def refresh(self) -> None:
-        """Read the weights anew, and forget all tokens."""
+        """Read the weights again, and forget all tokens."""
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
         self._read = self._versions()
         self.length = 0

@@ -1,7 +1,5 @@
 """Layer and RMS normalization of a residual sum: one pass forward, one backward, no float atomics."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -88,10 +86,9 @@ def layer_norm(
         eps: added to the (biased) variance.
         residual: shape and dtype of x, or None for 0.
 
-    Returns:
-        y, shape and dtype of x, contiguous; with a residual (y, h), h rounded to that dtype before it is normalized.
-        Under autocast as F.layer_norm: all is float32 on CUDA; on the CPU x and residual meet in the wider dtype.
-
+    Returns: y, shape and dtype of x, contiguous; with a residual (y, h), h rounded to that dtype before it is
+        normalized. Under autocast as F.layer_norm: all is float32 on CUDA; on the CPU x and residual meet in the wider
+        dtype.
     Gradients: x, residual, weight, bias, to any order (the second and higher through plain PyTorch; torch.compile
         refuses those). h's own gradient is added in the same pass.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are accurate at any mean; sums

@@ -1,7 +1,5 @@
 """Whether tensors share memory: what is updated in place must not be another tensor's, or its own twice."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """GRU and LSTM layers over whole sequences, with nn.GRU's and nn.LSTM's weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -38,7 +36,7 @@ class _Gru(KernelFunction):
             return {}
         gates, h0, weight_hh, bias_n, y, saved = ctx.saved_tensors
         if differentiated_again():
-            y, _, saved = reference.gru(gates, h0, weight_hh, bias_n, True)  # anew: the saved ones carry no graph
+            y, _, saved = reference.gru(gates, h0, weight_hh, bias_n, True)  # again: the saved ones carry no graph
             parts = reference.gru_backward(grad_y, grad_last, saved, y, h0, weight_hh)
         else:
             parts = library_call("gru_backward", grad_y, grad_last, saved, y, h0, weight_hh, ctx.backend)
@@ -94,13 +92,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, Any]:
             f" the {gates} gates come one after another"
         )
     rows, hidden = weight_hh.shape
-    shapes = {
-        "weight_ih": (rows, x.size(2)),
-        "bias_ih": (rows,),
-        "bias_hh": (rows,),
-        "h0": (x.size(1), hidden),
-        "c0": (x.size(1), hidden),
-    }
+    shapes = dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) | dict.fromkeys(("h0", "c0"), (x.size(1), hidden))
+    shapes["weight_ih"] = (rows, x.size(2))
     narrow = autocast_dtype(x.device.type)
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -117,11 +110,8 @@ def _checked(op: str, gates: int, **given: Any) -> dict[str, Any]:
             )
         if narrow is not None and value.dtype is not torch.float64:
             value = value.to(narrow)
-        elif value.dtype is not x.dtype:
-            raise TypeError(
-                f"{op}: {name}: expected {x.dtype} as x has, got {value.dtype}; convert it with .to(x.dtype), or use"
-                f" torch.autocast"
-            )
+        else:
+            checks.same_dtype(op, name, value, "x", x, ", or use torch.autocast")
         found[name] = value
     for name in ("h0", "c0"):
         if name in found and found[name] is None:
@@ -150,10 +140,8 @@ def gru(
         bias_ih, bias_hh: [3 H], or None for 0.
         All have x's dtype and device; under autocast they are cast.
 
-    Returns:
-        (y [T, B, H], h_n [B, H]), dtype of x. The state itself is float32 (float64 for such an x): y is the state
+    Returns: (y [T, B, H], h_n [B, H]), dtype of x. The state itself is float32 (float64 for such an x): y is the state
         rounded, and it is y that meets weight_hh. h_n is a copy of y[-1].
-
     Gradients: all tensors, through y and h_n, to any order (the second and higher through plain PyTorch; torch.compile
         refuses those). Kept for backward: 8 H numbers a row of x.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The products with x and the weights'
@@ -196,10 +184,8 @@ def lstm(
         bias_ih, bias_hh: [4 H], or None for 0.
         All have x's dtype and device; under autocast they are cast.
 
-    Returns:
-        (y [T, B, H], h_n [B, H], c_n [B, H]), dtype of x. Between the steps the cell is float32 (float64 for
-        such an x).
-
+    Returns: (y [T, B, H], h_n [B, H], c_n [B, H]), dtype of x. Between the steps the cell is float32 (float64 for such
+        an x).
     Gradients: all tensors, through all results, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: torch.lstm (CPU, where oneDNN's is fast), Triton (CUDA, launched as gru is; cuDNN's nn.LSTM may well be
@@ -216,9 +202,8 @@ def lstm(
     h, c, weight, backend = a["h0"], a["c0"], a["weight_hh"], forced_backend()
     if x.is_cpu and not backend:  # as planned: there is no C++ kernel
         weights = (a["weight_ih"], weight) if bias is None else (a["weight_ih"], weight, bias, torch.zeros_like(bias))
-        y, h_n, c_n = torch.lstm(
-            a["x"], (h.unsqueeze(0), c.unsqueeze(0)), weights, bias is not None, 1, 0.0, True, False, False
-        )
+        before = (h.unsqueeze(0), c.unsqueeze(0))
+        y, h_n, c_n = torch.lstm(a["x"], before, weights, bias is not None, 1, 0.0, True, False, False)
         return y, h_n.squeeze(0), c_n.squeeze(0)
     inputs = (F.linear(a["x"], a["weight_ih"], bias), h, c, weight)
     keep = needs_graph(inputs) or transformed()

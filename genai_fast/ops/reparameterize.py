@@ -1,7 +1,5 @@
 """Reparameterized sampling of a diagonal Gaussian, with its KL divergence in the same pass."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.backends import forced_backend
@@ -54,14 +52,12 @@ def reparameterize(
         mu: mean, [B, ...], float32, bfloat16, float16 or float64, any strides.
         logvar: log-variance, shape, dtype and device of mu (under autocast dtypes may differ: the wider one wins).
         seed: an int or a 0-d int64 tensor on mu's device, or None to draw one from that device's default generator
-            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws anew).
+            (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws again).
         offset: elements of the global tensor that come before this one, so that data-parallel ranks that share
             a seed draw the noise of their own rows: element i uses position offset + i of the seed's stream.
             Without it and a seed: what `ops.rows` says.
 
-    Returns:
-        z, shape and dtype of mu (the wider one's under autocast), contiguous.
-
+    Returns: z, shape and dtype of mu (the wider one's under autocast), contiguous.
     Gradients: mu and logvar, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Other strides than row-major rows are
         copied first.
@@ -81,9 +77,7 @@ def reparameterize_kl(
     Args:
         mu, logvar, seed, offset: as for `reparameterize`.
 
-    Returns:
-        z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
-
+    Returns: z, shape and dtype of mu, contiguous; kl, [B] in nats, float32 (float64 if mu is).
     Gradients: mu and logvar through both results, to any order (the second and higher through plain PyTorch;
         torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).

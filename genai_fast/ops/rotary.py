@@ -1,7 +1,5 @@
 """Rotary position embedding in one pass, and the tables that it reads."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -48,9 +46,7 @@ def rotary_tables(
         base: of the frequencies: 10000, Llama 3's 500000, ...
         device, dtype: of the tables; both are computed in float64 on the CPU and rounded once.
 
-    Returns:
-        (cos, sin), each [positions_max, dim / 2].
-
+    Returns: (cos, sin), each [positions_max, dim / 2].
     Raises: TypeError, ValueError on arguments that do not fit.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
@@ -127,10 +123,8 @@ def rotary(
         positions: int64 [T] or [B, T], or None for offset .. offset + T - 1.
         offset: the first token's position (those in a cache before it); 0 beside positions.
 
-    Returns:
-        y, shape and dtype of x, without holes: [B, T, H, D] in memory where x's heads lie inside its tokens, else
+    Returns: y, shape and dtype of x, without holes: [B, T, H, D] in memory where x's heads lie inside its tokens, else
         contiguous. Computed in float32 and rounded once.
-
     Gradients: x, to any order: the rotation by the opposite angle, by the same kernel. None for cos and sin.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Positions in a CPU tensor

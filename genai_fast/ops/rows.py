@@ -1,7 +1,5 @@
 """Which rows of a batch this process has where several share one: each draws the noise of its own rows."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whether the forward at hand ends an update of the weights, or is one of several parts that make one."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar

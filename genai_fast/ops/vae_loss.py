@@ -1,7 +1,5 @@
 """The negative evidence lower bound of a VAE: reconstruction and KL terms, and their gradients, in one pass each."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 
@@ -82,9 +80,7 @@ def vae_loss(
         from_logits: whether a Bernoulli's recon is logits, not probabilities in [0, 1]. Logits are faster and exact
             where the sigmoid saturates. (The output of a sigmoid that is given as logits is warned of.)
 
-    Returns:
-        VAELoss(loss, reconstruction, kl) in nats, float32 (float64 if recon is): 0-d, or [B] for "none".
-
+    Returns: VAELoss(loss, reconstruction, kl) in nats, float32 (float64 if recon is): 0-d, or [B] for "none".
     Gradients: recon, target, mu, logvar and a beta tensor, to any order (the second and higher through plain
         PyTorch, as target's and beta's first; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).

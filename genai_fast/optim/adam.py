@@ -1,7 +1,5 @@
 """torch.optim.Adam and AdamW whose step on CPU float32 parameters is one call of the fused kernel."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,20 +1,17 @@
 """What `genai-fast profile` does."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from genai_fast import atomic_files
 from genai_fast.errors import UsageError, require
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling import loops, report
@@ -93,20 +90,13 @@ def _variants(wanted: str | None, subject: Subject) -> list[str]:
 @contextlib.contextmanager
 def _new(out: Path) -> Any:
     """A folder to write into, which gets its name when all is written; nothing is left otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise UsageError(f"--out: {out}: expected a folder that can be made, got {error.strerror}") from error
-    try:
+    atomic_files.check_vacant(out)
+    with atomic_files.whole(out) as folder:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise UsageError(f"--out: {out}: expected a folder that can be made, got {error.strerror}") from error
         yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(subject: Subject, measurement: Measurement) -> None:

@@ -1,7 +1,5 @@
 """Comparison of callables by interleaved medians in one process."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics
@@ -28,7 +26,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Load:
-    """What else the machine did meanwhile."""
+    """What else the machine did during the comparison."""
 
     cores: int
     threads: int  # torch's
@@ -51,9 +49,8 @@ class Comparison:
             for name, t in self.timings.items()
         ]
         others = "unknown" if self.load.others is None else f"{self.load.others:.1f}"
-        return "\n".join(
-            [*lines, f"{self.load.cores} cores, {self.load.threads} threads, others kept {others} cores busy"]
-        )
+        lines += [f"{self.load.cores} cores, {self.load.threads} threads, others kept {others} cores busy"]
+        return "\n".join(lines)
 
 
 def compare(
@@ -71,12 +68,11 @@ def compare(
     Args:
         functions: name -> callable without arguments.
         rounds: samples a function, at least.
-        seconds: how long to go on at least.
+        seconds: shortest time to measure for.
         warm_up: samples that are thrown away first.
         calls: calls in a sample; None: as many as a millisecond takes.
 
-    Raises:
-        ValueError: nothing to compare, or fewer than two rounds.
+    Raises ValueError: nothing to compare, or fewer than two rounds.
     """
     if not functions or rounds < 2:
         raise ValueError(

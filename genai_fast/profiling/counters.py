@@ -1,7 +1,5 @@
 """What the machine counts while steps run: memory, page faults, energy. None stands for what it does not tell."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc
@@ -21,7 +19,7 @@ _RESET_PEAK = "5"  # written to clear_refs, see proc(5)
 
 
 def page_faults() -> int | None:
-    """Page faults of this process so far that needed no disk: mostly memory that was mapped anew."""
+    """Page faults of this process so far that needed no disk: mostly newly mapped memory."""
     return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -67,7 +65,7 @@ class PeakMemory:
 
 
 def _trim() -> None:
-    """Have the allocator hand back what is free, so that nobody lives on what others left (glibc only)."""
+    """Have the allocator hand back what is free, so that no variant reuses another's memory (glibc only)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

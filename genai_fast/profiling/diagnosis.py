@@ -1,7 +1,5 @@
 """Advice from the figures of a variant, in plain English with numbers."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +48,8 @@ _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn",
     "mkldnn::_linear_pointwise",
 )  # fmt: skip
-_CONVOLUTIONS = (
-    "aten::mkldnn_convolution",
-    "aten::cudnn_convolution",
-    "aten::convolution_backward",
-    "aten::_slow_conv",
-    "aten::slow_conv",
-    "aten::thnn_conv",
-)
+_OF_CONVOLUTIONS = "mkldnn_convolution cudnn_convolution convolution_backward _slow_conv slow_conv thnn_conv"
+_CONVOLUTIONS = tuple(f"aten::{name}" for name in _OF_CONVOLUTIONS.split())
 
 
 def diagnose(report: dict[str, Any], name: str) -> list[str]:

@@ -1,7 +1,5 @@
 """From what was measured to figures: plain data, for the table, the JSON file and the diagnosis. None: unknown."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from typing import Any
@@ -47,7 +45,7 @@ def _counted(measurement: Measurement) -> FlopCount | None:
 def roof(device: str, count: FlopCount) -> dict[str, Any] | None:
     """What this machine's matrix products reach in the precision of most of those counted, measured now.
 
-    {"precision", "flops_per_second"}; None: nobody measures that precision.
+    {"precision", "flops_per_second"}; None: that precision is not measured.
     """
     precision = str(max(count.by_dtype, key=lambda dtype: count.by_dtype[dtype])).removeprefix("torch.")
     if precision not in ("float32", "bfloat16", "float16"):

@@ -4,8 +4,6 @@ Only what multiplies matrices counts: products, convolutions, attention, recurre
 addition are two operations. A fused op counts as its reference does.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from genai_fast.backends import LIBRARIES, select, survey
 
 _ATEN = torch.ops.aten
-# They multiply matrices too, and nobody has written down how many.
+# They multiply matrices too, but there are no formulas for them.
 _UNKNOWN = {
     "mv", "addmv", "_addmm_activation", "_int_mm", "_grouped_mm", "_scaled_grouped_mm", "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd", "_cdist_forward", "miopen_rnn",

@@ -1,6 +1,4 @@
-"""What is profiled: a recipe beside its plain PyTorch, or somebody's own training loop; each variant as one call."""
-
-from __future__ import annotations
+"""What is profiled: a recipe beside its plain PyTorch, or a user's own training loop; each variant as one call."""
 
 import inspect
 import itertools
@@ -39,7 +37,7 @@ class Subject:
     variants: tuple[str, ...]
     make: Callable[[str], Callable[[], int | None]]
     block: int = 0  # tokens of a sample; 0: samples are counted
-    no_wait: str = "unknown, no DataLoader of PyTorch was asked for a batch"  # said where nothing was waited for
+    no_wait: str = "unknown, no DataLoader of PyTorch was asked for a batch"  # reported if nothing was waited for
     waiting: Waiting = field(default_factory=Waiting)
     left_alone: list[Row] = field(default_factory=list)  # by fuse, and why; filled by `make`
 
@@ -106,8 +104,7 @@ def own(
     may be a generator) that runs one step a `next` and may yield the step's samples as an int. It may ask for
     `prepare`, to be called with each network before its first use, `batch` and `device`.
 
-    Raises:
-        UsageError: no such function, or one that asks for something else or is not asked for what is given.
+    Raises UsageError: no such function, or one that asks for something else or is not asked for what is given.
     """
     function = imports.load(name, arguments)
     wanted, required = _parameters(name, function)

@@ -1,7 +1,5 @@
 """The machine that is measured on: what it is, and how fast it multiplies matrices."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time
@@ -53,7 +51,7 @@ def nvml() -> tuple[Any, Any]:
     import pynvml
 
     pynvml.nvmlInit()
-    # By its identity: CUDA_VISIBLE_DEVICES numbers devices anew.
+    # By its identity: CUDA_VISIBLE_DEVICES renumbers devices.
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 

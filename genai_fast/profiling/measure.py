@@ -1,7 +1,5 @@
 """The measurement: each variant warmed up and looked into by itself, then all clocked in turn."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -81,7 +79,7 @@ def measure(
     Args:
         seconds: on the clock, for each variant.
         device: that the subject runs on; None: where its first step has put something.
-        say: is told what goes on.
+        say: is told the progress.
     """
     found = [Measured(name) for name in variants]
     steps: dict[str, Callable[[], int | None]] = {}
@@ -149,7 +147,7 @@ def _look_into(variant: Measured, step: Callable[[], Any], memory: PeakMemory, c
 
 
 def _compiled() -> dict[str, int]:
-    """torch.compile's own statistics; empty where nobody has used it yet."""
+    """torch.compile's own statistics; empty if it has not been used yet."""
     used = sys.modules.get("torch._dynamo.utils")
     return {} if used is None else used.counters["stats"]
 

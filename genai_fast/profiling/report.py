@@ -1,7 +1,5 @@
 """The report of a profile: a table for the terminal, what to change, and a plot."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,10 +70,8 @@ def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]
     row("first step s", lambda v: f"{v['first_step_seconds']:.2f}")
     row("steps measured", lambda v: str(v["steps"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    forms = [f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])]
+    return ["  ".join(forms).format(*row) for row in rows]
 
 
 def _peak(report: dict[str, Any]) -> str:
@@ -91,10 +87,8 @@ def _remarks(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[st
     uncounted = sorted({name for v in good.values() for name in v["flops_not_counted"]})
     if uncounted:
         said.append(f"FLOP not counted of: {', '.join(uncounted)}")
-    if (report["foreign_load"] or 0.0) > 0.2:
-        said.append(
-            f"other programs kept {report['foreign_load']:.1f} cores busy during the measurement, which distorts it"
-        )
+    if (load := report["foreign_load"] or 0.0) > 0.2:
+        said.append(f"other programs kept {load:.1f} cores busy during the measurement, which distorts it")
     return [text for text in said if text]
 
 

@@ -1,7 +1,5 @@
 """The systems whose training step is measured: in plain PyTorch, and as we train them. Recipes declare them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,13 +86,10 @@ class System:
         (tokens,) = self.shape
         ids = torch.randint(self.vocabulary, (self.batch, tokens + 1), generator=generator).to(device)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        lengths = torch.full((self.batch,), tokens, device=device)
-        return {
-            "windows": (x, y),
-            "streams": (x, y, torch.ones(self.batch, device=device)),
-            "sequences": (x, lengths),
-            "pairs": (x, lengths, y, lengths),
-        }[RECIPES[self.recipe].feed]
+        lengths, carry = torch.full((self.batch,), tokens, device=device), torch.ones(self.batch, device=device)
+        pairs = (x, lengths, y, lengths)
+        by_feed = {"windows": (x, y), "streams": (x, y, carry), "sequences": (x, lengths), "pairs": pairs}
+        return by_feed[RECIPES[self.recipe].feed]
 
     def model(self) -> nn.Module:
         return RECIPES[self.recipe].make(self.config, *self._of_data)
@@ -137,8 +132,7 @@ def of_recipe(name: str, batch: int | None = None, precision: str = "float32") -
 
     If it has none, the images are 64 x 64 pixels in 3 colours.
 
-    Raises:
-        UsageError: there is no such recipe.
+    Raises UsageError: there is no such recipe.
     """
     if name not in RECIPES:
         raise UsageError(f"expected a recipe, one of {', '.join(RECIPES)}, got {name!r}")

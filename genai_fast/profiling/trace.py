@@ -1,7 +1,5 @@
 """A few steps under PyTorch's profiler: how many calls and kernels, where the time goes, and a trace for a viewer."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Time that a training loop spends waiting for its next batch."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -34,7 +32,7 @@ class Waiting:
             self.batches += 1
 
     def timed(self, items: Iterator[T]) -> Iterator[T]:
-        """The items, with the watch on whoever makes them."""
+        """The items, timing how long each takes to arrive."""
         while True:
             with self._running():
                 item = next(items, _END)
@@ -44,7 +42,7 @@ class Waiting:
 
     @contextlib.contextmanager
     def on_loaders(self) -> Iterator[None]:
-        """Watch every DataLoader of PyTorch meanwhile."""
+        """Watch every PyTorch DataLoader inside the block."""
         kind, watch = dataloader._BaseDataLoaderIter, self._running
         original = kind.__next__
 

@@ -1,14 +1,10 @@
 """A run's model for use without genai_fast: its weights, a plain PyTorch script around them, an ONNX graph."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import logging
-import os
 import pprint
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -46,13 +42,8 @@ def _values(run: Opened) -> Values:
 
 def write_weights(run: Opened, path: Path) -> None:
     """The network's state dict as a safetensors file, whole or not at all."""
-    hidden = path.with_name(f".{path.name}.new")
-    try:
+    with atomic_files.whole(path) as hidden:
         atomic_files.write_tensors(hidden, checkpoint.plain(network_of(run).state_dict()))
-        os.replace(hidden, path)
-    except BaseException:
-        atomic_files.discard(hidden)
-        raise
 
 
 def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
@@ -60,8 +51,7 @@ def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
 
     The folder may exist if it is empty.
 
-    Raises:
-        UsageError: a package for ONNX is missing.
+    Raises UsageError: a package for ONNX is missing.
     """
     for package in ("onnx", "onnxscript") if onnx else ():
         require(package, "export")
@@ -70,21 +60,14 @@ def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
     text = script(run, kind, arguments)
     plain = kind(**arguments).eval()
     plain.load_state_dict(network.state_dict())
-    hidden = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(hidden, ignore_errors=True)  # left by a process that was killed
-    hidden.mkdir()
-    try:
+    with atomic_files.whole(folder) as hidden:
+        hidden.mkdir()
         write_weights(run, hidden / WEIGHTS)
         (hidden / SCRIPT).write_text(text, encoding="utf-8")
         if run.tokenizer is not None:
             run.tokenizer.save(hidden / TOKENIZER)
         if onnx:
             _write_graph(run, plain, values, hidden / GRAPH)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(hidden, folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str:
@@ -175,7 +158,7 @@ def _write_graph(run: Opened, plain: nn.Module, values: Values, path: Path) -> N
     chatter = logging.getLogger("torch.onnx")
     level = chatter.level
     try:
-        chatter.setLevel(logging.ERROR)  # that torchvision is not there, and the like
+        chatter.setLevel(logging.ERROR)  # such as that torchvision is missing
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 plain, tensors, dynamo=True, verbose=False, input_names=[*graph.inputs],

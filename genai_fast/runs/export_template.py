@@ -3,8 +3,6 @@
 Nothing here may read a global but functions, classes and imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -157,13 +155,13 @@ def picker(temperature: float, top_k: int, top_p: float, seed: int) -> Callable[
 
 
 def write(model: nn.Module, tokenizer: Tokenizer, continues: bool) -> None:
-    """The command line of a model of text; continues: its text goes on from the prompt, rather than answering it."""
+    """The command line of a model of text; continues: its text continues the prompt rather than answering it."""
     parser = argparse.ArgumentParser(description="Write text.")
     parser.add_argument("--prompt", default="", help="default: the model begins by itself")
     parser.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=50, help="among so many tokens, 0: all; default: %(default)s")
-    parser.add_argument("--top-p", type=float, default=0.95, help="of so much probability; default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=50, help="sample from the k most likely tokens, 0: all; default: %(default)s")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus probability; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()
     pick = picker(options.temperature, options.top_k, options.top_p, options.seed)

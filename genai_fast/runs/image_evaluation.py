@@ -1,7 +1,5 @@
 """What is looked at while a model trains: grids of samples, figures on held-out images, and warnings from them."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -118,10 +116,8 @@ class Watch:
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
         if {"reconstruction", "kl"} <= figures.keys():
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
-            traits = image_traits(model)
-            figures["bits_per_dim"] = bits_per_dim(
-                elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed
-            )
+            traits, dims = image_traits(model), math.prod(self._train.shape)
+            figures["bits_per_dim"] = bits_per_dim(elbo, dims, traits.likelihood, signed=traits.signed)
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:

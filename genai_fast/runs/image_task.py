@@ -1,7 +1,5 @@
 """Training on images: the data, the model that fits them, what is looked at, and the pictures at the end."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,8 @@ class ImageTask:
         images = data.load(settings.data, settings.size or None, strict=settings.strict)
         self.name, self.settings, self.images = name, settings, images
         self.train, self.validation = images.split(settings.validation, settings.seed)
-        self.about: dict[str, Any] = {
-            "recipe": name,
-            "shape": list(images.shape),
-            "images": len(images),
-            "classes": list(images.classes) if RECIPES[name].labelled else [],
-            "data": _digest(images),
-        }
+        self.about: dict[str, Any] = {"recipe": name, "shape": list(images.shape), "images": len(images)}
+        self.about |= {"classes": list(images.classes) if RECIPES[name].labelled else [], "data": _digest(images)}
 
     def model(self) -> nn.Module:
         return make(self.name, self.settings, self.images.shape, len(self.images.classes))

@@ -1,7 +1,5 @@
 """Pictures of what a model makes: grids and latent planes, as PNG files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs in folders: begun, resumed, opened again, sampled."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,7 +88,7 @@ def device_of(name: str) -> torch.device:
 def train(name: str, settings: Config, folder: Path, *, resume: bool = False) -> Trained:
     """Train recipe `name` in `folder`: leaves config.toml, metrics.jsonl, checkpoints, pictures or texts there.
 
-    With `resume`, goes on from the folder's newest checkpoint; begins anew, and says so, if there is none yet.
+    With `resume`, resumes from the folder's newest checkpoint; starts again, and says so, if there is none yet.
     Of the processes that torchrun started, the first one decides on the folder, writes and speaks.
 
     Raises:
@@ -104,7 +102,7 @@ def train(name: str, settings: Config, folder: Path, *, resume: bool = False) ->
 
 @contextlib.contextmanager
 def _products(settings: Config) -> Iterator[None]:
-    """How float32 products are computed meanwhile."""
+    """How float32 products are computed inside the block."""
     if not settings.tf32:
         yield
         return
@@ -159,10 +157,8 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
             task.prepare(folder)
             if settings.tensorboard:
                 board = stack.enter_context(Board(folder, state["step"] if state else 0))
-        about, watch = task.about, task.watch(model, folder, board)
-        record = fit(
-            model, optimizer, *feeds, settings, folder, about=about, resume=state, after_epoch=watch, board=board
-        )
+        more = {"about": task.about, "after_epoch": task.watch(model, folder, board), "board": board}
+        record = fit(model, optimizer, *feeds, settings, folder, resume=state, **more)
         model = parallel.whole_model(model, task.model).eval()
         if distributed.first():
             task.finish(model, folder)
@@ -180,12 +176,12 @@ def _made(name: str, task: ImageTask | TextTask) -> nn.Module:
 
 
 def _check_new(folder: Path) -> None:
-    if any(folder.glob("checkpoint-*")):  # one that stopped before its first may be begun anew
+    if any(folder.glob("checkpoint-*")):  # one that stopped before its first may be started again
         raise UsageError(f"{folder}: a run of this name exists; remedy: --resume, or another name with --run")
 
 
 def _check_same_data(newest: Path, about: dict[str, Any]) -> None:
-    """A run goes on with the data that it began with; checkpoints of earlier versions have no digest of it."""
+    """A run continues with the data that it began with; checkpoints of earlier versions have no digest of it."""
     found = checkpoint.read_state(newest)["about"]
     if found == about or found == {k: v for k, v in about.items() if k != "data"}:
         return
@@ -211,7 +207,7 @@ def _begin_with(source: Path, model: nn.Module) -> None:
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     """The settings of a run, with the changes that a resumed run may make.
 
-    A setting said again is no change, so a job that begins with `--resume` may be started again as it is.
+    Repeating a setting changes nothing, so a job that begins with `--resume` may be started again as it is.
     """
     path = folder / CONFIG
     saved = config.read(path, name) if path.exists() else {}

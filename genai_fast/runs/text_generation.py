@@ -1,7 +1,5 @@
 """Text from models: tokens to words as they come, stop strings, and sentences that repeat left out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 class Style:
     """How a text is drawn.
 
-    temperature: 0 takes the likeliest token; top_k: among so many likeliest, 0 for all; top_p: among the likeliest
+    temperature: 0 takes the likeliest token; top_k: among the k likeliest, 0 for all; top_p: among the likeliest
     that make up this much of the probability; stop: strings at which the text ends, left out of it; repeats: False
     leaves out sentences that have been written before; seed: None for another text each time.
     """

@@ -1,7 +1,5 @@
 """Training on text: the data, the tokenizer, the model that fits them, and the texts that show how it learns."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable
@@ -50,7 +48,7 @@ class TextTask:
         self._bytes_a_token = 0.0
 
     def _tokenizer(self, resumed: Path | None) -> Tokenizer:
-        """Of the run that goes on, of the run whose weights begin this one, or made from the training part."""
+        """Of the run that is resumed, of the run whose weights begin this one, or made from the training part."""
         settings, folders = self.settings, [resumed] if resumed else []
         if settings.init:
             begun = Path(settings.init)

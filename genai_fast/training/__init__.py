@@ -10,16 +10,9 @@ if TYPE_CHECKING:
     from genai_fast.training.optimizer import make_optimizer
     from genai_fast.training.step import Step
 
-_HOMES = {
-    "CheckpointError": "genai_fast.training.checkpoint",
-    "ConfigError": "genai_fast.config",
-    "DiskError": "genai_fast.training.checkpoint",
-    "Step": "genai_fast.training.step",
-    "TrainingInterrupted": "genai_fast.training.loop",
-    "TrainingStopped": "genai_fast.training.loop",
-    "fit": "genai_fast.training.loop",
-    "make_optimizer": "genai_fast.training.optimizer",
-}
+_HOMES = dict.fromkeys(("CheckpointError", "DiskError"), "training.checkpoint") | {"ConfigError": "config"}
+_HOMES |= dict.fromkeys(("TrainingInterrupted", "TrainingStopped", "fit"), "training.loop")
+_HOMES |= {"Step": "training.step", "make_optimizer": "training.optimizer"}
 
 __all__ = [
     "CheckpointError", "ConfigError", "DiskError", "Step", "TrainingInterrupted", "TrainingStopped", "fit",
@@ -30,4 +23,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"genai_fast.{_HOMES[name]}"), name)

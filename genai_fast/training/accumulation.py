@@ -1,7 +1,5 @@
 """A step's batch in parts, to save memory: which models allow it, how it is cut, and what each part weighs."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +21,7 @@ NO_TURNS = "Step: accumulate: expected 1 for networks in turns, got more; remedy
 def check(model: nn.Module | Callable[..., Any], count: int) -> None:
     """Whether a batch may be cut into `count` parts.
 
-    Raises:
-        UsageError: it may not: the model's networks take turns, or its rows carry a state.
+    Raises UsageError: it may not: the model's networks take turns, or its rows carry a state.
     """
     if count > 1 and (offers(model, InTurns) or inspect.isgeneratorfunction(model)):
         raise UsageError(NO_TURNS)
@@ -69,8 +66,10 @@ class Mean:
         entries, loss = loss_output.entries(result), loss_output.differentiable(loss_output.minimised(result))
         weights = weights_of(result, rows)
         weight = weights[loss_output.place(result)]
-        values = [_where_counted(w, x.detach().float() if x.dtype.itemsize < 4 else x.detach()) * w
-                  for x, w in zip(entries, weights, strict=True)]  # fmt: skip
+        values = [
+            _where_counted(w, x.detach().float() if x.dtype.itemsize < 4 else x.detach()) * w
+            for x, w in zip(entries, weights, strict=True)
+        ]
         self._sums = [a + b for a, b in zip(self._sums, values, strict=True)] if self._sums else values
         self._totals = [a + b for a, b in zip(self._totals, weights, strict=True)] if self._totals else weights
         self._left -= 1
@@ -90,9 +89,8 @@ class Mean:
         means = [s / t for s, t in zip(self._sums, self._totals, strict=True)]
         if (place := _place(result)) is not None:
             means[place] = self._totals[place]
-        return loss_output.like(
-            result, [m.to(x.dtype) for m, x in zip(means, loss_output.entries(result), strict=True)]
-        )
+        entries = loss_output.entries(result)
+        return loss_output.like(result, [m.to(x.dtype) for m, x in zip(means, entries, strict=True)])
 
     def factor(self) -> torch.Tensor | None:
         """What the gradients are still to be multiplied by; None: nothing."""

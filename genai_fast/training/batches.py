@@ -1,7 +1,5 @@
 """What training is fed with: batches in an order that a resumed run finds again."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Protocol

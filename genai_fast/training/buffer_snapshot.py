@@ -1,7 +1,5 @@
 """The tensors that a step changes beside the optimizers' own, put back when an update was skipped."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -27,13 +25,9 @@ class Kept:
         ids = {id(p) for p in trained}
         # Where a module holds them: what a step replaces is found too.
         buffers = {(id(m), k): (m._buffers, k) for root in modules for m in root.modules() for k in m._buffers}
-        parameters = {
-            (id(m), k): (m._parameters, k)
-            for root in others
-            for m in root.modules()
-            for k, p in m._parameters.items()
-            if p is not None and id(p) not in ids
-        }
+        inside = [m for root in others for m in root.modules()]
+        held = {(id(m), k): (m._parameters, k, p) for m in inside for k, p in m._parameters.items()}
+        parameters = {key: place for key, (*place, p) in held.items() if p is not None and id(p) not in ids}
         self._places = [*buffers.values(), *parameters.values()]
 
     @torch.no_grad()

@@ -12,8 +12,6 @@ A run's folder holds `checkpoint-<step>/` with
 They are written into a hidden folder, synchronized, and renamed as one: a folder of that name is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -72,8 +70,7 @@ def save(
         best: step of the checkpoint that is the best so far, maybe this one; 0 for none.
         training_step: `Step.state_dict()`.
 
-    Raises:
-        DiskError: it cannot be written: nothing of it stays, and those before do.
+    Raises DiskError: it cannot be written: nothing of it stays, and those before do.
     """
     final = _folder(run, step)
     with writing(run, about.get("recipe", "RECIPE")):
@@ -102,18 +99,9 @@ def _write(
     counts = {f"{_STEP}{name}": x for name, x in training_step.items()}
     atomic_files.write_tensors(folder / _MODEL, plain(model.state_dict()))
     atomic_files.write_tensors(folder / _TRAINING, plain({**moments, **carried, **counts, **_generators()}))
-    state = {
-        "format": _FORMAT,
-        "version": VERSION,
-        "step": step,
-        "best": best,
-        "progress": progress,
-        "about": about,
-        "optimizer": groups,
-        "environment": environment(device),
-        "routes": autotune.routes(device),
-        "files": {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)},
-    }
+    state = {"format": _FORMAT, "version": VERSION, "step": step, "best": best, "progress": progress, "about": about}
+    state |= {"optimizer": groups, "environment": environment(device), "routes": autotune.routes(device)}
+    state["files"] = {name: atomic_files.digest(folder / name) for name in (_MODEL, _TRAINING)}
     state["digest"] = _digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
 
@@ -209,8 +197,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
 def load_matching(path: Path, model: nn.Module) -> tuple[int, list[str]]:
     """Put what fits of a safetensors file into the model; returns how many tensors, and what does not match.
 
-    Raises:
-        CheckpointError: the file cannot be read, or nothing in it fits.
+    Raises CheckpointError: the file cannot be read, or nothing in it fits.
     """
     try:
         tensors = atomic_files.read_tensors(path)

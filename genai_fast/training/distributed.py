@@ -43,8 +43,7 @@ def processes(settings: Config) -> Iterator[None]:
     Each takes the GPU of its LOCAL_RANK and, unless `settings.threads` says how many, its part of the machine's CPU
     threads.
 
-    Raises:
-        UsageError: a variable of torchrun's, a GPU or the settings do not serve.
+    Raises UsageError: a variable of torchrun's, a GPU or the settings do not serve.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -109,11 +108,7 @@ def agreed(x: Any) -> Any:
 
 
 def check_alike(about: dict[str, Any]) -> None:
-    """All processes read the same data.
-
-    Raises:
-        UsageError: this one did not.
-    """
+    """All processes read the same data. Raises UsageError: this one did not."""
     if (expected := agreed(about)) != about:
         raise UsageError(
             f"process {dist.get_rank()}: expected data as the first process has, {expected}, got {about}; remedy: the"
@@ -142,7 +137,7 @@ def machine_by_machine() -> Iterator[None]:
 
 
 def same_noise(device: torch.device) -> None:
-    """All processes' default generators go on as the first one's."""
+    """All processes' default generators continue from the first one's state."""
     if size() == 1:
         return
     state = torch.get_rng_state()
@@ -167,7 +162,7 @@ def same_buffers(model: nn.Module) -> None:
 
 
 def _mine(total: int) -> rows.Rows:
-    """This process's rows of a batch of so many; where there are too few, one that another process has."""
+    """This process's rows of a batch of this size; where there are too few, one that another process has."""
     before, end = (place * total // size() for place in (dist.get_rank(), dist.get_rank() + 1))
     return rows.Rows(min(before, total - 1), max(end - before, 1), total, idle=end == before)
 
@@ -186,7 +181,7 @@ def chooser(parts: int) -> Callable[[int], torch.Tensor] | None:
 
 
 def sharing(total: int) -> contextlib.AbstractContextManager[Any]:
-    """Inside, this process has its rows of a batch of so many."""
+    """Inside, this process has its rows of a batch of this size."""
     return contextlib.nullcontext() if size() == 1 else rows.having(_mine(total))
 
 

@@ -1,7 +1,5 @@
 """What decides the bits of a result on this machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator
@@ -26,6 +24,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
     served = {name: backends.choose(name, backends.forced_backend(), device.type)[0] for name in backends.FOLDERS}
     packages = ("genai_fast", "torch", *(("triton",) if "triton" in served.values() else ()))
+    deterministic = {"paths": autotune.pinned(), "algorithms": torch.are_deterministic_algorithms_enabled()}
+    tuning, cudnn = cpu.active(), torch.backends.cudnn
+    libraries = {"mkldnn": torch.backends.mkldnn.enabled, "products by oneDNN": list(tuning.onednn) if tuning else []}
+    if on_cuda:
+        deterministic["cudnn"] = cudnn.deterministic
+        libraries["cudnn"] = cudnn.version() if cudnn.enabled else False
     return {
         **{name: version(name) for name in packages},
         "processor": autotune.processor(),
@@ -36,16 +40,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "isa": extension.cpu_kernels()[1] if "cpu" in served.values() else "none",
         "backends": served,
         "precision": _precision(on_cuda),
-        "deterministic": {
-            "paths": autotune.pinned(),
-            "algorithms": torch.are_deterministic_algorithms_enabled(),
-            **({"cudnn": torch.backends.cudnn.deterministic} if on_cuda else {}),
-        },
-        "libraries": {
-            "mkldnn": torch.backends.mkldnn.enabled,
-            "products by oneDNN": list(tuning.onednn) if (tuning := cpu.active()) else [],  # see tune_cpu
-            **({"cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.enabled else False} if on_cuda else {}),
-        },
+        "deterministic": deterministic,
+        "libraries": libraries,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

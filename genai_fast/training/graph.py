@@ -26,7 +26,7 @@ class Graphs:
         body: a whole step, on tensors that lie where and as `place` puts them.
         ready: whether it may be captured by now.
         optimizers: whose step is in it. Rates that are numbers become tensors, which schedulers fill; if another
-            setting changes, or a state is loaded, the graphs are captured anew.
+            setting changes, or a state is loaded, the graphs are captured again.
         limit: shapes that get a graph; batches of further shapes run plainly.
     """
 
@@ -128,7 +128,7 @@ def _on_device(rate: float | torch.Tensor, device: torch.device) -> torch.Tensor
 
 
 def _say(message: str) -> None:
-    warnings.warn(message, FallbackWarning, stacklevel=4)  # whoever calls the Step
+    warnings.warn(message, FallbackWarning, stacklevel=4)  # the caller of the Step
 
 
 def _capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], Any], Any]:

@@ -35,7 +35,7 @@ MOST_SKIPPED = 10  # steps in a row that skipped an update for NaN: then trainin
 
 
 class TrainingStopped(UsageError):
-    """Training cannot go on: the loss is no longer a number."""
+    """Training cannot continue: the loss is no longer a number."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def fit(
 
     Args:
         about: JSON data stored with each checkpoint.
-        resume: what `checkpoint.restore` returned, to go on from there.
+        resume: what `checkpoint.restore` returned, to resume from there.
         after_epoch: number of the epoch and its mean losses -> figures for "validation", warnings, and a text to show;
             None: the figures of `evaluate`.
         board: gets all records too.
@@ -138,9 +138,8 @@ def fit(
             with contextlib.closing(data.ahead(batches, pin=True) if on_cuda else batches) as fed:
                 for batch in meter.waiting(fed):
                     schedule.set(at.step)
-                    samples = (
-                        len(batch[0]) if train.rows is None else min(train.size, train.samples - at.batch * train.size)
-                    )
+                    left = train.samples - at.batch * train.size
+                    samples = len(batch[0]) if train.rows is None else min(train.size, left)
                     with distributed.sharing(samples):
                         meter.add(step(*batch), samples)
                     at.batch, at.step = at.batch + 1, at.step + 1
@@ -178,26 +177,17 @@ def fit(
                     f"updates skipped: {at.skipped} in epoch {at.epoch + 1}, whose loss or gradient was not finite"
                 )
             best, lowest = _better(figures, at)
-            record = {
-                "kind": "epoch",
-                "epoch": at.epoch + 1,
-                "step": at.step,
-                **rates(train, train.samples / at.seconds),
-                "data_wait": at.waited / at.seconds,
-                "step_ms": meter.step_ms(),
-                "skipped": at.skipped,
-                "train": means,
-                "validation": figures,
-                "best": best or None,
-                "warnings": warnings,
-            }
+            record = {"kind": "epoch", "epoch": at.epoch + 1, "step": at.step}
+            record |= rates(train, train.samples / at.seconds) | {"data_wait": at.waited / at.seconds}
+            record |= {"step_ms": meter.step_ms(), "skipped": at.skipped, "train": means, "validation": figures}
+            record |= {"best": best or None, "warnings": warnings}
             metrics.write(**record)
             at = Progress(epoch=at.epoch + 1, step=at.step, ailing=ailing, best=best, lowest=lowest)
             save()
             screen.epoch(record, config.epochs)
             screen.sample(text)
             kinds = {message.partition(":")[0]: message for message in warnings}
-            for kind in kinds.keys() - warned:  # again only when it has been well meanwhile
+            for kind in kinds.keys() - warned:  # again only after it has recovered
                 screen.warn(kinds[kind])
             warned = set(kinds)
             distributed.same_noise(device)  # the first process may have drawn pictures
@@ -209,7 +199,7 @@ def fit(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects the names of signals that ask to stop; the second one acts as if nobody listened."""
+    """Collects the names of signals that ask to stop; the second one acts as usual."""
     stop: list[str] = []
     if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
         yield stop
@@ -287,7 +277,7 @@ def _weight(batch: tuple[torch.Tensor, ...], feed: Feed, losses: Any) -> int:
 
 
 def _progress(resume: dict[str, Any] | None, steps: int) -> Progress:
-    """Where a run goes on whose epochs have so many steps."""
+    """Where a run resumes whose epochs have this many steps."""
     if resume is None:
         return Progress()
     given = resume["progress"]

@@ -1,7 +1,5 @@
 """What a loss function returns: a 0-d tensor, or several of them as a tuple, NamedTuple or dict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +13,7 @@ _FORMS = "a 0-d loss tensor, a tuple or NamedTuple of 0-d tensors that begins wi
 def entries(result: Any) -> tuple[torch.Tensor, ...]:
     """The tensors of a result, in its order.
 
-    Raises:
-        UsageError: it has another form, or something in it is no 0-d tensor.
+    Raises UsageError: it has another form, or something in it is no 0-d tensor.
     """
     if isinstance(result, torch.Tensor):
         named = {"the loss": result}
@@ -42,8 +39,7 @@ def entries(result: Any) -> tuple[torch.Tensor, ...]:
 def minimised(result: Any) -> torch.Tensor:
     """The entry that is minimised: `loss` where there is such a name, else the first.
 
-    Raises:
-        UsageError: as `entries`; and of a dict without 'loss'.
+    Raises UsageError: as `entries`; and of a dict without 'loss'.
     """
     first = entries(result)[0]
     if isinstance(result, Mapping):
@@ -62,11 +58,7 @@ def place(result: Any) -> int:
 
 
 def differentiable(loss: torch.Tensor) -> torch.Tensor:
-    """The loss itself.
-
-    Raises:
-        UsageError: it is no 0-d tensor, or no gradient goes through it.
-    """
+    """The loss itself. Raises UsageError: it is no 0-d tensor, or no gradient goes through it."""
     entries(loss if isinstance(loss, torch.Tensor) else (loss,))
     if not loss.requires_grad:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -46,7 +47,7 @@ class Meter:
         self._last, self._steps = self._since, []  # seconds from the end of a step to that of the next
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, with the clock on whoever makes them."""
+        """The batches, timing how long each takes to arrive."""
         while True:
             start = time.perf_counter()
             try:
@@ -103,8 +104,8 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
     return {"samples_per_second": samples} | ({"tokens_per_second": samples * tokens} if tokens else {})
 
 
-class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
+class Metrics(contextlib.AbstractContextManager):
+    """Appends JSON lines; first drops those after the step at which a run resumes, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """
@@ -133,9 +134,6 @@ class Metrics:
     def synchronize(self) -> None:
         """Put what is written onto the disk: a checkpoint must not outlive the records before it."""
         os.fsync(self._file.fileno())
-
-    def __enter__(self) -> Metrics:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()

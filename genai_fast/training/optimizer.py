@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of every recipe: Adam in one call; on CUDA torch's, with its step count there for graph capture.
 
-    A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>`
-    if there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not
-    decay.
+    A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>` if
+    there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not decay.
     """
     on_cuda, sharded = next(model.parameters()).is_cuda, hasattr(next(model.parameters()), "full_tensor")
     groups = []
@@ -45,8 +44,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def owners(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
     """The ids of all parameters -> the number of their optimizer.
 
-    Raises:
-        UsageError: something is no optimizer, wants a closure, or shares parameters with another.
+    Raises UsageError: something is no optimizer, wants a closure, or shares parameters with another.
     """
     owner: dict[int, int] = {}
     for number, optimizer in enumerate(optimizers):

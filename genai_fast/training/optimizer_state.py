@@ -1,7 +1,5 @@
 """An optimizer's state as JSON data and named tensors, and back."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ That is DistributedDataParallel or, with `--shard`, FSDP2. Losses, updates and c
 the joined batch; DISTRIBUTED.md says where they are not. In one process none of this runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -80,7 +78,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names in its state dict of what is not finite, in any process; all must ask."""
+    """State-dict names of tensors that are not finite in some process; all processes must call."""
     state = {name: x.to_local() if hasattr(x, "to_local") else x for name, x in model.state_dict().items()}
     found = [name for name, x in state.items() if not x.isfinite().all()]
     if distributed.size() == 1:

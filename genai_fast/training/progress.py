@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, TextIO
 
@@ -39,7 +40,7 @@ def _excerpt(text: str) -> list[str]:
     return [f"  | {printable(line)}".replace("\t", "\ufffd") for line in cut]
 
 
-class Lines:
+class Lines(contextlib.AbstractContextManager):
     """A line for each epoch, one every half a minute within it, and each warning once."""
 
     def __init__(self, stream: TextIO, total: int = 1) -> None:
@@ -50,7 +51,7 @@ class Lines:
         self._epoch = f"epoch {epoch}/{epochs}"
 
     def step(self, done: int) -> None:
-        """So many samples are done."""
+        """This many samples are done."""
         if time.monotonic() >= self._due:
             self._print(f"{self._epoch}  {self._terms}  {done / self._total:.1%} of the run")
 
@@ -75,9 +76,6 @@ class Lines:
         self._due = time.monotonic() + _EVERY
         print(printable(line), file=self._stream, flush=True)
 
-    def __enter__(self) -> Lines:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         pass
 
@@ -88,15 +86,11 @@ class Bar:
     def __init__(self, stream: TextIO, total: int) -> None:
         rich = require("rich.progress", "train")
         console = require("rich.console", "train").Console(file=stream)
-        self._bar = rich.Progress(
-            rich.TextColumn("epoch {task.fields[epoch]}"),
-            rich.BarColumn(bar_width=12),
-            rich.TextColumn("{task.fields[text]}"),
-            rich.TextColumn("{task.fields[rate]}"),
-            rich.TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,  # its thread would compete with the kernels' threads
-        )
+        fields = ("epoch {task.fields[epoch]}", "{task.fields[text]}", "{task.fields[rate]}")
+        epoch, *texts = map(rich.TextColumn, fields)
+        columns = (epoch, rich.BarColumn(bar_width=12), *texts, rich.TimeRemainingColumn())
+        # Its thread would compete with the kernels' threads.
+        self._bar = rich.Progress(*columns, console=console, auto_refresh=False)
         # The first step of a convolutional model takes some seconds: its convolutions' paths are measured.
         self._task = self._bar.add_task("", total=total, epoch=1, text="first step ...", rate="")
         self._validation: dict[str, float] = {}
@@ -106,7 +100,7 @@ class Bar:
         self._bar.update(self._task, epoch=f"{epoch}/{epochs}")
 
     def step(self, done: int) -> None:
-        """So many samples are done; the losses may still be in the making on a device."""
+        """This many samples are done; the losses may still be being computed on a device."""
         now = time.monotonic()
         if now - self._drawn > _REDRAW:
             self._drawn = now

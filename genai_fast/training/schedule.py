@@ -1,7 +1,5 @@
 """The learning rate over the steps of a run."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """One training step of any model as one call: eager on the CPU, a captured CUDA graph on a GPU."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -181,8 +179,7 @@ class Step:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned.
 
-        Raises:
-            UsageError: names, shapes or values do not match a Step of this precision; nothing is changed then.
+        Raises UsageError: names, shapes or values do not match a Step of this precision; nothing is changed then.
         """
         mine = self._state()
         wanted, got = ({name: tuple(x.shape) for name, x in s.items()} for s in (mine, state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ from genai_fast.errors import require
 FOLDER = "tensorboard"
 
 
-class Board:
-    """Writes events of a run that goes on behind `step`; what an earlier process wrote of later steps is hidden.
+class Board(contextlib.AbstractContextManager):
+    """Writes events of a run that continues after `step`; what an earlier process wrote of later steps is hidden.
 
     Pictures and texts belong to the step of the last record. Close it, or leave it as a context: events wait in a
     queue.
 
-    Raises:
-        UsageError: the package is not installed.
+    Raises UsageError: the package is not installed.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -45,9 +45,6 @@ class Board:
     def text(self, name: str, text: str) -> None:
         """A text as it is: TensorBoard takes Markdown, where indented lines are code."""
         self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), self._step)
-
-    def __enter__(self) -> Board:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._writer.close()

@@ -1,7 +1,5 @@
 """act_dropout on the CPU: allocates the result and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.act_dropout.reference import dense

@@ -4,8 +4,6 @@ Element i, in the order of memory of a contiguous or channels-last tensor (row-m
 position offset + i of the seed's stream (common/philox.py) and is kept iff word >= round(p 2**32).
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common import philox

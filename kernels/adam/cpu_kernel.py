@@ -1,7 +1,5 @@
 """adam_step on the CPU: one call of cpu_kernel.cpp over all tensors."""
 
-from __future__ import annotations
-
 from array import array
 
 import torch

@@ -1,7 +1,5 @@
 """adam_step in plain PyTorch, out of place: the definition and the truth of the numerics gate."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """The library ops of adam_step: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.schema import LibraryOp

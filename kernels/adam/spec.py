@@ -1,7 +1,5 @@
 """adam_step: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 from torch.optim.adam import adam
 
 from genai_fast.kernels.adam import reference

@@ -3,8 +3,6 @@
 z = (x - mean) rstd weight + bias, y = activate(z); mean and rstd by channel, over all other dimensions.
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import activate, derivative
@@ -58,7 +56,7 @@ def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_ha
 
 
 def gradients(grad_y, x, weight, bias, mean, rstd, batch_statistics, eps, activation, slope):
-    """Gradients of x, weight and bias that can be differentiated again: batch statistics are computed from x anew."""
+    """Gradients of x, weight and bias that can be differentiated again: batch statistics are computed from x again."""
     if batch_statistics:
         count = x.numel() // x.size(1)
         mean, squares = moments(wide(x))

@@ -1,7 +1,5 @@
 """bias_act on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
@@ -19,9 +17,7 @@ def bias_act(x, bias, activation, slope):
     (bias,) = require_channels(x, bias)
     shape, joined = joined_extent(x, bias is not None)
     bias, y = _repeated(bias, joined), torch.empty_like(x)
-    cpp.bias_act(
-        address(x), DTYPE_CODE[x.dtype], address(y), *shape, address(bias), ACTIVATION_CODE[activation], slope
-    )  # fmt: skip
+    cpp.bias_act(address(x), DTYPE_CODE[x.dtype], address(y), *shape, address(bias), ACTIVATION_CODE[activation], slope)
     return y
 
 

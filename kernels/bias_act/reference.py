@@ -1,7 +1,5 @@
 """bias_act in plain PyTorch: the definition, the fallback and the second derivatives."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.activations import activate, derivative, derivative_from_output
 from genai_fast.kernels.common.channels import dense_channels, like_layout, per_channel, reduced_dims, wide
 

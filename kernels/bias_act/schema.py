@@ -1,7 +1,5 @@
 """The library ops of bias_act: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import dense_channels

@@ -1,7 +1,5 @@
 """bias_act: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

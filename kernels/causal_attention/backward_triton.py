@@ -21,6 +21,19 @@ from genai_fast.kernels.common.activations_triton import tanh
 from genai_fast.kernels.common.dot_triton import dot
 
 
+@triton.jit
+def _place(starts_q_ptr, starts_k_ptr, heads, queries, keys, tiles):
+    """This program's head and sample, and where its sequence of queries and of keys begins and how long it is."""
+    head = tl.program_id(0) // tiles % heads
+    index = tl.program_id(0) // tiles // heads
+    begin_q, count_q = sequence_of(starts_q_ptr, index, queries)
+    begin_k, count_k = sequence_of(starts_k_ptr, index, keys)
+    sample = index
+    if starts_q_ptr is not None:
+        sample = 0
+    return head, sample, begin_q, count_q, begin_k, count_k
+
+
 @triton.jit(do_not_specialize=["queries", "tiles"])
 def _causal_attention_summary(
     grad_ptr, out_ptr, lse_ptr, grad_lse_ptr,    # [B, H, queries, D] twice, [B, H, queries] twice, the last or None
@@ -109,13 +122,8 @@ def _causal_attention_grad_keys(
 ):  # fmt: skip
     """dV = (keep P)^T dO, dK = out_scale dS^T Q: BLOCK_N keys a program, over all queries of one head that see them."""
     first = tl.program_id(0) % tiles * BLOCK_N
-    head = tl.program_id(0) // tiles % heads
-    index = tl.program_id(0) // tiles // heads
-    begin_q, count_q = sequence_of(starts_q_ptr, index, queries)
-    begin_k, count_k = sequence_of(starts_k_ptr, index, keys)
-    sample = index
-    if starts_q_ptr is not None:
-        sample = 0
+    head, sample, begin_q, count_q, begin_k, count_k = _place(starts_q_ptr, starts_k_ptr, heads, queries, keys, tiles)
+    if starts_q_ptr is not None:  # noqa: SIM102
         if first >= count_k:
             return
     q_ptr = head_at(q_ptr, sample, head, begin_q, q_batch, q_head, q_row)
@@ -207,13 +215,8 @@ def _causal_attention_grad_queries(
 ):  # fmt: skip
     """dQ = out_scale dS K: BLOCK_M queries of one head a program, those with the most keys first."""
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    head = tl.program_id(0) // tiles % heads
-    index = tl.program_id(0) // tiles // heads
-    begin_q, count_q = sequence_of(starts_q_ptr, index, queries)
-    begin_k, count_k = sequence_of(starts_k_ptr, index, keys)
-    sample = index
-    if starts_q_ptr is not None:
-        sample = 0
+    head, sample, begin_q, count_q, begin_k, count_k = _place(starts_q_ptr, starts_k_ptr, heads, queries, keys, tiles)
+    if starts_q_ptr is not None:  # noqa: SIM102
         if first >= count_q:
             return
     q_ptr = head_at(q_ptr, sample, head, begin_q, q_batch, q_head, q_row)

@@ -1,7 +1,5 @@
 """causal_attention on the CPU: allocates results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 from array import array
 
 import torch

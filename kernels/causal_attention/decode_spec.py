@@ -1,7 +1,5 @@
 """decode_attention: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """Tensors [B, H, T, D] as the kernels read and write them: by address, any strides but the last."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.rows import require_seed

@@ -6,8 +6,6 @@ itself where `starts_q` and `starts_k` cut packed ones apart. Word (row, j) of d
 to a multiple of 4.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -31,7 +29,7 @@ def positions(starts: torch.Tensor | None, count: int, device: torch.device) -> 
 
 
 def visible(q: torch.Tensor, k: torch.Tensor, starts_q, starts_k, causal: bool, window: int) -> torch.Tensor:
-    """Which keys each query sees, bool [T_q, T_k]. `window`: at most so many positions back (0: any)."""
+    """Which keys each query sees, bool [T_q, T_k]. `window`: at most this many positions back (0: any)."""
     sequence_q, left_q = positions(starts_q, q.size(2), q.device)
     sequence_k, left_k = positions(starts_k, k.size(2), k.device)
     seen = sequence_q[:, None] == sequence_k[None, :]

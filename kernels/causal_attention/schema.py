@@ -1,7 +1,5 @@
 """The library ops of causal_attention and decode_attention: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.causal_attention.layout import empty_alike

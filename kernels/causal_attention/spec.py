@@ -1,7 +1,5 @@
 """causal_attention: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@ Where a `capability` (80, 90, 100, 120: ten times the compute capability) has a 
 registers there.
 """
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.launch import next_power_of_2
 
 

@@ -3,8 +3,6 @@
 `activations.h` and `activations_triton.py` hold the same formulas for the kernels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

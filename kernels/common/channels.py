@@ -1,7 +1,5 @@
 """Tensors [N, C, ...] as the kernels of channels.h see them: [outer, channels, inner], dense."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Grids and block sizes of the Triton launchers."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Mean, squared deviations and reciprocal deviation of each channel in plain PyTorch, and running statistics."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import per_channel, reduced_dims, wide

@@ -1,7 +1,5 @@
 """What oneDNN, PyTorch's library on CPUs, computes on this processor."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

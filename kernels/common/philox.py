@@ -12,8 +12,6 @@ u and t are exact in float32, so float32 kernels and this float64 definition sta
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011); Box & Muller 1958.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

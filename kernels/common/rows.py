@@ -1,7 +1,5 @@
 """Tensors as [batch, columns] for the kernels of rows.h: unit column stride, any row stride."""
 
-from __future__ import annotations
-
 import torch
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -88,8 +86,7 @@ def per_sample_gradient(g: torch.Tensor | None) -> tuple[torch.Tensor | None, in
 def address(x: torch.Tensor | None) -> int:
     """Where x's data lie; 0 for None, which kernels take for what is absent.
 
-    Raises:
-        ValueError: x has elements but no memory, as a zero tensor of autograd or a parameter that is sharded away.
+    Raises ValueError: x has elements but no memory, as a zero tensor of autograd or a parameter that is sharded away.
     """
     if x is None:
         return 0

@@ -1,7 +1,5 @@
 """What run time needs of an op folder; cases, peers and costs are in its spec, which tests and benchmarks load."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

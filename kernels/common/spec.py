@@ -1,7 +1,5 @@
 """What an op folder says about itself, once. Tests, benchmarks, the compile gate and the op table read it from here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,9 +86,11 @@ class Cost:
 
 # How a case is launched: its dtype, and how CUDA multiplies float32.
 PRECISIONS = {
-    "fp32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

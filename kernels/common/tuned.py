@@ -5,8 +5,6 @@ that of one of the same compute capability, and a shape that of the nearest shap
 launched by default.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

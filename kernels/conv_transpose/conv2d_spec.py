@@ -1,7 +1,5 @@
 """conv2d: a convolution of an image, whose input's gradient is the transposed convolution to few channels."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

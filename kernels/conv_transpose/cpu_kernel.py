@@ -1,7 +1,5 @@
 """conv_transpose to few channels on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ are those that autocast does not know: the dtype was chosen before. Where oneDNN
 they are computed in float32: PyTorch's own round at each tap, and took thirty times as long.
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common import onednn

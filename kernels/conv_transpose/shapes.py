@@ -1,7 +1,5 @@
 """Sizes and memory of conv_transpose's tensors, all channels last, and which calls its kernels serve."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

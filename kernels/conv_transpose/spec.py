@@ -1,6 +1,7 @@
 """conv_transpose: what the ops are, their cases and their cost."""
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -301,67 +302,41 @@ _EXPECTED = {
     **dict.fromkeys(("_conv_transpose_grad_weight", "_few_grad_input", "_few_grad_weight"), _TILES),
     "_sum_splits": Expected(("count",)),
 }
-_SHARED = dict(
-    folder="conv_transpose",
-    expected=_EXPECTED,
-    backends=("reference", "triton"),
-    choices={f"conv_transpose/{kernel}": _CHOICES for kernel in ("forward", "grad_input", "grad_weight")},
-)
 _PHASES = "phases: Shi et al. 2016, arXiv:1609.07009"
 
-CONV_TRANSPOSE2D = OpSpec(
-    name="conv_transpose2d",
-    formula="activation(conv_transpose2d(x, weight) + bias)",
-    source=f"Dumoulin & Visin 2016, arXiv:1603.07285; {_PHASES}",
-    library=CONVOLUTION,
-    reference=_eager2d,
-    cases=CASES,
-    error_cases=ERROR_CASES,
-    bench_cases=BENCH_CASES,
-    compile_cases=_COMPILE_CASES,
-    peers={"eager": _eager2d, "eager (channels_last)": _channels_last(_eager2d)},
-    cost=_cost,
-    **_SHARED,
-)
-CONV_TRANSPOSE1D = OpSpec(
-    name="conv_transpose1d",
-    formula="activation(conv_transpose1d(x, weight) + bias)",
-    source="Dumoulin & Visin 2016, arXiv:1603.07285",
-    library=CONVOLUTION,
-    reference=_eager1d,
-    cases=CASES_1D,
-    error_cases=ERROR_CASES_1D,
-    bench_cases=BENCH_CASES_1D,
-    peers={"eager": _eager1d},
-    cost=_cost1d,
-    **_SHARED,
-)
-UPSAMPLE_CONV2D = OpSpec(
-    name="upsample_conv2d",
-    formula="activation(conv2d(upsample(x), weight, padding=1) + bias), nearest, twice the size, 3 x 3",
-    source=f"Odena, Dumoulin & Olah 2016; {_PHASES}",
-    library=CONVOLUTION,
-    reference=_eager_upsample,
-    cases=CASES_UPSAMPLE,
-    error_cases=ERROR_CASES_UPSAMPLE,
-    bench_cases=BENCH_CASES_UPSAMPLE,
-    peers={"eager": _eager_upsample, "eager (channels_last)": _channels_last(_eager_upsample)},
-    cost=_cost_upsample,
-    **_SHARED,
-)
-CONV_TRANSPOSE2D_BATCH_NORM_ACT = OpSpec(
-    name="conv_transpose2d_batch_norm_act",
-    formula="activation(batch_norm(conv_transpose2d(x, weight) + bias)) in training, statistics from the convolution",
-    source="Radford, Metz & Chintala 2016, arXiv:1511.06434; Ioffe & Szegedy 2015, arXiv:1502.03167",
+
+def _op(name: str, formula: str, source: str, eager: Callable[..., Any], cost: Any, **more: Any) -> OpSpec:
+    """What the four ops have in common."""
+    peers = {"eager": eager} | ({} if name.endswith("1d") else {"eager (channels_last)": _channels_last(eager)})
+    choices = {f"conv_transpose/{kernel}": _CHOICES for kernel in ("forward", "grad_input", "grad_weight")}
+    shared = {"library": CONVOLUTION, "reference": eager, "backends": ("reference", "triton"), "choices": choices}
+    about = {"formula": formula, "source": source, "peers": peers, "cost": cost, "expected": _EXPECTED}
+    return OpSpec(name=name, folder="conv_transpose", **about, **shared | more)
+
+
+CONV_TRANSPOSE2D = _op(
+    "conv_transpose2d", "activation(conv_transpose2d(x, weight) + bias)",
+    f"Dumoulin & Visin 2016, arXiv:1603.07285; {_PHASES}", _eager2d, _cost,
+    cases=CASES, error_cases=ERROR_CASES, bench_cases=BENCH_CASES, compile_cases=_COMPILE_CASES,
+)  # fmt: skip
+CONV_TRANSPOSE1D = _op(
+    "conv_transpose1d", "activation(conv_transpose1d(x, weight) + bias)",
+    "Dumoulin & Visin 2016, arXiv:1603.07285", _eager1d, _cost1d,
+    cases=CASES_1D, error_cases=ERROR_CASES_1D, bench_cases=BENCH_CASES_1D,
+)  # fmt: skip
+UPSAMPLE_CONV2D = _op(
+    "upsample_conv2d",
+    "activation(conv2d(upsample(x), weight, padding=1) + bias), nearest, twice the size, 3 x 3",
+    f"Odena, Dumoulin & Olah 2016; {_PHASES}", _eager_upsample, _cost_upsample,
+    cases=CASES_UPSAMPLE, error_cases=ERROR_CASES_UPSAMPLE, bench_cases=BENCH_CASES_UPSAMPLE,
+)  # fmt: skip
+CONV_TRANSPOSE2D_BATCH_NORM_ACT = _op(
+    "conv_transpose2d_batch_norm_act",
+    "activation(batch_norm(conv_transpose2d(x, weight) + bias)) in training, statistics from the convolution",
+    "Radford, Metz & Chintala 2016, arXiv:1511.06434; Ioffe & Szegedy 2015, arXiv:1502.03167",
+    _eager_block, _cost_block,
     library=(STATISTICS, *CONVOLUTION[1:]),  # and batch_norm_act's; where no kernel serves, the two ops in turn
-    reference=_reference_block,
-    mutates=("running_mean", "running_var"),
-    cases=CASES_BLOCK,
-    error_cases=ERROR_CASES_BLOCK,
-    bench_cases=BENCH_CASES_BLOCK,
-    gpu_cases=GPU_CASES_BLOCK,
+    reference=_reference_block, mutates=("running_mean", "running_var"),
+    cases=CASES_BLOCK, error_cases=ERROR_CASES_BLOCK, bench_cases=BENCH_CASES_BLOCK, gpu_cases=GPU_CASES_BLOCK,
     compile_cases=(CompileCase("dcgan_64-64x128x16x16-64", BENCH_CASES_BLOCK[0].inputs, _HALF),),
-    peers={"eager": _eager_block, "eager (channels_last)": _channels_last(_eager_block)},
-    cost=_cost_block,
-    **_SHARED,
-)
+)  # fmt: skip

@@ -1,7 +1,5 @@
 """cross_entropy on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.extension import cpp

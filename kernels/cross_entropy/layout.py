@@ -1,7 +1,5 @@
 """Logits [..., V] as rows that kernels find by address, targets and gradients beside them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -75,8 +73,7 @@ def require_saved(logits: torch.Tensor, lse: torch.Tensor, count: torch.Tensor, 
 def upstream(grad_loss: torch.Tensor, target: torch.Tensor, reduction: str) -> tuple[torch.Tensor, int]:
     """The gradient of the loss in float32, and its stride from row to row: 0 for a single value.
 
-    Raises:
-        ValueError: it is not one value, or one for each target, on their device.
+    Raises ValueError: it is not one value, or one for each target, on their device.
     """
     shape = tuple(target.shape) if reduction == "none" else ()
     if tuple(grad_loss.shape) != shape or grad_loss.device != target.device:

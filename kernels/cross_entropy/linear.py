@@ -1,7 +1,5 @@
 """A linear layer and its cross-entropy by chunks of rows: the logits of all rows never exist at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """linear_cross_entropy: a linear layer and its cross-entropy, by chunks of rows."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec

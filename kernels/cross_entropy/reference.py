@@ -1,7 +1,5 @@
 """cross_entropy in plain PyTorch: the definition, the fallback and the second derivatives."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.cross_entropy.linear import over_chunks

@@ -1,7 +1,5 @@
 """What the kernel of decode_linear takes, and what it asks of its tensors: it reads by address."""
 
-from __future__ import annotations
-
 MOST_ROWS = 16  # beyond, a library's matrix product reads the weight as seldom, and multiplies on tensor cores
 LONGEST = 32768  # bytes of a row of the weight: a program of 16 warps holds them in registers, of float32 one of 8
 

@@ -1,7 +1,5 @@
 """decode_linear in plain PyTorch: the definition, and what serves where the kernel does not."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import activate

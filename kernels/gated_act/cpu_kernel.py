@@ -1,7 +1,5 @@
 """gated_act on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE

@@ -1,7 +1,5 @@
 """How gated_act's kernels see their tensors: gate and up [rows, columns] with strided rows, perhaps halves of one."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.rows import as_rows, require_alike

@@ -1,7 +1,5 @@
 """gated_act in plain PyTorch: the definition, the fallback and the second derivatives."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import activate, derivative

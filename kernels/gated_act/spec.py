@@ -1,7 +1,5 @@
 """gated_act: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.activations import activate

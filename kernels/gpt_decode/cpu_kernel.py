@@ -1,7 +1,5 @@
 """gpt_decode on the CPU: one call of cpu_kernel.cpp for all layers."""
 
-from __future__ import annotations
-
 from array import array
 
 import torch

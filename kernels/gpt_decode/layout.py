@@ -1,7 +1,5 @@
 """The weights of a GPT-2 as one list, and what they must be."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """gpt_decode in plain PyTorch: one or more new tokens of a GPT-2 whose keys and values are cached."""
 
-from __future__ import annotations
-
 import math
 
 import torch

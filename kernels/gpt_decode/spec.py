@@ -1,7 +1,5 @@
 """gpt_decode: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """layer_norm and rms_norm on the CPU: allocates the results and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import require_channels

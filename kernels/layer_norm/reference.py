@@ -3,8 +3,6 @@
 h = x + residual, x-hat = (h - mean) rstd, y = x-hat weight + bias; all by row of the last dimension. RMS: mean is 0.
 """
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import wide
@@ -60,7 +58,7 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
 
 
 def gradients(grad_y, grad_h, h, weight, with_weight, with_bias, rms, eps):
-    """layer_norm_backward that can be differentiated again: statistics are computed from h anew."""
+    """layer_norm_backward that can be differentiated again: statistics are computed from h again."""
     mean, rstd = _statistics(wide(h), rms, eps)
     mean = None if mean is None else mean.squeeze(-1)
     return layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd.squeeze(-1), with_weight, with_bias, rms)

@@ -1,7 +1,5 @@
 """The library ops of layer_norm and rms_norm: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.rows import dense_like

@@ -1,7 +1,5 @@
 """layer_norm and rms_norm: what the ops are, their cases and their cost. One folder, since the kernels are the same."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """gru on the CPU: in float32, by cpu_kernel.cpp. lstm is PyTorch's there."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.extension import cpp

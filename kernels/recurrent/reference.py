@@ -4,8 +4,6 @@ They begin with the gates from the input, W_ih x + b, which are computed before 
 float32 or wider; y is the state rounded to the gates' dtype, and it is y that meets weight_hh.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

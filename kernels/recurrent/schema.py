@@ -1,7 +1,5 @@
 """The library ops of gru and lstm: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.schema import LibraryOp, wide_dtype
 
 

@@ -20,6 +20,13 @@ def _load(ptr, mask):
 
 
 @triton.jit
+def _load_4(ptr, hidden, mask):
+    """One value of each of four gates, `hidden` apart."""
+    first, second = _load(ptr, mask), _load(ptr + hidden, mask)
+    return first, second, _load(ptr + 2 * hidden, mask), _load(ptr + 3 * hidden, mask)
+
+
+@triton.jit
 def _store(ptr, value, mask):
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -133,10 +140,7 @@ def _lstm_sequence(
     c = _load(cell_ptr + at, mask)
     for t in range(first, last):
         x = _at_step(gates_ptr, t, batch * 4 * hidden) + row * 4 * hidden + unit
-        x_i = _load(x, mask)
-        x_f = _load(x + hidden, mask)
-        x_g = _load(x + 2 * hidden, mask)
-        x_o = _load(x + 3 * hidden, mask)
+        x_i, x_f, x_g, x_o = _load_4(x, hidden, mask)
         _meet(counters_ptr, t - first)
         h_ptr = _before(h0_ptr, y_ptr, t, batch * hidden)
         p_i, p_f, p_g, p_o = _products(h_ptr, columns, row, batch, hidden, BLOCK_B, UNITS, WIDTH, PRECISION, UPCAST)
@@ -192,10 +196,7 @@ def _gru_sequence_backward(
     for back in range(first, last):
         t = steps - 1 - back
         s = _at_step(saved_ptr, t, batch * 4 * hidden) + row * 4 * hidden + unit
-        r = _load(s, mask)
-        z = _load(s + hidden, mask)
-        n = _load(s + 2 * hidden, mask)
-        n_h = _load(s + 3 * hidden, mask)
+        r, z, n, n_h = _load_4(s, hidden, mask)
         before = _load(_before(h0_ptr, y_ptr, t, batch * hidden) + at, mask)
         if grad_y_ptr is not None:
             grad += _load(_at_step(grad_y_ptr, t, batch * hidden) + at, mask)
@@ -239,10 +240,7 @@ def _lstm_sequence_backward(
     for back in range(first, last):
         t = steps - 1 - back
         s = _at_step(saved_ptr, t, batch * 5 * hidden) + row * 5 * hidden + unit
-        i = _load(s, mask)
-        f = _load(s + hidden, mask)
-        g = _load(s + 2 * hidden, mask)
-        o = _load(s + 3 * hidden, mask)
+        i, f, g, o = _load_4(s, hidden, mask)
         c = _load(s + 4 * hidden, mask)
         before = _load(s + 4 * hidden - batch * 5 * hidden, mask & (t > 0)) + _load(c0_ptr + at, mask & (t == 0))
         grad = tl.zeros([BLOCK_B, UNITS], tl.float32)

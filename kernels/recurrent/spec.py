@@ -1,7 +1,5 @@
 """gru and lstm: what the ops are, their cases and their cost."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec

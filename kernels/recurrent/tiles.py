@@ -1,7 +1,5 @@
 """How a layer is spread over a GPU."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 
 ROWS = 16  # samples of a program: the fewer, the shorter a step, but tl.dot multiplies no fewer

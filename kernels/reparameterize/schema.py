@@ -1,7 +1,5 @@
 """The library ops of reparameterize: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.schema import LibraryOp, wide_dtype
 
 

@@ -1,7 +1,5 @@
 """reparameterize: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, Cost, ErrorCase, Expected, OpSpec

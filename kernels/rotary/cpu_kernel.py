@@ -1,7 +1,5 @@
 """rotary on the CPU: allocates the result and calls cpu_kernel.cpp."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.rotary.layout import between_samples, operands

@@ -1,7 +1,5 @@
 """What the kernels of rotary ask of their tensors: they read by address."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.rotary.reference import with_unit_stride

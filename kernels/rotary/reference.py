@@ -1,7 +1,5 @@
 """rotary in plain PyTorch: the definition and the fallback; and the tables of cosines and sines."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.channels import wide

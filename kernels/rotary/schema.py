@@ -1,7 +1,5 @@
 """The library ops of rotary: schemas, fakes, and which backends serve them."""
 
-from __future__ import annotations
-
 from genai_fast.kernels.common.schema import LibraryOp
 from genai_fast.kernels.rotary import reference
 

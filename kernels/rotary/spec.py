@@ -1,7 +1,5 @@
 """rotary: what the op is, its cases and its cost."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec

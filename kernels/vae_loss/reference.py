@@ -1,7 +1,5 @@
 """vae_loss in plain PyTorch: the definition, the fallback and the eager peer of the numerics gate."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -88,7 +88,7 @@ class Device:
             clock, "_larger_than_the_cache", lambda: SimpleNamespace(zero_=lambda: self.run(self.flush))
         )
         monkeypatch.setattr(recording, "side_stream", lambda device: stream("side"))
-        monkeypatch.setattr(recording, "_mend_generator", lambda device: self.log.append(f"generator of {device}"))
+        monkeypatch.setattr(recording, "_repair_generator", lambda device: self.log.append(f"generator of {device}"))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_in_pool, raising=False)
         release = lambda index, pool: self.log.append(f"release {pool}")  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)

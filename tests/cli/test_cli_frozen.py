@@ -6,6 +6,7 @@ python tests/cli/test_cli_frozen.py    rewrite cli_frozen.txt after an intended 
 import argparse
 import difflib
 import shlex
+from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,12 +45,19 @@ def _line(action):
 
 
 def table():
-    """A paragraph a command."""
-    lines = []
+    """A paragraph a command, and one for the flags that the same recipes have."""
+    lines, recipes = [], defaultdict(list)
     for name, parser in commands_of(parser_of()).items():
-        lines.append(f"genai-fast {name}".rstrip())
-        lines += [_line(a) for a in parser._actions if not isinstance(a, argparse._HelpAction)]
-    return "\n".join(lines) + "\n"
+        own = [_line(a) for a in parser._actions if not isinstance(a, argparse._HelpAction)]
+        if name.startswith("train "):
+            for line in own:
+                recipes[line].append(name.removeprefix("train "))
+        else:
+            lines += [f"genai-fast {name}".rstrip(), *own]
+    shared = defaultdict(list)
+    for line, names in recipes.items():
+        shared["genai-fast train " + ("RECIPE" if len(names) == len(RECIPES) else "|".join(names))].append(line)
+    return "\n".join([*lines, *(line for head, own in shared.items() for line in (head, *own))]) + "\n"
 
 
 def test_the_interface_is_as_it_was():

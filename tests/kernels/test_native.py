@@ -29,9 +29,7 @@ def heads(count=3, tokens=6, batch=1):
 
 
 def attend(q, k, v, starts_q, starts_k, window=0, causal=True):
-    return LIBRARY.causal_attention(
-        q, k, v, starts_q, starts_k, 6, 6, None, 0.35, window, 0.0, causal, 0.0, 0, "cpu"
-    )  # fmt: skip
+    return LIBRARY.causal_attention(q, k, v, starts_q, starts_k, 6, 6, None, 0.35, window, 0.0, causal, 0.0, 0, "cpu")
 
 
 WRONG_STARTS = {
@@ -67,7 +65,7 @@ def test_packed_sequences_must_cover_the_rows(name, place):
     with pytest.raises(ValueError, match=message.replace("attention", "attention_backward", 1)):
         LIBRARY.causal_attention_backward(
             q, None, q, k, v, q, lse, *starts, 6, 6, None, 0.35, 0, 0.0, True, 0.0, 0, "cpu"
-        )  # fmt: skip
+        )
 
 
 def test_starts_that_wrap_in_int32_are_refused():
@@ -269,9 +267,8 @@ def test_memory_that_cannot_be_had_raises():
     """In a process of its own whose limit rises until each op passes, forward and backward: never a signal."""
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "GENAI_FAST_DETERMINISTIC": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr}"
     assert "never" not in done.stdout
     raised = {word for line in done.stdout.splitlines() for word in line.split()[1:]} - {"MemoryError"}

@@ -82,10 +82,12 @@ BAD = {
     "a long offset": (lambda: ops.act_dropout(X, seed=1, offset=2**63), ValueError, "offset: .*64 bits"),
     "a long index": (lambda: ops.cross_entropy(X, TARGET, ignore_index=2**63), ValueError, "ignore_index: .*64 bits"),
     "a beta of NaN": (
-        lambda: ops.vae_loss(X, X, X, X, beta=torch.tensor(math.nan)), ValueError, "beta: .*>= 0, got nan"
+        lambda: ops.vae_loss(X, X, X, X, beta=torch.tensor(math.nan)),
+        ValueError,
+        "beta: .*>= 0, got nan",
     ),
     "a negative beta": (lambda: ops.vae_loss(X, X, X, X, beta=torch.tensor(-1.0)), ValueError, "beta: .*got -1.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)

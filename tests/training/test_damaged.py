@@ -65,12 +65,21 @@ def header(length, text):
 
 
 HUGE = b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776], "data_offsets": [0, 8]}}'
-WHOLE, STATE, BELONGS = (
-    "expected a whole safetensors",
-    "expected a checkpoint's state in JSON",
-    "expected the file that",
-)
+WHOLE, STATE = "expected a whole safetensors", "expected a checkpoint's state in JSON"
+BELONGS = "expected the file that"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
+
+
+def put(file, name, value):
+    return replace_tensors(file, lambda t: t.update({name: value}))
+
+
+def drop(file, name):
+    return replace_tensors(file, lambda t: t.pop(name))
+
+
+ONES = torch.ones(3)
+GENERATOR, MOMENT = "a generator's state", r"optimizer\.1\.exp_avg: expected \(32,\)"
 BROKEN = {
     "truncated model": (rewrite(MODEL, lambda b: b[:-5]), rf"model\.safetensors: {WHOLE}"),
     "empty model": (rewrite(MODEL, lambda b: b""), rf"model\.safetensors: {WHOLE}"),
@@ -113,10 +122,7 @@ BROKEN = {
     "pickled model": (rewrite(MODEL, lambda b: pickle.dumps(Evil())), WHOLE),
     "pickled state": (rewrite("state.json", lambda b: pickle.dumps(Evil())), STATE),
     "foreign tensors": (lambda p: safetensors.torch.save_file({"a": torch.ones(1)}, p / MODEL), BELONGS),
-    "missing weight": (
-        replace_tensors(MODEL, lambda t: t.pop("fc1.bias")),
-        r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got nothing",
-    ),
+    "missing weight": (drop(MODEL, "fc1.bias"), r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got nothing"),
     "dtype": (
         replace_tensors(MODEL, lambda t: t.update({"fc1.bias": t["fc1.bias"].double()})),
         r"fc1\.bias: expected \(32,\) of float32 as MLPVAE has, got \(32,\) of float64",
@@ -125,23 +131,11 @@ BROKEN = {
         replace_tensors(MODEL, lambda t: t.update({"../../fc1.bias": t.pop("fc1.bias")})),
         r"\.\./\.\./fc1\.bias: expected nothing as MLPVAE has",
     ),
-    "moment's shape": (
-        replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(3)})),
-        r"optimizer\.1\.exp_avg: expected \(32,\), got \(3,\)",
-    ),
-    "moment of none": (
-        replace_tensors(TRAINING, lambda t: t.update({"optimizer.x.exp_avg": torch.ones(3)})),
-        r"optimizer\.x\.exp_avg: expected no such tensor",
-    ),
-    "generator": (
-        replace_tensors(TRAINING, lambda t: t.update({"rng.cpu": torch.ones(3)})),
-        r"rng\.cpu: a generator's state",
-    ),
-    "no generator": (replace_tensors(TRAINING, lambda t: t.pop("rng.cpu")), r"rng\.cpu: a generator's state"),
-    "device's generator": (
-        replace_tensors(TRAINING, lambda t: t.update({"rng.cuda.one": torch.ones(3)})),
-        r"rng\.cuda\.one: a generator's state",
-    ),
+    "moment's shape": (put(TRAINING, "optimizer.1.exp_avg", ONES), rf"{MOMENT}, got \(3,\)"),
+    "moment of none": (put(TRAINING, "optimizer.x.exp_avg", ONES), r"optimizer\.x\.exp_avg: expected no such tensor"),
+    "generator": (put(TRAINING, "rng.cpu", ONES), rf"rng\.cpu: {GENERATOR}"),
+    "no generator": (drop(TRAINING, "rng.cpu"), rf"rng\.cpu: {GENERATOR}"),
+    "device's generator": (put(TRAINING, "rng.cuda.one", ONES), rf"rng\.cuda\.one: {GENERATOR}"),
     "rate in words": (group(lr="fast"), "optimizer: lr: expected such as 0.001, got fast"),
     "peak rate in words": (group(initial_lr=None), "optimizer: initial_lr: expected such as 1.0, got None"),
     "one beta": (group(betas=[0.9]), r"optimizer: betas: expected such as \(0.9, 0.999\), got \[0.9\]"),
@@ -151,18 +145,9 @@ BROKEN = {
     ),
     "no rate": (without("lr"), "optimizer: expected lr, got none"),
     "no betas": (without("betas"), "optimizer: expected betas, got none"),
-    "no count of steps": (
-        replace_tensors(TRAINING, lambda t: t.pop("optimizer.1.step")),
-        r"optimizer\.1: expected step, got none",
-    ),
-    "no moment": (
-        replace_tensors(TRAINING, lambda t: t.pop("optimizer.1.exp_avg_sq")),
-        r"optimizer\.1: expected exp_avg_sq, got none",
-    ),
-    "moment of one number": (
-        replace_tensors(TRAINING, lambda t: t.update({"optimizer.1.exp_avg": torch.ones(())})),
-        r"optimizer\.1\.exp_avg: expected \(32,\), got \(\)",
-    ),
+    "no count of steps": (drop(TRAINING, "optimizer.1.step"), r"optimizer\.1: expected step, got none"),
+    "no moment": (drop(TRAINING, "optimizer.1.exp_avg_sq"), r"optimizer\.1: expected exp_avg_sq, got none"),
+    "moment of one number": (put(TRAINING, "optimizer.1.exp_avg", ONES[0]), rf"{MOMENT}, got \(\)"),
     "groups": (edit(optimizer=[3]), "expected an optimizer of 10 parameters in 1 groups, got 0 in 1"),
 }
 

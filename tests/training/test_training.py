@@ -27,7 +27,7 @@ from genai_fast.training import (
     loop,
     make_optimizer,
     progress,
-)  # fmt: skip
+)
 from genai_fast.training import step as step_module
 from genai_fast.training.batches import ImageFeed
 from genai_fast.training.meter import Meter, Progress

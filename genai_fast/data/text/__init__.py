@@ -20,21 +20,6 @@ from genai_fast.data.text.sources import load
 from genai_fast.data.text.tokenizers import Tokenizer, make_tokenizer, read_tokenizer
 
 __all__ = [
-    "Corpus",
-    "Feed",
-    "PairCorpus",
-    "Pairs",
-    "Sequences",
-    "Streams",
-    "Tokenizer",
-    "Tokens",
-    "Windows",
-    "clean",
-    "continuations",
-    "load",
-    "load_pairs",
-    "make_tokenizer",
-    "pack",
-    "pack_pairs",
-    "read_tokenizer",
-]
+    "Corpus", "Feed", "PairCorpus", "Pairs", "Sequences", "Streams", "Tokenizer", "Tokens", "Windows", "clean",
+    "continuations", "load", "load_pairs", "make_tokenizer", "pack", "pack_pairs", "read_tokenizer",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """Translations out of gettext's .po catalogues."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,8 +44,7 @@ def translations(text: str) -> Iterator[tuple[str, str]]:
     with plurals two pairs are taken: the singular with the first form and the plural with the second, or with the
     first where the language has no other.
 
-    Raises:
-        UnreadableError: this is no catalogue; the message names the line.
+    Raises UnreadableError: this is no catalogue; the message names the line.
     """
     encoding = charset(text[:65536].encode("utf-8", "replace"))
     encoding = encoding if extends_ascii(encoding) else "utf-8"

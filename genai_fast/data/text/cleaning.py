@@ -1,7 +1,5 @@
 """Bytes to text, and the one form that all text is brought to."""
 
-from __future__ import annotations
-
 import codecs
 import functools
 import re
@@ -15,7 +13,7 @@ _BOMS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_BINARY = 1000  # text has fewer than one zero byte in so many
+_BINARY = 1000  # text has fewer than one zero byte in this many
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 PARAGRAPH = re.compile(r"\n(?:[^\S\n]*\n)+")  # what stands between two
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
@@ -43,8 +41,7 @@ def decode(raw: bytes, otherwise: str = "") -> Decoded:
         raw: the file's bytes.
         otherwise: the encoding of a file that has no mark and is not UTF-8 throughout; unknown ones do not count.
 
-    Raises:
-        UnreadableError: the bytes are no text.
+    Raises UnreadableError: the bytes are no text.
     """
     mark, encoding = next(((mark, name) for mark, name in _BOMS if raw.startswith(mark)), (b"", "utf-8"))
     if encoding == "utf-8" and raw.count(0) * _BINARY > len(raw):

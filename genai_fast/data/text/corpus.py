@@ -8,12 +8,14 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from genai_fast.data.errors import DataError
 from genai_fast.data.text.cleaning import PARAGRAPH, scalars
 
+T = TypeVar("T")
 _FAR = 0.5  # a boundary may move the share that is held out by half of it
 _MORE = "more text, or another fraction"
 _LINES, _WORDS = re.compile(r"(?<!\s)\s*\n"), re.compile(r"\s+")
@@ -56,17 +58,14 @@ class Corpus:
         Documents that differ in white space alone fall on the same side. A single document is cut in two near the end:
         between paragraphs if that can be, else lines, else words, else sentences or characters.
 
-        Raises:
-            DataError: the documents are all the same, or the only one has a single word.
+        Raises DataError: the documents are all the same, or the only one has a single word.
         """
         if len(self) == 1:
             _check_fraction(fraction)
             return self._cut(fraction)
-        held_out = _held_out(self.name, "documents", map(plain, self.documents), fraction, seed)
-        kept = [d for d, held in zip(self.documents, held_out, strict=True) if not held]
-        return replace(self, documents=kept), replace(
-            self, documents=[d for d, held in zip(self.documents, held_out, strict=True) if held]
-        )
+        keys = map(plain, self.documents)
+        kept, held = _held_out(self.name, "documents", self.documents, keys, fraction, seed)
+        return replace(self, documents=kept), replace(self, documents=held)
 
     def _cut(self, fraction: float) -> tuple[Corpus, Corpus]:
         (document,) = self.documents
@@ -135,14 +134,11 @@ class PairCorpus:
     def split(self, fraction: float, seed: int) -> tuple[PairCorpus, PairCorpus]:
         """(training, validation), as Corpus.split; a source that stands in several pairs falls on one side.
 
-        Raises:
-            DataError: all sources are the same.
+        Raises DataError: all sources are the same.
         """
-        held_out = _held_out(self.name, "sources", (plain(source) for source, _ in self.pairs), fraction, seed)
-        kept = [pair for pair, held in zip(self.pairs, held_out, strict=True) if not held]
-        return replace(self, pairs=kept), replace(
-            self, pairs=[pair for pair, held in zip(self.pairs, held_out, strict=True) if held]
-        )
+        keys = (plain(source) for source, _ in self.pairs)
+        kept, held = _held_out(self.name, "sources", self.pairs, keys, fraction, seed)
+        return replace(self, pairs=kept), replace(self, pairs=held)
 
 
 def plain(text: str) -> str:
@@ -155,8 +151,10 @@ def _check_fraction(fraction: float) -> None:
         raise DataError(f"fraction: expected more than 0 and less than 1 to hold out, got {fraction:g}")
 
 
-def _held_out(name: str, what: str, keys: Iterable[str], fraction: float, seed: int) -> list[bool]:
-    """For each key whether it is held out: alike for equal keys, about `fraction` of all."""
+def _held_out(
+    name: str, what: str, items: list[T], keys: Iterable[str], fraction: float, seed: int
+) -> tuple[list[T], list[T]]:
+    """(kept, held out) of items with these keys: equal keys on one side, about `fraction` of all held out."""
     _check_fraction(fraction)
     numbers: dict[str, int] = {}
     group = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
@@ -170,4 +168,7 @@ def _held_out(name: str, what: str, keys: Iterable[str], fraction: float, seed: 
     taken = 1 + int(np.searchsorted(total[:-1], round(fraction * len(group))))
     chosen = np.zeros(len(numbers), bool)
     chosen[order[: min(taken, len(numbers) - 1)]] = True
-    return chosen[group].tolist()
+    sides: tuple[list[T], list[T]] = ([], [])
+    for item, held in zip(items, chosen[group].tolist(), strict=True):
+        sides[held].append(item)
+    return sides

@@ -7,8 +7,6 @@ a tuple of CPU tensors whose first dimension counts samples; ids are int64. What
 target is -100.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -40,11 +38,7 @@ class Feed(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Batches of an epoch.
-
-        Raises:
-            DataError: there is too little text for one batch.
-        """
+        """Batches of an epoch. Raises DataError: there is too little text for one batch."""
 
     @property
     def samples(self) -> int:
@@ -54,8 +48,7 @@ class Feed(ABC):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's batches from number `start` on.
 
-        Raises:
-            DataError: there is too little text for one batch; at the call.
+        Raises DataError: there is too little text for one batch; at the call.
         """
         batches = self._epoch(epoch, start, self.steps)
         if self.rows is None:
@@ -143,8 +136,8 @@ class Windows(_Running):
 class Streams(_Running):
     """(x [B, T], y [B, T], carry [B] float32): B places in the text that move on together, block by block.
 
-    Row b of a batch goes on where row b of the batch before it ended, so a hidden state is carried on where `carry` is
-    1 and begins anew where it is 0: in the first batch. Epochs are all alike. In all() the streams are a little longer
+    Row b of a batch continues where row b of the batch before it ended, so a hidden state is kept where `carry` is 1
+    and starts again where it is 0: in the first batch. Epochs are all alike. In all() the streams are a little longer
     and the last one is padded, so that each token is a target once; weight its means by (y >= 0).sum().
 
     Args:
@@ -175,12 +168,8 @@ class Streams(_Running):
             places = starts[:, None] + first + np.arange(now)
             inside = np.minimum(places, targets - 1)
             x, y = (torch.from_numpy(self._ids[inside + k].astype(np.int64)) for k in (0, 1))
-            beyond = torch.from_numpy(places >= targets)
-            yield (
-                x.masked_fill_(beyond, self._end),
-                y.masked_fill_(beyond, IGNORED),
-                torch.full((streams,), float(first > 0)),
-            )
+            beyond, carry = torch.from_numpy(places >= targets), torch.full((streams,), float(first > 0))
+            yield x.masked_fill_(beyond, self._end), y.masked_fill_(beyond, IGNORED), carry
 
 
 class _Documents:

@@ -1,7 +1,5 @@
 """The files of a source (one, a folder's, a zip's), and what was wrong with them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -55,11 +53,7 @@ class Files:
             self._zip.close()
 
     def read(self, name: str) -> bytes:
-        """A file's bytes.
-
-        Raises:
-            UnreadableError: it cannot be read.
-        """
+        """A file's bytes. Raises UnreadableError: it cannot be read."""
         try:
             return read_bytes(self._base / name) if self._zip is None else self._zip.read(name)
         except Exception as error:  # as many as there are ways to damage a zip file
@@ -132,8 +126,7 @@ class Findings:
     def close(self, found: int, expected: str) -> None:
         """Close the files and warn of what was wrong.
 
-        Raises:
-            DataError: nothing was found; `expected` says what should have been.
+        Raises DataError: nothing was found; `expected` says what should have been.
         """
         self.files.close()
         if not found:
@@ -148,7 +141,7 @@ class Findings:
             more = ", ..." if len(self.left_out) > _NAMED else ""
             _warn(
                 f"{self.files.path}: left out {len(self.left_out)} broken or empty files or lines: {named}{more};"
-                f" remedy: mend or remove them"
+                f" remedy: repair or remove them"
             )
         if self.replaced:
             name, first = next(iter(self._replaced_in.items()))
@@ -167,8 +160,7 @@ def _warn(message: str) -> None:
 def open_source(source: str | Path, suffixes: tuple[str, ...], named: str) -> Files:
     """The files of a source.
 
-    Raises:
-        DataError: it is not there, or holds no such file; `named` says what else a source may be.
+    Raises DataError: it is not there, or holds no such file; `named` says what else a source may be.
     """
     is_folder(source, f"{named}the path of a file or folder")
     return Files(Path(source), suffixes)

@@ -1,7 +1,5 @@
 """Hugging Face's files of a GPT-2 tokenizer: tokenizer.json, or vocab.json and merges.txt."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,14 @@ _END = "<|endoftext|>"
 _REMEDY = "a checkpoint with GPT-2's own tokenizer, or another tokenizer to train from the beginning"
 # Settings of tokenizer.json that change ids -> what our tokenizer does.
 _NONE = (None, False, "")
-_MODEL = {
-    "dropout": (None, 0, 0.0),
-    "continuing_subword_prefix": _NONE,
-    "end_of_word_suffix": _NONE,
-    "byte_fallback": _NONE,
-    "ignore_merges": _NONE,
-}
+_MODEL = dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"), _NONE)
+_MODEL["dropout"] = (None, 0, 0.0)
 
 
 def of_model(contents: dict[str, Any], path: Path) -> dict[str, list]:
     """Tokens and merges, as BPETokenizer takes them, of what tokenizer.json holds.
 
-    Raises:
-        DataError: the tokenizer does other things than GPT-2's.
+    Raises DataError: the tokenizer does other things than GPT-2's.
     """
     with parsing(path, "a byte-level BPE tokenizer as GPT-2's", _REMEDY):
         model = contents["model"]

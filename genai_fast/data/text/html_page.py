@@ -1,7 +1,5 @@
 """HTML to text, in one pass: no page takes longer than its length."""
 
-from __future__ import annotations
-
 import html
 import re
 
@@ -15,7 +13,7 @@ _LINES = {"address", "article", "aside", "dd", "details", "div", "dt", "fieldset
 _PARAGRAPHS = {"blockquote", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "ol", "p", "pre", "table", "title", "ul"}
 _SPACE = re.compile(r"\s+")
 _NAME = re.compile(r"<(/?)([a-zA-Z][^\s/>]*)")
-_COMMENT = re.compile(r"<!--(?:-?>|.*?--!?>|.*)", re.DOTALL)  # one that is not closed goes on to the end
+_COMMENT = re.compile(r"<!--(?:-?>|.*?--!?>|.*)", re.DOTALL)  # one that is not closed extends to the end
 _BOGUS = re.compile(r"<(?:[!?]|/[^a-zA-Z])[^>]*>?")
 _IN_TAG = re.compile(r"""=\s*(?:"[^"]*"|'[^']*')|>""")
 _HUGE = re.compile("&#[xX]?[0-9a-fA-F]{12,};?")  # more digits than any character has: html.unescape would raise

@@ -1,7 +1,5 @@
 """Documents as one row of ids, in a mapped file of the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import warnings
@@ -55,8 +53,7 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, cache: bool | str | Pat
         cache: a folder for ids; None or True: `tokens` in $GENAI_FAST_CACHE, else in the user's cache folder, where
             nothing is lost if it is removed; False: encode into memory.
 
-    Raises:
-        DataError: there are no documents.
+    Raises DataError: there are no documents.
     """
     if isinstance(documents, str) or not len(documents):
         got = "one str" if documents else "none"
@@ -82,8 +79,7 @@ def pack_pairs(
 ) -> tuple[Tokens, Tokens]:
     """(sources, targets) of pairs, each as `pack` makes them: document d of the one belongs to document d of the other.
 
-    Raises:
-        DataError: there are no pairs.
+    Raises DataError: there are no pairs.
     """
     return pack([pair[0] for pair in pairs], tokenizer, cache), pack([pair[1] for pair in pairs], tokenizer, cache)
 

@@ -1,6 +1,4 @@
-"""Where pairs of texts come from: catalogues of translations, tables, JSON lines, and text that goes on."""
-
-from __future__ import annotations
+"""Where pairs of texts come from: catalogues of translations, tables, JSON lines, and text to be continued."""
 
 import re
 from collections.abc import Iterator
@@ -33,8 +31,7 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
             is the source of the rest. This is for pre-training on text alone.
         strict: as in `load`.
 
-    Raises:
-        DataError: the source is missing, or nothing in it serves.
+    Raises DataError: the source is missing, or nothing in it serves.
     """
     if str(source) == PYDOC:
         return continuations(load(source, strict=strict))
@@ -57,8 +54,7 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
 def continuations(corpus: Corpus) -> PairCorpus:
     """(first part, rest) of each passage of two words or more, cut at the white space next to its middle.
 
-    Raises:
-        DataError: there is no such passage.
+    Raises DataError: there is no such passage.
     """
     pairs = []
     for passage in map(str.strip, corpus.passages().documents):
@@ -85,7 +81,7 @@ def _has_pairs(files: Files, name: str) -> bool:
     try:
         text = decode(files.read(name)).text
     except UnreadableError:
-        return False  # whoever reads it says so
+        return False  # reading it reports that
     # The first line may be anything, a licence for example; the first one that has a field of either kind decides.
     found = _FIELD.search(text)
     if found is None:

@@ -1,7 +1,5 @@
 """Where documents come from: the standard library, text, HTML and JSON lines; files, folders and zip files."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 
@@ -32,8 +30,7 @@ def load(source: str | Path, *, strict: bool = False) -> Corpus:
         strict: a file or a line that is broken or empty, or a byte that cannot be decoded, is an error. Otherwise
             such files and lines are left out, and such bytes become U+FFFD, with a DataWarning for each of the two.
 
-    Raises:
-        DataError: the source is missing, or nothing in it serves.
+    Raises DataError: the source is missing, or nothing in it serves.
     """
     if str(source) == PYDOC:
         return _pydoc()

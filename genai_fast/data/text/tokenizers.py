@@ -6,7 +6,6 @@ import codecs
 import functools
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from genai_fast import atomic_files
 from genai_fast.data.errors import DataError, brief, listed
 from genai_fast.data.reading import parsing, read_bytes
 from genai_fast.data.text import gpt2_tokenizer
@@ -55,8 +55,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: `end` has none; what is no UTF-8, and what is unknown, is U+FFFD.
 
-        Raises:
-            ValueError: there is no such id.
+        Raises ValueError: there is no such id.
         """
         stream = self.stream()
         return "".join([stream.put(i) for i in ids]) + stream.close()
@@ -65,9 +64,9 @@ class Tokenizer(ABC):
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, an integer array [length]; many at a time are faster than one by one."""
 
-    @abstractmethod
     def stream(self) -> Stream:
         """Decodes ids as they come."""
+        return Stream(self._table)
 
     @abstractmethod
     def _contents(self) -> dict[str, Any]:
@@ -80,12 +79,7 @@ class Tokenizer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file, for read_tokenizer."""
-        hidden = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        with open(hidden, "w", encoding="utf-8") as file:
-            json.dump(self._file(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(hidden, path)
+        atomic_files.write_text(Path(path), json.dumps(self._file()))
 
     def _file(self) -> dict[str, Any]:
         return {"form": _FORM, "version": _VERSION, "kind": self.kind, **self._contents()}
@@ -94,70 +88,37 @@ class Tokenizer(ABC):
         return f"<{self.kind} tokenizer of {self.size} ids, {self.digest}>"
 
 
-class Stream(ABC):
-    """Text of ids that come one by one."""
+class Stream:
+    """Text of ids that come one by one; table: the bytes of each id but the end."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._size = tokenizer.size
-        self._end = tokenizer.end
-
-    def put(self, token: int) -> str:
-        """The text that is complete with this id: "" while a character is open.
-
-        Raises:
-            ValueError: there is no such id.
-        """
-        if not 0 <= token < self._size:
-            raise ValueError(f"decode: expected ids from 0 to {self._size - 1}, got {token}; remedy: its own tokenizer")
-        return "" if token == self._end else self._text(int(token))
-
-    def close(self) -> str:
-        """The end has come: U+FFFD for a character that is still open."""
-        return ""
-
-    @abstractmethod
-    def _text(self, token: int) -> str: ...
-
-
-class _ByteStream(Stream):
-    def __init__(self, tokenizer: Tokenizer, table: Sequence[bytes]) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def _text(self, token: int) -> str:
-        return self._decoder.decode(self._table[token])
+    def put(self, token: int) -> str:
+        """The text that is complete with this id: "" while a character is open. Raises ValueError: no such id."""
+        end = len(self._table)
+        if not 0 <= token <= end:
+            raise ValueError(f"decode: expected ids from 0 to {end}, got {token}; remedy: its own tokenizer")
+        return "" if token == end else self._decoder.decode(self._table[token])
 
     def close(self) -> str:
+        """The end has come: U+FFFD for a character that is still open."""
         return self._decoder.decode(b"", True)
-
-
-class _CharStream(Stream):
-    def __init__(self, tokenizer: Tokenizer, characters: str) -> None:
-        super().__init__(tokenizer)
-        self._characters = characters
-
-    def _text(self, token: int) -> str:
-        return self._characters[token] if token < len(self._characters) else _UNKNOWN
 
 
 class ByteTokenizer(Tokenizer):
     """UTF-8: ids 0 to 255 are the bytes, 256 is the end. Every text has its own ids."""
 
     kind, size, end = "byte", 257, 256
+    _table = tuple(bytes([value]) for value in range(256))
 
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for text in texts:
             yield np.frombuffer(scalars(text).encode(), np.uint8)
 
-    def stream(self) -> Stream:
-        return _ByteStream(self, _BYTES)
-
     def _contents(self) -> dict[str, Any]:
         return {}
-
-
-_BYTES = [bytes([value]) for value in range(256)]
 
 
 class CharTokenizer(Tokenizer):
@@ -169,15 +130,13 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.unknown, self.end = len(characters), len(characters) + 1
         self.size = len(characters) + 2
+        self._table = [character.encode() for character in (*characters, _UNKNOWN)]
         self._ids = np.full(_CODE_POINTS, self.unknown, np.int32)
         self._ids[_code_points(characters)] = np.arange(len(characters))
 
     def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for text in texts:
             yield self._ids[_code_points(scalars(text))]
-
-    def stream(self) -> Stream:
-        return _CharStream(self, self.characters)
 
     def _contents(self) -> dict[str, Any]:
         return {"characters": self.characters}
@@ -221,9 +180,6 @@ class BPETokenizer(Tokenizer):
                 if last:
                     yield parts[0] if len(parts) == 1 else np.concatenate(parts)
                     parts = []
-
-    def stream(self) -> Stream:
-        return _ByteStream(self, self._table)
 
     def _contents(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "merges": self.merges}
@@ -275,8 +231,7 @@ def make_tokenizer(kind: str, documents: Sequence[str], size: int | None = None)
         size: ids at most. "char" keeps the most frequent characters (None: all); "bpe" makes as many as there are pairs
             that occur twice (None: 4,096; at least 257); "byte" always has 257.
 
-    Raises:
-        DataError: another kind, no text, or too few ids; a UsageError if the package is missing.
+    Raises DataError: another kind, no text, or too few ids; a UsageError if the package is missing.
     """
     if kind not in KINDS:
         raise DataError(f"tokenizer: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
@@ -304,13 +259,8 @@ def _characters(documents: Sequence[str], size: int | None) -> CharTokenizer:
 def _train(documents: Sequence[str], size: int) -> BPETokenizer:
     package = require("tokenizers", "text")
     encoder = _by_words(package, package.models.BPE())
-    trainer = package.trainers.BpeTrainer(
-        vocab_size=size - 1,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=list(byte_alphabet()),
-    )
+    how = {"min_frequency": 2, "show_progress": False, "special_tokens": []}
+    trainer = package.trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=list(byte_alphabet()), **how)
     pieces = (piece for document in documents for piece, _ in _pieces(scalars(document)))
     encoder.train_from_iterator(pieces, trainer)
     vocabulary = encoder.get_vocab()
@@ -324,9 +274,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     Args:
         path: a tokenizer's JSON file, or a folder with tokenizer.json, or vocab.json and merges.txt.
 
-    Raises:
-        DataError: it is missing or is no tokenizer's file, its parts do not fit together, or it is one of Hugging
-            Face's that gives other ids than GPT-2's way would.
+    Raises DataError: it is missing or is no tokenizer's file, its parts do not fit together, or it is one of Hugging
+        Face's that gives other ids than GPT-2's way would.
     """
     path = Path(path)
     if path.is_dir():
@@ -386,12 +335,8 @@ def _check_bpe(contents: dict[str, Any]) -> str:
     tokens, merges = contents.get("tokens"), contents.get("merges")
     if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
         return "expected tokens as a list of strings, got others"
-    known = set(tokens)
-    if (
-        len(known) < len(tokens)
-        or not known.issuperset(byte_alphabet())
-        or not set("".join(tokens)) <= set(byte_alphabet())
-    ):
+    known, alphabet = set(tokens), set(byte_alphabet())
+    if len(known) < len(tokens) or not alphabet <= known or not set("".join(tokens)) <= alphabet:
         return "expected different tokens of GPT-2's byte alphabet, and each of its 256 characters as one, got others"
     if not isinstance(merges, list) or not all(_is_pair(merge) for merge in merges):
         return "expected merges as a list of pairs of strings, got others"

@@ -1,7 +1,5 @@
 """The convolutional autoencoder: ConvVAE's networks without sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -20,11 +18,8 @@ class Autoencoder(ConvCoder):
     """Images [B, channels, size, size] in [-1, 1] -> a code [B, latent] -> images, by the networks of `ConvVAE`.
 
     Args:
-        size: side of the image: a multiple of 2 ** len(widths).
-        channels: of the image.
         latent: length of the code.
-        widths: channels of the encoder's feature maps; None: (32, 64, 128, 256, 512), for small images the first of
-            these (two of them for 28 pixels, four for 32).
+        size, channels, widths: as of `ConvVAE`.
 
     Raises: ValueError on sizes that do not fit, and on images of another shape.
     Source: Hinton & Salakhutdinov 2006, doi:10.1126/science.1127647.

@@ -1,7 +1,5 @@
 """The convolutional autoencoder of images in [-1, 1]: the loss is summed squared error."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

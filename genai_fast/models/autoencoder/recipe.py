@@ -1,7 +1,5 @@
 """The convolutional autoencoder: settings and recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from genai_fast.config import ImageConfig, setting

@@ -1,7 +1,5 @@
 """What models ask of their arguments; each error names class, argument, expected, got and remedy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

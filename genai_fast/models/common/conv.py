@@ -1,7 +1,5 @@
 """What the convolutional autoencoders share: encoder, decoder, and the shapes of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 

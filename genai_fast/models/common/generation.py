@@ -1,7 +1,7 @@
 """Text, a token at a time: sampling from logits, and decoders that keep what they have seen.
 
-A decoder serves one model and a fixed number of rows: `prefill(ids [B, T]) -> logits [B, V]` begins anew with T tokens
-a row, `step(ids [B]) -> logits [B, V]` goes on with one more. Both give the logits of the token that comes next, what
+A decoder serves one model and a fixed number of rows: `prefill(ids [B, T]) -> logits [B, V]` starts again with T tokens
+per row, `step(ids [B]) -> logits [B, V]` appends one more. Both give the logits of the token that comes next, what
 the model's forward gives at its last position, always in evaluation and in the weights' own dtype.
 """
 
@@ -39,7 +39,7 @@ def generate(
     """The tokens that follow the prompt, each as soon as it is drawn.
 
     A GPT sees `model.block` tokens at most. Of a longer prompt the last `block` count, with a warning. When its cache
-    is full, it begins anew with the last block // 2 tokens (at least one), so that what it sees is between half a
+    is full, it starts again with the last block // 2 tokens (at least one), so that what it sees is between half a
     block and a block.
 
     Args:
@@ -119,7 +119,7 @@ class Sampler:
 
     Args:
         temperature: logits are divided by it; 0 takes the likeliest, always the same.
-        top_k: only so many of the likeliest can come; 0: all.
+        top_k: only the k most likely tokens can be drawn; 0: all.
         top_p: only the likeliest whose probabilities sum to at least this share, in (0, 1]. Of both: what is as
             likely as the last of them can come too, so that no order matters.
         seed: gives the same tokens for the same logits, on every device, as draws are made on the CPU; None draws from

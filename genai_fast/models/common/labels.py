@@ -1,7 +1,5 @@
 """Class labels as a model's input."""
 
-from __future__ import annotations
-
 import torch
 
 

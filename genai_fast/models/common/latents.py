@@ -1,7 +1,5 @@
 """Paths between latents, and the latent of a damaged image."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

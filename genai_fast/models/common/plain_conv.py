@@ -1,7 +1,5 @@
 """The networks of the convolutional autoencoders in plain PyTorch; `common.conv` makes the fused ones of them."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch
@@ -23,14 +21,9 @@ class PlainConvCoder(nn.Module):
     heads: tuple[str, ...] = ("fc_mu", "fc_logvar")
 
     def __init__(
-        self,
-        size: int = 64,
-        channels: int = 3,
-        latent: int = 128,
-        widths: tuple[int, ...] = (32, 64, 128, 256, 512),
-        planes: int = 0,
-        labels: int = 0,
-    ) -> None:
+        self, size: int = 64, channels: int = 3, latent: int = 128,
+        widths: tuple[int, ...] = (32, 64, 128, 256, 512), planes: int = 0, labels: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         side, back = size >> len(widths), (*reversed(widths), widths[0])
         flat = widths[-1] * side * side

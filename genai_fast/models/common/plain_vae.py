@@ -1,7 +1,5 @@
 """What the plain variational autoencoders share: a draw of z, and the KL term."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """What models may offer besides `genai_fast.contract`, by these names: commands and evaluation ask with `offers`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -52,7 +50,7 @@ class Request(NamedTuple):
 class Writes(Protocol):
     """A model of text."""
 
-    continues: bool  # its text goes on from the prompt, rather than answering it
+    continues: bool  # its text continues the prompt rather than answering it
 
     def write_ids(self, request: Request) -> Iterator[int]:
         """Token ids as they are made. Raises UsageError on a prompt that is too long."""
@@ -62,10 +60,10 @@ class Decoder(Protocol):
     """What writes B texts at the same time and keeps what it has seen."""
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Begin anew with ids [B, T] -> logits [B, V] of the next token."""
+        """Start again with ids [B, T] -> logits [B, V] of the next token."""
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with ids [B] -> logits [B, V] of the next token."""
+        """Append ids [B] -> logits [B, V] of the next token."""
 
 
 class WritesOn(Protocol):

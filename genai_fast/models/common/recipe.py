@@ -1,7 +1,5 @@
 """A recipe: all that the rest of the house knows of a model that `genai-fast train NAME` trains."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -128,8 +126,7 @@ class Recipe:
     def make(self, settings: Config, *of_data: Any) -> nn.Module:
         """The model for such data, as `values` takes it.
 
-        Raises:
-            UsageError, ValueError: the settings and the data do not go together.
+        Raises UsageError, ValueError: the settings and the data do not go together.
         """
         values = self.values(settings, *of_data)
         return by_name(self.model, values) if self.build is None else self.build(values)

@@ -1,7 +1,5 @@
 """What models of sequences share: losses, checks, padding, and decoding step by step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """What the variational autoencoders of images share."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -35,9 +33,8 @@ class ImageVAE(nn.Module):
     def training_step(self, x: torch.Tensor, *labels: torch.Tensor) -> ops.VAELoss:
         """The negative ELBO of a batch and its terms: 0-d float32, means over the batch, in nats."""
         recon, mu, logvar = self(x, *labels)
-        return ops.vae_loss(
-            recon.flatten(1), x.flatten(1), mu, logvar, likelihood=self.likelihood, beta=self.beta
-        )  # fmt: skip
+        recon, x = recon.flatten(1), x.flatten(1)
+        return ops.vae_loss(recon, x, mu, logvar, likelihood=self.likelihood, beta=self.beta)
 
     @torch.no_grad()
     def sample(self, count: int, *, seed: int | None = None) -> torch.Tensor:
@@ -67,19 +64,10 @@ class ImageVAE(nn.Module):
 
         Runs in evaluation, and leaves each module's mode, the weights and their gradients as they are.
         """
-
-        given = () if labels is None else (labels,)
-
-        def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.encode(images, *given)
-
-        def decode(z: torch.Tensor) -> torch.Tensor:
-            return self.decode(z, *given)
-
+        given, how = () if labels is None else (labels,), {"likelihood": self.likelihood, "lr": lr, "seed": seed}
+        coders = (lambda images: self.encode(images, *given)), (lambda z: self.decode(z, *given))
         with latents.evaluating(self):
-            return latents.inpaint(
-                encode, decode, x, mask, likelihood=self.likelihood, steps=steps, lr=lr, seed=seed
-            )  # fmt: skip
+            return latents.inpaint(*coders, x, mask, steps=steps, **how)
 
     def _mean(self, recon: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(recon) if self.likelihood == "bernoulli" else recon

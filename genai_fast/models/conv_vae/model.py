@@ -1,7 +1,5 @@
 """Convolutional variational autoencoders, one of them conditional on a class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

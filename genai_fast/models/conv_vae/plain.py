@@ -1,7 +1,5 @@
 """Convolutional variational autoencoders of images in [-1, 1]: the loss is summed squared error plus KL."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,13 +30,9 @@ class PlainConditionalVAE(PlainConvVAE):
     """Labels [B] come with the images: the encoder sees their embedding as one more channel, the decoder one-hot."""
 
     def __init__(
-        self,
-        classes: int = 10,
-        size: int = 64,
-        channels: int = 3,
-        latent: int = 128,
+        self, classes: int = 10, size: int = 64, channels: int = 3, latent: int = 128,
         widths: tuple[int, ...] = (32, 64, 128, 256, 512),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(size, channels, latent, widths, planes=1, labels=classes)
         self.classes = classes
         self.embed = nn.Embedding(classes, size * size)

@@ -1,7 +1,5 @@
 """Convolutional VAEs: settings and recipes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from genai_fast.config import ImageConfig, setting

@@ -1,10 +1,7 @@
 """DCGAN's generator and discriminator, by themselves and conditional on a class. Discriminators end in logits."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from genai_fast.layers import FusedSequential
 from genai_fast.models.common import checks
 from genai_fast.models.common import labels as classes_of
-from genai_fast.models.common.networks import fused
+from genai_fast.models.common.networks import ImageNetwork, fused
 from genai_fast.models.gan.plain import PlainDCGANGenerator
 
 _STARTS = {28: 7, 32: 4, 64: 4, 128: 4}  # side of the image -> side of the first feature map
@@ -87,7 +84,7 @@ def _discriminator(
     return FusedSequential(*layers, wrapped(nn.Conv2d(widths[-1], 1, start, 1, 0, bias=False)))
 
 
-class DCGANGenerator(nn.Module):
+class DCGANGenerator(ImageNetwork):
     """z [B, latent] or [B, latent, 1, 1] -> image [B, channels, size, size] in [-1, 1].
 
     ConvTranspose k4 s1 (k7 for 28 pixels), then ConvTranspose k4 s2 p1 up to `size`, with batch norm and ReLU between.
@@ -102,8 +99,6 @@ class DCGANGenerator(nn.Module):
     Source: Radford, Metz & Chintala 2015, arXiv:1511.06434.
     """
 
-    signed: ClassVar[bool] = True
-
     def __init__(self, size: int = 64, *, latent: int = 100, width: int = 64, channels: int = 3) -> None:
         super().__init__()
         self.main = _generator("DCGANGenerator", size, latent, width, channels)
@@ -113,7 +108,7 @@ class DCGANGenerator(nn.Module):
         return self.main(z.reshape(z.size(0), self.latent, 1, 1))
 
 
-class DCGANDiscriminator(nn.Module):
+class DCGANDiscriminator(ImageNetwork):
     """Image [B, channels, size, size] in [-1, 1] -> logits [B] of being real; also the critic of WGAN-GP.
 
     Conv k4 s2 p1 with batch norm (not the first) and LeakyReLU(0.2) down to 4 (7 for 28) pixels, then Conv to one.
@@ -136,8 +131,6 @@ class DCGANDiscriminator(nn.Module):
         norm: Miyato et al. 2018, arXiv:1802.05957.
     """
 
-    signed: ClassVar[bool] = True
-
     def __init__(
         self, size: int = 64, *, width: int = 64, channels: int = 3, dropout: float = 0.0, norm: str = "batch",
         spectral: bool = False,
@@ -150,25 +143,20 @@ class DCGANDiscriminator(nn.Module):
         return self.main(x).flatten()
 
 
-class ConditionalGenerator(nn.Module):
+class ConditionalGenerator(ImageNetwork):
     """z [B, latent] or [B, latent, 1, 1], labels [B] -> image [B, channels, size, size] in [-1, 1].
 
     The label's embedding is concatenated to z; then all is `DCGANGenerator` (its keys too, beside `embed.weight`).
 
     Args:
         classes: labels are int64 in [0, classes).
-        size: 28, 32, 64 or 128.
-        latent: length of z.
-        width: channels of the last feature map; each one before has twice as many.
-        channels: of the image.
+        size, latent, width, channels: as of `DCGANGenerator`.
         embedding: length of the label's embedding.
 
     Raises: ValueError on sizes below 1 and on labels of another dtype, shape or (on the CPU alone: on CUDA the check
         would wait for the device) range.
     Source: Mirza & Osindero 2014, arXiv:1411.1784; Radford, Metz & Chintala 2015, arXiv:1511.06434.
     """
-
-    signed: ClassVar[bool] = True
 
     def __init__(
         self, classes: int = 10, size: int = 64, *, latent: int = 100, width: int = 64, channels: int = 3,
@@ -187,7 +175,7 @@ class ConditionalGenerator(nn.Module):
         return self.main(torch.cat([z.to(embedded.dtype), embedded], 1)[..., None, None])
 
 
-class ConditionalDiscriminator(nn.Module):
+class ConditionalDiscriminator(ImageNetwork):
     """Image [B, channels, size, size] in [-1, 1], labels [B] -> logits [B] of being real and of that class.
 
     The label's embedding is one more channel of the image; then all is `DCGANDiscriminator` (its keys too, beside
@@ -195,15 +183,12 @@ class ConditionalDiscriminator(nn.Module):
 
     Args:
         classes: labels are int64 in [0, classes).
-        size: 28, 32, 64 or 128.
-        width, channels, dropout, norm, spectral: as of `DCGANDiscriminator`.
+        size, width, channels, dropout, norm, spectral: as of `DCGANDiscriminator`.
 
     Raises: ValueError on sizes below 1, images of another shape, and labels of another dtype, shape or (on the CPU
         alone) range.
     Source: Mirza & Osindero 2014, arXiv:1411.1784; Radford, Metz & Chintala 2015, arXiv:1511.06434.
     """
-
-    signed: ClassVar[bool] = True
 
     def __init__(
         self, classes: int = 10, size: int = 64, *, width: int = 64, channels: int = 3, dropout: float = 0.0,

@@ -1,19 +1,15 @@
 """Networks of dense layers, and of a dense layer before or after convolutions. Discriminators end in logits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-from torch import nn
 
 from genai_fast.models.common import checks
-from genai_fast.models.common.networks import fused
+from genai_fast.models.common.networks import ImageNetwork, fused
 from genai_fast.models.gan import plain
 
 
-class MLPGenerator(nn.Module):
+class MLPGenerator(ImageNetwork):
     """z [B, latent] -> image [B, *shape] in [-1, 1]: Linear and ReLU to each of `widths`, Linear, tanh.
 
     The keys are `main.<n>.*`, n even; initialised as nn.Linear is.
@@ -27,8 +23,6 @@ class MLPGenerator(nn.Module):
     Source: Goodfellow et al. 2014, arXiv:1406.2661.
     """
 
-    signed: ClassVar[bool] = True
-
     def __init__(
         self, shape: Sequence[int] = (1, 28, 28), *, latent: int = 100, widths: Sequence[int] = (256, 512, 1024)
     ) -> None:
@@ -41,7 +35,7 @@ class MLPGenerator(nn.Module):
         return self.main(z.flatten(1))
 
 
-class MLPDiscriminator(nn.Module):
+class MLPDiscriminator(ImageNetwork):
     """Image [B, *shape] (or flat) in [-1, 1] -> logits [B] of being real.
 
     Linear, LeakyReLU(0.2) and dropout to each of `widths`, then Linear to one. The keys are `main.<n>.*`, n even
@@ -56,8 +50,6 @@ class MLPDiscriminator(nn.Module):
     Source: Goodfellow et al. 2014, arXiv:1406.2661.
     """
 
-    signed: ClassVar[bool] = True
-
     def __init__(
         self, shape: Sequence[int] = (1, 28, 28), *, widths: Sequence[int] = (1024, 512, 256), dropout: float = 0.0
     ) -> None:
@@ -70,7 +62,7 @@ class MLPDiscriminator(nn.Module):
         return self.main(checks.pixels("MLPDiscriminator", x, self.shape)).flatten()
 
 
-class DenseGenerator(nn.Module):
+class DenseGenerator(ImageNetwork):
     """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1], by way of a dense layer.
 
     Linear -> [256, side, side], batch norm, LeakyReLU -> ConvTranspose k5 s1 to 128, k5 s2 to 64, each with batch norm
@@ -83,25 +75,18 @@ class DenseGenerator(nn.Module):
         momentum: of the norms, in PyTorch's sense.
     """
 
-    signed: ClassVar[bool] = True
-
     def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7, momentum: float = 0.2) -> None:
         super().__init__()
         checks.positive("DenseGenerator", latent=latent, channels=channels, side=side)
         self.latent = latent
         self.main = fused(plain.PlainDenseGenerator(latent, channels, side, momentum).main)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.main(z)
 
-
-class DenseGeneratorK4(nn.Module):
+class DenseGeneratorK4(ImageNetwork):
     """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1]: no norms.
 
     Linear -> [128, side, side], LeakyReLU -> twice ConvTranspose k4 s2 p1 to 128, LeakyReLU -> Conv k7, tanh.
     """
-
-    signed: ClassVar[bool] = True
 
     def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7) -> None:
         super().__init__()
@@ -109,11 +94,8 @@ class DenseGeneratorK4(nn.Module):
         self.latent = latent
         self.main = fused(plain.PlainDenseGeneratorK4(latent, channels, side).main)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.main(z)
 
-
-class DenseDiscriminator(nn.Module):
+class DenseDiscriminator(ImageNetwork):
     """Image [B, channels, size, size] -> logits [B]: two Conv k5 s2 p2 with LeakyReLU and dropout, then Linear.
 
     Args:
@@ -122,8 +104,6 @@ class DenseDiscriminator(nn.Module):
         widths: channels of the two feature maps.
         dropout: share of activations dropped.
     """
-
-    signed: ClassVar[bool] = True
 
     def __init__(
         self, size: int = 28, *, channels: int = 1, widths: Sequence[int] = (64, 128), dropout: float = 0.3

@@ -1,7 +1,5 @@
 """Generative adversarial networks: two networks in turns, as `genai_fast.training.Step` takes them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Generator, Iterator
@@ -94,9 +92,8 @@ class GAN(nn.Module):
         """Move the average towards G's weights."""
         if self.average is None:
             return
-        torch._foreach_lerp_(
-            list(self.average.parameters()), [p.detach() for p in self.generator.parameters()], 1 - self.decay
-        )
+        weights = [p.detach() for p in self.generator.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - self.decay)
         for mean, buffer in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             mean.copy_(buffer)
 

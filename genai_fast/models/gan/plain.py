@@ -89,14 +89,9 @@ class PlainConditionalGenerator(nn.Module):
     """z [B, latent], labels [B] -> image [B, channels, size, size]: DCGAN's layers on z and the label's embedding."""
 
     def __init__(
-        self,
-        classes: int = 10,
-        size: int = 64,
-        latent: int = 100,
-        width: int = 64,
-        channels: int = 3,
+        self, classes: int = 10, size: int = 64, latent: int = 100, width: int = 64, channels: int = 3,
         embedding: int = 100,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed = nn.Embedding(classes, embedding)
         self.main = PlainDCGANGenerator(size, latent + embedding, width, channels).main

@@ -1,7 +1,5 @@
 """GPT-2 checkpoints of the usual layouts brought into one: our names, matrices [out, in]."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,13 +34,8 @@ def converted(tensors: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
     width, missing = embedding.size(1), set(range(len(layers))) - layers
     if missing:
         raise ValueError(f"load_gpt2: transformer.h.{min(missing)}: expected all layers up to {max(layers)}, got none")
-    sizes = {
-        "vocabulary": len(embedding),
-        "block": len(positions),
-        "layers": max(len(layers), 1),
-        "width": width,
-        "bias": "transformer.ln_f.bias" in state,
-    }
+    sizes = {"vocabulary": len(embedding), "block": len(positions), "layers": max(len(layers), 1), "width": width}
+    sizes["bias"] = "transformer.ln_f.bias" in state
     # c_proj [C, C] does not tell its orientation, so one matrix that does speaks for all.
     name = f"transformer.h.0.{_MATRICES[0]}"
     shape = tuple(_matrix(state, name).shape)

@@ -23,9 +23,7 @@ from genai_fast.models.common.generation import as_it_is, check_rows, unrounded
 from genai_fast.models.gpt.model import _MLP, GPT, Attend, _Attention, _Block
 
 # What `next_logits` reads; a module of another class may compute anything.
-_PARTS = {
-    GPT, _Block, _Attention, _MLP, LayerNorm, nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList
-}  # fmt: skip
+_PARTS = {GPT, _Block, _Attention, _MLP, LayerNorm, nn.Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList}
 
 
 def serves(model: GPT, batch: int) -> bool:
@@ -66,9 +64,8 @@ def cached_decoder(model: GPT, batch: int, weights: str) -> CachedGPT | ops.GPTD
     plain = plain and not any(map(obstacle, model.modules()))  # hooks are called by modules alone
     if plain and choose("gpt_decode", forced_backend(), "cpu")[0] == "cpu":
         return ops.GPTDecoder(model.state_dict(), model.heads, model.block, batch, weights)
-    unrounded(
-        weights, f"a GPT of {parameters[0].dtype} on {parameters[0].device} that modules decode (hooks, no kernel)"
-    )
+    one = parameters[0]
+    unrounded(weights, f"a GPT of {one.dtype} on {one.device} that modules decode (hooks, no kernel)")
     return CachedGPT(model, batch)
 
 
@@ -113,7 +110,7 @@ class CachedGPT:
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with ids [B] -> logits [B, V] of the next token."""
+        """Append ids [B] -> logits [B, V] of the next token."""
         check_rows(ids, self._batch)
         if not 0 < self._held < self._model.block:
             raise ValueError(

@@ -103,14 +103,9 @@ class GPT(WriteOn, nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"GPT: dropout: expected 0 <= dropout < 1, got {dropout}")
         self.vocabulary, self.block, self.heads, self.width, self.dropout = vocabulary, block, heads, width, dropout
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocabulary, width),
-                "wpe": nn.Embedding(block, width),
-                "h": nn.ModuleList(_Block(width, heads, dropout, bias) for _ in range(layers)),
-                "ln_f": LayerNorm(width, bias=bias),
-            }
-        )
+        embeddings = {"wte": nn.Embedding(vocabulary, width), "wpe": nn.Embedding(block, width)}
+        blocks = nn.ModuleList(_Block(width, heads, dropout, bias) for _ in range(layers))
+        self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": LayerNorm(width, bias=bias)})
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self._tie()
         self.register_load_state_dict_pre_hook(_with_head)

@@ -1,7 +1,5 @@
 """GPT-2 with PyTorch's own modules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 
@@ -62,15 +60,10 @@ class PlainGPT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.block = block
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(vocabulary, width),
-                wpe=nn.Embedding(block, width),
-                drop=nn.Dropout(dropout),
-                h=nn.ModuleList([_Block(width, heads, dropout, bias) for _ in range(layers)]),
-                ln_f=nn.LayerNorm(width, bias=bias),
-            )
-        )
+        embeddings = {"wte": nn.Embedding(vocabulary, width), "wpe": nn.Embedding(block, width)}
+        blocks = nn.ModuleList([_Block(width, heads, dropout, bias) for _ in range(layers)])
+        after = {"drop": nn.Dropout(dropout), "h": blocks, "ln_f": nn.LayerNorm(width, bias=bias)}
+        self.transformer = nn.ModuleDict(embeddings | after)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)

@@ -1,7 +1,5 @@
 """An LSTM language model that keeps its state behind all tokens so far."""
 
-from __future__ import annotations
-
 import torch
 
 from genai_fast.models.common.generation import as_it_is, check_rows
@@ -16,12 +14,12 @@ class CarriedLSTM:
         self._state: State | None = None
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Begin anew with ids [B, T] -> logits [B, V] of the next token."""
+        """Start again with ids [B, T] -> logits [B, V] of the next token."""
         self._state = None
         return self._run(ids)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Go on with ids [B] -> logits [B, V] of the next token."""
+        """Append ids [B] -> logits [B, V] of the next token."""
         return self._run(ids[:, None])
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The LSTM language model whose state goes on from one piece of the text to the next."""
+"""The LSTM language model whose state carries over from one piece of the text to the next."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LSTMLosses(NamedTuple):
 class LSTMLanguageModel(WriteOn, nn.Module):
     """Embedding -> LSTM -> linear to the logits of the next token; keys encoder.*, lstm.* (nn.LSTM's) and decoder.*.
 
-    `training_step` goes on from the state that the last one ended in, without its gradient (truncated
+    `training_step` continues from the state that the last one ended in, without its gradient (truncated
     backpropagation through time). That state is no part of the state dict: `carried` gives it for a checkpoint.
     In evaluation the steps have a state of their own, which .eval() and .train() forget, so that validation in between
     leaves training's as it is.
@@ -65,8 +65,8 @@ class LSTMLanguageModel(WriteOn, nn.Module):
         """The cross-entropy of y [B, T] given x [B, T], both int64, and all that came before x.
 
         Args:
-            x, y: row b goes on where row b of the last batch ended; positions where y is -100 do not count.
-            carry: [B], float: what the state is multiplied by first: 1 goes on, 0 begins anew.
+            x, y: row b continues where row b of the last batch ended; positions where y is -100 do not count.
+            carry: [B], float: what the state is multiplied by first: 1 continues, 0 starts again.
         """
         if carry.shape != x.shape[:1]:
             raise ValueError(

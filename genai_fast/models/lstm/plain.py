@@ -1,7 +1,5 @@
 """The LSTM language model with PyTorch's own modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +8,7 @@ from torch import nn
 
 
 class PlainLSTMLanguageModel(nn.Module):
-    """Embedding, LSTM, linear; the hidden state goes on from batch to batch. Arguments as LSTMLanguageModel's."""
+    """Embedding, LSTM, linear; the hidden state carries over from batch to batch. Arguments as LSTMLanguageModel's."""
 
     def __init__(
         self, vocabulary: int, embedding: int = 128, hidden: int = 256, layers: int = 2, dropout: float = 0.0

@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     """Encoded sources, as the decoder reads them."""
 
     states: torch.Tensor  # [B, S, width]
-    lengths: torch.Tensor  # [B], int64: the states behind them are of padding, and nobody reads them
+    lengths: torch.Tensor  # [B], int64: the states after them are padding and are not read
 
 
 class _Dropout(nn.Module):
@@ -276,9 +276,8 @@ class Seq2SeqDecoder:
         places = torch.arange(memory.states.size(1), device=memory.lengths.device)
         self.seen = (places < memory.lengths[:, None])[:, None, None]  # [B, 1, 1, S]
         self.count = 0  # tokens so far, the same for all targets
-        self.cross = [
-            [x.transpose(1, 2).contiguous() for x in block.cross.keys(memory.states)] for block in model.decoder_blocks
-        ]
+        pairs = (block.cross.keys(memory.states) for block in model.decoder_blocks)
+        self.cross = [[x.transpose(1, 2).contiguous() for x in pair] for pair in pairs]
         shape = (len(memory.lengths), model.heads, model.block, self.cross[0][0].size(3))
         self.caches = [[x.new_zeros(shape) for x in pair] for pair in self.cross]
 

@@ -1,12 +1,10 @@
 """The encoder-decoder Transformer with PyTorch's own modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class _Attention(nn.Module):
@@ -21,12 +19,8 @@ class _Attention(nn.Module):
         self.project = nn.Linear(dim, dim)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        memory: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
+        self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         b, t, c = x.shape
         if memory is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -52,12 +46,8 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        memory: torch.Tensor | None = None,
-        memory_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None
+    ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask=mask, is_causal=memory is not None))
         if memory is not None:
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, memory_mask))
@@ -83,7 +73,7 @@ class PlainSeq2Seq(nn.Module):
         self.decoder_blocks = nn.ModuleList([_Layer(width, heads, dropout, cross=True) for _ in range(layers)])
         self.decoder_norm = nn.LayerNorm(width)
 
-    def forward(self, source: torch.Tensor, source_lengths: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, source: Tensor, source_lengths: Tensor, ids: Tensor) -> Tensor:
         places, target_places = (torch.arange(x.size(1), device=x.device) for x in (source, ids))
         mask = (places < source_lengths[:, None])[:, None, None, :]
         memory = self.dropout(self.embed(source) + self.source_positions(places))
@@ -97,7 +87,7 @@ class PlainSeq2Seq(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, ids: list[int], pick: Callable[[torch.Tensor], int], end: int, generator: torch.Generator | None = None
+        self, ids: list[int], pick: Callable[[Tensor], int], end: int, generator: torch.Generator | None = None
     ) -> Iterator[int]:
         """The target's tokens for the source ids, a block at most; pick: logits [V] -> token."""
         if len(ids) >= self.block:
@@ -110,9 +100,7 @@ class PlainSeq2Seq(nn.Module):
             written.append(pick(self(source, lengths, torch.tensor([written]))[0, -1]))
             yield written[-1]
 
-    def loss(
-        self, source: torch.Tensor, source_lengths: torch.Tensor, target: torch.Tensor, target_lengths: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor) -> Tensor:
         start = torch.full((target.size(0), 1), self.end, device=target.device)
         logits = self(source, source_lengths, torch.cat([start, target[:, :-1]], dim=1))
         padding = torch.arange(target.size(1), device=target.device) >= target_lengths[:, None]

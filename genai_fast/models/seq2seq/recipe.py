@@ -1,7 +1,5 @@
 """The encoder-decoder Transformer: settings and recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from genai_fast.config import TextConfig, changed, setting
@@ -26,15 +24,17 @@ class Seq2SeqConfig(TextConfig):
 
 RECIPES = (
     Recipe(
-        "seq2seq", "encoder-decoder Transformer: text in, text out", Seq2SeqConfig, Seq2Seq, PlainSeq2Seq,
+        "seq2seq",
+        "encoder-decoder Transformer: text in, text out",
+        Seq2SeqConfig,
+        Seq2Seq,
+        PlainSeq2Seq,
         feed="pairs",
-        graph=Graph(
-            {"source": "batch source_tokens", "source_lengths": "batch", "ids": "batch tokens"}, ("logits",)
-        ),
+        graph=Graph({"source": "batch source_tokens", "source_lengths": "batch", "ids": "batch tokens"}, ("logits",)),
         benches=(Bench("seq2seq", 32, (64,), {"dropout": 0.0, "block": 64}, vocabulary=4096),),
         examples=(
             "genai-fast train seq2seq --data CATALOGUES --tokenizer bpe --vocabulary 4096",
             "genai-fast train seq2seq --data PAIRS.tsv --init seq2seq-TEXT",
         ),
     ),
-)  # fmt: skip
+)

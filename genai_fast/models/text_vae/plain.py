@@ -1,7 +1,5 @@
 """The sentence VAE with PyTorch's own modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """The variational autoencoder of one hidden layer."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

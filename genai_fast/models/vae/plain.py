@@ -1,7 +1,5 @@
 """The VAE of PyTorch's own examples."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """The VAE of one hidden layer: settings and recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from genai_fast.config import ImageConfig, changed, setting

@@ -124,13 +124,8 @@ class VRNN(nn.Module):
         checks.positive("VRNN", vocabulary=vocabulary, embedding=embedding, hidden=hidden, latent=latent)
         if not beta >= 0:
             raise ValueError(f"VRNN: beta: expected at least 0, got {beta}")
-        self.vocabulary, self.embedding, self.hidden, self.latent, self.beta = (
-            vocabulary,
-            embedding,
-            hidden,
-            latent,
-            beta,
-        )
+        self.vocabulary, self.embedding, self.hidden = vocabulary, embedding, hidden
+        self.latent, self.beta = latent, beta
         self.embed = nn.Embedding(vocabulary, embedding)
         self.prior = _network(hidden, hidden, 2 * latent)
         self.encoder = _network(embedding + hidden, hidden, 2 * latent)
@@ -185,7 +180,7 @@ class VRNN(nn.Module):
         """The token ids of one sequence, one at a time as they are made.
 
         Args:
-            prompt: token ids [T] that it goes on from, or None; each of their z is q's mean.
+            prompt: token ids [T] to continue, or None; each of their z is q's mean.
             choose: logits [B, V] -> tokens [B], such as a `Sampler`; None: draws from p(x_t | z_t, h_{t-1}) as it is.
             longest: most tokens, without the prompt's.
             end: an id to stop at, which is left out; None: none.
@@ -253,7 +248,7 @@ class VRNNDecoder:
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> None:
-        """Go on by given tokens [B], their z being the mean of q."""
+        """Append given tokens [B], their z being the mean of q."""
         x = self.model.embed(ids)
         self.phi = self.model.phi_z(self.model.encoder(torch.cat([x, self.h], 1)).chunk(2, 1)[0])
         self._advance(ids)

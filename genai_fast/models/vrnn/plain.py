@@ -1,7 +1,5 @@
 """The variational recurrent network with PyTorch's own modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,12 +18,11 @@ class PlainVRNN(PlainVAE, nn.Module):
         super().__init__()
         self.hidden, self.beta = hidden, beta
         self.embed = nn.Embedding(vocabulary, embedding)
+        both = embedding + hidden
         self.prior = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
-        self.encoder = nn.Sequential(nn.Linear(embedding + hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
+        self.encoder = nn.Sequential(nn.Linear(both, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
         self.phi_z = nn.Sequential(nn.Linear(latent, embedding), nn.ReLU())
-        self.decoder_net = nn.Sequential(
-            nn.Linear(embedding + hidden, hidden), nn.ReLU(), nn.Linear(hidden, vocabulary)
-        )
+        self.decoder_net = nn.Sequential(nn.Linear(both, hidden), nn.ReLU(), nn.Linear(hidden, vocabulary))
         self.cell = nn.GRUCell(2 * embedding, hidden)
 
     def step(

@@ -1,7 +1,5 @@
 """The variational recurrent network: settings and recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from genai_fast.config import TextConfig, changed, setting
