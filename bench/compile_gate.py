@@ -36,6 +36,8 @@ from genai_fast.kernels.common.spec import PRECISIONS, Case, Expected, OpSpec
 
 ARCHITECTURES = (80, 90, 100, 120)
 LIMITED = 90  # the architecture of Expected.most
+CHOSEN_SPILL = 16  # bytes a thread that ptxas may spill with registers to spare: fewer of them, for more warps
+MOST_REGISTERS = 255
 INSTRUCTION_SLACK = 0.03  # relative: compilers reorder, so a handful more is no regression
 TABLES = Path(__file__).parent / "gate"
 REMEDY = "if this is intended: python -m bench.compile_gate --update"
@@ -244,7 +246,8 @@ def violations(
 def _absolute(job: Job, row: Row) -> Iterator[str]:
     expected, constants = job.expected, job.launch.named_constants()
     may_spill = expected.may_spill is not None and expected.may_spill(constants)
-    if (row["spill_bytes"] or row["local_accesses"]) and not may_spill:
+    chosen = 0 < row["spill_bytes"] <= CHOSEN_SPILL and row["registers"] < MOST_REGISTERS
+    if (row["spill_bytes"] or row["local_accesses"]) and not (may_spill or chosen):
         yield (
             f"spills: expected 0 bytes, got {row['spill_bytes']} bytes a thread and {row['local_accesses']}"
             f" accesses to local memory; use a smaller block or more warps"

@@ -26,7 +26,9 @@ def forward_tile(size: int, channels: int, queries: int, extra: int, capability:
     rows = 128 if queries > 64 else 64
     columns = 32 if extra else 64
     warps = 8 if 100 <= capability < 120 else rows // 16
-    return _tile(rows, columns, warps, 3 if width <= 64 else 1 if extra and capability < 90 else 2)
+    if width > 64 and capability < 90:
+        return _tile(rows, columns, warps, 1 if extra else 3)
+    return _tile(rows, columns, warps, 3 if width <= 64 else 2)
 
 
 def queries_tile(size: int, channels: int, extra: int, capability: int) -> dict[str, int]:
@@ -52,7 +54,7 @@ def keys_tile(size: int, channels: int, extra: int, capability: int) -> dict[str
         return _tile(32, 32, 8, 2)
     if extra:
         alone = extra > 1 and not 100 <= capability < 120
-        return _tile(32, 64, 8, 1 if alone or width > 64 or capability >= 120 else 2)
+        return _tile(32, 64, 8, 1 if alone or capability >= (100 if width > 64 else 120) else 2)
     if width > 64 or channels % 8:
         return _tile(32, 64, 8, 3)
     return _tile(32, 128, 8, 1 if capability < 90 else 2 if 100 <= capability < 120 else 3)

@@ -271,6 +271,14 @@ def test_spill_fails(table, wrong):
     assert message.startswith("toy/spill/sm_90: spills: expected 0 bytes")
 
 
+@pytest.mark.parametrize(
+    "registers, spilled, local, fine", [(80, 8, 2, True), (255, 8, 2, False), (80, 24, 6, False), (80, 0, 2, False)]
+)
+def test_a_few_bytes_may_be_spilled_with_registers_to_spare(table, wrong, registers, spilled, local, fine):
+    table[name("matmul")] |= dict(registers=registers, spill_bytes=spilled, local_accesses=local)
+    assert (wrong(table, "matmul") == []) == fine
+
+
 def test_matrix_instructions_that_are_not_there_fail(table, wrong):
     assert set(table[name("matmul")]["tensor_cores"]) == {"HGMMA"}
     assert wrong(table, "matmul") == []
