@@ -7,6 +7,7 @@ Triton specialises, binds arguments and compiles as it does for a real one. Its 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ class EmulatedGPU:
 
     Attributes:
         records: a Record of each launch.
-        substitutes: PTX that runs in place of a kernel's own, by that, for tests that change a kernel.
+        change: applied to the PTX of each kernel before it runs, for tests that break one.
     """
 
     def __init__(self, arch: int, strict: bool, keep: bool, options: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ class EmulatedGPU:
         Options(**options)  # an unknown one is refused here
         self.records: list[Record] = []
         self.warnings: list[Finding] = []
-        self.substitutes: dict[str, str] = {}
+        self.change: Callable[[str], str] = str
         self.launches = self.warp_instructions = 0
         self._kernels: dict[str, Kernel] = {}
         self._before: tuple[Any, ...] = ()
@@ -81,7 +82,7 @@ class EmulatedGPU:
 
     def kernel(self, ptx: str) -> Kernel:
         """Decoded, once."""
-        ptx = self.substitutes.get(ptx, ptx)
+        ptx = self.change(ptx)
         if ptx not in self._kernels:
             self._kernels[ptx] = Kernel(ptx)
         return self._kernels[ptx]
