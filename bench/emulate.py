@@ -3,6 +3,7 @@
     python -m bench.emulate [OP ...] [--arch 80 90]   these ops (or folders of kernels/), or all
     python -m bench.emulate --every 8                 each eighth run
     python -m bench.emulate --sample                  the fewest runs that launch every kernel: for tests
+    python -m bench.emulate --mutate 4                whether faults are noticed: 4 places of each kind in some kernels
 
 A run is right if its numbers are (genai_fast.testing) and no kernel leaves its tensors, races, or uses what it has not
 waited for (genai_fast.emulator). Warnings are told, and fail nothing.
@@ -22,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from bench import mutations
 from bench.launches import call
 from genai_fast import registry, use_backend
 from genai_fast.emulator.devices import DEVICES
@@ -113,11 +115,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th run")
     parser.add_argument("--sample", action="store_true", help="the fewest runs that launch every kernel")
     parser.add_argument("--seed", type=int, default=1, help="of the order of programs and warps; 0: one after another")
+    parser.add_argument("--mutate", type=int, metavar="N", help="change N instructions of each kind in some kernels")
     options = parser.parse_args(arguments)
     if interpreting():
         print("emulate: TRITON_INTERPRET is set, and an interpreting process cannot compile; unset it")
         return 2
     os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # no measured choices
+    if options.mutate:
+        for arch in options.arch:
+            with emulated_gpu(arch, seed=options.seed, budget=mutations.BUDGET) as gpu:
+                chosen = [r for r in triton_runs(options.ops) if f"{r.op}-{r.case}" in mutations.RUNS]
+                narrow = [r for r in chosen if r.dtype is not torch.float32]
+                print(f"sm_{arch}, {len(narrow)} runs:\n{mutations.mutate(narrow, gpu, options.mutate)}", flush=True)
+        return 0
     runs = wrong = 0
     for arch in options.arch:
         with emulated_gpu(arch, keep=False, seed=options.seed) as gpu:

@@ -22,6 +22,7 @@ class Kind(IntEnum):
     GLOBAL_WRITE_AFTER_WRITE = 8
     SHARED_UNWRITTEN = 9
     OUTSIDE_VIEW = 10
+    UNFENCED_COPY = 11
 
 
 _RACE = "race in {} memory between two {}: {}"
@@ -39,9 +40,11 @@ _TEXTS = {
     Kind.GLOBAL_WRITE_AFTER_WRITE: _RACE.format("global", "{}", f"two writes {_ORDER}"),
     Kind.SHARED_UNWRITTEN: "shared memory is read before it is written",
     Kind.OUTSIDE_VIEW: "outside the tensor's view, but inside its storage",
+    Kind.UNFENCED_COPY: "missing fence.proxy.async: a wgmma reads shared memory that a cp.async wrote",
 }
-# One value of several that are equal up to rounding, or a neighbour in the same storage: perhaps intended.
-WARNINGS = {Kind.SHARED_LANES, Kind.GLOBAL_LANES, Kind.OUTSIDE_VIEW}
+# One value of several that are equal up to rounding, or a neighbour in the same storage: perhaps intended. And Triton
+# before 3.7.1 leaves out the fence between cp.async and wgmma: see triton-lang/triton, pull request 10537.
+WARNINGS = {Kind.SHARED_LANES, Kind.GLOBAL_LANES, Kind.OUTSIDE_VIEW, Kind.UNFENCED_COPY}
 
 
 class KernelFault(RuntimeError):

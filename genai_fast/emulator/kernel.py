@@ -107,7 +107,7 @@ class Kernel:
         findings = [finding(self.name, self.statements, row, memory.named(row["address"])) for row in rows]
         steps, block_sectors, _ = notes[0].tolist()
         return Record(
-            self.name, self.statements, (grid[0], grid[1], grid[2]), threads, shared_bytes, counts,
+            self.name, self.ptx, self.statements, (grid[0], grid[1], grid[2]), threads, shared_bytes, counts,
             memory.footprint(), findings, steps, block_sectors,
         )  # fmt: skip
 

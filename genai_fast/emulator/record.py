@@ -51,6 +51,7 @@ class Record:
     """One launch."""
 
     kernel: str
+    ptx: str
     statements: list[Statement]
     grid: tuple[int, int, int]
     threads: int

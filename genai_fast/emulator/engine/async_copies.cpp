@@ -7,6 +7,7 @@ void land(Warp& w, const Warp::Copy& c) {
     if (c.given) memcpy(value, global_bytes(w, c.from, c.given, c.lane, false), c.given);
     for (u32 k = 0; k < c.bytes; k++) w.block->state[c.to + k] = WRITTEN;
     memcpy(shared_bytes(w, c.to, c.bytes, c.lane, true), value, c.bytes);
+    w.block->copied[c.to / 16] = 1;
 }
 
 // o: [0] to, [1] from, [2] bytes given (the rest is filled with zeros); imm: bytes; mod[0], mod[1]: offsets

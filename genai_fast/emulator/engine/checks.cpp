@@ -111,6 +111,7 @@ u8* shared_bytes(Warp& w, u32 address, u32 bytes, int lane, bool writes, const u
         if (b.async_readers[address / 16]) fault(lane, "shared write at %u of what a wgmma in flight reads", address);
         b.written_at[address / 16] = b.tick++;
         b.written_by[address / 16] = u8(w.id);
+        b.copied[address / 16] = 0;
     }
     if (w.launch().options.check) observe_shared(w, address, bytes, writes, value, strong);
     return &b.shared[address];

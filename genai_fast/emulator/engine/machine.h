@@ -28,7 +28,8 @@ struct Fault { std::string what; int lane, pc = -1; };
 struct Counts { u64 warps, lanes, requests, sectors, bytes, wavefronts, ideal; };  // of one instruction
 enum class Kind {
     SHARED_READ_AFTER_WRITE, SHARED_WRITE_AFTER_READ, SHARED_WRITE_AFTER_WRITE, UNFENCED, SHARED_LANES, GLOBAL_LANES,
-    GLOBAL_READ_AFTER_WRITE, GLOBAL_WRITE_AFTER_READ, GLOBAL_WRITE_AFTER_WRITE, SHARED_UNWRITTEN, OUTSIDE_VIEW
+    GLOBAL_READ_AFTER_WRITE, GLOBAL_WRITE_AFTER_READ, GLOBAL_WRITE_AFTER_WRITE, SHARED_UNWRITTEN, OUTSIDE_VIEW,
+    UNFENCED_COPY
 };
 struct Finding {  // of two accesses: the earlier one is `a`; a race is one finding however often it happens
     int kind, pc_a, pc_b, block_a, block_b, warp_a, warp_b, count;
@@ -94,7 +95,8 @@ struct Block {
     u32 epoch = 1, tick = 1;         // barriers so far; writes to shared memory and proxy fences so far
     std::vector<u16> async_readers;  // of 16-byte chunks: how many wgmma in flight read it,
     std::vector<u32> written_at;     // the tick of its last write,
-    std::vector<u8> written_by;      // and that one's warp
+    std::vector<u8> written_by;      // that one's warp,
+    std::vector<u8> copied;          // and whether it was a cp.async
     bool done = false;
     u32 number = 0;  // 1, 2, ...
 };

@@ -173,6 +173,7 @@ void start_block(Block& b, Launch& k, const int* grid, int at, int threads, int 
     b.async_readers.assign(chunks, 0);
     b.written_at.assign(chunks, 0);
     b.written_by.assign(chunks, 0);
+    b.copied.assign(chunks, 0);
     b.shared.assign(shared_bytes, 0xff);
     b.state.assign(shared_bytes + 4, NEVER);
     if (k.options.check) b.words.assign(shared_bytes / 4 + 1, SharedWord{});

@@ -50,7 +50,7 @@ template <class T> struct Reader {
         shared_bytes(w, at, 16, -1, false);
         u32 writer = b.written_by[at / 16];
         if (std::max(w.fenced_at, b.warps[writer].fenced_at) <= b.written_at[at / 16])
-            report(w, Kind::UNFENCED, w.pc, int(b.number), int(writer), at);
+            report(w, b.copied[at / 16] ? Kind::UNFENCED_COPY : Kind::UNFENCED, w.pc, int(b.number), int(writer), at);
         chunks.push_back(at);
         b.async_readers[at / 16]++;
     }
