@@ -3,6 +3,7 @@
     python -m bench.emulate [OP ...] [--arch 80 90]   these ops (or folders of kernels/), or all
     python -m bench.emulate --every 8                 each eighth run
     python -m bench.emulate --sample                  the fewest runs that launch every kernel: for tests
+    python -m bench.emulate --roofs                   predicted times of the bench cases, a page
     python -m bench.emulate --mutate 4                whether faults are noticed: 4 places of each kind in some kernels
 
 A run is right if its numbers are (genai_fast.testing) and no kernel leaves its tensors, races, or uses what it has not
@@ -18,19 +19,23 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from bench import mutations
+from bench import mutations, predict
 from bench.launches import call
+from bench.report.files import write_all
 from genai_fast import registry, use_backend
 from genai_fast.emulator.devices import DEVICES
 from genai_fast.emulator.driver_triton import EmulatedGPU
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.spec import Tensors
 from genai_fast.testing import Run, assert_matches_reference, emulated_gpu, every_run
+
+PREDICTED = Path(__file__).parent / "results" / "predicted.md"
 
 
 @dataclass
@@ -107,6 +112,21 @@ def emulate(runs: list[Run], gpu: EmulatedGPU, verbose: bool = True) -> Result:
     return result
 
 
+def _write_roofs(names: Collection[str]) -> int:
+    """The page of all ops; of some it is only printed."""
+    rows = []
+    with emulated_gpu(predict.ARCH, check=False, budget=predict.BUDGET) as gpu:
+        for op in registry.OPS.values():
+            if "triton" in op.backends and (not names or {op.name, op.folder} & {*names}):
+                for case in op.bench_cases:
+                    rows.append(predict.row(op, case, gpu))
+                    print("  ".join(rows[-1]), flush=True)
+    if not names:
+        write_all({PREDICTED: predict.page(rows).encode()})
+        print(f"written: {PREDICTED}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.splitlines()[0])
     names = sorted({name for op in registry.OPS.values() for name in (op.name, op.folder)})
@@ -115,12 +135,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th run")
     parser.add_argument("--sample", action="store_true", help="the fewest runs that launch every kernel")
     parser.add_argument("--seed", type=int, default=1, help="of the order of programs and warps; 0: one after another")
+    parser.add_argument("--roofs", action="store_true", help="predict the bench cases' times")
     parser.add_argument("--mutate", type=int, metavar="N", help="change N instructions of each kind in some kernels")
     options = parser.parse_args(arguments)
     if interpreting():
         print("emulate: TRITON_INTERPRET is set, and an interpreting process cannot compile; unset it")
         return 2
     os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # no measured choices
+    if options.roofs:
+        return _write_roofs(options.ops)
     if options.mutate:
         for arch in options.arch:
             with emulated_gpu(arch, seed=options.seed, budget=mutations.BUDGET) as gpu:

@@ -1,6 +1,6 @@
 """Whether faults are noticed: compiled kernels on the emulated GPU with one executed instruction changed.
 
-Called by `python -m bench.emulate --mutate`. A change is noticed by a fault, by a warning, or by numbers that are wrong.
+Called by `python -m bench.emulate --mutate`. A change is noticed by a fault, by a warning, or by wrong numbers.
 Changes that change nothing are left out where they can be recognised: a guard that was true in every lane, a barrier
 after which no memory is accessed.
 """
