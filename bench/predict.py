@@ -100,15 +100,8 @@ def row(op: OpSpec, case: Case, gpu: EmulatedGPU) -> list[str]:
         roof = max(cost.bytes / machine.dram, cost.flops / machine.flops)
         cells += [f"{1e6 * total:.1f}", f"{roof / total:.0%}"]
         longest = max(found, key=lambda p: p.total)
-    busy = 1e6 * (longest.total - LAUNCH)
-    return [
-        op.name,
-        case.name,
-        f"{len(gpu.records)}",
-        *cells,
-        f"{longest.kernel.lstrip('_')}, {busy:.1f}",
-        longest.limiter,
-    ]
+    name = f"{longest.kernel.lstrip('_')}, {1e6 * (longest.total - LAUNCH):.1f}"
+    return [op.name, case.name, f"{len(gpu.records)}", *cells, name, longest.limiter]
 
 
 def page(rows: Iterable[list[str]]) -> str:
@@ -120,11 +113,11 @@ def page(rows: Iterable[list[str]]) -> str:
     lines = [
         "# Predicted, not measured",
         "",
-        "Forward and backward of each op's bench cases in bfloat16, from the counters of compiled kernels that ran on an",
-        f"emulated sm_{ARCH}: `python -m bench.emulate --roofs`. A kernel takes what the busiest resource takes at its peak,",
-        f"and {1e6 * LAUNCH:g} us for its launch. The roof is the time that the op's least bytes or operations take at the",
-        "data sheet's peak. Nothing here was compared with a GPU: latency, occupancy, the tail of a grid, what the L2 holds",
-        "and what ptxas makes of the PTX are not in it.",
+        "Forward and backward of each op's bench cases in bfloat16, from the counters of compiled kernels that ran on",
+        f"an emulated sm_{ARCH}: `python -m bench.emulate --roofs`. A kernel takes what the busiest resource takes at",
+        f"its peak, and {1e6 * LAUNCH:g} us for its launch. The roof is the time that the op's least bytes or operations",
+        "take at the data sheet's peak. Nothing here was compared with a GPU: latency, occupancy, the tail of a grid,",
+        "what the L2 holds and what ptxas makes of the PTX are not in it.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",

@@ -117,6 +117,20 @@ def test_what_is_certainly_wrong_raises_or_is_reported():
     assert "FAULT: _total: race in global memory between two programs" in gpu.report()
 
 
+def test_the_example_of_the_page_runs(tmp_path):
+    page = (ROOT / "genai_fast" / "emulator" / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    example = tmp_path / "example.py"  # Triton reads a kernel's source from its file
+    example.write_text(block)
+    spec = importlib.util.spec_from_file_location("example", example)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    example.write_text(block.replace(", mask=offs < n), mask", "), mask"))
+    with pytest.raises(KernelFault) as error:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    shown = " ".join(page.partition("KernelFault: ")[2].split("; in")[0].split())
+    assert str(error.value).startswith(shown)
+
+
 # Five kernels, each broken in one place.
 
 
