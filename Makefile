@@ -16,7 +16,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make asan    the C++ kernels under AddressSanitizer and UBSan, on all cases and on odd calls"
 	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
-	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120, under both supported Tritons; no GPU needed"
+	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120 and run all on emulated GPUs; no GPU needed"
 	@echo "make lint    ruff, and mypy on the public API"
 	@echo "make clean   remove what the above made, but not runs/"
 
@@ -67,6 +67,8 @@ bench: $(READY)
 gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.compile_gate --check
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.compile_gate --check
+	$(BIN)/python -m bench.emulate
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.emulate
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q tests/ops/test_ops.py tests/kernels/test_random.py -k "reference or random"
 
 $(OLD_TRITON):

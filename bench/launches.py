@@ -144,11 +144,12 @@ def launches(op: OpSpec, case: Case, precision: str, arch: int) -> list[Launch]:
         float32_products(products, products), use_backend("triton"), recording(arch) as found, FakeTensorMode(),
         _Launching(),
     ):  # fmt: skip
-        _call(op, case.inputs(Tensors(dtype)))
+        call(op, case.inputs(Tensors(dtype)))
     return found
 
 
-def _call(op: OpSpec, inputs: dict[str, Any]) -> None:
+def call(op: OpSpec, inputs: dict[str, Any]) -> None:
+    """The op and its backward."""
     outputs = getattr(ops, op.name)(**inputs)
     outputs = [y for y in ([outputs] if isinstance(outputs, torch.Tensor) else outputs) if y.requires_grad]
     targets = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from genai_fast.kernels.common import launch
 from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
 from genai_fast.registry import FOLDERS, LIBRARIES
 from genai_fast.scoped import Scoped
 
 __all__ = [
-    "BACKENDS", "FallbackWarning", "choose", "cpu_kernels", "extension", "forced_backend", "implementation",
-    "interpreting", "is_plain", "mapped_openmp", "select", "survey", "unavailable", "use_backend",
+    "BACKENDS", "FallbackWarning", "choose", "choose_anew", "cpu_kernels", "extension", "forced_backend",
+    "implementation", "interpreting", "is_plain", "mapped_openmp", "select", "survey", "unavailable", "use_backend",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -68,7 +69,12 @@ def unavailable(backend: str, device: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; remedy: pip install triton (Linux only)"
     if device == "cpu":
-        return "" if interpreting() else "Triton needs a CUDA device; set TRITON_INTERPRET=1 to interpret it on the CPU"
+        if interpreting() or launch.emulated is not None:
+            return ""
+        return (
+            "Triton needs a CUDA device; set TRITON_INTERPRET=1 to interpret it on the CPU, or run it compiled inside"
+            " genai_fast.testing.emulated_gpu()"
+        )
     if device != "cuda":
         return f"the Triton kernels serve CUDA tensors, not {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
@@ -202,6 +208,12 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
         return (implementation(name, "reference") if refusal else function)(*arguments)
 
     return within_limits
+
+
+def choose_anew() -> None:
+    """Forget which backends serve what: an emulated GPU has come or gone."""
+    for function in (unavailable, choose, select):
+        function.cache_clear()
 
 
 def mapped_openmp() -> list[str]:

@@ -13,15 +13,19 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from genai_fast import ops
-from genai_fast.backends import unavailable, use_backend
+from genai_fast.backends import interpreting, unavailable, use_backend
+from genai_fast.errors import UsageError
 from genai_fast.kernels.common.spec import GRADIENT_FACTOR, OUTPUT_FACTOR, TOLERANCE_FLOOR, Case, OpSpec, Tensors
 from genai_fast.precision import float32_products
 from genai_fast.registry import OPS
+
+if TYPE_CHECKING:
+    from genai_fast.emulator.driver_triton import EmulatedGPU
 
 # Cases that are small enough for derivatives of derivatives.
 SECOND_ORDER = (
@@ -60,7 +64,9 @@ class Run:
 
 
 def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
-    """Every run that this machine can do: CPU, and CUDA where there is one; Triton on CPU tensors if interpreted."""
+    """Every run that this machine can do: CPU, and CUDA where there is one; Triton on CPU tensors if it is interpreted,
+    or inside `emulated_gpu`.
+    """
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op in OPS.values():
@@ -71,13 +77,13 @@ def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
                 for k, case in enumerate(op.cases):
                     for dtype in _dtypes(op, k, backend, device):
                         yield Run(op, case, dtype, backend, device)
-                if (op.folder, backend, device) == (CONVOLUTIONS, "triton", "cuda"):
+                if (op.folder, backend) == (CONVOLUTIONS, "triton") and not interpreting():
                     yield Run(op, op.cases[0], torch.float32, backend, device, tf32=True)
 
 
 def _dtypes(op: OpSpec, case: int, backend: str, device: str) -> tuple[torch.dtype, ...]:
-    """Those that the case of that number runs in. Interpreted Triton takes seconds a run: every case in float32 there,
-    every fourth one in one of the narrow types, too. A GPU runs all.
+    """Those that the case of that number runs in. Interpreted and emulated Triton takes seconds a run: every case in
+    float32 there, every fourth one in one of the narrow types, too. A GPU runs all.
     """
     if backend == "reference":
         return *op.dtypes, torch.float64
@@ -121,6 +127,39 @@ def _evaluate(op, function, inputs, upstream=None):
     return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 
 
+def emulated_gpu(arch: int = 90, *, strict: bool = True, keep: bool = True, **options: Any) -> EmulatedGPU:
+    """A GPU that needs none: inside, Triton kernels launched on CPU tensors run compiled, checked and counted.
+
+    Each kernel is compiled as for that GPU, up to PTX, and the PTX is executed. Every access is checked to lie inside
+    the tensors that the launch was given, and to be aligned; shared and global memory are checked for races, and what
+    is asynchronous to have been waited for. Inside, `use_backend("triton")` serves CPU tensors, too. Not checked is
+    what ptxas and the hardware do with the PTX; nothing tells how long a kernel takes.
+
+        with emulated_gpu(arch=90) as gpu:
+            kernel[grid](x, y, n, BLOCK=1024)
+        print(gpu.report())
+
+    Args:
+        arch: 80 (A100) or 90 (H100).
+        strict: raise at a race and at whatever else is certainly wrong; else it is only reported.
+        keep: keep a record of each launch for the report; without it memory stays small in long runs.
+        options: `seed` of the order of programs and warps (0: one after another), `check=False` to leave out what is
+            slow (races), `max_resident` programs at a time, `budget` of warp instructions a launch.
+
+    Raises:
+        UsageError: Triton or a C++ compiler is missing, or Triton interprets in this process (TRITON_INTERPRET).
+        KernelFault: from a launch: what the kernel did, with instruction, source line and tensor.
+        Unsupported: from a launch: an instruction that is not implemented.
+    """
+    try:
+        from genai_fast.emulator.driver_triton import EmulatedGPU
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UsageError("emulated_gpu: triton is not installed; remedy: pip install triton (Linux only)") from error
+    return EmulatedGPU(arch, strict, keep, options)
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory reads as NaN, so that an element which a kernel forgot to write is seen."""
@@ -160,7 +199,7 @@ def _compare(run, name, got, eager, truth, order, factor) -> str:
     more, _ = run.op.extra_tolerance.get(name, (0.0, ""))
     if truth.numel() < FEW:
         more += TOLERANCE_FLOOR[run.dtype]
-    if run.backend == "triton" and run.device == "cpu" and run.dtype is torch.bfloat16:
+    if run.backend == "triton" and run.device == "cpu" and run.dtype is torch.bfloat16 and interpreting():
         more += 2.0**-8  # Triton's interpreter truncates where the device rounds
     if run.tf32:
         more += TF32_ROUNDING

@@ -7,7 +7,7 @@ import torch
 from alike import norm_calls
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure():

@@ -21,7 +21,7 @@ LAYERS = [
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
     ("genai_fast.backends", "genai_fast.autotune", "genai_fast.capture", "genai_fast.precision"),
-    ("genai_fast.config", "genai_fast.contract"),
+    ("genai_fast.config", "genai_fast.contract", "genai_fast.emulator"),
     ("genai_fast.ops",),
     ("genai_fast.fusion", "genai_fast.optim", "genai_fast.testing", "genai_fast.table", "genai_fast.sdpa"),
     ("genai_fast.layers", "genai_fast.cpu"),

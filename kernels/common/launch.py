@@ -20,10 +20,20 @@ def row_tile(columns: int, elements: int, least: int = 4) -> tuple[int, int, int
     return elements // block, block, max(ceil_div(columns, block), 1)
 
 
-@functools.cache
+emulated: Any = None  # the properties of the GPU on which CPU tensors' kernels run meanwhile (genai_fast.emulator)
+
+
 def properties(device: torch.device) -> Any:
-    """What CUDA says of a device; None for any other device, on which kernels are interpreted."""
-    return torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    """What CUDA says of a device, or the emulated GPU of itself; None where kernels are interpreted."""
+    return _cuda_properties(device) if device.type == "cuda" else emulated
+
+
+_cuda_properties = functools.cache(torch.cuda.get_device_properties)
+
+
+def compiled(x: torch.Tensor) -> bool:
+    """Whether kernels on such tensors are compiled, for a GPU or an emulated one, and not interpreted."""
+    return x.is_cuda or emulated is not None
 
 
 def capability(device: torch.device) -> int:

@@ -66,11 +66,13 @@ def _decode_linear(
 def _tile(weight):
     """BLOCK_N, BLOCK_K and warps of a weight; x's rows have no say in it, since it makes the order of sums."""
     outputs, columns = weight.shape
-    block_k = next_power_of_2(columns)
     block_n = next_power_of_2(outputs // PROGRAMS + 1) // 2  # a power of two that leaves so many programs
     chosen = launch(
         "decode_linear/forward", weight, (outputs, columns), BLOCK_N=min(max(block_n, 2), 16), num_warps=NUM_WARPS
     )
+    # Two products a thread at least. The compiler fuses a lone one into the sum over the warp, whose lanes then differ
+    # in the last bit.
+    block_k = max(next_power_of_2(columns), 64 * chosen["num_warps"])
     warps = max(chosen["num_warps"], block_k // (32 * HELD_OF_X))
     most = 32 * warps * HELD // (block_k * weight.element_size())
     return dict(BLOCK_N=min(chosen["BLOCK_N"], most), BLOCK_K=block_k, num_warps=warps)

@@ -210,8 +210,8 @@ def _room(device):
 
 def planned(like, batch, hidden, backward):
     """Grid and constants of one launch for the whole sequence of tensors `like` this, or None."""
-    tf32 = like.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    exact = like.is_cuda and like.dtype is torch.float32 and not tf32
+    tf32 = launch.compiled(like) and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    exact = launch.compiled(like) and like.dtype is torch.float32 and not tf32
     found = tiles.plan(batch, hidden, like.element_size(), backward, exact, *_room(like.device))
     if found is None:
         return None
