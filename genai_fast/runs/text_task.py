@@ -58,6 +58,8 @@ class TextTask:
         for folder in folders:
             if (folder / TOKENIZER).exists():
                 return text.read_tokenizer(folder / TOKENIZER)
+            if (pretrained := RECIPES[self.name].pretrained) and pretrained.found(folder):
+                return text.read_tokenizer(folder)
         size = settings.vocabulary if settings.tokenizer == "bpe" else None
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
 
