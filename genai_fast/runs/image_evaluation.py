@@ -67,9 +67,19 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
-        with torch.no_grad():
-            mu = model.encode(*batch_for(model, train, slice(None)))[0]
-        pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
+        title = "Mean of q(z | x)" if offers(model, Draws) else "Code of x"
+        pictures.plane(_codes(model, train), train.labels, train.classes, folder / "latent.png", title)
+
+
+@torch.no_grad()
+def _codes(model: nn.Module, images: Images) -> torch.Tensor:
+    """The codes, or means of the posterior, of all images, [N, latent] on the CPU, some at a time."""
+    parts = []
+    with latents.evaluating(model):
+        for start in range(0, len(images), _MOST):
+            found = model.encode(*batch_for(model, images, slice(start, start + _MOST)))
+            parts.append((found if isinstance(found, torch.Tensor) else found[0]).cpu())
+    return torch.cat(parts)
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
