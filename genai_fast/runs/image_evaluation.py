@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.config import ImageConfig
 from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs
-from genai_fast.training import distributed
 from genai_fast.runs import pictures
-from genai_fast.training.tensorboard import Board
-from genai_fast.config import ImageConfig
+from genai_fast.training import distributed
 from genai_fast.training.batches import ImageFeed, batch_for
 from genai_fast.training.loop import Look, evaluate
+from genai_fast.training.tensorboard import Board
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare

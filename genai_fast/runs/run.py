@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast import atomic_files, config
+from genai_fast.config import Config, ConfigError, TextConfig
 from genai_fast.data.text import Tokenizer, read_tokenizer
 from genai_fast.errors import UsageError, require
-from genai_fast.precision import float32_products
-from genai_fast.terminal import say
-from genai_fast import atomic_files, config
-from genai_fast.training import accumulation, checkpoint, distributed, parallel
-from genai_fast.training.tensorboard import Board
-from genai_fast.config import Config, ConfigError, TextConfig
-from genai_fast.runs.image_task import ImageTask
-from genai_fast.training.loop import fit
-from genai_fast.training.optimizer import make_optimizer
 from genai_fast.models.common.recipe import Pretrained
 from genai_fast.models.registry import RECIPES
+from genai_fast.precision import float32_products
+from genai_fast.runs.image_task import ImageTask
 from genai_fast.runs.text_task import TextTask
+from genai_fast.terminal import say
+from genai_fast.training import accumulation, checkpoint, distributed, parallel
+from genai_fast.training.loop import fit
+from genai_fast.training.optimizer import make_optimizer
+from genai_fast.training.tensorboard import Board
 
 CONFIG = "config.toml"
 _NAMED = 8  # tensors that do not match, in a message
@@ -245,8 +245,8 @@ def _tokenizer_of(folder: Path, model: nn.Module) -> Tokenizer:
     tokenizer = read_tokenizer(folder)
     if tokenizer.size != model.vocabulary:
         raise UsageError(
-            f"{folder}: expected a tokenizer of {model.vocabulary} ids as the model's, got {tokenizer.size}; remedy: the"
-            f" files that belong together"
+            f"{folder}: expected a tokenizer of {model.vocabulary} ids as the model's, got {tokenizer.size}; remedy:"
+            f" the files that belong together"
         )
     return tokenizer
 
