@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn import attention
 
-from genai_fast.backends import choose
-from genai_fast.ops.dispatch import library_call
+from genai_fast.backends import choose, is_plain
+from genai_fast.ops import causal_attention
+from genai_fast.ops.dispatch import left_to_torch, library_call, observed
 from genai_fast.ops.register import override
 
 _FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
@@ -52,8 +53,10 @@ def enable_sdpa() -> SDPASwitch:
     """Serve torch.nn.functional.scaled_dot_product_attention with ops.causal_attention's kernels, process-wide.
 
     Serves float16 and bfloat16 on CUDA, in place of the flash backend, which then has priority, and float32 on a CPU.
-    Calls with a mask, dropout, is_causal with T_q != T_k or more than 256 channels per head are served as before.
-    Compiled models keep what they were compiled with, so enable it first.
+    Calls with a mask, is_causal with T_q != T_k or more than 256 channels per head are served as before, and so is
+    dropout on CUDA, where PyTorch's own kernel has it. On a CPU dropout drops other probabilities than PyTorch's would,
+    of the same share: one number of the same default generator seeds them all, where PyTorch draws one for each score.
+    Compiled models keep what they were compiled with, so enable it first; in those dropout is PyTorch's.
 
     Returns: A switch: `remove()`, or the end of a `with` block, restores everything; a nested block leaves it on.
     Raises RuntimeError: no kernel of ours runs here; the message gives the reason.
@@ -78,6 +81,7 @@ def _register() -> SDPASwitch:
     library = torch.library.Library("aten", "IMPL")
     override(library, _CPU_FORWARD, "CPU", _cpu_forward)
     override(library, _CPU_BACKWARD, "CPU", _cpu_backward)
+    override(library, "scaled_dot_product_attention", "AutogradCPU", _with_dropout)  # whose flash kernel has none
     priority = None
     if torch.cuda.is_available():
         override(library, _FORWARD, "CUDA", _cuda_forward)
@@ -126,6 +130,17 @@ def _cuda_backward(
     if not _served(q, k, v, dropout_p, is_causal):
         return NotImplemented
     return _backward(grad_out, q, k, v, out, lse, is_causal, scale)
+
+
+def _with_dropout(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    fits = (
+        dropout_p > 0.0 and attn_mask is None and not observed() and not left_to_torch()
+        and all(map(is_plain, (q, k, v))) and _served(q, k, v, 0.0, is_causal)
+        and q.shape[:2] == k.shape[:2] and all(x.numel() and (x.stride(3) == 1 or x.size(3) == 1) for x in (q, k, v))
+    )  # fmt: skip
+    if not fits:
+        return NotImplemented
+    return causal_attention(q, k, v, scale=scale, causal=is_causal, dropout=dropout_p)
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:

@@ -234,6 +234,9 @@ def fuse(model: nn.Module) -> nn.Module:
     methods recompiled. Parameters, buffers, keys, hooks, copies and optimizers do not change; a pickle holds the
     original classes. `explain` reports what happens to each module and why.
 
+    Tools that look up a module's very class in a table pass a fused one by without a word, such as
+    torch.ao.quantization.quantize_dynamic(model, {nn.GRU}): quantize first and then fuse, or `unfuse` before.
+
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
 

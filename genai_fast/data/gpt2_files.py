@@ -16,8 +16,8 @@ from genai_fast.data.pickles import DataUnpickler
 from genai_fast.data.reading import is_folder, open_regular, parsing, read_bytes
 from genai_fast.errors import require
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
-_CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"
 _LAYER = re.compile(r"(?:^|\.)h\.(\d+)\.")
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
 # config.json's settings that change what the network computes -> what models.GPT computes. Absent ones have this value
@@ -28,6 +28,8 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,)),
     "quantization_config": (None,),
 }
+_SIZES = {"layers": ("n_layer", 12), "heads": ("n_head", 12), "width": ("n_embd", 768), "block": ("n_positions", 1024)}
+_ITS_OWN = "the settings that belong to the tensors"
 
 
 def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[str, torch.Tensor], int | None]:
@@ -44,14 +46,14 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
     """
     path = Path(path)
     if is_folder(path, "a GPT-2 checkpoint"):
-        found = next((path / name for name in _FILES if (path / name).exists()), None)
+        found = next((path / name for name in WEIGHTS if (path / name).exists()), None)
         if found is None:
-            raise DataError(f"{path}: expected {' or '.join(_FILES)} in this folder, got neither")
+            raise DataError(f"{path}: expected {' or '.join(WEIGHTS)} in this folder, got neither")
         path = found
     settings: Mapping[str, Any] = {}
     said_in = path
-    if path.name in _FILES and (path.parent / _CONFIG).exists():
-        said_in = path.parent / _CONFIG
+    if path.name in WEIGHTS and (path.parent / CONFIG).exists():
+        said_in = path.parent / CONFIG
         settings = _config(said_in)
     if path.suffix == ".safetensors":
         tensors: Any = _safetensors(path)
@@ -65,6 +67,21 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
     if not isinstance(tensors, Mapping):
         raise DataError(f"{path}: expected a state dict, got {brief(tensors)}; remedy: save model.state_dict()")
     return dict(tensors), _heads(said_in, settings, tensors, heads)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Layers, heads, width and block that config.json in this folder says; absent ones are the smallest GPT-2's.
+
+    Raises:
+        DataError: it cannot be read, or is of another network than models.GPT.
+    """
+    path = folder / CONFIG
+    settings, found = _config(path), {}
+    for name, (key, default) in _SIZES.items():
+        found[name] = settings.get(key, default)
+        if type(found[name]) is not int or found[name] < 1:
+            raise DataError(f"{path}: {key}: expected at least 1, got {brief(found[name])}; remedy: {_ITS_OWN}")
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -87,7 +104,7 @@ def _heads(path: Path, settings: Mapping[str, Any], tensors: Mapping[Any, Any], 
     for key, expected in (("n_layer", layers), ("n_head", wanted)):
         said = settings.get(key)
         if said is not None and (type(said) is not int or said < 1 or said != (expected or said)):
-            remedy = "leave heads out" if key == "n_head" else "the settings that belong to the tensors"
+            remedy = "leave heads out" if key == "n_head" else _ITS_OWN
             raise DataError(f"{path}: {key}: expected {expected or 'at least 1'}, got {brief(said)}; remedy: {remedy}")
     return wanted or settings.get("n_head")
 

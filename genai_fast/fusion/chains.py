@@ -23,7 +23,8 @@ _CHAIN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs besides F: torch's own methods, unless they are replaced on instance or class.
 _METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
-_OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in STOCK}
+_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell)  # classes whose parameters are read past a call
+_OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in _READ}
 _REPLACEABLE = frozenset((*_METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 
 
@@ -58,6 +59,11 @@ def global_hooks() -> bool:
     """Whether hooks are registered on every module."""
     forward = _globals._global_forward_hooks or _globals._global_forward_pre_hooks
     return bool(forward or _globals._global_backward_hooks or _globals._global_backward_pre_hooks)
+
+
+def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call runs this class's own forward with the module's own parameters, and nothing else."""
+    return type(module) is cls and not obstacle(module) and not global_hooks()
 
 
 def letter(child: nn.Module) -> str:

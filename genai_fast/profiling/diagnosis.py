@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from genai_fast.cpu import allowed_cores
+from genai_fast.cpu import active, allowed_cores
 from genai_fast.profiling.loops import EAGER, FUSED, LOOP
 from genai_fast.profiling.trace import OUTSIDE
 
@@ -13,6 +13,7 @@ BUSY = 0.70  # share of the time that a GPU should compute
 FAULTS = 1000  # page faults a step
 WORTH = 0.05  # share of the time from which an operator is worth a word
 MULTIPLYING = 0.50  # share of the time from which the precision of products decides
+ROUTED = 0.20  # share of the time from which the library of products matters
 CONVOLVING = 0.20  # share of the time from which the layout of images matters
 _ROWS = 5  # modules that fuse leaves alone, in words
 
@@ -48,6 +49,7 @@ _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn",
     "mkldnn::_linear_pointwise",
 )  # fmt: skip
+_ROUTED = ("aten::mm", "aten::addmm")  # which tune_cpu sends to oneDNN where that is faster
 _OF_CONVOLUTIONS = "mkldnn_convolution cudnn_convolution convolution_backward _slow_conv slow_conv thnn_conv"
 _CONVOLUTIONS = tuple(f"aten::{name}" for name in _OF_CONVOLUTIONS.split())
 
@@ -55,6 +57,7 @@ _CONVOLUTIONS = tuple(f"aten::{name}" for name in _OF_CONVOLUTIONS.split())
 def diagnose(report: dict[str, Any], name: str) -> list[str]:
     """What to change about a variant of `figures`' report that did not fail, the most important first."""
     found, cuda = report["variants"][name], report["device"] == "cuda"
+    tuned = active()
     said: list[tuple[float, str]] = []  # share of the step, remedy
 
     def say(share: float, text: str) -> None:
@@ -76,7 +79,7 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f" launches: genai_fast.training.Step runs the whole step as one CUDA graph; or a larger batch",
         )
     faults = found["page_faults"] or 0.0
-    if not cuda and faults > FAULTS:
+    if not cuda and faults > FAULTS and not (tuned and tuned.memory):
         say(
             WAITING,
             f"{faults:,.0f} page faults per step: freed memory returns to the system and is cleared each time:"
@@ -100,6 +103,13 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             (products + convolutions) / 2,
             f"matmuls and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
             f" float32: bfloat16 (torch.autocast; --precision bf16 here)",
+        )
+    routed = _share(found, _ROUTED)
+    if not cuda and routed >= ROUTED and wide > 0.5 and not tuned:
+        say(
+            routed / 2,
+            f"matmuls take {routed:.0%} of the step: genai_fast.tune_cpu() measures whether oneDNN computes them faster"
+            f" than PyTorch's library here, and if so lets it",
         )
     seen, other = found["convolutions"] or 0, found["convolutions_not_channels_last"] or 0
     if convolutions >= CONVOLVING and other > seen / 2:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,9 +33,21 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
         "ended": measurement.ended,
         "no_wait": subject.no_wait,
         "foreign_load": measurement.others,
-        "left_alone": [[row.path or ".", row.found, row.reason] for row in subject.left_alone],
+        "left_alone": _left_alone(subject),
         "variants": {v.name: _variant(subject, v, measurement, peak) for v in measurement.variants},
     }
+
+
+def _left_alone(subject: Subject) -> list[list[str]]:
+    """[module, its class, reason]; of several networks the module's path begins with the network's class."""
+    several, seen, found = len(subject.left_alone) > 1, Counter[str](), []
+    for network, rows in subject.left_alone:
+        seen[network] += 1
+        label = network if seen[network] == 1 else f"{network} {seen[network]}"
+        for row in rows:
+            path = ".".join(filter(None, (label, row.path))) if several else row.path or "."
+            found.append([path, row.found, row.reason])
+    return found
 
 
 def _counted(measurement: Measurement) -> FlopCount | None:

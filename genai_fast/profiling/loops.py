@@ -28,6 +28,10 @@ class LoopEnded(Exception):
     """A training loop came to its end while it was measured."""
 
 
+# The class of a network that was prepared, and what fuse leaves alone of it, and why.
+Left = tuple[str, list[Row]]
+
+
 @dataclass(frozen=True)
 class Subject:
     """Something with variants, each made by make(variant): runs one step, returns its samples (None: unknown)."""
@@ -39,7 +43,7 @@ class Subject:
     block: int = 0  # tokens of a sample; 0: samples are counted
     no_wait: str = "unknown, no DataLoader of PyTorch was asked for a batch"  # reported if nothing was waited for
     waiting: Waiting = field(default_factory=Waiting)
-    left_alone: list[Row] = field(default_factory=list)  # by fuse, and why; filled by `make`
+    left_alone: list[Left] = field(default_factory=list)  # by fuse, of each network; filled by `make`
 
 
 def recipe(name: str, device: torch.device, batch: int | None, precision: str, source: str = "") -> Subject:
@@ -115,7 +119,7 @@ def own(
             raise UsageError(f"--{flag}: {name} takes no `{flag}`; remedy: give it such a parameter, or set it there")
     if bf16 and "prepare" not in wanted:
         raise UsageError(f"--precision: {name} takes no `prepare`; remedy: give it one, or set the precision there")
-    left_alone: list[Row] = []
+    left_alone: list[Left] = []
     auto = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make(variant: str) -> Callable[[], int | None]:
@@ -170,20 +174,21 @@ def _stepper(name: str, made: Any) -> Callable[[], int | None]:
 
 
 def preparing(
-    variant: str, bf16: bool, left_alone: list[Row] | None = None, mode: str | None = None
+    variant: str, bf16: bool, left_alone: list[Left] | None = None, mode: str | None = None
 ) -> Callable[..., nn.Module]:
     """prepare(model, method="forward") -> the same model, in place what the variant makes of it.
 
     With `bf16` the method runs under autocast to bfloat16 and gives float32 back: losses outside take that. `mode` is
-    torch.compile's.
+    torch.compile's. `left_alone` gets what fuse leaves alone of each network, in order of the calls: each variant makes
+    its own networks.
     """
+    calls = itertools.count()
 
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: expected an nn.Module, got {type(model).__name__}")
-        if left_alone is not None:
-            known = {row.path for row in left_alone}
-            left_alone.extend(row for row in explain(model) if row.reason and row.path not in known)
+        if left_alone is not None and next(calls) == len(left_alone):
+            left_alone.append((type(model).__name__, [row for row in explain(model) if row.reason]))
         if variant == FUSED:
             fuse(model)
         if bf16:

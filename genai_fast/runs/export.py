@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast import __version__
+from genai_fast import __version__, atomic_files
 from genai_fast.contract import image_traits, offers
-from genai_fast.errors import UsageError, require
+from genai_fast.errors import require
 from genai_fast.models.common.protocol import Draws
 from genai_fast.models.common.recipe import Graph, Values
 from genai_fast.models.registry import RECIPES
-from genai_fast import atomic_files
-from genai_fast.training import checkpoint
 from genai_fast.runs import export_template
 from genai_fast.runs.run import Opened
 from genai_fast.runs.text_task import TOKENIZER
+from genai_fast.training import checkpoint
 
 WEIGHTS, SCRIPT, GRAPH = "weights.safetensors", "model.py", "model.onnx"
 _LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file holds; more lie beside it

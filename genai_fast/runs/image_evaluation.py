@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.config import ImageConfig
 from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs
-from genai_fast.training import distributed
 from genai_fast.runs import pictures
-from genai_fast.training.tensorboard import Board
-from genai_fast.config import ImageConfig
+from genai_fast.training import distributed
 from genai_fast.training.batches import ImageFeed, batch_for
 from genai_fast.training.loop import Look, evaluate
+from genai_fast.training.tensorboard import Board
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
@@ -65,9 +65,19 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
-        with torch.no_grad():
-            mu = model.encode(*batch_for(model, train, slice(None)))[0]
-        pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
+        title = "Mean of q(z | x)" if offers(model, Draws) else "Code of x"
+        pictures.plane(_codes(model, train), train.labels, train.classes, folder / "latent.png", title)
+
+
+@torch.no_grad()
+def _codes(model: nn.Module, images: Images) -> torch.Tensor:
+    """The codes, or means of the posterior, of all images, [N, latent] on the CPU, some at a time."""
+    parts = []
+    with latents.evaluating(model):
+        for start in range(0, len(images), _MOST):
+            found = model.encode(*batch_for(model, images, slice(start, start + _MOST)))
+            parts.append((found if isinstance(found, torch.Tensor) else found[0]).cpu())
+    return torch.cat(parts)
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:

@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 from genai_fast import data
+from genai_fast.config import ImageConfig
 from genai_fast.contract import image_traits
 from genai_fast.data import Images
 from genai_fast.errors import UsageError
-from genai_fast.training.tensorboard import Board
-from genai_fast.config import ImageConfig
-from genai_fast.training.batches import Feed, ImageFeed
 from genai_fast.models.registry import RECIPES, make
 from genai_fast.runs.image_evaluation import Watch, draw
-
+from genai_fast.training.batches import Feed, ImageFeed
+from genai_fast.training.tensorboard import Board
 
 _AT_ONCE = 1000  # images whose digest is taken at a time
 

@@ -47,7 +47,7 @@ def _save(image: torch.Tensor, path: Path) -> None:
         picture.save(hidden, "PNG")
 
 
-def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path) -> None:
+def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path, title: str) -> None:
     """Write points [N, 2] as a scatter plot, coloured by labels [N], with a legend."""
     figures = require("matplotlib.figure", "train")
     require("matplotlib.backends.backend_agg", "train")
@@ -60,7 +60,7 @@ def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], pa
         of_class = points[labels == k]
         colour = colours(k if len(classes) <= 10 else k / len(classes))
         axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name.replace("$", r"\$"), linewidths=0)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title="Mean of q(z | x)", aspect="equal")
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
     with atomic_files.whole(path) as hidden:
         figure.savefig(hidden, format="png")

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast.data.text import Tokenizer
-from genai_fast.errors import UsageError, require
-from genai_fast.precision import float32_products
-from genai_fast.terminal import say
 from genai_fast import atomic_files, config
-from genai_fast.training import accumulation, checkpoint, distributed, parallel
-from genai_fast.training.tensorboard import Board
 from genai_fast.config import Config, ConfigError, TextConfig
+from genai_fast.data.text import Tokenizer, read_tokenizer
+from genai_fast.errors import UsageError, require
+from genai_fast.models.common.recipe import Pretrained
+from genai_fast.models.registry import RECIPES
+from genai_fast.precision import float32_products
 from genai_fast.runs.image_task import ImageTask
+from genai_fast.runs.text_task import TextTask
+from genai_fast.terminal import say
+from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.loop import fit
 from genai_fast.training.optimizer import make_optimizer
-from genai_fast.models.registry import RECIPES
-from genai_fast.runs.text_task import TextTask
+from genai_fast.training.tensorboard import Board
 
 CONFIG = "config.toml"
 _NAMED = 8  # tensors that do not match, in a message
@@ -118,6 +119,9 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         require(module, "train")  # now rather than after the training
     if settings.tensorboard:
         require("tensorboard", "tensorboard")
+    if not resume and (found := _pretrained(name, settings.init)):
+        reader, begun = found
+        settings = reader.sized(begun, settings)
     device = device_of(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -140,7 +144,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         if resume and not newest and distributed.first():
             say(f"{folder}: stopped before its first checkpoint; starting again")
         if settings.init and not newest:
-            _begin_with(Path(settings.init), model)
+            _begin_with(name, Path(settings.init), model)
         model = parallel.placed(model, device, settings)
         feeds = task.feeds(model)
         optimizer = make_optimizer(model, settings)
@@ -193,8 +197,21 @@ def _check_same_data(newest: Path, about: dict[str, Any]) -> None:
     raise UsageError(f"{newest}: expected a run of {found}, got {about}; remedy: resume with the same data")
 
 
-def _begin_with(source: Path, model: nn.Module) -> None:
+def _pretrained(name: str, source: str) -> tuple[Pretrained, Path] | None:
+    """What reads the files that --init names, and their folder, if they are another library's."""
+    reader = RECIPES[name].pretrained
+    folder = reader.found(Path(source)) if reader and source else None
+    return (reader, folder) if reader and folder else None
+
+
+def _begin_with(name: str, source: Path, model: nn.Module) -> None:
     """Put the weights of another run, or of a safetensors file, into the model; names those that do not fit."""
+    if found := _pretrained(name, str(source)):
+        reader, folder = found
+        text = reader.load(folder, model)
+        if distributed.first():
+            say(text)
+        return
     path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
     taken, left = checkpoint.load_matching(path, model)
     text = f"{path}: {taken} tensors taken"
@@ -220,8 +237,22 @@ def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     return config.build(RECIPES[name].config, {**saved, **changes}, str(path))
 
 
+def _tokenizer_of(folder: Path, model: nn.Module) -> Tokenizer:
+    tokenizer = read_tokenizer(folder)
+    if tokenizer.size != model.vocabulary:
+        raise UsageError(
+            f"{folder}: expected a tokenizer of {model.vocabulary} ids as the model's, got {tokenizer.size}; remedy:"
+            f" the files that belong together"
+        )
+    return tokenizer
+
+
 def open_run(folder: Path, best: bool = False) -> Opened:
-    """The newest model of a run, or the best on held-out data."""
+    """The newest model of a run, or the best on held-out data; or what another library's folder holds."""
+    for name, recipe in RECIPES.items():
+        if recipe.pretrained and recipe.pretrained.found(folder):
+            settings, model = recipe.pretrained.opened(folder, recipe.config)
+            return Opened(folder, name, settings, model.eval(), tokenizer=_tokenizer_of(folder, model))
     chosen = checkpoint.best(folder) if best else checkpoint.latest(folder)
     about = checkpoint.read_state(chosen)["about"]
     try:

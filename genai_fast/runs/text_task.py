@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from genai_fast import atomic_files
+from genai_fast.config import TextConfig
 from genai_fast.data import text
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
-from genai_fast.training import distributed, parallel
+from genai_fast.models.registry import RECIPES
 from genai_fast.runs import text_generation
-from genai_fast.training.tensorboard import Board
-from genai_fast.config import TextConfig
+from genai_fast.training import distributed, parallel
 from genai_fast.training.batches import Feed
 from genai_fast.training.loop import Look, evaluate
-from genai_fast.models.registry import RECIPES
+from genai_fast.training.tensorboard import Board
 
 TOKENIZER = "tokenizer.json"
 _SAMPLE = 200  # tokens of a text in samples/
@@ -56,6 +56,8 @@ class TextTask:
         for folder in folders:
             if (folder / TOKENIZER).exists():
                 return text.read_tokenizer(folder / TOKENIZER)
+            if (pretrained := RECIPES[self.name].pretrained) and pretrained.found(folder):
+                return text.read_tokenizer(folder)
         size = settings.vocabulary if settings.tokenizer == "bpe" else None
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
 
@@ -135,8 +137,8 @@ class TextTask:
 def _digest(documents: Iterable[str]) -> str:
     """16 hexadecimal digits of the documents, in order."""
     digest = hashlib.sha256()
-    for text in documents:
-        digest.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
+    for document in documents:
+        digest.update(f"{len(document)} {document}".encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 
 

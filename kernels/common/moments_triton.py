@@ -16,6 +16,12 @@ MOST_GROUPS = 256  # that one program adds up: more are merged by many programs 
 
 
 @triton.jit
+def _finite(mean):
+    """A group's mean to sum the others around: a sum of means themselves would round where they are large."""
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
 def _combine_moments(
     partial_ptr,                             # [3, groups, channels]
     mean_ptr, squares_ptr, rstd_ptr,         # [channels]
@@ -25,14 +31,16 @@ def _combine_moments(
 ):  # fmt: skip
     """Mean, squared deviations and 1 / sqrt(variance + eps) of each channel; running statistics move by momentum."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    shift = _finite(tl.load(partial_ptr + plane + channel, mask=inside, other=0.0))
     mean = tl.zeros([GROUPS, CHANNELS], tl.float32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         mask = (group < groups)[:, None] & (channel < channels)[None, :]
         at = partial_ptr + group[:, None].to(tl.int64) * channels + channel[None, :]
         count = tl.load(at, mask=mask, other=0.0)
-        mean += count / total * tl.load(at + plane, mask=mask, other=0.0)
-    mean_c = tl.sum(mean, axis=0)
+        mean += count / total * (tl.load(at + plane, mask=mask, other=0.0) - shift[None, :])
+    mean_c = shift + tl.sum(mean, axis=0)
     squares = tl.zeros([GROUPS, CHANNELS], tl.float32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
@@ -42,7 +50,6 @@ def _combine_moments(
         d = tl.where(mask, tl.load(at + plane, mask=mask, other=0.0) - mean_c[None, :], 0.0)
         squares += tl.load(at + 2 * plane, mask=mask, other=0.0) + count * d * d
     squares_c = tl.sum(squares, axis=0)
-    inside = channel < channels
     tl.store(mean_ptr + channel, mean_c, mask=inside)
     tl.store(squares_ptr + channel, squares_c, mask=inside)
     tl.store(rstd_ptr + channel, 1.0 / tl.sqrt(squares_c / total + eps), mask=inside)
@@ -78,7 +85,9 @@ def _merge_moments(
     count = tl.load(at, mask=mask, other=0.0)
     means = tl.load(at + plane, mask=mask, other=0.0)
     total = tl.sum(count, axis=0)
-    mean = tl.sum(count / tl.maximum(total, 1.0)[None, :] * means, axis=0)
+    first = partial_ptr + plane + (merged * GROUPS).to(tl.int64) * channels + channel
+    shift = _finite(tl.load(first, mask=inside, other=0.0))
+    mean = shift + tl.sum(count / tl.maximum(total, 1.0)[None, :] * (means - shift[None, :]), axis=0)
     d = tl.where(mask, means - mean[None, :], 0.0)
     squares = tl.sum(tl.load(at + 2 * plane, mask=mask, other=0.0) + count * d * d, axis=0)
     out = merged_ptr + merged.to(tl.int64) * channels + channel

@@ -152,9 +152,12 @@ def _conv_transpose_forward(
         # Of y as it is stored: that is what is normalized.
         z = z.to(tl.float32)
         count = tl.sum(rows.to(tl.float32), axis=0)
-        mean = tl.sum(tl.where(rows[:, None], z, 0.0), axis=0) / tl.maximum(count, 1.0)
-        d = tl.where(rows[:, None], z - mean[None, :], 0.0)
-        squares = tl.sum(d * d, axis=0)
+        shift = tl.sum(tl.where(rows[:, None], z, 0.0), axis=0) / tl.maximum(count, 1.0)
+        d = tl.where(rows[:, None], z - shift[None, :], 0.0)
+        rest = tl.sum(d, axis=0) / tl.maximum(count, 1.0)  # what the sum of a large mean has rounded off
+        mean = shift + rest
+        squares = tl.sum(d * d, axis=0) - count * rest * rest
+        squares = tl.where(squares < 0.0, 0.0, squares)  # rounding; NaN stays
         group = tile * phases + phase
         channel = (tl.program_id(0) // phases % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = channel < out_channels

@@ -20,6 +20,8 @@ from PIL import Image
 import genai_fast
 from genai_fast import data
 from genai_fast.models.conv_vae.plain import PlainConvVAE
+from genai_fast.models.registry import RECIPES
+from genai_fast.runs import image_evaluation, pictures
 from genai_fast.training import checkpoint, loop
 
 NETWORKS = {  # small ones
@@ -228,6 +230,20 @@ def test_a_broken_picture_is_named_and_left_out(here, digits, capsys):
     assert call("train", "autoencoder", "--data", "damaged", *NETWORKS["autoencoder"], *QUICK, "--run", "a") == 0
     assert "0.png" in capsys.readouterr().err
     assert checkpoint.read_state(checkpoint.latest(here / "runs" / "a"))["about"]["images"] == 29
+
+
+@pytest.mark.parametrize("recipe", ["autoencoder", "vae"])
+def test_codes_of_two_numbers_are_drawn(here, digits, monkeypatch, recipe):
+    """A code in a few images at a time: all at once may be larger than the memory."""
+    planes, sizes = [], []
+    monkeypatch.setattr(image_evaluation, "_MOST", 8)
+    monkeypatch.setattr(pictures, "plane", lambda points, labels, *_: planes.append((points, labels)))
+    encode = RECIPES[recipe].model.encode
+    monkeypatch.setattr(RECIPES[recipe].model, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))
+    arguments = [*NETWORKS[recipe], *QUICK, "--latent", "2", "--run", "a"]
+    assert call("train", recipe, "--data", digits, *arguments) == 0
+    ((points, labels),) = planes
+    assert points.shape == (len(labels), 2) and len(labels) > 16 and max(sizes[-3:]) <= 8
 
 
 def test_with_a_handful_of_pictures_there_is_nothing_to_compare(here, digits, capsys):

@@ -11,6 +11,7 @@ import torch
 from commands import call, records
 
 from genai_fast.data import text
+from genai_fast.models import GPT, generate
 from genai_fast.models.gpt.plain import PlainGPT
 from genai_fast.runs import run, text_generation, text_task
 from genai_fast.training import checkpoint
@@ -122,6 +123,82 @@ def test_fine_tuning_names_what_does_not_match(here, capsys):
     assert re.search(r"these do not match: decoder_blocks\.1\..* \(expected \(\d+.*, got nothing\)", said)
     assert train("gpt", "other", "--init", "runs/before") == 2
     assert "expected weights of a GPT, got no tensor that fits" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """What transformers saves of a GPT-2, with a byte-level tokenizer of few merges."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = text.make_tokenizer("bpe", ["some words and some more words"] * 9, 270)
+    torch.manual_seed(0)
+    model = GPT(tokenizer.size, 64, 2, 4, 32)
+    state = {}
+    for name, p in model.state_dict().items():
+        if name != "lm_head.weight":
+            turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            state[name.removeprefix("transformer.")] = (p.t() if turned else p).contiguous()
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    settings = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 64}
+    (folder / "config.json").write_text(json.dumps(settings))
+    contents = tokenizer._contents()
+    ids = {token: k for k, token in enumerate([*contents["tokens"], "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    merges = "\n".join(" ".join(merge) for merge in contents["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return folder, model.eval(), tokenizer
+
+
+def test_a_folder_of_hugging_faces_gpt2_writes(gpt2_folder, capsys):
+    folder, model, tokenizer = gpt2_folder
+    assert call("generate", folder, "--prompt", "some words", "--max-tokens", 9, "--temperature", 0) == 0
+    ids = list(generate(model, tokenizer.encode("some words"), max_tokens=9, temperature=0, stop_id=tokenizer.end))
+    assert capsys.readouterr().out == f"some words{tokenizer.decode(ids)}\n"
+
+
+@pytest.mark.parametrize("weights", ["", "model.safetensors"])
+def test_a_run_begins_with_a_folder_of_hugging_faces_gpt2(here, gpt2_folder, capsys, weights):
+    """It has the folder's sizes and tokenizer, whatever the settings say, and goes on without the folder."""
+    folder, model, tokenizer = gpt2_folder
+    moved = shutil.copytree(folder, here / "begun")
+    quick = ["--block", "32", "--batch-size", "8", "--lr", "1e-12", "--warmup", "0", "--dropout", "0", "--epochs", "1"]
+    assert call("train", "gpt", "--data", "words.txt", *quick, "--init", moved / weights, "--run", "tuned") == 0
+    assert "all tensors taken, 32 positions" in capsys.readouterr().err
+    opened = run.open_run(here / "runs" / "tuned")
+    assert opened.tokenizer.digest == tokenizer.digest
+    expected = model.state_dict()
+    expected["transformer.wpe.weight"] = expected["transformer.wpe.weight"][:32]
+    for name, p in opened.model.state_dict().items():
+        torch.testing.assert_close(p, expected[name], atol=1e-6, rtol=0)
+    shutil.rmtree(moved)
+    assert call("train", "gpt", "--run", "tuned", "--resume", "--epochs", "2") == 0
+    assert call("generate", "tuned", "--prompt", "some", "--max-tokens", 3) == 0
+
+
+def test_a_folder_of_hugging_faces_gpt2_that_does_not_fit_together(here, gpt2_folder, capsys):
+    begun = shutil.copytree(gpt2_folder[0], here / "begun")
+    settings = json.loads((begun / "config.json").read_text())
+    for key, value, message in (
+        ("n_head", 5, "heads: expected a divisor of width=32, got 5"),
+        ("n_embd", "32", "config.json: n_embd: expected at least 1, got '32'"),
+        ("n_embd", 16, r"transformer.wte.weight: expected shape"),
+        ("activation_function", "relu", "activation_function: expected gelu_new"),
+    ):
+        (begun / "config.json").write_text(json.dumps({**settings, key: value}))
+        assert call("train", "gpt", "--data", "words.txt", "--block", "32", "--init", begun, "--run", "wrong") == 2
+        assert message in capsys.readouterr().err
+    (begun / "config.json").write_text(json.dumps(settings))
+    vocabulary = json.loads((begun / "vocab.json").read_text())
+    first, *_ = (begun / "merges.txt").read_text().split("\n")
+    lost = [token for token in vocabulary if token not in text.make_tokenizer("bpe", ["x"], 257)._contents()["tokens"]]
+    kept = [token for token in vocabulary if token not in lost] + ["<|endoftext|>"]
+    (begun / "vocab.json").write_text(json.dumps({token: k for k, token in enumerate(kept)}))
+    (begun / "merges.txt").write_text(f"{first}\n")
+    for command in (["train", "gpt", "--data", "words.txt", "--init", begun, "--run", "wrong"], ["generate", begun]):
+        assert call(*command) == 2
+        assert re.search("wte.weight: expected shape|expected a tokenizer of 270 ids", capsys.readouterr().err)
+    (begun / "vocab.json").unlink()
+    assert call("generate", begun) == 2
+    assert "expected tokenizer.json or vocab.json in this folder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from alike import assert_alike, assert_close, assert_gradients_close, step, stri
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from genai_fast import autotune, explain, fuse
+from genai_fast import autotune, explain, fuse, unfuse
 from genai_fast.fusion import implementations
 from genai_fast.fusion.implementations import CONVOLUTIONS
 
@@ -472,6 +472,23 @@ def test_a_parametrized_fused_module_is_copied():
     assert_close(averaged(x)[0], fused(x)[0])
     twin = copy.deepcopy(fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
     assert type(twin[0]) is nn.Conv2d
+
+
+def quantized(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.GRU, nn.Linear})
+
+
+def test_dynamic_quantization_goes_before_fuse():
+    """It looks up classes by identity; a model that is fused afterwards keeps the quantized modules."""
+    model = nn.Sequential(Recurrent(), nn.Linear(8, 8), nn.BatchNorm1d(9), nn.ReLU()).eval()
+    x = torch.randn(2, 9, 6)
+    expected = quantized(model)
+    assert type(expected[0].gru) is torch.ao.nn.quantized.dynamic.GRU
+    for ours in (fuse(quantized(model)), quantized(unfuse(fuse(copy.deepcopy(model))))):
+        assert type(ours[0].gru) is torch.ao.nn.quantized.dynamic.GRU
+        assert type(ours[1]) is torch.ao.nn.quantized.dynamic.Linear
+        with torch.no_grad():
+            assert_close(ours(x), expected(x))
 
 
 # --- explain says what serves a call

@@ -1,6 +1,7 @@
 """GPT against the same as everybody writes it, and GPT-2's checkpoints of every layout."""
 
 import copy
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -92,12 +93,13 @@ def test_many_logits_are_made_by_chunks(autocast, monkeypatch):
     found = []
     for most in (x.numel() * 41, x.numel() * 41 - 1):
         monkeypatch.setattr(gpt, "_MOST_LOGITS", most)
-        heads = []
-        hook = model.lm_head.register_forward_hook(lambda *_, heads=heads: heads.append(1))
-        with hook, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with (
+            mock.patch.object(gpt.ops, "cross_entropy", wraps=gpt.ops.cross_entropy) as whole,
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
             loss = model.training_step(x, y).loss
-        found.append((len(heads), loss, gradients(model, loss)))
-    assert [heads for heads, _, _ in found] == [1, 0]
+        found.append((whole.call_count, loss, gradients(model, loss)))
+    assert [whole for whole, _, _ in found] == [1, 0]
     assert_close(found[1][1], found[0][1], 1e-2 if autocast else 2e-5)
     assert_gradients_close(found[1][2], found[0][2], 0.1 if autocast else 1e-3)
 
@@ -211,6 +213,38 @@ def test_the_head_stays_tied():
     with torch.device("meta"):
         empty = GPT(**SIZES)
     assert tied(empty.to_empty(device="cpu"))
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear(64, 2, bias=False), torch.nn.Linear(64, 41), torch.nn.Identity()])
+def test_a_replaced_head_stays(head):
+    """Also one of the embedding's own sizes, which could be tied to it."""
+    model, (x, _) = small(), batch()
+    model.lm_head = copy.deepcopy(head)
+    expected = model(x)
+    for change in (
+        lambda m: m.to("cpu"),
+        lambda m: m.half().float(),
+        lambda m: m.to_empty(device="meta").to_empty(device="cpu"),
+        lambda m: m,
+    ):
+        changed = change(copy.deepcopy(model))
+        for assign in (False, True):
+            changed.load_state_dict(model.state_dict(), assign=assign)
+            assert_close(changed(x), expected, 1e-5)
+    state = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    if "lm_head.weight" in model.state_dict():
+        with pytest.raises(RuntimeError, match=r"Missing key.*lm_head\.weight"):
+            model.load_state_dict(state)
+
+
+def test_a_parametrized_embedding_stays_tied():
+    model, (x, _) = small(), batch()
+    torch.nn.utils.parametrize.register_parametrization(model.transformer.wte, "weight", torch.nn.Identity())
+    expected = model(x)
+    moved = copy.deepcopy(model).to_empty(device="meta").to_empty(device="cpu")
+    moved.load_state_dict(model.state_dict())
+    assert moved.lm_head.weight is moved.transformer.wte.parametrizations.weight.original
+    assert_close(moved(x), expected, 1e-6)
 
 
 def test_a_state_without_the_head_loads():

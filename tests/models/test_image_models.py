@@ -16,6 +16,7 @@ from genai_fast.models import (
     DenseDiscriminator,
     DenseGenerator,
     DenseGeneratorK4,
+    MLPDiscriminator,
     dcgan_init,
 )
 
@@ -26,6 +27,18 @@ SMALL = {
     **{f"discriminator-{s}": (lambda s=s: DCGANDiscriminator(s, width=4), (3, s, s), ()) for s in (28, 32, 64, 128)},
     "dense": (lambda: DenseGenerator(8, side=2), (8,), (1, 8, 8)),
     "dense-k4": (lambda: DenseGeneratorK4(8, side=2, channels=3), (8,), (3, 8, 8)),
+    "dense-keras": (lambda: DenseGenerator(8, side=2, slope=0.3, eps=1e-3, momentum=0.01), (8,), (1, 8, 8)),
+    "dense-k4-norms": (
+        lambda: DenseGeneratorK4(8, side=2, slope=0.3, batch_norm=True, eps=1e-3, last_kernel=3),
+        (8,),
+        (1, 8, 8),
+    ),
+    "dense-discriminator-norms": (
+        lambda: DenseDiscriminator(8, dropout=0.0, slope=0.3, batch_norm=True, eps=1e-3),
+        (1, 8, 8),
+        (),
+    ),
+    "mlp-discriminator-keras": (lambda: MLPDiscriminator((1, 8, 8), widths=(16,), slope=0.3), (1, 8, 8), ()),
     "dense-discriminator": (lambda: DenseDiscriminator(8, dropout=0.0), (1, 8, 8), ()),
 }
 
@@ -55,6 +68,21 @@ def test_shapes_and_the_same_as_stock_modules(name):
     plain.load_state_dict(model.state_dict())  # the forward above moved running statistics
     assert_alike(model, plain, x, steps=2)
     assert unfuse(model) is model
+
+
+def test_settings_of_kerass_layers():
+    """Of each layer that has them; norms take the place of biases."""
+    settings = dict(slope=0.3, eps=1e-3, momentum=0.01)
+    k4 = DenseGeneratorK4(batch_norm=True, last_kernel=3, **settings)
+    discriminator = DenseDiscriminator(batch_norm=True, **settings)
+    for model, norms in ((DenseGenerator(**settings), 3), (k4, 3), (discriminator, 2)):
+        found = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        assert [(m.eps, m.momentum) for m in found] == [(1e-3, 0.01)] * norms
+        assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {0.3}
+    assert [m.kernel_size for m in k4.main if isinstance(m, nn.Conv2d)] == [(3, 3)]
+    for model in (k4, discriminator):
+        weighted = [m for m in model.main if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+        assert [m.bias is None for m in weighted] == [True] * (len(weighted) - 1) + [False]
 
 
 def test_the_examples_checkpoints_load():
@@ -87,6 +115,7 @@ def test_dcgan_init_is_the_authors():
         (lambda: DCGANGenerator(48), r"DCGANGenerator: size: expected one of 28, 32, 64, 128, got 48"),
         (lambda: DCGANDiscriminator(60), r"DCGANDiscriminator: size.*got 60"),
         (lambda: DCGANGenerator(latent=0), r"latent: expected at least 1, got 0"),
+        (lambda: DenseGeneratorK4(last_kernel=4), r"last_kernel: expected an odd number, got 4"),
         (lambda: DenseDiscriminator(30), r"size: expected a multiple of 4, got 30"),
     ],
 )

@@ -22,10 +22,22 @@ def test_keys_are_the_classic_ones_and_weights_load_both_ways():
     assert sum(p.numel() for p in MLPVAE().parameters()) == 652824  # 784-400-(20, 20)-400-784
 
 
+def test_several_hidden_layers():
+    shapes = {name: tuple(p.shape) for name, p in MLPVAE(784, (16, 8), 2, decoder_hidden=()).state_dict().items()}
+    assert [shapes[f"{name}.weight"] for name in ("fc1", "deeper.0", "fc21", "fc22", "fc4")] == [
+        (16, 784), (8, 16), (2, 8), (2, 8), (784, 2),
+    ]  # fmt: skip
+    assert len(shapes) == 10
+    shapes = {name: tuple(p.shape) for name, p in MLPVAE(784, [16, 8], 2).state_dict().items()}
+    assert [shapes[f"{name}.weight"] for name in ("fc3", "wider.0", "fc4")] == [(8, 2), (16, 8), (784, 16)]
+
+
+@pytest.mark.parametrize("hidden, decoder", [(32, None), ((16, 8), ()), ((16, 8), None), (16, (4, 8, 16))])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-def test_loss_and_gradients_are_the_authors(likelihood, monkeypatch):
+def test_loss_and_gradients_are_the_authors(likelihood, hidden, decoder, monkeypatch):
     torch.manual_seed(0)
-    model, peer = MLPVAE(64, 32, 5, likelihood=likelihood).double(), PlainMLPVAE(64, 32, 5, likelihood).double()
+    model = MLPVAE(64, hidden, 5, likelihood=likelihood, decoder_hidden=decoder).double()
+    peer = PlainMLPVAE(64, hidden, 5, likelihood, decoder).double()
     x = digits().double()
     peer.load_state_dict(model.state_dict())
     # One noise for both.
@@ -97,6 +109,8 @@ def test_reconstructions_have_the_shape_of_what_they_reconstruct():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MLPVAE(hidden=()), "hidden: expected at least 1, got 0"),
+        (lambda: MLPVAE(decoder_hidden=(3, 0)), "decoder_hidden: expected at least 1, got 0"),
         (lambda: MLPVAE(latent=0), "latent: expected at least 1, got 0"),
         (lambda: MLPVAE(likelihood="poisson"), "likelihood: expected 'bernoulli' or 'gaussian', got 'poisson'"),
         (lambda: MLPVAE().training_step(digits()), "expected 784 values a sample, got 64; remedy: input_size=64"),

@@ -10,11 +10,12 @@ from torch import nn
 
 import genai_fast
 from genai_fast import ops
-from genai_fast.backends import FallbackWarning, forced_backend, select, survey, use_backend
+from genai_fast.backends import FallbackWarning, forced_backend, select, survey, unavailable, use_backend
 from genai_fast.ops import rows
 from genai_fast.ops.memory import overlap, overlaps_itself
 from genai_fast.optim import Adam
 
+BACKENDS = [name for name in ("reference", "cpu", "triton") if not unavailable(name, "cpu")]
 LENGTHS = torch.tensor([1, 2], dtype=torch.int32)
 
 
@@ -42,9 +43,11 @@ def _zero(*shape):
         (lambda x, z: ops.vae_loss(x, z, x, z).loss, (4, 6)),
     ],
 )
-def test_a_tensor_of_known_zeros_counts_as_zeros(call, shape):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_of_known_zeros_counts_as_zeros(call, shape, backend):
     x = _rows(4, 6)
-    assert torch.equal(call(x, _zero(*shape)), call(x, torch.zeros(shape)))
+    with use_backend(backend):
+        assert torch.equal(call(x, _zero(*shape)), call(x, torch.zeros(shape)))
 
 
 def test_every_tensor_of_a_list_is_surveyed():

@@ -95,11 +95,12 @@ def _inputs(tokens=20, keys=None, heads=4):
     "call",
     [
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=(q[0, 0] @ k[0, 0].mT).abs() >= 0),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], dropout_p=0.5, enable_gqa=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q[..., ::2], k[..., ::2], v[..., ::2], dropout_p=0.5),
         lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
         lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :5], k, v, is_causal=True),
     ],
-    ids=["mask", "dropout", "float64", "unequal"],
+    ids=["mask", "dropout of grouped queries", "dropout of strided channels", "float64", "unequal"],
 )
 def test_other_calls_go_where_they_went(served, call):
     inputs = _inputs()
@@ -114,6 +115,90 @@ def test_other_calls_go_where_they_went(served, call):
         got = run()
     assert not served
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA PyTorch's own kernel has dropout")
+
+
+@pytest.fixture
+def dropped(monkeypatch):
+    """The share of each call with dropout that is ours."""
+    calls, call = [], sdpa.causal_attention
+
+    def counted(*arguments, **settings):
+        calls.append(settings["dropout"])
+        return call(*arguments, **settings)
+
+    monkeypatch.setattr(sdpa, "causal_attention", counted)
+    return calls
+
+
+@on_a_cpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout(dropped, causal):
+    """Drawn from the default generator alone, unbiased, repeated by its seed; gradients are those of what it drew."""
+    q, k, v = _inputs()
+    weights = torch.eye(20).expand(2, 4, 20, 20)[..., :16]  # each output is a probability
+    with genai_fast.enable_sdpa():
+        expected = F.scaled_dot_product_attention(q, k, weights, is_causal=causal)
+        other = torch.Generator().manual_seed(1)
+        state, mean = other.get_state(), 0.0
+        torch.manual_seed(3)
+        for _ in range(300):
+            out = F.scaled_dot_product_attention(q, k, weights, dropout_p=0.4, is_causal=causal)
+            mean = mean + out.detach() / 300
+        kept = out[expected > 1e-6]
+        assert 0.35 < (kept == 0).float().mean() < 0.45
+        torch.testing.assert_close(kept[kept != 0], expected[(expected > 1e-6) & (out != 0)] / 0.6)
+        assert (mean - expected).abs().max() < 0.25 and (mean - expected).mean().abs() < 2e-3
+        found = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal)
+            found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    assert all(map(torch.equal, *found)) and dropped == [0.4] * 302
+    assert torch.equal(other.get_state(), state)
+    along = torch.randn_like(v)
+    torch.testing.assert_close((found[0][3] * along).sum(), (_dropped(q, k, along, causal)).sum(), rtol=1e-4, atol=1e-3)
+
+
+def _dropped(q, k, v, causal):
+    """Linear in v: the output for the same draw."""
+    torch.manual_seed(5)
+    with genai_fast.enable_sdpa():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal)
+
+
+@on_a_cpu
+def test_a_transformer_in_training_is_served(dropped):
+    torch.manual_seed(0)
+    model, source, target = nn.Transformer(32, 4, 1, 1, 64), torch.randn(9, 2, 32), torch.randn(7, 2, 32)
+    with genai_fast.enable_sdpa():
+        model(source, target).sum().backward()
+        assert dropped == [0.1] * 3 and all(p.grad.isfinite().all() for p in model.parameters())
+        model.eval()(source, target)
+    model.train()(source, target)
+    assert len(dropped) == 3
+
+
+@on_a_cpu
+def test_dropout_under_transforms_and_compilers_is_pytorchs(dropped):
+    q = _inputs()[0].detach()
+
+    def loss(q):
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.3).square().sum()
+
+    with genai_fast.enable_sdpa():
+        torch._dynamo.reset()
+        assert torch.func.grad(loss)(q).shape == q.shape
+        assert torch.compile(loss, fullgraph=True, backend="aot_eager")(q).isfinite()
+        assert torch.vmap(loss, randomness="different")(torch.stack([q, q])).shape == (2,)
+        assert F.scaled_dot_product_attention(*[q.to("meta")] * 3, dropout_p=0.3).shape == q.shape
+        assert not dropped
+        x = q.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        first.sum().backward()
+    assert dropped == [0.3] and x.grad.isfinite().all()
 
 
 def test_without_causal_mask(served):

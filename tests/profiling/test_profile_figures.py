@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.utils.data import DataLoader
 
 from genai_fast.models.gan import plain
-from genai_fast.profiling import counters, loops, machine, measure, trace
+from genai_fast.profiling import counters, figures, loops, machine, measure, trace
 from genai_fast.profiling.diagnosis import diagnose
 from genai_fast.profiling.figures import roof
 from genai_fast.profiling.flops import FlopCount
@@ -263,6 +263,37 @@ def test_what_the_figures_say(rule, monkeypatch):
     (said,) = diagnose(_report(**given), "fused" if rule == "left alone" else "eager")
     assert text in said
     assert diagnose(_report(), "eager") == []
+
+
+def test_tune_cpu_is_named_where_it_is_not_on(monkeypatch):
+    report = _report(operators=[("aten::addmm", 0.3), ("aten::mm", 0.3)], page_faults=40000.0)
+    monkeypatch.setattr("genai_fast.profiling.diagnosis._narrow_is_fast", lambda cuda: False)
+    faults, matmuls = sorted(diagnose(report, "eager"))
+    assert "genai_fast.tune_cpu() keeps it" in faults
+    assert matmuls.startswith("matmuls take 60% of the step: genai_fast.tune_cpu()")
+    monkeypatch.setattr("genai_fast.profiling.diagnosis.active", lambda: SimpleNamespace(memory=True))
+    assert diagnose(report, "eager") == []
+
+
+def test_every_network_that_is_prepared_is_reported():
+    """Both are roots: their paths alone do not tell them apart."""
+
+    def make(variant):
+        prepare = loops.preparing(variant, False, left_alone)
+        for network in (nn.Sequential(nn.LSTM(2, 2)), nn.LSTM(2, 2), nn.Sequential(nn.ELU())):
+            prepare(network)
+
+    left_alone = []
+    for variant in ("eager", "fused"):
+        make(variant)
+    subject = SimpleNamespace(left_alone=left_alone)
+    assert [row[:2] for row in figures._left_alone(subject)] == [
+        ["Sequential.0", "LSTM"], ["LSTM", "LSTM"], ["Sequential 2.0", "ELU"],
+    ]  # fmt: skip
+    subject.left_alone = left_alone[:1]
+    assert [row[:2] for row in figures._left_alone(subject)] == [["0", "LSTM"]]
+    subject.left_alone = left_alone[1:2]
+    assert [row[:2] for row in figures._left_alone(subject)] == [[".", "LSTM"]]
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -201,7 +201,8 @@ class Sampler:
 def decoder_for(model: WritesOn, batch: int, weights: str = "float32") -> Decoder:
     """What decodes `batch` rows of this model's text (see the module's docstring).
 
-    A float32 GPT without hooks on a CPU is decoded by `ops.GPTDecoder`, one C++ call a token, which can round matrices:
+    A float32 GPT on a CPU whose modules are as it made them is decoded by `ops.GPTDecoder`, one C++ call a token, which
+    can round matrices; changed modules (adapters, hooks, another head) are called:
 
     Args:
         weights: "float32"; there also "bfloat16" or "int8", which are faster and less exact.

@@ -4,7 +4,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -68,6 +69,22 @@ class Bench:
     gpu: bool = False
 
 
+class Pretrained(Protocol):
+    """A module that reads another library's folder of weights, settings and tokenizer."""
+
+    def found(self, path: Path) -> Path | None:
+        """The folder that a path names; None if it names something else."""
+
+    def sized(self, folder: Path, settings: Any) -> Any:
+        """A run's settings with the sizes of the folder's model."""
+
+    def load(self, folder: Path, model: Any) -> str:
+        """Put the weights into a model of these sizes; returns what was done, in a line."""
+
+    def opened(self, folder: Path, settings: type[Any]) -> tuple[Any, nn.Module]:
+        """(settings, model) of the folder."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A kind of model and its settings.
@@ -88,6 +105,7 @@ class Recipe:
     summed: the plain loss is a sum over the batch, where ours is a mean.
     graph: None: of images, what draws them, or what reconstructs them if nothing does.
     unrolled: torch.compile takes many minutes, as it unrolls the loop over tokens.
+    pretrained: reads other libraries' files of such a model; None: there is nothing of the kind.
     """
 
     name: str
@@ -107,6 +125,7 @@ class Recipe:
     summed: bool = False
     graph: Graph | None = None
     unrolled: bool = False
+    pretrained: Pretrained | None = None
     benches: tuple[Bench, ...] = ()
     examples: tuple[str, ...] = ()
 

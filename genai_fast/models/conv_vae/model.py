@@ -91,7 +91,7 @@ class ConditionalVAE(ConvVAE):
 
         Labels are int64 [count]; None stands for 0, 1, ..., classes - 1, 0, ... A seed gives the same z everywhere.
         """
-        weight = self.fc_mu.weight
+        weight = next(self.parameters())
         labels = torch.arange(count, device="cpu") % self.classes if labels is None else labels
         return self.decode(latents.normal(count, self.latent, seed).to(weight), labels.to(weight.device))
 

@@ -45,18 +45,20 @@ class MLPDiscriminator(ImageNetwork):
         shape: (channels, height, width) of the image.
         widths: of the hidden layers.
         dropout: share of activations dropped after each LeakyReLU.
+        slope: of the LeakyReLUs below 0; Keras' default is 0.3.
 
     Raises: ValueError on a size below 1, and on images of another size.
     Source: Goodfellow et al. 2014, arXiv:1406.2661.
     """
 
     def __init__(
-        self, shape: Sequence[int] = (1, 28, 28), *, widths: Sequence[int] = (1024, 512, 256), dropout: float = 0.0
-    ) -> None:
+        self, shape: Sequence[int] = (1, 28, 28), *, widths: Sequence[int] = (1024, 512, 256), dropout: float = 0.0,
+        slope: float = 0.2,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.shape = checks.image_shape("MLPDiscriminator", shape)
         checks.positive("MLPDiscriminator", widths=min(widths, default=0))
-        self.main = fused(plain.PlainMLPDiscriminator(self.shape, widths, dropout).main[:-1])
+        self.main = fused(plain.PlainMLPDiscriminator(self.shape, widths, dropout, slope).main[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.main(checks.pixels("MLPDiscriminator", x, self.shape)).flatten()
@@ -72,27 +74,48 @@ class DenseGenerator(ImageNetwork):
         latent: length of z.
         channels: of the image.
         side: of the first feature map: 7 for images of 28 pixels.
-        momentum: of the norms, in PyTorch's sense.
+        momentum, eps: of the norms, momentum in PyTorch's sense; Keras' defaults are 0.01 and 1e-3.
+        slope: of the LeakyReLUs below 0; Keras' default is 0.3.
     """
 
-    def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7, momentum: float = 0.2) -> None:
+    def __init__(
+        self, latent: int = 100, *, channels: int = 1, side: int = 7, momentum: float = 0.2, slope: float = 0.2,
+        eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
         checks.positive("DenseGenerator", latent=latent, channels=channels, side=side)
         self.latent = latent
-        self.main = fused(plain.PlainDenseGenerator(latent, channels, side, momentum).main)
+        self.main = fused(plain.PlainDenseGenerator(latent, channels, side, momentum, slope, eps).main)
 
 
 class DenseGeneratorK4(ImageNetwork):
-    """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1]: no norms.
+    """z [B, latent] -> image [B, channels, 4 side, 4 side] in [-1, 1], by kernels of 4.
 
     Linear -> [128, side, side], LeakyReLU -> twice ConvTranspose k4 s2 p1 to 128, LeakyReLU -> Conv k7, tanh.
+
+    Args:
+        latent: length of z.
+        channels: of the image.
+        side: of the first feature map: 7 for images of 28 pixels.
+        slope: of the LeakyReLUs below 0; Keras' default is 0.3.
+        batch_norm: before each LeakyReLU, in place of the biases of the layer before it.
+        momentum, eps: of the norms, as of `DenseGenerator`.
+        last_kernel: side of the convolution's kernel, odd.
+
+    Raises: ValueError on a size below 1 or an even kernel.
     """
 
-    def __init__(self, latent: int = 100, *, channels: int = 1, side: int = 7) -> None:
+    def __init__(
+        self, latent: int = 100, *, channels: int = 1, side: int = 7, slope: float = 0.2, batch_norm: bool = False,
+        momentum: float = 0.1, eps: float = 1e-5, last_kernel: int = 7,
+    ) -> None:  # fmt: skip
         super().__init__()
-        checks.positive("DenseGeneratorK4", latent=latent, channels=channels, side=side)
+        checks.positive("DenseGeneratorK4", latent=latent, channels=channels, side=side, last_kernel=last_kernel)
+        if not last_kernel % 2:
+            raise ValueError(f"DenseGeneratorK4: last_kernel: expected an odd number, got {last_kernel}")
         self.latent = latent
-        self.main = fused(plain.PlainDenseGeneratorK4(latent, channels, side).main)
+        norms = (batch_norm, momentum, eps)
+        self.main = fused(plain.PlainDenseGeneratorK4(latent, channels, side, slope, *norms, last_kernel).main)
 
 
 class DenseDiscriminator(ImageNetwork):
@@ -103,16 +126,21 @@ class DenseDiscriminator(ImageNetwork):
         channels: of the image.
         widths: channels of the two feature maps.
         dropout: share of activations dropped.
+        slope: of the LeakyReLUs below 0; Keras' default is 0.3.
+        batch_norm: before each LeakyReLU, in place of the convolution's biases.
+        momentum, eps: of the norms, as of `DenseGenerator`.
     """
 
     def __init__(
-        self, size: int = 28, *, channels: int = 1, widths: Sequence[int] = (64, 128), dropout: float = 0.3
-    ) -> None:
+        self, size: int = 28, *, channels: int = 1, widths: Sequence[int] = (64, 128), dropout: float = 0.3,
+        slope: float = 0.2, batch_norm: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
         checks.positive("DenseDiscriminator", size=size, channels=channels)
         if size % 4:
             raise ValueError(f"DenseDiscriminator: size: expected a multiple of 4, got {size}; resize the images")
-        self.main = fused(plain.PlainDenseDiscriminator(size, channels, widths, dropout).main[:-1])
+        norms = (batch_norm, momentum, eps)
+        self.main = fused(plain.PlainDenseDiscriminator(size, channels, widths, dropout, slope, *norms).main[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.main(x).flatten()

@@ -33,12 +33,13 @@ class PlainMLPDiscriminator(nn.Module):
     """Image [B, *shape] -> probability [B]."""
 
     def __init__(
-        self, shape: tuple[int, ...] = (1, 28, 28), widths: tuple[int, ...] = (1024, 512, 256), dropout: float = 0.0
-    ) -> None:
+        self, shape: tuple[int, ...] = (1, 28, 28), widths: tuple[int, ...] = (1024, 512, 256), dropout: float = 0.0,
+        slope: float = 0.2,
+    ) -> None:  # fmt: skip
         super().__init__()
         layers = []
         for n_in, n_out in itertools.pairwise((math.prod(shape), *widths)):
-            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(slope, inplace=True)]
             layers += [nn.Dropout(dropout)] if dropout else []
         self.main = nn.Sequential(*layers, nn.Linear(widths[-1], 1), nn.Sigmoid())
 
@@ -103,19 +104,22 @@ class PlainConditionalGenerator(nn.Module):
 class PlainDenseGenerator(nn.Module):
     """z [B, latent] -> image [B, channels, 4 side, 4 side], by way of a dense layer."""
 
-    def __init__(self, latent: int = 100, channels: int = 1, side: int = 7, momentum: float = 0.2) -> None:
+    def __init__(
+        self, latent: int = 100, channels: int = 1, side: int = 7, momentum: float = 0.2, slope: float = 0.2,
+        eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.main = nn.Sequential(
             nn.Linear(latent, 256 * side * side, bias=False),
-            nn.BatchNorm1d(256 * side * side, momentum=momentum),
-            nn.LeakyReLU(0.2),
+            nn.BatchNorm1d(256 * side * side, eps=eps, momentum=momentum),
+            nn.LeakyReLU(slope),
             nn.Unflatten(1, (256, side, side)),
             nn.ConvTranspose2d(256, 128, 5, stride=1, padding=2, bias=False),
-            nn.BatchNorm2d(128, momentum=momentum),
-            nn.LeakyReLU(0.2),
+            nn.BatchNorm2d(128, eps=eps, momentum=momentum),
+            nn.LeakyReLU(slope),
             nn.ConvTranspose2d(128, 64, 5, stride=2, padding=2, output_padding=1, bias=False),
-            nn.BatchNorm2d(64, momentum=momentum),
-            nn.LeakyReLU(0.2),
+            nn.BatchNorm2d(64, eps=eps, momentum=momentum),
+            nn.LeakyReLU(slope),
             nn.ConvTranspose2d(64, channels, 5, stride=2, padding=2, output_padding=1, bias=False),
             nn.Tanh(),
         )
@@ -125,21 +129,20 @@ class PlainDenseGenerator(nn.Module):
 
 
 class PlainDenseGeneratorK4(nn.Module):
-    """z [B, latent] -> image [B, channels, 4 side, 4 side], by way of a dense layer, with kernels of 4 and no norms."""
+    """z [B, latent] -> image [B, channels, 4 side, 4 side], with kernels of 4, without norms or with three."""
 
-    def __init__(self, latent: int = 100, channels: int = 1, side: int = 7) -> None:
+    def __init__(
+        self, latent: int = 100, channels: int = 1, side: int = 7, slope: float = 0.2, batch_norm: bool = False,
+        momentum: float = 0.1, eps: float = 1e-5, last_kernel: int = 7,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.main = nn.Sequential(
-            nn.Linear(latent, 128 * side * side),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Unflatten(1, (128, side, side)),
-            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(128, channels, 7, padding=3),
-            nn.Tanh(),
-        )
+        n, settings = 128 * side * side, {"eps": eps, "momentum": momentum}
+        norms = [nn.BatchNorm1d(n, **settings), *(nn.BatchNorm2d(128, **settings) for _ in range(2))]
+        first, *others = ([norm, nn.LeakyReLU(slope, inplace=True)][not batch_norm :] for norm in norms)
+        layers = [nn.Linear(latent, n, bias=not batch_norm), *first, nn.Unflatten(1, (128, side, side))]
+        for behind in others:
+            layers += [nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1, bias=not batch_norm), *behind]
+        self.main = nn.Sequential(*layers, nn.Conv2d(128, channels, last_kernel, padding=last_kernel // 2), nn.Tanh())
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z)
@@ -149,12 +152,15 @@ class PlainDenseDiscriminator(nn.Module):
     """Image [B, channels, size, size] -> probability [B]."""
 
     def __init__(
-        self, size: int = 28, channels: int = 1, widths: tuple[int, ...] = (64, 128), dropout: float = 0.3
-    ) -> None:
+        self, size: int = 28, channels: int = 1, widths: tuple[int, ...] = (64, 128), dropout: float = 0.3,
+        slope: float = 0.2, batch_norm: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
         layers = []
         for n_in, n_out in itertools.pairwise((channels, *widths)):
-            layers += [nn.Conv2d(n_in, n_out, 5, 2, 2), nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
+            layers.append(nn.Conv2d(n_in, n_out, 5, 2, 2, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(n_out, eps=eps, momentum=momentum)] if batch_norm else []
+            layers += [nn.LeakyReLU(slope, inplace=True), nn.Dropout(dropout)]
         flat = widths[-1] * (size >> len(widths)) ** 2
         self.main = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, 1), nn.Sigmoid())
 

@@ -17,9 +17,11 @@ from genai_fast.capture import aside, capture
 from genai_fast.fusion.chains import global_hooks, obstacle
 from genai_fast.kernels.common.schema import FLOAT_DTYPES
 from genai_fast.kernels.decode_linear.layout import MOST_ROWS
+from genai_fast.kernels.gpt_decode import layout
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks
 from genai_fast.models.common.generation import as_it_is, check_rows, unrounded
+from genai_fast.models.common.submodules import first_rows
 from genai_fast.models.gpt.model import _MLP, GPT, Attend, _Attention, _Block
 
 # What `next_logits` reads; a module of another class may compute anything.
@@ -28,13 +30,30 @@ _PARTS = {GPT, _Block, _Attention, _MLP, LayerNorm, nn.Linear, nn.Embedding, nn.
 
 def serves(model: GPT, batch: int) -> bool:
     """Whether the kernel computes steps of this many rows of this model, and what its modules would."""
-    weight = model.transformer.wte.weight
-    if batch > MOST_ROWS or weight.dtype not in FLOAT_DTYPES or global_hooks():
+    weight = next(model.parameters())
+    if batch > MOST_ROWS or weight.dtype not in FLOAT_DTYPES or not _is_as_made(model):
         return False
     if choose("decode_linear", forced_backend(), weight.device.type, weight.dtype)[0] != "triton":
         return False
-    alike = all(p.dtype is weight.dtype for p in model.parameters())
-    return alike and all(type(module) in _PARTS and not obstacle(module) for module in model.modules())
+    return all(p.dtype is weight.dtype for p in model.parameters())
+
+
+def _is_as_made(model: GPT) -> bool:
+    """Whether it has the modules that GPT makes, of its sizes, and calling them does nothing else."""
+    if (type(model).run, type(model).forward) != (GPT.run, GPT.forward) or global_hooks():
+        return False
+    modules = [m for m in model.modules() if m is not model]
+    if obstacle(model) or any(type(m) not in _PARTS or obstacle(m) for m in modules):
+        return False
+    settings = {m.eps for m in modules if isinstance(m, LayerNorm)}, {b.attn.heads for b in model.transformer.h}
+    if any(len(found) > 1 for found in settings) or any(getattr(m, "max_norm", None) for m in modules):
+        return False
+    layers, positions = len(model.transformer.h), len(model.transformer.wpe.weight)
+    size = layout.Sizes(model.vocabulary, model.width, positions, layers, 4 * model.width)
+    expected = dict(zip(layout.names(layers), layout.shapes(size), strict=True))
+    state = model.state_dict()
+    whole = all(name in state or name.endswith(".bias") for name in expected)
+    return whole and positions >= model.block and all(expected.get(name) == w.shape for name, w in state.items())
 
 
 def next_logits(model: GPT, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -60,12 +79,12 @@ def _normed(x: torch.Tensor, norm: LayerNorm, linear: nn.Linear, activation: str
 def cached_decoder(model: GPT, batch: int, weights: str) -> CachedGPT | ops.GPTDecoder:
     """See `generation.decoder_for`."""
     parameters = list(model.parameters())
-    plain = all(p.is_cpu and p.dtype is torch.float32 for p in parameters)
-    plain = plain and not any(map(obstacle, model.modules()))  # hooks are called by modules alone
+    plain = all(p.is_cpu and p.dtype is torch.float32 for p in parameters) and _is_as_made(model)
     if plain and choose("gpt_decode", forced_backend(), "cpu")[0] == "cpu":
-        return ops.GPTDecoder(model.state_dict(), model.heads, model.block, batch, weights)
+        eps = model.transformer.ln_f.eps
+        return ops.GPTDecoder(model.state_dict(), model.heads, model.block, batch, weights, eps=eps)
     one = parameters[0]
-    unrounded(weights, f"a GPT of {one.dtype} on {one.device} that modules decode (hooks, no kernel)")
+    unrounded(weights, f"a GPT of {one.dtype} on {one.device} that modules decode (changed modules, no kernel)")
     return CachedGPT(model, batch)
 
 
@@ -76,12 +95,12 @@ class CachedGPT:
 
     Attributes:
         path: how a step is computed. "modules": by the model's own; "kernels": by `ops.decode_linear`, on CUDA alone,
-            for up to 16 rows of a model without hooks, where the first step measures it the faster (genai_fast.autotune
-            remembers that; GENAI_FAST_DETERMINISTIC=1 pins "modules").
+            for up to 16 rows of a model whose modules are as GPT made them, where the first step measures it the faster
+            (genai_fast.autotune remembers that; GENAI_FAST_DETERMINISTIC=1 pins "modules").
     """
 
     def __init__(self, model: GPT, batch: int) -> None:
-        weight = model.transformer.wte.weight
+        weight = next(model.parameters())
         shape = (len(model.transformer.h), batch, model.heads, model.block, model.width // model.heads)
         self._model, self._batch, self._held = model, batch, 0
         self._keys, self._values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
@@ -103,7 +122,7 @@ class CachedGPT:
             return ops.causal_attention(q, k, v)
 
         with as_it_is(self._model):
-            y = self._model.run(ids, self._model.transformer.wpe.weight[: ids.size(1)], attend)
+            y = self._model.run(ids, first_rows(self._model.transformer.wpe, ids.size(1), ids.device), attend)
             self._held = ids.size(1)
             self._lengths.fill_(self._held)
             return self._model.lm_head(y[:, -1])

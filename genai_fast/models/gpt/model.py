@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.fusion.chains import untouched
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks
 from genai_fast.models.common.generation import WriteOn
 from genai_fast.models.common.protocol import Decoder
+from genai_fast.models.common.submodules import first_rows, linear_gelu, norm_of_sum, share, shared_parameters
 from genai_fast.models.gpt import checkpoint
 
 # Logits of a step that are held as a whole; more would take 2 GiB in float32. By chunks head and loss take longer: on
@@ -51,7 +52,7 @@ class _MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(ops.bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, "tanh"))
+        return self.c_proj(linear_gelu(self.c_fc, x))
 
 
 class _Block(nn.Module):
@@ -68,8 +69,8 @@ class _Block(nn.Module):
     def forward(
         self, branch: torch.Tensor | None, h: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, h = (self.ln_1(h), h) if branch is None else self.ln_1(branch, h)
-        y, h = self.ln_2(_dropped(self.attn(y, attend), self), h)
+        y, h = (self.ln_1(h), h) if branch is None else norm_of_sum(self.ln_1, branch, h)
+        y, h = norm_of_sum(self.ln_2, _dropped(self.attn(y, attend), self), h)
         return _dropped(self.mlp(y), self), h
 
 
@@ -107,7 +108,8 @@ class GPT(WriteOn, nn.Module):
         blocks = nn.ModuleList(_Block(width, heads, dropout, bias) for _ in range(layers))
         self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": LayerNorm(width, bias=bias)})
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
-        self._tie()
+        self.lm_head.weight = self.transformer.wte.weight
+        self._tied: list[Any] = []  # during load_state_dict
         self.register_load_state_dict_pre_hook(_with_head)
         self.register_load_state_dict_post_hook(_tied_after_load)
         for name, p in self.named_parameters():
@@ -150,9 +152,10 @@ class GPT(WriteOn, nn.Module):
     def training_step(self, x: torch.Tensor, y: torch.Tensor) -> GPTLosses:
         """The cross-entropy of y [B, T] given x [B, T], both int64; positions where y is -100 do not count."""
         features = self._features(x)
-        if x.numel() * self.vocabulary <= _MOST_LOGITS:
-            return GPTLosses(ops.cross_entropy(self.lm_head(features), y, inplace=True))
-        return GPTLosses(ops.linear_cross_entropy(features, self.lm_head.weight, y))
+        head = self.lm_head
+        if x.numel() * self.vocabulary > _MOST_LOGITS and untouched(head, nn.Linear):
+            return GPTLosses(ops.linear_cross_entropy(features, head.weight, y, head.bias))
+        return GPTLosses(ops.cross_entropy(head(features), y, inplace=True))
 
     def run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Ids [B, T] and rows of positions [T, C] or [B, T, C] -> what the head multiplies, [B, T, C].
@@ -162,7 +165,7 @@ class GPT(WriteOn, nn.Module):
         branch, h = None, _dropped(self.transformer.wte(x) + positions, self)
         for layer, block in enumerate(self.transformer.h):
             branch, h = block(branch, h, functools.partial(attend, layer))
-        return self.transformer.ln_f(branch, h)[0]
+        return norm_of_sum(self.transformer.ln_f, branch, h)[0]
 
     def check_ids(self, x: torch.Tensor) -> None:
         """x is [B, T] of ids with 1 <= T <= block; the ids themselves are looked at on the CPU alone."""
@@ -193,14 +196,12 @@ class GPT(WriteOn, nn.Module):
         self.check_ids(x)
         p = self.dropout if self.training else 0.0
         attend = functools.partial(_causal, p)
-        return self.run(x, self.transformer.wpe.weight[: x.size(1)], attend)
-
-    def _tie(self) -> None:
-        self.lm_head.weight = self.transformer.wte.weight
+        return self.run(x, first_rows(self.transformer.wpe, x.size(1), x.device), attend)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GPT:
+        tied = shared_parameters(self)
         super()._apply(fn, recurse)
-        self._tie()  # a move that cannot keep a Parameter (from "meta") makes one for each of its names
+        share(tied)  # a move that cannot keep a Parameter (from "meta") makes one for each of its names
         return self
 
 
@@ -247,10 +248,13 @@ def _dropped(x: torch.Tensor, module: GPT | _Block) -> torch.Tensor:
 
 def _with_head(model: GPT, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state without the tied head says it all by the embedding."""
+    model._tied = shared_parameters(model)
     embedding = state.get(f"{prefix}transformer.wte.weight")
-    if embedding is not None:
+    one = model.lm_head._parameters.get("weight")
+    if embedding is not None and one is not None and one is model.transformer.wte._parameters.get("weight"):
         state.setdefault(f"{prefix}lm_head.weight", embedding)
 
 
 def _tied_after_load(model: GPT, _: Any) -> None:
-    model._tie()  # load_state_dict(assign=True) makes a parameter for each name
+    share(model._tied)  # load_state_dict(assign=True) makes a parameter for each name
+    model._tied = []

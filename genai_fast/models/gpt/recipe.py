@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from genai_fast.config import TextConfig, changed, setting
 from genai_fast.models.common.recipe import Bench, Graph, Recipe
+from genai_fast.models.gpt import pretrained
 from genai_fast.models.gpt.model import GPT
 from genai_fast.models.gpt.plain import PlainGPT
 
@@ -31,7 +32,7 @@ _GPT2 = {**_PLAIN, "precision": "bfloat16", "block": 1024, "layers": 12, "heads"
 RECIPES = (
     Recipe(
         "gpt", "decoder-only Transformer that writes text", GPTConfig, GPT, PlainGPT,
-        feed="windows", graph=Graph({"ids": "batch tokens"}, ("logits",)),
+        feed="windows", pretrained=pretrained, graph=Graph({"ids": "batch tokens"}, ("logits",)),
         benches=(
             Bench("gpt_nano", 16, (256,), _PLAIN),
             Bench("gpt_nano_bfloat16", 16, (256,), {**_PLAIN, "precision": "bfloat16"}, tolerance=0.05),
@@ -40,6 +41,7 @@ RECIPES = (
         examples=(
             "genai-fast train gpt --data BOOK.txt --layers 6 --width 384 --block 256",
             "genai-fast train gpt --data LETTERS --init gpt-BOOK --lr 1e-4 --epochs 3",
+            "genai-fast train gpt --data LETTERS --init GPT2-FOLDER --lr 5e-5 --epochs 3",
         ),
     ),
 )  # fmt: skip

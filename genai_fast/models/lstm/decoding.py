@@ -26,5 +26,5 @@ class CarriedLSTM:
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         check_rows(ids, self._batch)
         with as_it_is(self._model):
-            logits, self._state = self._model(ids.to(self._model.decoder.weight.device), self._state)
+            logits, self._state = self._model(ids.to(next(self._model.parameters()).device), self._state)
         return logits[:, -1]

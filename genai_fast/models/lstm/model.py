@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.fusion.chains import untouched
 from genai_fast.models.common import checks
 from genai_fast.models.common.generation import WriteOn, unrounded
 from genai_fast.models.common.protocol import Decoder
@@ -147,13 +148,17 @@ class LSTMLanguageModel(WriteOn, nn.Module):
         return self.decoder(self._dropped(y)), state
 
     def _recurrence(self, y: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
-        if not (self.training and y.is_cpu):
-            return self.lstm(y, state)
+        lstm = self.lstm
+        usual = untouched(lstm, nn.LSTM) and not (lstm.bidirectional or lstm.batch_first or lstm.proj_size)
+        if not (usual and self.training and y.is_cpu):
+            return lstm(y, state)
         # Layer by layer, which is a little faster than all at once; and PyTorch draws masks number by number on a CPU.
         last: list[State] = []
-        for layer, weights in enumerate(self.lstm.all_weights):
+        for layer, weights in enumerate(lstm.all_weights):
             h, c = (None, None) if state is None else (s[layer] for s in state)
-            y, *after = ops.lstm(self._dropped(y) if layer else y, h, c, *weights)
+            if layer and lstm.dropout:
+                y = ops.act_dropout(y, lstm.dropout, True, "none")
+            y, *after = ops.lstm(y, h, c, *weights)
             last.append(after)
         h, c = (torch.stack(s) for s in zip(*last, strict=True))
         return y, (h, c)

@@ -14,6 +14,7 @@ from genai_fast.errors import UsageError
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks, latents, sequences
 from genai_fast.models.common.protocol import Request
+from genai_fast.models.common.submodules import first_rows, linear_gelu, norm_of_sum
 
 
 class Seq2SeqLosses(NamedTuple):
@@ -94,7 +95,7 @@ class _Feed(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(ops.bias_gelu(F.linear(x, self.up.weight), self.up.bias, "tanh"))
+        return self.down(linear_gelu(self.up, x))
 
 
 class _Block(nn.Module):
@@ -118,12 +119,12 @@ class _Block(nn.Module):
         self, x: torch.Tensor, branch: torch.Tensor | None, starts: torch.Tensor | None, *cross: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, branch to be added to it) -> the same behind this block, each [B, T, C]."""
-        y, x = (self.norm_1(x), x) if branch is None else self.norm_1(branch, x)
+        y, x = (self.norm_1(x), x) if branch is None else norm_of_sum(self.norm_1, branch, x)
         branch = self.dropout(self.attention(y, starts))
         if cross:
-            y, x = self.norm_cross(branch, x)
+            y, x = norm_of_sum(self.norm_cross, branch, x)
             branch = self.dropout(self.cross(y, *cross))
-        y, x = self.norm_2(branch, x)
+        y, x = norm_of_sum(self.norm_2, branch, x)
         return x, self.dropout(self.feed(y))
 
 
@@ -190,7 +191,7 @@ class Seq2Seq(nn.Module):
         x, branch = self._embed(source, self.source_positions), None
         for block in self.encoder_blocks:
             x, branch = block(x, branch, starts)
-        return Memory(self.encoder_norm(branch, x)[0], lengths)
+        return Memory(norm_of_sum(self.encoder_norm, branch, x)[0], lengths)
 
     def forward(self, source: torch.Tensor, source_lengths: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sources [B, S], their lengths [B], and the decoder's tokens ids [B, T], the first of them `end` -> logits
@@ -202,7 +203,7 @@ class Seq2Seq(nn.Module):
         x, branch = self._embed(ids, self.target_positions), None
         for block in self.decoder_blocks:
             x, branch = block(x, branch, None, *cross)
-        return F.linear(self.decoder_norm(branch, x)[0], self.embed.weight)
+        return F.linear(norm_of_sum(self.decoder_norm, branch, x)[0], self.embed.weight)
 
     def training_step(
         self, source: torch.Tensor, source_lengths: torch.Tensor, target: torch.Tensor, target_lengths: torch.Tensor
@@ -232,7 +233,7 @@ class Seq2Seq(nn.Module):
             choose: logits [1, V] -> token [1], such as a `generation.Sampler`; None: the likeliest.
             longest: most tokens; None: `block`.
         """
-        ids = sequences.prompt_ids("Seq2Seq", prompt, self.vocabulary, self.embed.weight.device)
+        ids = sequences.prompt_ids("Seq2Seq", prompt, self.vocabulary, next(self.parameters()).device)
         with latents.evaluating(self), torch.no_grad():
             memory = self.encode(ids, torch.tensor([ids.size(1)], device=ids.device))
         longest = self.block if longest is None else min(longest, self.block)
@@ -252,7 +253,7 @@ class Seq2Seq(nn.Module):
         return f"vocabulary={self.vocabulary}, end={self.end}, block={self.block}, heads={self.heads}"
 
     def _embed(self, ids: torch.Tensor, positions: nn.Embedding) -> torch.Tensor:
-        return self.dropout(self.embed(ids) + positions.weight[: ids.size(1)])
+        return self.dropout(self.embed(ids) + first_rows(positions, ids.size(1), ids.device))
 
     def _check(self, name: str, ids: torch.Tensor, lengths: torch.Tensor | None) -> None:
         sequences.check_ids("Seq2Seq", name, ids, self.vocabulary, lengths)
@@ -276,6 +277,7 @@ class Seq2SeqDecoder:
         places = torch.arange(memory.states.size(1), device=memory.lengths.device)
         self.seen = (places < memory.lengths[:, None])[:, None, None]  # [B, 1, 1, S]
         self.count = 0  # tokens so far, the same for all targets
+        self.positions = first_rows(model.target_positions, model.block, places.device)
         pairs = (block.cross.keys(memory.states) for block in model.decoder_blocks)
         self.cross = [[x.transpose(1, 2).contiguous() for x in pair] for pair in pairs]
         shape = (len(memory.lengths), model.heads, model.block, self.cross[0][0].size(3))
@@ -290,7 +292,7 @@ class Seq2SeqDecoder:
         model, heads = self.model, (self.model.heads, -1)
         if self.count >= model.block:
             raise ValueError(f"Seq2Seq: step: expected at most block = {model.block} tokens; stop there")
-        x = model.embed(ids)[:, None] + model.target_positions.weight[self.count]
+        x = model.embed(ids)[:, None] + self.positions[self.count]
         now = self.count
         for block, (k_source, v_source), cache in zip(model.decoder_blocks, self.cross, self.caches, strict=True):
             y = block.norm_1(x)
@@ -298,10 +300,10 @@ class Seq2SeqDecoder:
             for kept, new in zip(cache, (k, v), strict=True):
                 kept[:, :, now] = new[:, :, 0]
             y = F.scaled_dot_product_attention(q, *(kept[:, :, : now + 1] for kept in cache))
-            y, x = block.norm_cross(block.attention.project(y.transpose(1, 2).flatten(2)), x)
+            y, x = norm_of_sum(block.norm_cross, block.attention.project(y.transpose(1, 2).flatten(2)), x)
             q = block.cross.query(y).unflatten(2, heads).transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k_source, v_source, attn_mask=self.seen)
-            y, x = block.norm_2(block.cross.project(y.transpose(1, 2).flatten(2)), x)
+            y, x = norm_of_sum(block.norm_2, block.cross.project(y.transpose(1, 2).flatten(2)), x)
             x = x + block.feed(y)
         self.count += 1
         return F.linear(model.decoder_norm(x), model.embed.weight)[:, 0]

@@ -193,12 +193,12 @@ class TextVAE(nn.Module):
         return torch.tanh(self.fc_hidden(z))[None]
 
     def _normal(self, count: int, seed: int | None) -> torch.Tensor:
-        return latents.normal(count, self.latent, seed).to(self.head.weight)
+        return latents.normal(count, self.latent, seed).to(next(self.parameters()))
 
     @torch.no_grad()
     def _mean(self, prompt: torch.Tensor) -> torch.Tensor:
         """mu [1, latent] of one sequence's token ids [T]."""
-        ids = sequences.prompt_ids("TextVAE", prompt, self.vocabulary, self.head.weight.device)
+        ids = sequences.prompt_ids("TextVAE", prompt, self.vocabulary, next(self.parameters()).device)
         return self.encode(ids, torch.tensor([ids.size(1)], device=ids.device))[0]
 
 

@@ -11,10 +11,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from genai_fast import ops
+from genai_fast.fusion.chains import obstacle, untouched
+from genai_fast.layers import FusedSequential
 from genai_fast.models.common import checks, sequences
 from genai_fast.models.common.generation import Sampler
 from genai_fast.models.common.protocol import Request
 from genai_fast.models.common.sequences import SequenceLosses
+
+_PLAIN = (nn.Sequential.forward, FusedSequential.forward)
 
 
 class VRNNOutput(NamedTuple):
@@ -137,11 +141,13 @@ class VRNN(nn.Module):
         """Token ids [B, T], int64 -> what the losses are made of; `seed` of the z as for `ops.reparameterize`, whose
         element (t, b, j) is the noise of z_t."""
         sequences.check_ids("VRNN", "x", x, self.vocabulary)
-        weight = self.cell.weight_hh
+        first = next(self.parameters()).new_zeros(len(x), self.hidden)
         with torch.autocast(x.device.type, enabled=False):
-            states, stats, phi = _Recurrence.apply(
-                *self._of_x(x.t()), self._noise(x, seed), weight.new_zeros(len(x), self.hidden), *self._weights()
-            )
+            noise = self._noise(x, seed)
+            if self._is_as_made():
+                states, stats, phi = _Recurrence.apply(*self._of_x(x.t()), noise, first, *self._weights())
+            else:
+                states, stats, phi = self._by_modules(x.t(), noise, first)
         before = states[:-1]
         logits = self.decoder_net(torch.cat([phi, before], 2))
         return VRNNOutput(logits, stats.chunk(2, 2), self.prior(before).chunk(2, 2))
@@ -188,7 +194,7 @@ class VRNN(nn.Module):
         """
         state = self.decoder(seed=seed)
         if prompt is not None:
-            for token in sequences.prompt_ids("VRNN", prompt, self.vocabulary, self.embed.weight.device)[0]:
+            for token in sequences.prompt_ids("VRNN", prompt, self.vocabulary, next(self.parameters()).device)[0]:
                 state.read(token[None])
         return sequences.streamed(state, None, choose or state.sampler(), longest, -1 if end is None else end)
 
@@ -200,6 +206,30 @@ class VRNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"vocabulary={self.vocabulary}, hidden={self.hidden}, latent={self.latent}, beta={self.beta:g}"
+
+    def _is_as_made(self) -> bool:
+        """Whether calling encoder, phi_z and cell computes what `_Recurrence` does, and nothing else."""
+        expected = ((self.encoder, (nn.Linear, nn.ReLU, nn.Linear)), (self.phi_z, (nn.Linear, nn.ReLU)))
+        for network, classes in expected:
+            if not isinstance(network, nn.Sequential) or type(network).forward not in _PLAIN or obstacle(network):
+                return False
+            if len(network) != len(classes) or not all(map(untouched, network, classes)):
+                return False
+        linears = (self.encoder[0], self.encoder[2], self.phi_z[0], self.cell)
+        return untouched(self.cell, nn.GRUCell) and all(m._parameters.get("bias", m) is not None for m in linears)
+
+    def _by_modules(
+        self, x: torch.Tensor, noise: torch.Tensor, h: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `_Recurrence` gives, for ids [T, B]."""
+        states, stats, phis = [h], [], []
+        for given, drawn in zip(self.embed(x), noise, strict=True):
+            stats.append(self.encoder(torch.cat([given, h], 1)))
+            mu, logvar = stats[-1].chunk(2, 1)
+            phis.append(self.phi_z(mu + torch.exp(0.5 * logvar) * drawn))
+            h = self.cell(torch.cat([given, phis[-1]], 1), h)
+            states.append(h)
+        return torch.stack(states), torch.stack(stats), torch.stack(phis)
 
     def _of_x(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What x [T, B] adds to the encoder's hidden layer and to the gates (n, r, k), biases included."""
@@ -219,7 +249,7 @@ class VRNN(nn.Module):
 
     def _noise(self, x: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
         """All steps' noise in one call: it depends on no state."""
-        nothing = self.cell.weight_hh.new_zeros(x.size(1), len(x), self.latent)
+        nothing = next(self.parameters()).new_zeros(x.size(1), len(x), self.latent)
         return ops.reparameterize(nothing, nothing, seed=seed)
 
 
@@ -231,7 +261,7 @@ class VRNNDecoder:
         checks.positive("VRNN", count=count)
         self.model = model
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.h = model.cell.weight_hh.new_zeros(count, model.hidden)
+        self.h = next(model.parameters()).new_zeros(count, model.hidden)
         self.phi: torch.Tensor | None = None
 
     @torch.no_grad()
