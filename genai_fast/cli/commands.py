@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.runs.text_task import TextTask
-from genai_fast.terminal import printable, say
+from genai_fast.terminal import command, printable, say
 from genai_fast.training import distributed
 from genai_fast.training.batches import batch_for
 
@@ -79,12 +80,12 @@ def _say(recipe: str, result: Trained) -> None:
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
     if isinstance(result.task, TextTask):
-        prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
-        say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
+        prompt = [] if RECIPES[recipe].feed == "sequences" else ["--prompt", "The"]
+        say(f"next: {command('generate', folder, *prompt, '--max-tokens', 200)}", sys.stdout)
     elif offers(result.model, Draws):
-        say(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png", sys.stdout)
+        say(f"next: {command('sample', folder, '--count', 64, '--seed', 1, '--out', 'grid.png')}", sys.stdout)
     elif offers(result.model, Reconstructs):
-        say(f"next: genai-fast reconstruct {folder} --count 12 --out reconstructed.png", sys.stdout)
+        say(f"next: {command('reconstruct', folder, '--count', 12, '--out', 'reconstructed.png')}", sys.stdout)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -262,7 +263,7 @@ def run_export(options: argparse.Namespace) -> int:
         use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
     else:
         export.write_folder(run, options.out, onnx=options.onnx)
-        use = f"next: python {options.out / export.SCRIPT} --help"
+        use = f"next: {shlex.join([sys.executable, str(options.out / export.SCRIPT), '--help'])}"
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{options.out}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from genai_fast.models.vae.recipe import VAEConfig
 from genai_fast.profiling import Comparison, compare
 from genai_fast.runs import text_generation
 from genai_fast.runs.run import new_folder, train
+from genai_fast.terminal import command
 from genai_fast.training import Step, make_optimizer
 from genai_fast.training.environment import environment
 
@@ -55,10 +58,12 @@ def run(out: Path, epochs: int | None = None) -> Path:
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
         f" {settings.batch_size}; measured just now:\n"
         + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f"next:       genai-fast sample {folder} --count 100 --seed 2 --out grid.png\n"
-        f"            genai-fast train vae --data digits --likelihood gaussian\n"
-        f"            genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64\n"
-        f"            genai-fast doctor"
+        + _next(
+            ("sample", folder, *["--count", "100", "--seed", "2", "--out", "grid.png"]),
+            ["train", "vae", "--data", "digits", "--likelihood", "gaussian"],
+            ["train", "vae", "--data", "YOUR_FOLDER", "--size", "64", "--latent", "64"],
+            ["doctor"],
+        )
     )
     return folder
 
@@ -86,10 +91,12 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
         f" measured just now:\n"
         + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f"next:       genai-fast sample {folder} --count 1000 --out digits\n"
-        f"            genai-fast interpolate {folder} --out interpolation.png\n"
-        f"            genai-fast export {folder} --out generator.safetensors\n"
-        f"            genai-fast train dcgan --data YOUR_FOLDER --size 64"
+        + _next(
+            ("sample", folder, *["--count", "1000", "--out", "digits"]),
+            ("interpolate", folder, *["--out", "interpolation.png"]),
+            ("export", folder, *["--out", "generator.safetensors"]),
+            ["train", "dcgan", "--data", "YOUR_FOLDER", "--size", "64"],
+        )
     )
     return folder
 
@@ -129,12 +136,20 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
         f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
         + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + f'next:       genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2\n'
-        f"            genai-fast export {folder} --out gpt.safetensors\n"
-        f"            genai-fast train gpt --data YOUR_FILE.txt\n"
-        f"            genai-fast train seq2seq --data YOUR_CATALOGUE.po"
+        + _next(
+            ("generate", folder, "--prompt", "If the", *["--max-tokens", "200", "--seed", "2"]),
+            ("export", folder, *["--out", "gpt.safetensors"]),
+            ["train", "gpt", "--data", "YOUR_FILE.txt"],
+            ["train", "seq2seq", "--data", "YOUR_CATALOGUE.po"],
+        )
     )
     return folder
+
+
+def _next(*commands: Iterable[object]) -> str:
+    """Commands to go on with, one per line."""
+    lines = [command(*words) for words in commands]
+    return "\n".join(f"{title:<12}{line}" for title, line in itertools.zip_longest(["next:"], lines, fillvalue=""))
 
 
 def training_speed(images: Images, settings: VAEConfig, device: torch.device) -> Comparison:

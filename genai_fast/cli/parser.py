@@ -17,7 +17,7 @@ from genai_fast import __version__
 from genai_fast.cli.examples import EXAMPLES
 from genai_fast.config import types
 from genai_fast.errors import UsageError
-from genai_fast.terminal import Steady, say
+from genai_fast.terminal import Steady, command, say
 
 _PROFILE = """\
 Times the training step of a recipe, or of your own loop, in up to three variants (eager PyTorch, torch.compile and
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}; see {command(*self.prog.split()[1:], '--help')}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

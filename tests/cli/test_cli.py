@@ -18,7 +18,7 @@ from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import config, data
+from genai_fast import config, data, terminal
 from genai_fast.cli import demo, parser, tune
 from genai_fast.models import registry
 from genai_fast.models.vae.recipe import VAEConfig
@@ -45,7 +45,7 @@ def test_train_sample_and_resume(here, capsys):
     assert any(n.startswith("checkpoint-") for n in names)
     settings = tomllib.loads((run / "config.toml").read_text())
     assert (settings["recipe"], settings["seed"], settings["latent"], settings["lr"]) == ("vae", 3, 2, 1e-3)
-    assert "genai-fast sample" in capsys.readouterr().out
+    assert f"next: {terminal.command('sample', 'runs/one', '--count', 64)}" in capsys.readouterr().out
 
     assert call("sample", "one", "--count", "10", "--seed", "4", "--out", "a.png") == 0
     assert call("sample", str(run), "--count", "10", "--seed", "4", "--out", "b.png") == 0
@@ -274,14 +274,15 @@ def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
         return real(self, *batch)
 
-    for out, more in (("runs", ""), ("else where", " --out 'else where'")):
+    for out, more in (("runs", []), ("else where", ["--out", "else where"])):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Step, "__call__", interrupt)
             assert call("train", "vae", *SMALL, *epochs, "--run", "r", "--out", out) == 130
         said = capsys.readouterr().err
-        command = f"genai-fast train vae --run r{more} --resume"
-        assert f"go on with {command}\n" in said
-        assert call(*shlex.split(command)[1:]) == 0
+        words = ["train", "vae", "--run", "r", *more, "--resume"]
+        command = terminal.command(*words)
+        assert f"go on with {command}\n" in said and shlex.split(command)[-len(words) :] == words
+        assert call(*words) == 0
         capsys.readouterr()
 
 
