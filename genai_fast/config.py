@@ -70,8 +70,8 @@ class ImageConfig(Config):
 
     data: str = setting(
         "mnist",
-        "mnist (5,000 of its 70,000 digits), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, an IDX"
-        " (such as all of MNIST), .npy or .npz file, CIFAR-10 batches",
+        "mnist (5,000 of its 70,000 images), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, a folder"
+        " of IDX files (such as all of MNIST), an IDX, .npy or .npz file, CIFAR-10 batches",
     )
     size: int = setting(0, "side in pixels to which pictures are scaled; 0: unscaled, all of one size", low=0)
     flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
@@ -141,7 +141,7 @@ def build(kind: type[Config], values: dict[str, Any], source: str) -> Config:
     valid = [f.name for f in fields(kind)]
     for key, value in values.items():
         if key not in valid:
-            near = difflib.get_close_matches(key.replace("-", "_"), valid, 1, cutoff=0.4)
+            near = difflib.get_close_matches(key.replace("-", "_"), valid, 1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid)}"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
         if isinstance(value, dict):

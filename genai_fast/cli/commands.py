@@ -18,6 +18,7 @@ from genai_fast.cpu import tune_cpu
 from genai_fast.data.picture import read_light
 from genai_fast.data.text import cleaning
 from genai_fast.errors import UsageError
+from genai_fast.evaluation import key
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
@@ -71,11 +72,8 @@ def _say(recipe: str, result: Trained) -> None:
     """What has come of it, and what can be done with it."""
     folder = result.folder
     figures = result.record.get("validation", {})
-    terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    say(
-        f"{folder}: validation: {terms or 'none' if result.record else 'unchanged, all epochs were already done'}",
-        sys.stdout,
-    )
+    held_out = f"on held-out data:\n{key.as_text(figures)}" if figures else "all epochs were already done"
+    say(f"{folder}: {held_out}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
@@ -91,13 +89,14 @@ def _say(recipe: str, result: Trained) -> None:
 def run_sample(options: argparse.Namespace) -> int:
     _at_least("--count", options.count, 1)
     _check_seed(options.seed)
+    options.out = _free(options.out, "grid.png")
     _check_parent(options.out)
     picture = options.out.suffix.lower() == ".png"
     if not picture and options.out.suffix:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
     if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options, "sample", Draws)
+    run, replaced = _open(options, "sample", Draws), _replaced(options.out)
     images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
     if picture:
         pictures.grid(images, options.out)
@@ -105,7 +104,7 @@ def run_sample(options: argparse.Namespace) -> int:
         options.out.mkdir(exist_ok=True)
         for k, image in enumerate(images):
             pictures.single(image, options.out / f"{k:06d}.png")
-    print(f"{options.out}: {options.count} samples of {run.folder}")
+    print(f"{options.out}{replaced}: {options.count} samples of {run.folder}")
     return 0
 
 
@@ -113,8 +112,9 @@ def run_interpolate(options: argparse.Namespace) -> int:
     _at_least("--pairs", options.pairs, 1)
     _at_least("--steps", options.steps, 2)
     _check_seed(options.seed)
+    options.out = _free(options.out, "interpolation.png")
     _check_png(options.out)
-    run = _open(options, "sample", Draws)
+    run, replaced = _open(options, "sample", Draws), _replaced(options.out)
     a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
     ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
     labels = _labels(run, options.label, options.pairs)
@@ -123,7 +123,7 @@ def run_interpolate(options: argparse.Namespace) -> int:
     labels = None if labels is None else labels.repeat_interleave(options.steps)
     images = decode(run.model, run.shape, torch.stack(ways, dim=1).flatten(0, 1), labels)
     pictures.grid(images, options.out, columns=options.steps)
-    print(f"{options.out}: {options.pairs} interpolations of {run.folder}")
+    print(f"{options.out}{replaced}: {options.pairs} interpolations of {run.folder}")
     return 0
 
 
@@ -131,10 +131,11 @@ def run_inpaint(options: argparse.Namespace) -> int:
     _at_least("--count", options.count, 1)
     _at_least("--steps", options.steps, 1)
     _check_seed(options.seed)
+    options.out = _free(options.out, "inpainted.png")
     _check_png(options.out)
     if (options.box is None) == (options.mask is None):
         raise UsageError("expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE")
-    run = _open(options, "inpaint", Inpaints)
+    run, replaced = _open(options, "inpaint", Inpaints), _replaced(options.out)
     images = _images_for(run, options.data)
     count = min(options.count, len(images))
     missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
@@ -143,20 +144,23 @@ def run_inpaint(options: argparse.Namespace) -> int:
     repaired = run.model.inpaint(batch[0], mask, *batch[1:], steps=options.steps, seed=options.seed)
     x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
     pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
-    print(f"{options.out}: {count} images: original, damaged and repaired by {run.folder}, one row each")
+    rows = "original, damaged and repaired"
+    print(f"{options.out}{replaced}: {count} images of {images.name}: {rows} by {run.folder}, one row each")
     return 0
 
 
 def run_reconstruct(options: argparse.Namespace) -> int:
     _at_least("--count", options.count, 1)
+    options.out = _free(options.out, "reconstructed.png")
     _check_png(options.out)
-    run = _open(options, "reconstruct", Reconstructs)
+    run, replaced = _open(options, "reconstruct", Reconstructs), _replaced(options.out)
     images = _images_for(run, options.data or run.config.data)
     batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
     with latents.evaluating(run.model):
         pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
     pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
-    print(f"{options.out}: {len(batch[0])} images and their reconstructions by {run.folder}, one row each")
+    what = f"{len(batch[0])} images of {images.name} and their reconstructions"
+    print(f"{options.out}{replaced}: {what} by {run.folder}, one row each")
     return 0
 
 
@@ -256,7 +260,7 @@ def run_export(options: argparse.Namespace) -> int:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
     if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run = _open(options)
+    run, replaced = _open(options), _replaced(options.out)
     network = export.network_of(run)
     if one_file:
         export.write_weights(run, options.out)
@@ -265,7 +269,7 @@ def run_export(options: argparse.Namespace) -> int:
         export.write_folder(run, options.out, onnx=options.onnx)
         use = f"next: {shlex.join([sys.executable, str(options.out / export.SCRIPT), '--help'])}"
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"{options.out}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
+    print(f"{options.out}{replaced}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
     return 0
 
 
@@ -274,6 +278,12 @@ def run_tune(options: argparse.Namespace) -> int:
     from genai_fast.cli import tune
 
     _at_least("--batch", options.batch, 1)
+    if options.forget:
+        print(f"{autotune.file()}: {autotune.clear()} choices forgotten")
+        if not options.models:
+            return 0
+    if not options.models:
+        raise UsageError("MODEL: expected one or more, got none; remedy: such as dcgan-64-generator, or --forget")
     if autotune.pinned():
         raise UsageError("choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
     try:
@@ -292,7 +302,6 @@ def run_tune(options: argparse.Namespace) -> int:
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     print(tune.text(chosen))
-    print(f"{len(chosen)} convolutions; choices saved in {autotune.file()}")
     return 0
 
 
@@ -360,6 +369,20 @@ def _at_least(flag: str, value: int, least: int) -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {seed}")
+
+
+def _free(out: Path | None, default: str) -> Path:
+    """Where to write: `out`, or the default name, with a number if there is such a file already."""
+    path, number = out or Path(default), 1
+    while out is None and path.exists():
+        number += 1
+        path = Path(default).with_stem(f"{Path(default).stem}-{number}")
+    return path
+
+
+def _replaced(path: Path) -> str:
+    """What a message adds about a file that is about to be written over."""
+    return " (replaces the former file)" if path.is_file() else ""
 
 
 def _check_parent(path: Path) -> None:

@@ -145,12 +145,13 @@ def _served(op: str, device: str) -> dict[str, Any]:
 
 
 def _caches() -> dict[str, str]:
-    """Compiled kernels, with their size, and the file of measured choices."""
+    """Compiled kernels, measured choices, decoded pictures and encoded texts, with their sizes."""
     home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     caches = {
         "triton": _size(home),
         "autotune": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
+        **{kind: _size(autotune.folder() / kind) for kind in ("images", "tokens")},
     }
     if inductor:
         caches["inductor"] = _size(Path(inductor))

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "tune": (
         "genai-fast tune dcgan-64-generator dcgan-64-discriminator --batch 64",
         "genai-fast tune net.py:make --input 3x64x64 --channels-last --out choices.md",
+        "genai-fast tune --forget",
     ),
     "doctor": ("genai-fast doctor", "genai-fast doctor --json"),
     "demo": ("genai-fast demo",),

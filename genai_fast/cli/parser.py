@@ -40,9 +40,10 @@ The file sees sys.argv as under `python FILE.py`; arguments for it come last, af
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
     "data": "data strict validation size flip crop rotate jitter tokenizer vocabulary block",
-    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate",
-    "run": "init precision tf32 seed threads device sync_bn shard log_every checkpoint_every keep tensorboard"
-    " grid_every quality_every sample_every",
+    "model": "init",
+    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate seed",
+    "machine": "device threads precision tf32 sync_bn shard",
+    "output": "log_every checkpoint_every keep grid_every quality_every sample_every tensorboard",
 }
 _GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
 
@@ -108,12 +109,14 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     for name, recipe in _recipes().items() if recipes else ():
         p = kinds.add_parser(name, help=recipe.summary, description=recipe.summary, allow_abbrev=False)
         p.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")
-        p.add_argument("--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA")
-        p.add_argument(
+        p.add_argument("--resume", action="store_true", help="resume the run named by --run")
+        groups = {title: p.add_argument_group(title) for title in _GROUPS}
+        groups["output"].add_argument(
+            "--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA"
+        )
+        groups["output"].add_argument(
             "--out", type=Path, default=Path("runs"), help="folder that holds the runs; default: %(default)s"
         )
-        p.add_argument("--resume", action="store_true", help="resume the run named by --run")
-        groups = {title: p.add_argument_group(title) for title in ("data", "model", "optimizer", "run")}
         for f in fields(recipe.config):
             kind = types(recipe.config)[f.name]
             switch = {"action": argparse.BooleanOptionalAction}
@@ -121,7 +124,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
             groups[_GROUP_OF.get(f.name, "model")].add_argument(
                 f"--{f.name.replace('_', '-')}",
                 default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']}; default: {f.default}",
+                help=f"{f.metadata['help']}; default: {'none' if f.default == '' else f.default}",
                 **(switch if kind is bool else value),
             )
 
@@ -130,17 +133,14 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     sample.add_argument(
         "--out",
         type=Path,
-        default=Path("grid.png"),
-        help="a PNG file for a grid, or a new folder for one file per picture; default: %(default)s",
+        help="a PNG file for a grid, or a new folder for one file per picture; default: grid.png, or a free number",
     )
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents")
     interpolate.add_argument(
         "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
     )
     interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
-    interpolate.add_argument(
-        "--out", type=Path, default=Path("interpolation.png"), help="PNG file; default: %(default)s"
-    )
+    interpolate.add_argument("--out", type=Path, help="PNG file; default: interpolation.png, or a free number")
     inpaint = _of_a_run(commands, "inpaint", "fill in missing parts of pictures with a variational autoencoder")
     inpaint.add_argument(
         "--data", required=True, metavar="DATA", help="pictures to repair, in any form that `train` reads"
@@ -153,7 +153,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         "--mask", type=Path, metavar="FILE", help="or: a picture that is white where pixels are missing"
     )
     inpaint.add_argument("--steps", type=int, default=200, help="optimization steps for z; default: %(default)s")
-    inpaint.add_argument("--out", type=Path, default=Path("inpainted.png"), help="PNG file; default: %(default)s")
+    inpaint.add_argument("--out", type=Path, help="PNG file; default: inpainted.png, or a free number")
     what = "draw pictures and their reconstructions by an autoencoder"
     reconstruct = _of_a_run(commands, "reconstruct", what, draws=False)
     reconstruct.add_argument(
@@ -163,9 +163,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         help="pictures, in any form that `train` reads; default: the run's held-out data",
     )
     reconstruct.add_argument("--count", type=int, default=12, help="number of pictures; default: %(default)s")
-    reconstruct.add_argument(
-        "--out", type=Path, default=Path("reconstructed.png"), help="PNG file; default: %(default)s"
-    )
+    reconstruct.add_argument("--out", type=Path, help="PNG file; default: reconstructed.png, or a free number")
     generate = _of_a_run(commands, "generate", "continue a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: none")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with one prompt per line")
@@ -207,7 +205,10 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         description="Measures each convolution's implementations, in training and evaluation, and saves the fastest.",
     )
     tune.add_argument(
-        "models", nargs="+", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
+        "models", nargs="*", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
+    )
+    tune.add_argument(
+        "--forget", action="store_true", help="first forget all choices, such as those made on a busy machine"
     )
     tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
     tune.add_argument("--batch", type=int, default=64, help="batch size; default: %(default)s")

@@ -69,7 +69,7 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
         with torch.no_grad():
             mu = model.encode(*batch_for(model, train, slice(None)))[0]
-        pictures.plane(mu, train.labels, train.classes, folder / "latent.png")
+        pictures.plane(mu, train.labels, train.classes, folder / "latent.png", train.name)
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
@@ -113,15 +113,15 @@ class Watch:
         return Look(figures, warnings + warnings_of(figures, **said))
 
     def _likelihood(self) -> dict[str, float]:
-        """Losses on held-out images, and bits per dimension of models with a likelihood."""
+        """Losses on held-out images, and bits per dimension of a Bernoulli likelihood.
+
+        A squared error has an arbitrary variance: its bits per dimension compare with nobody's.
+        """
         model = self._model
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
-        if {"reconstruction", "kl"} <= figures.keys():
+        if {"reconstruction", "kl"} <= figures.keys() and image_traits(model).likelihood == "bernoulli":
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
-            traits = image_traits(model)
-            figures["bits_per_dim"] = bits_per_dim(
-                elbo, math.prod(self._train.shape), traits.likelihood, signed=traits.signed
-            )
+            figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), "bernoulli")
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:

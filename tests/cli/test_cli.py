@@ -211,7 +211,7 @@ def test_an_interrupt_is_not_a_traceback(here, capsys, monkeypatch):
 
     monkeypatch.setattr(run, "fit", interrupt)
     assert call("train", "vae", *SMALL) == 130
-    assert capsys.readouterr().err == "genai-fast train vae: interrupted\n"
+    assert capsys.readouterr().err.splitlines()[1:] == ["genai-fast train vae: interrupted"]
 
 
 def test_demo(here, capsys, monkeypatch):
@@ -265,6 +265,18 @@ def test_a_run_goes_on_by_the_command_that_was_typed_before(here, capsys):
     assert call(*command) == 0 and (here / "runs" / "r" / "config.toml").exists()
     assert call(*command, "--resume", "--epochs", "2") == 0
     assert [r["epoch"] for r in records(here / "runs" / "r", "epoch")] == [1, 2]
+
+
+def test_pictures_do_not_replace_others_in_silence(here, capsys):
+    make_run(here)
+    for expected in ("grid.png: 2 ", "grid-2.png: 2 ", "grid-3.png: 2 "):
+        capsys.readouterr()
+        assert call("sample", "one", "--count", "2") == 0
+        assert capsys.readouterr().out.startswith(expected)
+    for command in ("sample", "interpolate"):
+        (here / "b.png").write_bytes(b"")
+        assert call(command, "one", "--out", "b.png") == 0
+        assert capsys.readouterr().out.startswith("b.png (replaces the former file): ")
 
 
 def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatch):

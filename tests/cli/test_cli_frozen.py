@@ -37,7 +37,7 @@ def _line(action):
         words.append("required")
     if action.default is argparse.SUPPRESS:  # a recipe's: a setting says it, so that a file may come between
         if "default: " in action.help:
-            words.append("default " + (action.help.rpartition("default: ")[2] or "''"))
+            words.append("default " + action.help.rpartition("default: ")[2])
     elif action.default not in (None, False, []):
         words.append(f"default {action.default}")
     return " ".join(words)
