@@ -84,7 +84,8 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f" launches: genai_fast.training.Step runs the whole step as one CUDA graph; or a larger batch",
         )
     faults = found["page_faults"] or 0.0
-    if not cuda and faults > FAULTS:
+    tunable = not cuda and not report["tune_cpu"]
+    if tunable and faults > FAULTS:
         say(
             WAITING,
             f"{faults:,.0f} page faults per step: freed memory returns to the system and is cleared each time:"
@@ -108,6 +109,11 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             (products + convolutions) / 2,
             f"matmuls and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
             f" float32: bfloat16 (torch.autocast; --precision bf16 here)",
+        )
+    if products >= MULTIPLYING and wide > 0.5 and tunable:
+        say(
+            products / 4,
+            f"matmuls take {products:.0%} of the step: genai_fast.tune_cpu() sends them to oneDNN if that is faster",
         )
     seen, other = found["convolutions"] or 0, found["convolutions_not_channels_last"] or 0
     if convolutions >= CONVOLVING and other > seen / 2:

@@ -150,9 +150,10 @@ def _stepper(name: str, made: Any) -> Callable[[], int | None]:
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], int):
         made, samples = made
     if isinstance(made, nn.Module) or not (callable(made) or isinstance(made, Iterator)):
-        raise TypeError(
-            f"{name}: expected it to return a function that runs one training step, that and the samples of a step, or"
-            f" an iterator that runs one a next(), got {type(made).__name__}"
+        raise UsageError(
+            f"{name}: expected it to return a function that runs one training step, (that, samples per step), or an"
+            f" iterator that runs one step per next(), got {type(made).__name__} {made!r:.40}; remedy: return the step"
+            f" function, or put `yield` at the end of the loop's step"
         )
     if not isinstance(made, Iterator):
         return lambda: (made(), samples)[1]

@@ -15,6 +15,7 @@ from genai_fast.profiling import counters, loops, machine, measure, trace
 from genai_fast.profiling.diagnosis import diagnose
 from genai_fast.profiling.figures import roof
 from genai_fast.profiling.flops import FlopCount
+from genai_fast.profiling.report import as_text
 from genai_fast.profiling.systems import of_recipe
 from genai_fast.profiling.waiting import Waiting
 
@@ -220,7 +221,7 @@ def test_energy_is_read_from_the_management_library(monkeypatch):
     assert energy.joules() is None and "OSError: no driver" in energy.reason
 
 
-def _report(device="cpu", threads=64, left_alone=(), operators=(), **figures):
+def _report(device="cpu", threads=64, left_alone=(), operators=(), tune_cpu="", **figures):
     found = {
         "data_wait": None, "device_busy": None, "page_faults": 0.0, "operators": [
             {"name": name, "share_with_callees": share} for name, share in operators
@@ -231,6 +232,7 @@ def _report(device="cpu", threads=64, left_alone=(), operators=(), **figures):
         "device": device,
         "environment": {"threads": threads},
         "left_alone": left_alone,
+        "tune_cpu": tune_cpu,
         "variants": {"eager": found, "fused": found},
     }
 
@@ -263,6 +265,40 @@ def test_what_the_figures_say(rule, monkeypatch):
     (said,) = diagnose(_report(**given), "fused" if rule == "left alone" else "eager")
     assert text in said
     assert diagnose(_report(), "eager") == []
+
+
+@pytest.mark.parametrize(("tuned", "advised"), [("", 2), ("freed memory kept", 0)])
+def test_tune_cpu_is_advised_only_where_it_is_off(tuned, advised):
+    report = _report(tune_cpu=tuned, page_faults=40000.0, operators=[("aten::mm", 0.6)])
+    assert sum("tune_cpu()" in text for text in diagnose(report, "eager")) == advised
+
+
+def _variant(p50, per_second):
+    return {
+        "unit": "samples", "per_second": per_second, "step_seconds": {"p50": p50, "p95": p50, "max": 9.0},
+        "data_wait": 0.1, "operator_calls": 5.0, "flops": 10, "flops_per_second": 1e9, "flops_share_of_peak": 0.5,
+        "flops_not_counted": [], "peak_resident_growth_bytes": 1, "page_faults": 0.0, "joules": None, "watts": None,
+        "first_step_seconds": 1.0, "steps": 9, "operators": [], "device_busy": None, "arithmetic": {},
+        "convolutions": 0, "convolutions_not_channels_last": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.44, "0.4"), (None, "an unknown number of")])
+def test_the_headline_is_a_ratio_of_medians_with_the_load_beside(load, busy):
+    """One long step changes a mean, and with it which variant looks faster."""
+    report = _report() | {
+        "model": "m", "what": "w", "peak": None, "foreign_load": load, "energy": "energy: unknown on a CPU",
+        "ended": "", "no_wait": "", "environment": {"device": "CPU", "threads": 2, "torch": "2", "cores": 4},
+        "variants": {"eager": _variant(0.03, 30.0), "fused": _variant(0.02, 20.0)},
+    }  # fmt: skip
+    lines = as_text(report).splitlines()
+    assert lines[2] == (
+        f"fused 1.50 x eager (medians of alternating steps; other programs kept {busy} of 4 cores busy)"
+    )
+    assert [line.split() for line in lines if line.startswith("times eager")] == [
+        ["times", "eager", "1.00", "x", "1.50", "x"]
+    ]
+    assert not [line for line in lines if "unknown" in line and line != lines[2]]
 
 
 @pytest.mark.parametrize("narrow", [False, True])
