@@ -10,9 +10,10 @@ import tomllib
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genai_fast.errors import UsageError
+from genai_fast.spelling import spelled
 
 
 class ConfigError(UsageError):
@@ -99,6 +100,15 @@ class TextConfig(Config):
     clip: float = setting(1.0, "gradient clipping: largest norm; 0: none", low=0)
 
 
+class Command(NamedTuple):
+    """What `genai-fast train NAME` says of itself before its model, and with it torch, is imported."""
+
+    name: str
+    summary: str
+    config: type[Config]
+    examples: tuple[str, ...]
+
+
 def changed(kind: type[Config], key: str, default: Any) -> Any:
     """A setting of `kind` with another default."""
     return field(default=default, metadata=kind.__dataclass_fields__[key].metadata)
@@ -112,8 +122,6 @@ def types(kind: type[Config]) -> dict[str, type]:
 def _checked(kind: type[Config], key: str, value: Any) -> Any:
     wanted = types(kind)[key]
     if key == "precision" and isinstance(value, str):
-        from genai_fast.precision import spelled  # with torch, for which --help does not wait
-
         value = spelled(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -21,6 +21,7 @@ LAYERS = [
         "genai_fast.imports",
         "genai_fast.terminal",
         "genai_fast.scoped",
+        "genai_fast.spelling",
         "genai_fast.versions",
         "genai_fast._moved",
     ),
@@ -164,6 +165,29 @@ def test_the_version_does_not_wait_for_torch(how):
     assert not loaded & {"torch", "numpy", "genai_fast.ops"}
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "vae", "--help"], 0, "variational autoencoder of one hidden layer"),
+        (["train", "vea"], 2, "invalid choice: 'vea'"),
+        (["train", "gpt", "--vocabulry", "3"], 2, "did you mean --vocabulary?"),
+        (["train", "vae", "--validation", "5"], 2, "validation: expected a number > 0 and <= 0.9, got 5.0"),
+        (["train", "vae", "--precision", "bf61"], 2, "precision: expected float32 or bfloat16 or float16, got 'bf61'"),
+        (["train", "vae", "--config", "none.toml"], 2, "none.toml: expected a TOML file, got No such file"),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(words, code, said):
+    script = (
+        "import sys; from genai_fast.cli import main\n"
+        f"try: code = main({words})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print('torch' in sys.modules, code)"
+    )
+    done = _python(script)
+    assert done.stdout.splitlines()[-1] == f"False {code}", done.stderr
+    assert said in done.stdout + done.stderr
+
+
 def test_the_version_has_one_place():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -231,7 +255,14 @@ LIGHT = {  # a statement, and what it must not import
         "training.loop",
     ),
     "import genai_fast.cli": ("data", "models", "evaluation", "training", "runs", "profiling", "cli.commands"),
-    "from genai_fast.cli.parser import parser_of; parser_of(recipes=False)": ("data", "models", "training", "runs"),
+    "from genai_fast.cli.parser import parser_of; parser_of()": (
+        "data",
+        "models.common",
+        "models.registry",
+        "models.gan.model",
+        "training",
+        "runs",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,24 +23,20 @@ from genai_fast.models import slerp
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
 from genai_fast.models.registry import RECIPES
-from genai_fast.precision import spelled
 from genai_fast.runs import pictures, text_generation
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
 from genai_fast.runs.text_task import TextTask
+from genai_fast.spelling import spelled
 from genai_fast.terminal import command, printable, say
 from genai_fast.training import distributed
 from genai_fast.training.batches import batch_for
 
 
 def run_train(options: argparse.Namespace) -> int:
-    kind = RECIPES[options.recipe].config
-    flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
-    if "init" in flags:
-        flags["init"] = _run_or_file(flags["init"], options.out)
-    file = config.read(options.config, options.recipe) if options.config else {}
-    if file:
-        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    kind, given = RECIPES[options.recipe].config, dict(options.settings)
+    if "init" in given:
+        given["init"] = _run_or_file(given["init"], options.out)
     if options.name and Path(options.name).is_relative_to(options.out):  # as messages and file names in a shell have it
         options.name = str(Path(options.name).relative_to(options.out))
     resume = options.resume
@@ -50,9 +46,9 @@ def run_train(options: argparse.Namespace) -> int:
         # torchrun starts the same command again after a failure: the first time there is no run yet.
         resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
     if resume:
-        settings = saved_settings(options.recipe, options.out / options.name, {**file, **flags})
+        settings = saved_settings(options.recipe, options.out / options.name, given)
     else:
-        settings = config.build(kind, {**file, **flags}, "settings")
+        settings = config.build(kind, given, "settings")
     settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)

@@ -15,11 +15,11 @@ from genai_fast.data import Images
 from genai_fast.models import MLPVAE
 from genai_fast.models.common.plain_loop import loss_step
 from genai_fast.models.gan.plain import gan_step
-from genai_fast.models.gan.recipe import DCGANConfig
+from genai_fast.models.gan.settings import DCGANConfig
 from genai_fast.models.gpt.plain import PlainGPT
-from genai_fast.models.gpt.recipe import GPTConfig
+from genai_fast.models.gpt.settings import GPTConfig
 from genai_fast.models.vae.plain import PlainMLPVAE
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.profiling import Comparison, compare
 from genai_fast.runs import text_generation
 from genai_fast.runs.run import new_folder, train

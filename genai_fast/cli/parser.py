@@ -13,10 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genai_fast import __version__
+from genai_fast import __version__, config
 from genai_fast.cli.examples import EXAMPLES
-from genai_fast.config import types
 from genai_fast.errors import UsageError
+from genai_fast.models.commands import COMMANDS
 from genai_fast.terminal import Steady, command, say
 
 _PROFILE = """\
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options = _options(sys.argv[1:] if arguments is None else list(arguments))
             prog = options.parser.prog
+            if options.command == "train":
+                options.settings = _settings(options)
             from genai_fast.cli import commands  # imports torch, which errors and --help do not wait for
 
             return getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
@@ -88,7 +90,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if "--" in arguments and arguments[0] in ("profile", "tune"):
         place = arguments.index("--")
         arguments, own = arguments[:place], arguments[place + 1 :]
-    options, unknown = parser_of("train" in arguments).parse_known_args(arguments)
+    options, unknown = parser_of().parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [flag for action in options.parser._actions for flag in action.option_strings]
@@ -98,15 +100,29 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
-    """The parser of every command; without `recipes`, which import torch, `train` has no subcommands."""
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a file and flags give, which have been checked.
+
+    Raises: ConfigError.
+    """
+    kind = COMMANDS[options.recipe].config
+    file = config.read(options.config, options.recipe) if options.config else {}
+    if file:
+        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    config.build(kind, {**file, **flags}, "settings")
+    return {**file, **flags}
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The parser of every command; nothing here imports torch, which takes seconds."""
     parser = _Parser(prog="genai-fast", description="Fused kernels for generative models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"genai-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model", allow_abbrev=False)
     kinds = train.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
-    for name, recipe in _recipes().items() if recipes else ():
+    for name, recipe in COMMANDS.items():
         p = kinds.add_parser(name, help=recipe.summary, description=recipe.summary, allow_abbrev=False)
         p.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")
         p.add_argument("--resume", action="store_true", help="resume the run named by --run")
@@ -118,7 +134,7 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
             "--out", type=Path, default=Path("runs"), help="folder that holds the runs; default: %(default)s"
         )
         for f in fields(recipe.config):
-            kind = types(recipe.config)[f.name]
+            kind = config.types(recipe.config)[f.name]
             switch = {"action": argparse.BooleanOptionalAction}
             value = {"type": kind, "metavar": "|".join(f.metadata["choices"]) or f.name.upper()}
             groups[_GROUP_OF.get(f.name, "model")].add_argument(
@@ -237,17 +253,11 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         demo.add_argument("--epochs", type=int, default=None, help="passes over the data; default: the demo's own")
     for name, one in commands_of(parser).items():
         one.set_defaults(parser=one)
-        recipe = _recipes().get(name.removeprefix("train ")) if recipes else None
+        recipe = COMMANDS.get(name.removeprefix("train "))
         if lines := recipe.examples if recipe else EXAMPLES.get(name):
             one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
             one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
-
-
-def _recipes() -> dict[str, Any]:
-    from genai_fast.models.registry import RECIPES
-
-    return RECIPES
 
 
 def _add_profile(commands: Any) -> None:

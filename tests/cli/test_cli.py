@@ -21,7 +21,7 @@ import genai_fast
 from genai_fast import config, data, terminal
 from genai_fast.cli import demo, parser, tune
 from genai_fast.models import registry
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.profiling import loops
 from genai_fast.runs import image_evaluation, run
 from genai_fast.training import Step, loop
@@ -306,8 +306,8 @@ def test_precisions_have_two_spellings(here, spelling):
         Step(lambda x: model(x).sum(), torch.optim.SGD(model.parameters()), precision=spelling).precision == "bfloat16"
     )
     for words in (["tune", "dense-generator"], ["profile", "vae"]):
-        assert parser.parser_of(False).parse_args([*words, "--precision", spelling]).precision == spelling
-    assert parser.parser_of(False).parse_args(["generate", "r", "--weights", spelling]).weights == spelling
+        assert parser.parser_of().parse_args([*words, "--precision", spelling]).precision == spelling
+    assert parser.parser_of().parse_args(["generate", "r", "--weights", spelling]).weights == spelling
 
 
 def test_names_of_classes_cannot_command_the_terminal(here, capsys):

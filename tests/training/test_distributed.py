@@ -18,7 +18,7 @@ from commands import records
 from genai_fast import ops
 from genai_fast.errors import UsageError
 from genai_fast.fusion import thresholds
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.ops import rows
 from genai_fast.training import checkpoint, distributed
 

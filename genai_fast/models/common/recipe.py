@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast.config import Config
+from genai_fast.config import Command, Config
 from genai_fast.errors import UsageError
 from genai_fast.models.common.plain_loop import loss_step
 
@@ -74,8 +74,7 @@ class Bench:
 class Recipe:
     """A kind of model and its settings.
 
-    name, summary: on the command line.
-    config: its settings.
+    command: its name, summary, settings and examples on the command line.
     model: the class of what is trained: see `contract` and `protocol` for what it may offer.
     plain: its twin in plain PyTorch, with the same keys and `loss(*batch)`: what `export` writes and the bench measures
         beside. Of networks in turns: values -> the class of each by name, the one that is exported first.
@@ -92,9 +91,7 @@ class Recipe:
     unrolled: torch.compile takes many minutes, as it unrolls the loop over tokens.
     """
 
-    name: str
-    summary: str
-    config: type[Config]
+    command: Command
     model: type[nn.Module]
     plain: type[nn.Module] | Callable[[Values], dict[str, type[nn.Module]]]
     build: Callable[[Values], nn.Module] | None = None
@@ -110,7 +107,14 @@ class Recipe:
     graph: Graph | None = None
     unrolled: bool = False
     benches: tuple[Bench, ...] = ()
-    examples: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    @property
+    def config(self) -> type[Config]:
+        return self.command.config
 
     def values(self, settings: Config, *of_data: Any) -> Values:
         """Settings and what the data adds: (shape, number of classes) of images, (vocabulary, end) of text."""
