@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -333,6 +334,38 @@ def test_each_instruction_set_passes_the_numerics_gate(isa):
     assert done.stdout.split() == [isa, "True"], done.stdout + done.stderr
 
 
+def test_half_precision_needs_no_type_of_newer_compilers():
+    """GCC 11 on x86-64 and GCC 12 on ARM have no _Float16 in C++."""
+    sources = [*ROOT.glob("kernels/*/*.cpp"), *ROOT.glob("kernels/*/*.h")]
+    assert len(sources) > 20 and not [path for path in sources if "_Float16" in path.read_text()]
+
+
+def test_the_extension_is_hardened():
+    """Its table of addresses is read-only, and functions with arrays check their stack."""
+    from genai_fast.kernels.common.extension import extension
+
+    module, reason = extension()
+    if module is None or not sys.platform.startswith("linux") or shutil.which("readelf") is None:
+        pytest.skip(reason or "needs Linux and readelf")
+    shown = subprocess.run(["readelf", "-dlW", "--dyn-syms", module.__file__], capture_output=True, text=True).stdout
+    assert "BIND_NOW" in shown and "GNU_RELRO" in shown and "__stack_chk_fail" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_on_one_thread():
+    """As a DataLoader's worker does; on several threads OpenMP waits for ever there, in PyTorch's own operators too."""
+    script = (
+        "import os, torch; from genai_fast import ops\n"
+        "torch.set_num_threads(1); x = torch.randn(64, 512); w = torch.ones(512)\n"
+        "expected = ops.rms_norm(x, w)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(ops.rms_norm(x, w), expected) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 def test_an_unknown_instruction_set_is_refused():
     done = _python(
         "import torch, genai_fast; x = torch.zeros(1, 1); genai_fast.ops.reparameterize(x, x)", GENAI_FAST_ISA="avx9"
@@ -365,3 +398,7 @@ def test_the_wheel_has_one_top_level_package(tmp_path):
     ):
         assert needed in names
     assert any(name.startswith("genai_fast/_cpu") for name in names)
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    about = zipfile.ZipFile(wheel).read(about).decode().splitlines()
+    assert "License-Expression: Apache-2.0" in about and "Classifier: Typing :: Typed" in about

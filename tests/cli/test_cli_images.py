@@ -151,6 +151,12 @@ def test_repair(here, digits, capsys):
     Image.fromarray((inside * 255).astype(np.uint8)).save(here / "mask.png")
     assert call(*arguments, "--mask", "mask.png", "--out", "b.png") == 0
     assert (picture(here / "b.png") == sheet).all()
+    # For PostScript Pillow would start a program.
+    (here / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    capsys.readouterr()
+    assert call(*arguments, "--mask", "evil.png", "--out", "c.png") == 2
+    said = capsys.readouterr().err
+    assert "evil.png: expected a picture, got" in said and "Ghostscript" not in said and said.count("\n") == 1
 
 
 def test_a_zip_trains_as_its_folder_does(here, digits):
