@@ -37,7 +37,7 @@ def run(out: Path, epochs: int | None = None) -> Path:
     """Train with 20 latent dimensions, then with 2; measure the speed; returns the run's folder."""
     settings = VAEConfig(epochs=epochs or EPOCHS)
     folder = new_folder(out, "demo")
-    print(f"A VAE with 20 latent dimensions on 5,000 handwritten digits, in {folder}")
+    print(f"A VAE with 20 latent dimensions on 5,000 of MNIST's 70,000 handwritten digits, in {folder}")
     first = train("vae", settings, folder)
     flat = folder / "latent-2"
     print(f"The same with 2 latent dimensions, in {flat}")
@@ -52,7 +52,7 @@ def run(out: Path, epochs: int | None = None) -> Path:
     print(
         f"\nvalidation: negative ELBO {validation['loss']:.1f} nats a digit"
         f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
-        f"pictures:   {folder}/samples.png, reconstructions.png, latent.png\n"
+        f"pictures:   {folder}/samples.png, reconstructions.png, latent.png, curves.png\n"
         f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads,"
         f" {where['device']})\n"
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
@@ -72,7 +72,7 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     """Train a DCGAN; measure its step beside the same networks in plain PyTorch; returns the run's folder."""
     settings = DCGANConfig(epochs=epochs or GAN_EPOCHS, ema=0.99)
     folder = new_folder(out, "demo-gan")
-    print(f"A DCGAN on 5,000 handwritten digits, in {folder}; grids/ shows how it learns")
+    print(f"A DCGAN on 5,000 of MNIST's 70,000 handwritten digits, in {folder}; grids/ shows how it learns")
     trained = train("dcgan", settings, folder)
     model, size = trained.model, settings.batch_size
     device = next(model.parameters()).device
@@ -87,7 +87,7 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     print(
         f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
         f" diversity {validation['diversity']:.2f} of the data's\n"
-        f"pictures:   {folder}/samples.png, grids/\n"
+        f"pictures:   {folder}/samples.png, grids/, curves.png (all of MNIST gives better ones: --data FOLDER of IDX)\n"
         f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
         f" measured just now:\n"
         + "".join(f"            {line}\n" for line in str(comparison).splitlines())
