@@ -185,10 +185,9 @@ def preparing(
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: expected an nn.Module, got {type(model).__name__}")
-        if left_alone is not None:
-            known = {row.path for row in left_alone}
-            left_alone.extend(row for row in explain(model) if row.reason and row.path not in known)
         if variant == FUSED:
+            if left_alone is not None:  # each network's: two of them have equal paths
+                left_alone.extend(row for row in explain(model) if row.reason)
             fuse(model)
         if bf16:
             _under_autocast(model, method)

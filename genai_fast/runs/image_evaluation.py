@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from genai_fast.training.loop import Look, evaluate
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
-_AT_ONCE = 100  # images generated at a time
+_AT_ONCE = 100  # images generated or encoded at a time
 
 
 def generate(
@@ -67,9 +68,14 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
-        with torch.no_grad():
-            mu = model.encode(*batch_for(model, train, slice(None)))[0]
+        with torch.no_grad(), latents.evaluating(model):
+            codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
+        mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of a VAE (mu, logvar)
         pictures.plane(mu, train.labels, train.classes, folder / "latent.png", train.name)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:

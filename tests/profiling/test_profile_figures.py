@@ -69,6 +69,16 @@ def test_autocast_gives_float32_back_and_copies_run_their_own_weights():
     assert not other(x).any() and model(x).any()
 
 
+def test_what_is_left_alone_is_named_of_every_network():
+    left = []
+    prepare = loops.preparing("fused", False, left)
+    prepare(nn.Sequential(nn.LSTM(3, 3)))
+    prepare(nn.Sequential(nn.Upsample(scale_factor=2)))
+    assert [(row.path, row.found) for row in left] == [("0", "LSTM"), ("0", "Upsample")]
+    loops.preparing("eager", False, left)(nn.Sequential(nn.PReLU()))
+    assert len(left) == 2  # of what is fused, and once
+
+
 def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):
     counters_ = torch._dynamo.utils.counters
     counters_.clear()
