@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,12 @@ def test_every_op_folder_is_complete():
 
 def test_the_op_table_in_the_readme_is_the_registry():
     assert op_table() in (ROOT / "README.md").read_text(), "run: python -m genai_fast.table README.md"
+
+
+def test_the_tests_that_the_design_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "DESIGN.md").read_text()))
+    there = {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) > 100 and named <= there
 
 
 def _python(code, **environment):

@@ -121,7 +121,7 @@ class Watch:
     def _likelihood(self) -> dict[str, float]:
         """Losses on held-out images, and bits per dimension of a Bernoulli likelihood.
 
-        A squared error has an arbitrary variance: its bits per dimension compare with nobody's.
+        A squared error has an arbitrary variance, so its bits per dimension are not comparable.
         """
         model = self._model
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
