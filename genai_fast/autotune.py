@@ -13,6 +13,8 @@ import math
 import os
 import platform
 import stat
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -152,12 +154,20 @@ def _measured(
     with _locked():
         found = remembered(here).get(here, {}).get(_text(family), {}).get(shape)
         if found is None or found.name not in makers:
+            _announce()
             with _unseen(), torch._C.DisableTorchFunction():
                 found = _measure(device, makers, default)
             if found.microseconds:
                 _write(here, _text(family), shape, found)
     agreed = _agreed(text, found.name)
     return found if agreed not in makers else found._replace(name=agreed)
+
+
+@functools.cache
+def _announce() -> None:
+    """Once, and on a terminal only: a model's first call may take minutes."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"genai_fast: measuring convolutions, once for this machine; kept in {file()}", file=sys.stderr)
 
 
 def _unseen() -> contextlib.AbstractContextManager[Any]:
@@ -208,6 +218,18 @@ def forget() -> None:
     """Forget this process's choices, made, read or taken over; the file is unchanged."""
     _chosen.clear()
     _taken.clear()
+
+
+def clear() -> int:
+    """Forget all choices, those of the file too; returns how many were in it.
+
+    Raises: OSError: the file cannot be removed.
+    """
+    with _locked():
+        count = sum(len(shapes) for families in remembered().values() for shapes in families.values())
+        file().unlink(missing_ok=True)
+    forget()
+    return count
 
 
 def folder() -> Path:

@@ -8,9 +8,10 @@ import tomllib
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genai_fast.errors import UsageError
+from genai_fast.spelling import spelled
 
 
 class ConfigError(UsageError):
@@ -70,8 +71,8 @@ class ImageConfig(Config):
 
     data: str = setting(
         "mnist",
-        "mnist (5,000 of its 70,000 digits), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, an IDX"
-        " (such as all of MNIST), .npy or .npz file, CIFAR-10 batches",
+        "mnist (5,000 of its 70,000 images), digits (1,797 of 8 x 8), or a path: a folder or zip of pictures, a folder"
+        " of IDX files (such as all of MNIST), an IDX, .npy or .npz file, CIFAR-10 batches",
     )
     size: int = setting(0, "side in pixels to which pictures are scaled; 0: unscaled, all of one size", low=0)
     flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
@@ -99,6 +100,15 @@ class TextConfig(Config):
     clip: float = setting(1.0, "gradient clipping: largest norm; 0: none", low=0)
 
 
+class Command(NamedTuple):
+    """What `genai-fast train NAME` says of itself before its model, and with it torch, is imported."""
+
+    name: str
+    summary: str
+    config: type[Config]
+    examples: tuple[str, ...]
+
+
 def changed(kind: type[Config], key: str, default: Any) -> Any:
     """A setting of `kind` with another default."""
     return field(default=default, metadata=kind.__dataclass_fields__[key].metadata)
@@ -112,8 +122,6 @@ def types(kind: type[Config]) -> dict[str, type]:
 def _checked(kind: type[Config], key: str, value: Any) -> Any:
     wanted = types(kind)[key]
     if key == "precision" and isinstance(value, str):
-        from genai_fast.precision import spelled  # with torch, for which --help does not wait
-
         value = spelled(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -141,7 +149,7 @@ def build(kind: type[Config], values: dict[str, Any], source: str) -> Config:
     valid = [f.name for f in fields(kind)]
     for key, value in values.items():
         if key not in valid:
-            near = difflib.get_close_matches(key.replace("-", "_"), valid, 1, cutoff=0.4)
+            near = difflib.get_close_matches(key.replace("-", "_"), valid, 1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid)}"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
         if isinstance(value, dict):

@@ -1,13 +1,31 @@
-"""What the user's own files and modules define, by name: `MODULE:NAME` or `FILE.py:NAME`."""
+"""Imports by name: of what the user's own files define (`FILE.py:NAME`), and of a package's parts on demand."""
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genai_fast.errors import UsageError
+
+
+def on_demand(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """__getattr__ and __dir__ of a package whose names are imported when they are first asked for.
+
+    Args:
+        homes: submodule, relative to the package -> the names that it defines, separated by spaces.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names.split()}
+
+    def get(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f".{home_of[name]}", package), name)
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get, lambda: [*vars(sys.modules[package]), *home_of]
 
 
 def load(name: str, arguments: Sequence[str] = ()) -> Any:

@@ -9,13 +9,6 @@ from typing import Any
 
 import torch
 
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def spelled(precision: str) -> str:
-    """The full name of a precision; "bf16" is "bfloat16"."""
-    return _SHORT.get(precision, precision)
-
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast casts to on this type of device; None if it is off, or if the device (such as meta) has none."""

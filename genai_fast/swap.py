@@ -13,7 +13,6 @@ import copyreg
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 
 from genai_fast.fusion import implementations
 from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, spans
+from genai_fast.fusion.explanation import Explanation, Row
 from genai_fast.fusion.implementations import Decision
 from genai_fast.fusion.operands import Convolution
 from genai_fast.layers import GRU, FusedSequential, RMSNorm
@@ -260,36 +260,6 @@ def unfuse(model: nn.Module) -> nn.Module:
         if _original(type(module)) is not type(module):
             object.__setattr__(module, "__class__", _original(type(module)))
     return model
-
-
-class Row(NamedTuple):
-    """Modules at a path: their types, what serves them ("" for PyTorch's own code), and the reasons."""
-
-    path: str
-    found: str
-    becomes: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `fuse` does to a model: an iterable of rows; str() gives a table."""
-
-    rows: tuple[Row, ...]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        lines = [("module", "found", "becomes")]
-        for row in self.rows:
-            said = "; ".join(filter(None, (row.becomes, row.reason)))
-            lines.append((row.path or ".", row.found, said if row.becomes else f"left alone: {row.reason}"))
-        widths = [max(len(line[k]) for line in lines) for k in (0, 1)]
-        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
 
 
 def explain(model: nn.Module, example_input: Any = None) -> Explanation:

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shlex
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -14,6 +16,20 @@ def printable(text: str) -> str:
 def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line to a stream, None: stderr; do nothing if its reader is gone."""
     print(printable(line), file=Steady(sys.stderr if stream is None else stream), flush=True)
+
+
+def command(*words: object) -> str:
+    """`genai-fast WORDS` as it can be pasted here: the program by its path if the shell would not find this one."""
+    beside = shutil.which("genai-fast", path=os.path.dirname(sys.executable))
+    named = shutil.which("genai-fast")
+    if beside is None:  # a checkout that is not installed
+        program = [sys.executable, "-m", "genai_fast"]
+    elif named is not None and os.path.samefile(named, beside):
+        program = ["genai-fast"]
+    else:
+        inside = os.path.relpath(beside)
+        program = [beside if inside.startswith(os.pardir) else inside]
+    return shlex.join([*program, *map(str, words)])
 
 
 class Steady:

@@ -18,7 +18,7 @@ from genai_fast import data
 from genai_fast.fusion import thresholds
 from genai_fast.models import MLPVAE
 from genai_fast.models.registry import RECIPES
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.runs import run
 from genai_fast.training import TrainingInterrupted, distributed, fit, make_optimizer
 from genai_fast.training.batches import ImageFeed

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +18,15 @@ from genai_fast.table import op_table
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer may import itself and what stands before it.
 LAYERS = [
-    tuple(f"genai_fast.{name}" for name in ("errors", "imports", "terminal", "scoped", "versions", "_moved")),
+    (
+        "genai_fast.errors",
+        "genai_fast.imports",
+        "genai_fast.terminal",
+        "genai_fast.scoped",
+        "genai_fast.spelling",
+        "genai_fast.versions",
+        "genai_fast._moved",
+    ),
     ("genai_fast.kernels.common", "genai_fast.atomic_files"),
     ("genai_fast.kernels",),
     ("genai_fast.registry",),
@@ -102,6 +112,12 @@ def test_the_op_table_in_the_readme_is_the_registry():
     assert op_table() in (ROOT / "README.md").read_text(), "run: python -m genai_fast.table README.md"
 
 
+def test_the_tests_that_the_design_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "DESIGN.md").read_text()))
+    there = {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) > 100 and named <= there
+
+
 def _python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
@@ -155,6 +171,29 @@ def test_the_version_does_not_wait_for_torch(how):
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "genai_fast.versions" in loaded
     assert not loaded & {"torch", "numpy", "genai_fast.ops"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "vae", "--help"], 0, "variational autoencoder of one hidden layer"),
+        (["train", "vea"], 2, "invalid choice: 'vea'"),
+        (["train", "gpt", "--vocabulry", "3"], 2, "did you mean --vocabulary?"),
+        (["train", "vae", "--validation", "5"], 2, "validation: expected a number > 0 and <= 0.9, got 5.0"),
+        (["train", "vae", "--precision", "bf61"], 2, "precision: expected float32 or bfloat16 or float16, got 'bf61'"),
+        (["train", "vae", "--config", "none.toml"], 2, "none.toml: expected a TOML file, got No such file"),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(words, code, said):
+    script = (
+        "import sys; from genai_fast.cli import main\n"
+        f"try: code = main({words})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print('torch' in sys.modules, code)"
+    )
+    done = _python(script)
+    assert done.stdout.splitlines()[-1] == f"False {code}", done.stderr
+    assert said in done.stdout + done.stderr
 
 
 def test_the_version_has_one_place():
@@ -224,7 +263,14 @@ LIGHT = {  # a statement, and what it must not import
         "training.loop",
     ],
     "import genai_fast.cli": ("data", "models", "evaluation", "training", "runs", "profiling", "cli.commands"),
-    "from genai_fast.cli.parser import parser_of; parser_of(recipes=False)": ("data", "models", "training", "runs"),
+    "from genai_fast.cli.parser import parser_of; parser_of()": (
+        "data",
+        "models.common",
+        "models.registry",
+        "models.gan.model",
+        "training",
+        "runs",
+    ),
 }
 
 
@@ -295,6 +341,38 @@ def test_each_instruction_set_passes_the_numerics_gate(isa):
     assert done.stdout.split() == [isa, "True"], done.stdout + done.stderr
 
 
+def test_half_precision_needs_no_type_of_newer_compilers():
+    """GCC 11 on x86-64 and GCC 12 on ARM have no _Float16 in C++."""
+    sources = [*ROOT.glob("kernels/*/*.cpp"), *ROOT.glob("kernels/*/*.h")]
+    assert len(sources) > 20 and not [path for path in sources if "_Float16" in path.read_text()]
+
+
+def test_the_extension_is_hardened():
+    """Its table of addresses is read-only, and functions with arrays check their stack."""
+    from genai_fast.kernels.common.extension import extension
+
+    module, reason = extension()
+    if module is None or not sys.platform.startswith("linux") or shutil.which("readelf") is None:
+        pytest.skip(reason or "needs Linux and readelf")
+    shown = subprocess.run(["readelf", "-dlW", "--dyn-syms", module.__file__], capture_output=True, text=True).stdout
+    assert "BIND_NOW" in shown and "GNU_RELRO" in shown and "__stack_chk_fail" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_on_one_thread():
+    """As a DataLoader's worker does; on several threads OpenMP waits for ever there, in PyTorch's own operators too."""
+    script = (
+        "import os, torch; from genai_fast import ops\n"
+        "torch.set_num_threads(1); x = torch.randn(64, 512); w = torch.ones(512)\n"
+        "expected = ops.rms_norm(x, w)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(ops.rms_norm(x, w), expected) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 def test_an_unknown_instruction_set_is_refused():
     done = _python(
         "import torch, genai_fast; x = torch.zeros(1, 1); genai_fast.ops.reparameterize(x, x)", GENAI_FAST_ISA="avx9"
@@ -323,3 +401,7 @@ def test_the_wheel_has_one_top_level_package(tmp_path):
     needed = ("kernels/__init__.py", "kernels/vae_loss/triton_kernel.py", "py.typed")
     assert {f"genai_fast/{name}" for name in needed} <= {*names}
     assert any(name.startswith("genai_fast/_cpu") for name in names)
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    about = zipfile.ZipFile(wheel).read(about).decode().splitlines()
+    assert "License-Expression: Apache-2.0" in about and "Classifier: Typing :: Typed" in about

@@ -230,7 +230,7 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     say(name, "figures")
     seconds = in_turn(lambda loop: written(loop, likeliest, first), loops, rounds)
     found = walls(seconds) | skipped
-    sampler, ours = Sampler(**PICK), found[FUSED]["wall_us"]
+    sampler, ours = Sampler(**PICK), seconds[FUSED]
     sampled = statistics.median(
         written(loops[FUSED], lambda logits: sampler(logits).to(device), first) for _ in range(rounds)
     )
@@ -240,11 +240,11 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
         **head,
         "variants": {variant: found[variant] for variant in (*(v for v in found if v != FUSED), FUSED)},
         "ratio": ratios(seconds),
-        "tokens_per_second": round(model.batch / ours * 1e6, 1),
+        "tokens_per_second": round(model.batch / ours, 1),
         "sampled_us": round(sampled * 1e6, 2),
-        "gigabytes_per_second": round(cost.bytes / ours / 1e3, 2),
-        "gigaflops_per_second": round(cost.flops / ours / 1e3, 2),
-        "share_of_roof": round(roofs.share(device, ours / 1e6, cost.bytes, cost.flops), 3),
+        "gigabytes_per_second": round(cost.bytes / ours / 1e9, 2),
+        "gigaflops_per_second": round(cost.flops / ours / 1e9, 2),
+        "share_of_roof": round(roofs.share(device, ours, cost.bytes, cost.flops), 3),
         "foreign_load": load.cores(),
     }
 

@@ -2,42 +2,36 @@
 
 import argparse
 import json
+import shlex
 import sys
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from genai_fast import atomic_files, config, data
+from genai_fast import atomic_files, config
+from genai_fast.cli.checks import at_least, check_parent, check_seed, opened, replaced_note
+from genai_fast.cli.images import run_inpaint, run_interpolate, run_reconstruct, run_sample  # noqa: F401
 from genai_fast.contract import offers
 from genai_fast.cpu import tune_cpu
-from genai_fast.data.picture import read_light
 from genai_fast.data.text import cleaning
 from genai_fast.errors import UsageError
-from genai_fast.models import slerp
-from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
+from genai_fast.evaluation import key
+from genai_fast.models.common.protocol import Draws, Reconstructs
 from genai_fast.models.registry import RECIPES
-from genai_fast.precision import spelled
-from genai_fast.runs import pictures, text_generation
-from genai_fast.runs.image_evaluation import decode, generate, shown
-from genai_fast.runs.run import CONFIG, Opened, Trained, new_folder, open_run, saved_settings, train
+from genai_fast.runs import text_generation
+from genai_fast.runs.run import CONFIG, Trained, new_folder, saved_settings, train
 from genai_fast.runs.text_task import TextTask
-from genai_fast.terminal import printable, say
+from genai_fast.spelling import spelled
+from genai_fast.terminal import command, printable, say
 from genai_fast.training import distributed
-from genai_fast.training.batches import batch_for
 
 
 def run_train(options: argparse.Namespace) -> int:
-    kind = RECIPES[options.recipe].config
-    flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
-    if "init" in flags:
-        flags["init"] = _run_or_file(flags["init"], options.out)
-    file = config.read(options.config, options.recipe) if options.config else {}
-    if file:
-        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    kind, given = RECIPES[options.recipe].config, dict(options.settings)
+    if "init" in given:
+        given["init"] = _run_or_file(given["init"], options.out)
     if options.name and Path(options.name).is_relative_to(options.out):  # as messages and file names in a shell have it
         options.name = str(Path(options.name).relative_to(options.out))
     resume = options.resume
@@ -47,9 +41,9 @@ def run_train(options: argparse.Namespace) -> int:
         # torchrun starts the same command again after a failure: the first time there is no run yet.
         resume = not dist.is_torchelastic_launched() or (options.out / options.name / CONFIG).exists()
     if resume:
-        settings = saved_settings(options.recipe, options.out / options.name, {**file, **flags})
+        settings = saved_settings(options.recipe, options.out / options.name, given)
     else:
-        settings = config.build(kind, {**file, **flags}, "settings")
+        settings = config.build(kind, given, "settings")
     settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
@@ -69,133 +63,30 @@ def _say(recipe: str, result: Trained) -> None:
     """What has come of it, and what can be done with it."""
     folder = result.folder
     figures = result.record.get("validation", {})
-    terms = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-    terms = (terms or "none") if result.record else "unchanged, all epochs were already done"
-    say(f"{folder}: validation: {terms}", sys.stdout)
+    held_out = f"on held-out data:\n{key.as_text(figures)}" if figures else "all epochs were already done"
+    say(f"{folder}: {held_out}", sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
     if isinstance(result.task, TextTask):
-        prompt = "" if RECIPES[recipe].feed == "sequences" else ' --prompt "The"'
-        say(f"next: genai-fast generate {folder}{prompt} --max-tokens 200", sys.stdout)
+        prompt = [] if RECIPES[recipe].feed == "sequences" else ["--prompt", "The"]
+        say(f"next: {command('generate', folder, *prompt, '--max-tokens', 200)}", sys.stdout)
     elif offers(result.model, Draws):
-        say(f"next: genai-fast sample {folder} --count 64 --seed 1 --out grid.png", sys.stdout)
+        say(f"next: {command('sample', folder, '--count', 64, '--seed', 1, '--out', 'grid.png')}", sys.stdout)
     elif offers(result.model, Reconstructs):
-        say(f"next: genai-fast reconstruct {folder} --count 12 --out reconstructed.png", sys.stdout)
-
-
-def run_sample(options: argparse.Namespace) -> int:
-    _at_least("--count", options.count, 1)
-    _check_seed(options.seed)
-    _check_parent(options.out)
-    picture = options.out.suffix.lower() == ".png"
-    if not picture and options.out.suffix:
-        raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
-    if not picture:
-        atomic_files.check_vacant(options.out)
-    run = _open(options, "sample", Draws)
-    images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
-    if picture:
-        pictures.grid(images, options.out)
-    else:
-        options.out.mkdir(exist_ok=True)
-        for k, image in enumerate(images):
-            pictures.single(image, options.out / f"{k:06d}.png")
-    print(f"{options.out}: {options.count} samples of {run.folder}")
-    return 0
-
-
-def run_interpolate(options: argparse.Namespace) -> int:
-    _at_least("--pairs", options.pairs, 1)
-    _at_least("--steps", options.steps, 2)
-    _check_seed(options.seed)
-    _check_png(options.out)
-    run = _open(options, "sample", Draws)
-    a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
-    ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
-    labels = _labels(run, options.label, options.pairs)
-    if labels is None and run.classes:  # a class a row, not a picture
-        labels = torch.arange(options.pairs) % len(run.classes)
-    labels = None if labels is None else labels.repeat_interleave(options.steps)
-    images = decode(run.model, run.shape, torch.stack(ways, dim=1).flatten(0, 1), labels)
-    pictures.grid(images, options.out, columns=options.steps)
-    print(f"{options.out}: {options.pairs} interpolations of {run.folder}")
-    return 0
-
-
-def run_inpaint(options: argparse.Namespace) -> int:
-    _at_least("--count", options.count, 1)
-    _at_least("--steps", options.steps, 1)
-    _check_seed(options.seed)
-    _check_png(options.out)
-    if (options.box is None) == (options.mask is None):
-        raise UsageError("expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE")
-    run = _open(options, "inpaint", Inpaints)
-    images = _images_for(run, options.data)
-    count = min(options.count, len(images))
-    missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
-    mask = missing.expand(count, 1, *run.shape[1:])
-    batch = batch_for(run.model, images, slice(0, count))
-    repaired = run.model.inpaint(batch[0], mask, *batch[1:], steps=options.steps, seed=options.seed)
-    x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
-    pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
-    print(f"{options.out}: {count} images: original, damaged and repaired by {run.folder}, one row each")
-    return 0
-
-
-def run_reconstruct(options: argparse.Namespace) -> int:
-    _at_least("--count", options.count, 1)
-    _check_png(options.out)
-    run = _open(options, "reconstruct", Reconstructs)
-    images = _images_for(run, options.data or run.config.data)
-    batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
-    with latents.evaluating(run.model):
-        pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
-    pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
-    print(f"{options.out}: {len(batch[0])} images and their reconstructions by {run.folder}, one row each")
-    return 0
-
-
-def _images_for(run: Opened, source: str) -> data.Images:
-    """Images of the run's size; of the data that it was trained on those that were held out."""
-    own = source == run.config.data
-    images = data.load(source, run.config.size or None if own else run.shape[1])
-    if images.shape != run.shape:
-        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
-    return images.split(run.config.validation, run.config.seed)[1] if own else images
-
-
-def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
-    """[1, 1, H, W], True in the box."""
-    try:
-        left, top, width, height = (int(x) for x in text.split(","))
-    except ValueError:
-        raise UsageError(f"--box: expected LEFT,TOP,WIDTH,HEIGHT, got {text}") from None
-    if not (0 <= left < left + width <= shape[2] and 0 <= top < top + height <= shape[1]):
-        raise UsageError(f"--box: expected a box inside {shape[2]} x {shape[1]} pixels, got {text}")
-    mask = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
-    mask[..., top : top + height, left : left + width] = True
-    return mask
-
-
-def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """[1, 1, H, W], True where the picture is light."""
-    mask = torch.from_numpy(read_light(path, shape[2], shape[1]))[None, None] > 127
-    if not mask.any():
-        raise UsageError(f"--mask: expected white where pixels are missing, got none in {path}")
-    return mask
+        say(f"next: {command('reconstruct', folder, '--count', 12, '--out', 'reconstructed.png')}", sys.stdout)
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    _check_seed(options.seed)
+    check_seed(options.seed)
     style = text_generation.Style(
         options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed,
         tuple(map(_form, options.stop)), not options.no_repeats, spelled(options.weights),
     )  # fmt: skip
     prompts = _prompts(options)
     if options.out is not None:
-        _check_parent(options.out)
-    run = _open(options)
+        check_parent(options.out)
+    run = opened(options)
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a text model, got one of {run.recipe}; remedy: sample")
     records = []
@@ -242,7 +133,7 @@ def _form(text: str) -> str:
 def run_export(options: argparse.Namespace) -> int:
     from genai_fast.runs import export
 
-    _check_parent(options.out)
+    check_parent(options.out)
     one_file = options.out.suffix == ".safetensors"
     if options.out.suffix and not one_file:
         raise UsageError(
@@ -250,18 +141,18 @@ def run_export(options: argparse.Namespace) -> int:
         )
     if one_file and options.onnx:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
-    if not one_file:
-        atomic_files.check_vacant(options.out)
-    run = _open(options)
+    if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    run, replaced = opened(options), replaced_note(options.out)
     network = export.network_of(run)
     if one_file:
         export.write_weights(run, options.out)
         use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
     else:
         export.write_folder(run, options.out, onnx=options.onnx)
-        use = f"next: python {options.out / export.SCRIPT} --help"
+        use = f"next: {shlex.join([sys.executable, str(options.out / export.SCRIPT), '--help'])}"
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"{options.out}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
+    print(f"{options.out}{replaced}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
     return 0
 
 
@@ -269,7 +160,13 @@ def run_tune(options: argparse.Namespace) -> int:
     from genai_fast import autotune
     from genai_fast.cli import tune
 
-    _at_least("--batch", options.batch, 1)
+    at_least("--batch", options.batch, 1)
+    if options.forget:
+        print(f"{autotune.file()}: {autotune.clear()} choices forgotten")
+        if not options.models:
+            return 0
+    if not options.models:
+        raise UsageError("MODEL: expected one or more, got none; remedy: such as dcgan-64-generator, or --forget")
     if autotune.pinned():
         raise UsageError("choices are pinned; remedy: unset GENAI_FAST_DETERMINISTIC")
     try:
@@ -278,15 +175,14 @@ def run_tune(options: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
     if options.out is not None:
-        _check_parent(options.out)
-    chosen, bf16 = {}, options.bf16 or options.precision in ("bfloat16", "bf16")
-    how = {"batch": options.batch, "device": device, "bf16": bf16, "channels_last": options.channels_last}
+        check_parent(options.out)
+    chosen = {}
+    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
     for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
         chosen |= tune.tune(model, shape, **how)
     if options.out is not None:
         atomic_files.write_text(options.out, tune.markdown(autotune.machine(device), chosen))
     print(tune.text(chosen))
-    print(f"{len(chosen)} convolutions; choices saved in {autotune.file()}")
     return 0
 
 
@@ -310,49 +206,3 @@ def _demo(name: str, options: argparse.Namespace) -> int:
     with tune_cpu():
         getattr(demo, name)(options.out, options.epochs)
     return 0
-
-
-run_demo, run_demo_gan, run_demo_text = (partial(_demo, name) for name in ("run", "run_gan", "run_text"))
-
-
-def _open(options: argparse.Namespace, need: str = "", protocol: type = object) -> Opened:
-    """A run by its folder, or its name under runs, whose model offers what `need` does."""
-    folder = Path(options.folder)
-    if not folder.exists() and (Path("runs") / folder).exists():
-        folder = Path("runs") / folder
-    run = open_run(folder, options.best)
-    if need and (run.tokenizer is not None or not offers(run.model, protocol)):
-        raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}")
-    return run
-
-
-def _labels(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
-    """[count] labels of a class by its name; None: as the model chooses."""
-    if name is None:
-        return None
-    if not run.classes:
-        raise UsageError(f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: omit it")
-    if name not in run.classes:
-        raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
-    return torch.full((count,), run.classes.index(name))
-
-
-def _at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{flag}: expected at least {least}, got {value}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {seed}")
-
-
-def _check_parent(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"--out: expected a file in an existing folder, got {path}")
-
-
-def _check_png(path: Path) -> None:
-    _check_parent(path)
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--out: expected the name of a PNG file, got {path}")

@@ -1,8 +1,9 @@
 """The demonstrations: VAEs and a GAN on real handwritten digits, their pictures, and the speed measured here."""
 
 import copy
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from genai_fast.data import Images
 from genai_fast.models import MLPVAE
 from genai_fast.models.common.plain_loop import loss_step
 from genai_fast.models.gan.plain import gan_step
-from genai_fast.models.gan.recipe import DCGANConfig
+from genai_fast.models.gan.settings import DCGANConfig
 from genai_fast.models.gpt.plain import PlainGPT
-from genai_fast.models.gpt.recipe import GPTConfig
+from genai_fast.models.gpt.settings import GPTConfig
 from genai_fast.models.vae.plain import PlainMLPVAE
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.profiling import Comparison, compare
 from genai_fast.runs import text_generation
 from genai_fast.runs.run import new_folder, train
+from genai_fast.terminal import command
 from genai_fast.training import Step, make_optimizer
 from genai_fast.training.environment import environment
 
@@ -34,7 +36,7 @@ def run(out: Path, epochs: int | None = None) -> Path:
     """Train with 20 latent dimensions, then with 2; measure the speed; returns the run's folder."""
     settings = VAEConfig(epochs=epochs or EPOCHS)
     folder = new_folder(out, "demo")
-    print(f"A VAE with 20 latent dimensions on 5,000 handwritten digits, in {folder}")
+    print(f"A VAE with 20 latent dimensions on 5,000 of MNIST's 70,000 handwritten digits, in {folder}")
     first = train("vae", settings, folder)
     flat = folder / "latent-2"
     print(f"The same with 2 latent dimensions, in {flat}")
@@ -49,14 +51,18 @@ def run(out: Path, epochs: int | None = None) -> Path:
     _say(
         f"\nvalidation: negative ELBO {validation['loss']:.1f} nats a digit"
         f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
-        f"pictures:   {folder}/samples.png, reconstructions.png, latent.png\n"
-        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads, {where['device']})",
-        comparison,
-        f"{settings.batch_size}",
-        f"genai-fast sample {folder} --count 100 --seed 2 --out grid.png",
-        "genai-fast train vae --data digits --likelihood gaussian",
-        "genai-fast train vae --data YOUR_FOLDER --size 64 --latent 64",
-        "genai-fast doctor",
+        f"pictures:   {folder}/samples.png, reconstructions.png, latent.png, curves.png\n"
+        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads,"
+        f" {where['device']})\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
+        f" {settings.batch_size}; measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + _next(
+            ("sample", folder, *["--count", "100", "--seed", "2", "--out", "grid.png"]),
+            ["train", "vae", "--data", "digits", "--likelihood", "gaussian"],
+            ["train", "vae", "--data", "YOUR_FOLDER", "--size", "64", "--latent", "64"],
+            ["doctor"],
+        )
     )
     return folder
 
@@ -79,7 +85,7 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     """Train a DCGAN; measure its step beside the same networks in plain PyTorch; returns the run's folder."""
     settings = DCGANConfig(epochs=epochs or GAN_EPOCHS, ema=0.99)
     folder = new_folder(out, "demo-gan")
-    print(f"A DCGAN on 5,000 handwritten digits, in {folder}; grids/ shows how it learns")
+    print(f"A DCGAN on 5,000 of MNIST's 70,000 handwritten digits, in {folder}; grids/ shows how it learns")
     trained = train("dcgan", settings, folder)
     model, size = trained.model, settings.batch_size
     device = next(model.parameters()).device
@@ -93,13 +99,16 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     _say(
         f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
         f" diversity {validation['diversity']:.2f} of the data's\n"
-        f"pictures:   {folder}/samples.png, grids/",
-        comparison,
-        f"{size}",
-        f"genai-fast sample {folder} --count 1000 --out digits",
-        f"genai-fast interpolate {folder} --out interpolation.png",
-        f"genai-fast export {folder} --out generator.safetensors",
-        "genai-fast train dcgan --data YOUR_FOLDER --size 64",
+        f"pictures:   {folder}/samples.png, grids/, curves.png (all of MNIST gives better ones: --data FOLDER of IDX)\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
+        f" measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + _next(
+            ("sample", folder, *["--count", "1000", "--out", "digits"]),
+            ("interpolate", folder, *["--out", "interpolation.png"]),
+            ("export", folder, *["--out", "generator.safetensors"]),
+            ["train", "dcgan", "--data", "YOUR_FOLDER", "--size", "64"],
+        )
     )
     return folder
 
@@ -125,15 +134,24 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
     _say(
         f"\n{text.strip()}\n\n"
         f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
-        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)",
-        comparison,
-        f"{settings.batch_size} x {settings.block} tokens",
-        f'genai-fast generate {folder} --prompt "If the" --max-tokens 200 --seed 2',
-        f"genai-fast export {folder} --out gpt.safetensors",
-        "genai-fast train gpt --data YOUR_FILE.txt",
-        "genai-fast train seq2seq --data YOUR_CATALOGUE.po",
+        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
+        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
+        f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
+        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
+        + _next(
+            ("generate", folder, "--prompt", "If the", *["--max-tokens", "200", "--seed", "2"]),
+            ("export", folder, *["--out", "gpt.safetensors"]),
+            ["train", "gpt", "--data", "YOUR_FILE.txt"],
+            ["train", "seq2seq", "--data", "YOUR_CATALOGUE.po"],
+        )
     )
     return folder
+
+
+def _next(*commands: Iterable[object]) -> str:
+    """Commands to go on with, one per line."""
+    lines = [command(*words) for words in commands]
+    return "\n".join(f"{title:<12}{line}" for title, line in itertools.zip_longest(["next:"], lines, fillvalue=""))
 
 
 def training_speed(images: Images, settings: VAEConfig, device: torch.device) -> Comparison:

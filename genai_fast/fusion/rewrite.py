@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genai_fast.fusion.chains import global_hooks, letter, spans
+from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.run import run
 from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
 
@@ -298,7 +299,7 @@ def _watched() -> bool:
     """Whether the calls are followed: a tracer knows the children, and hooks on all modules see only those."""
     if torch.compiler.is_compiling():
         return False
-    return global_hooks() or torch.fx._symbolic_trace._is_fx_tracing_flag  # is_fx_tracing() logs a warning
+    return global_hooks() or torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
 
 
 class Written(NamedTuple):
@@ -335,7 +336,7 @@ def written(model: nn.Module, function: Any) -> Written:
     source = source._replace(definition=copy.deepcopy(source.definition))
     rewriter = _Rewriter(model, function, source.definition)
     if not rewriter.chains:
-        raise NothingFound("it calls no batch norm or dropout itself, in a row of single uses")
+        raise NothingFound(NOTHING_HERE)
     return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
 
 

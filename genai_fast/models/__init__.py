@@ -1,7 +1,8 @@
 """Generative models on the fused ops and layers, each loaded when it is first asked for. README.md: how to add one."""
 
-import importlib
-from typing import Any
+from __future__ import annotations
+
+from genai_fast import imports
 
 _HOMES = {
     "autoencoder.model": "Autoencoder",
@@ -19,17 +20,5 @@ _HOMES = {
     "vae.model": "MLPVAE",
     "vrnn.model": "VRNN",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-
-__all__ = [*sorted(_HOME_OF)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__all__ = sorted(" ".join(_HOMES.values()).split())
+__getattr__, __dir__ = imports.on_demand(__name__, _HOMES)

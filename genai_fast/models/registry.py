@@ -1,4 +1,6 @@
-"""RECIPES: every model that `genai-fast train` knows. A new family is a folder here and a name in _FAMILIES."""
+"""RECIPES: every model that `genai-fast train` knows. models/commands.py names the families."""
+
+from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
@@ -8,13 +10,12 @@ from torch import nn
 from genai_fast import models
 from genai_fast.config import Config
 from genai_fast.errors import UsageError
+from genai_fast.models.commands import FAMILIES
 from genai_fast.models.common.recipe import Recipe
-
-_FAMILIES = ("vae", "conv_vae", "autoencoder", "gan", "gpt", "lstm", "seq2seq", "text_vae", "vrnn")
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for family in _FAMILIES
+    for family in FAMILIES
     for recipe in importlib.import_module(f"genai_fast.models.{family}.recipe").RECIPES
 }
 

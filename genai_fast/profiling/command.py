@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from genai_fast import atomic_files
+from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling import loops, report
@@ -34,7 +34,12 @@ def run(options: argparse.Namespace) -> int:
     subject, device = _subject(options)
     variants = _variants(options.compare, subject)
     out = new_folder(Path("."), f"profile-{subject.name}") if options.out is None else options.out
-    with _new(out) as folder, contextlib.redirect_stdout(sys.stderr):  # a loop's own words are not the report
+    own = ":" in options.model  # a recipe is measured as `genai-fast train` runs it
+    with (
+        contextlib.nullcontext() if own else tune_cpu(),
+        _new(out) as folder,
+        contextlib.redirect_stdout(sys.stderr),  # a loop's own words are not the report
+    ):
         measurement = measure(subject, variants, options.seconds, device, folder, _say)
         _check(subject, measurement)
         _say("measuring the peak of matmuls on this machine")

@@ -79,7 +79,8 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f" launches: genai_fast.training.Step runs the whole step as one CUDA graph; or a larger batch",
         )
     faults = found["page_faults"] or 0.0
-    if not cuda and faults > FAULTS and not (tuned and tuned.memory):
+    tunable = not cuda and not report["tune_cpu"]
+    if tunable and faults > FAULTS:
         say(
             WAITING,
             f"{faults:,.0f} page faults per step: freed memory returns to the system and is cleared each time:"
@@ -104,12 +105,10 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f"matmuls and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
             f" float32: bfloat16 (torch.autocast; --precision bf16 here)",
         )
-    routed = _share(found, _ROUTED)
-    if not cuda and routed >= ROUTED and wide > 0.5 and not tuned:
+    if products >= MULTIPLYING and wide > 0.5 and tunable:
         say(
-            routed / 2,
-            f"matmuls take {routed:.0%} of the step: genai_fast.tune_cpu() measures whether oneDNN computes them faster"
-            f" than PyTorch's library here, and if so lets it",
+            products / 4,
+            f"matmuls take {products:.0%} of the step: genai_fast.tune_cpu() sends them to oneDNN if that is faster",
         )
     seen, other = found["convolutions"] or 0, found["convolutions_not_channels_last"] or 0
     if convolutions >= CONVOLVING and other > seen / 2:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from genai_fast import cpu
 from genai_fast.profiling import machine
 from genai_fast.profiling.flops import FlopCount
 from genai_fast.profiling.loops import Subject
@@ -17,7 +18,8 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
     """Everything that was found out. Seconds, bytes, watts and joules; shares from 0 to 1.
 
     {"model", "what", "device", "environment", "peak": {"precision", "flops_per_second"} or null, "energy", "ended"
-    and "no_wait" (remarks), "foreign_load" (cores that other programs kept busy), "left_alone" (by fuse: [module,
+    and "no_wait" (remarks), "foreign_load" (cores that other programs kept busy), "tune_cpu" (what it does here, "" if
+    it is off), "left_alone" (by fuse: [module,
     found, reason]), "variants": {name: figures or {"failed": reason}}}
     """
     device = "cuda" if measurement.cuda else "cpu"
@@ -33,7 +35,8 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
         "ended": measurement.ended,
         "no_wait": subject.no_wait,
         "foreign_load": measurement.others,
-        "left_alone": _left_alone(subject),
+        "tune_cpu": str(cpu.active() or ""),
+        "left_alone": [[row.path or ".", row.found, row.reason] for row in subject.left_alone],
         "variants": {v.name: _variant(subject, v, measurement, peak) for v in measurement.variants},
     }
 

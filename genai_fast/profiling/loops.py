@@ -151,9 +151,10 @@ def _stepper(name: str, made: Any) -> Callable[[], int | None]:
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], int):
         made, samples = made
     if isinstance(made, nn.Module) or not (callable(made) or isinstance(made, Iterator)):
-        raise TypeError(
-            f"{name}: expected it to return a function that runs one training step, that and the samples of a step, or"
-            f" an iterator that runs one a next(), got {type(made).__name__}"
+        raise UsageError(
+            f"{name}: expected it to return a function that runs one training step, (that, samples per step), or an"
+            f" iterator that runs one step per next(), got {type(made).__name__} {made!r:.40}; remedy: return the step"
+            f" function, or put `yield` at the end of the loop's step"
         )
     if not isinstance(made, Iterator):
         return lambda: (made(), samples)[1]
@@ -187,9 +188,9 @@ def preparing(
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: expected an nn.Module, got {type(model).__name__}")
-        if left_alone is not None and next(calls) == len(left_alone):
-            left_alone.append((type(model).__name__, [row for row in explain(model) if row.reason]))
         if variant == FUSED:
+            if left_alone is not None:  # each network's: two of them have equal paths
+                left_alone.extend(row for row in explain(model) if row.reason)
             fuse(model)
         if bf16:
             _under_autocast(model, method)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from genai_fast.errors import UsageError
 from genai_fast.profiling.compare import ForeignLoad
 from genai_fast.profiling.counters import Energy, PeakMemory, page_faults
 from genai_fast.profiling.flops import FlopCount
@@ -23,8 +24,8 @@ from genai_fast.profiling.waiting import Waiting
 WARM_UP = 5  # steps: a captured graph replays by then
 LOOKED_AT = 3  # steps whose memory is measured
 TRACED = 4  # steps under the profiler
-ROUNDS = 4  # turns that a variant has on the clock
-LEAST = 3  # steps that are clocked in a turn
+ROUNDS = 8  # turns that a variant has on the clock
+LEAST = 2  # steps that are clocked in a turn
 _ENERGY_SECONDS = 1.0  # the counter moves some ten times a second: nothing shorter is measured
 
 
@@ -51,9 +52,10 @@ class Measured:
 
     def fail(self, error: Exception) -> None:
         text = str(error).strip().splitlines()
-        kind = "" if isinstance(error, LoopEnded) else f"{type(error).__name__}: "
+        told = isinstance(error, (LoopEnded, UsageError))  # the message says all
+        kind = "" if told else f"{type(error).__name__}: "
         self.failed = f"{kind}{text[0] if text else ''}".rstrip(": ")
-        self.trace_back = "".join(traceback.format_exception(error))
+        self.trace_back = "" if told else "".join(traceback.format_exception(error))
 
 
 @dataclass

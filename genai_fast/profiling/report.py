@@ -17,9 +17,11 @@ def as_text(report: dict[str, Any]) -> str:
     """The report for people: what ran where, one column per variant, what to change."""
     where = report["environment"]
     threads = "" if report["device"] == "cuda" else f" (threads: {where['threads']})"
-    lines = [f"{report['model']}: {report['what']}", f"{where['device']}{threads}, torch {where['torch']}", ""]
+    lines = [f"{report['model']}: {report['what']}", f"{where['device']}{threads}, torch {where['torch']}"]
+    if report["tune_cpu"]:
+        lines.append(f"tune_cpu: {report['tune_cpu']}")
     good = {name: v for name, v in report["variants"].items() if "failed" not in v}
-    lines += _table(report, good)
+    lines += [*_headline(report, good), "", *_table(report, good)]
     lines += [f"{name}: failed: {v['failed']}" for name, v in report["variants"].items() if "failed" in v]
     lines += _remarks(report, good)
     first = next(iter(good))
@@ -27,6 +29,22 @@ def as_text(report: dict[str, Any]) -> str:
     if FUSED in good and first != FUSED:
         lines += [f"what remains ({FUSED}):", *_numbered(diagnose(report, FUSED))]
     return "\n".join(lines)
+
+
+def _headline(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]:
+    """How many times faster each variant is than the first, by the medians of steps that took turns; and the load."""
+    first, *others = good
+    if not others:
+        return []
+    ratios = ", ".join(f"{name} {_ratio(good[first], good[name]):.2f} x {first}" for name in others)
+    load = report["foreign_load"]
+    busy = "an unknown number of" if load is None else f"{load:.1f}"
+    cores = report["environment"]["cores"]
+    return [f"{ratios} (medians of alternating steps; other programs kept {busy} of {cores} cores busy)"]
+
+
+def _ratio(base: dict[str, Any], variant: dict[str, Any]) -> float:
+    return base["step_seconds"]["p50"] / variant["step_seconds"]["p50"]
 
 
 def _numbered(said: list[str]) -> list[str]:
@@ -37,12 +55,14 @@ def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]
     rows: list[tuple[str, ...]] = [("", *good)]
 
     def row(title: str, cell: Callable[[dict[str, Any]], str | None]) -> None:
-        rows.append((title, *(cell(v) or UNKNOWN for v in good.values())))
+        cells = [cell(v) for v in good.values()]
+        if any(cells):
+            rows.append((title, *(text or UNKNOWN for text in cells)))
 
     cuda, base = report["device"] == "cuda", next(iter(good.values()))
-    row(f"{base['unit']}/s", lambda v: _short(v["per_second"]))
     if len(good) > 1:
-        row(f"times {next(iter(good))}", lambda v: f"{v['per_second'] / base['per_second']:.2f} x")
+        row(f"times {next(iter(good))}", lambda v: f"{_ratio(base, v):.2f} x")
+    row(f"{base['unit']}/s, mean", lambda v: _short(v["per_second"]))
     row("step p50 ms", lambda v: _ms(v["step_seconds"]["p50"]))
     row("step p95 ms", lambda v: _ms(v["step_seconds"]["p95"]))
     row("step max ms", lambda v: _ms(v["step_seconds"]["max"]))
@@ -79,7 +99,7 @@ def _peak(report: dict[str, Any]) -> str:
 
 
 def _remarks(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]:
-    said = [report["energy"], report["ended"]]
+    said = [report["energy"] if report["device"] == "cuda" else "", report["ended"]]
     if all(v["data_wait"] is None for v in good.values()):
         said.append(f"waiting for data: {report['no_wait']}")
     if report["device"] == "cpu" and len(good) > 1:

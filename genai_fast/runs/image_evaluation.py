@@ -1,6 +1,7 @@
 """What is looked at while a model trains: grids of samples, figures on held-out images, and warnings from them."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from genai_fast.training.tensorboard import Board
 
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
-_AT_ONCE = 100  # images generated at a time
+_AT_ONCE = 100  # images generated or encoded at a time
 
 
 def generate(
@@ -65,19 +66,14 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
-        title = "Mean of q(z | x)" if offers(model, Draws) else "Code of x"
-        pictures.plane(_codes(model, train), train.labels, train.classes, folder / "latent.png", title)
+        with torch.no_grad(), latents.evaluating(model):
+            codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
+        mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of a VAE (mu, logvar)
+        pictures.plane(mu, train.labels, train.classes, folder / "latent.png", train.name)
 
 
-@torch.no_grad()
-def _codes(model: nn.Module, images: Images) -> torch.Tensor:
-    """The codes, or means of the posterior, of all images, [N, latent] on the CPU, some at a time."""
-    parts = []
-    with latents.evaluating(model):
-        for start in range(0, len(images), _MOST):
-            found = model.encode(*batch_for(model, images, slice(start, start + _MOST)))
-            parts.append((found if isinstance(found, torch.Tensor) else found[0]).cpu())
-    return torch.cat(parts)
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
@@ -121,13 +117,15 @@ class Watch:
         return Look(figures, warnings + warnings_of(figures, **said))
 
     def _likelihood(self) -> dict[str, float]:
-        """Losses on held-out images, and bits per dimension of models with a likelihood."""
+        """Losses on held-out images, and bits per dimension of a Bernoulli likelihood.
+
+        A squared error has an arbitrary variance, so its bits per dimension are not comparable.
+        """
         model = self._model
         figures = evaluate(model, ImageFeed(model, self._validation, self._config), self._config)
-        if {"reconstruction", "kl"} <= figures.keys():
+        if {"reconstruction", "kl"} <= figures.keys() and image_traits(model).likelihood == "bernoulli":
             elbo = figures["reconstruction"] + figures["kl"]  # whatever beta weighs
-            traits, dims = image_traits(model), math.prod(self._train.shape)
-            figures["bits_per_dim"] = bits_per_dim(elbo, dims, traits.likelihood, signed=traits.signed)
+            figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), "bernoulli")
         return figures
 
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:

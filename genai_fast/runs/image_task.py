@@ -23,7 +23,7 @@ _AT_ONCE = 1000  # images whose digest is taken at a time
 class ImageTask:
     """A recipe for images and its data."""
 
-    packages = ("PIL.Image", "matplotlib.figure")
+    packages = ("PIL.Image",)
 
     def __init__(self, name: str, settings: ImageConfig, resumed: Path | None = None) -> None:
         images = data.load(settings.data, settings.size or None, strict=settings.strict)
@@ -31,6 +31,11 @@ class ImageTask:
         self.train, self.validation = images.split(settings.validation, settings.seed)
         self.about: dict[str, Any] = {"recipe": name, "shape": list(images.shape), "images": len(images)}
         self.about |= {"classes": list(images.classes) if RECIPES[name].labelled else [], "data": _digest(images)}
+
+    @property
+    def described(self) -> str:
+        """The data in words."""
+        return f"{self.images.name}: {len(self.train):,} images for training, {len(self.validation):,} held out"
 
     def model(self) -> nn.Module:
         return make(self.name, self.settings, self.images.shape, len(self.images.classes))

@@ -1,13 +1,18 @@
-"""Pictures of what a model makes: grids and latent planes, as PNG files."""
+"""Pictures of what a model makes, and of how it learned: grids, latent planes, curves, as PNG files."""
 
+from __future__ import annotations
+
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from genai_fast import atomic_files
 from genai_fast.errors import require
+from genai_fast.evaluation import key
 
 _SCALE_TO = 32  # pixels: smaller images are enlarged by a whole factor to at least this size
 _GAP = 2  # pixels between images
@@ -47,20 +52,64 @@ def _save(image: torch.Tensor, path: Path) -> None:
         picture.save(hidden, "PNG")
 
 
-def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path, title: str) -> None:
-    """Write points [N, 2] as a scatter plot, coloured by labels [N], with a legend."""
-    figures = require("matplotlib.figure", "train")
-    require("matplotlib.backends.backend_agg", "train")
-    # A figure of its own: pyplot would choose a window system for the whole process.
-    figure = figures.Figure(figsize=(7, 6), dpi=120, layout="constrained")
+def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path, data: str = "") -> None:
+    """Write points [N, 2] as a scatter plot, coloured by labels [N], with a legend; `data` is what they stand for."""
+    figure = _figure((7, 6))
     axes = figure.subplots()
     colours = require("matplotlib", "train").colormaps["tab10" if len(classes) <= 10 else "nipy_spectral"]
     points, labels = points.detach().float().cpu(), labels.cpu()
     for k, name in enumerate(classes):
         of_class = points[labels == k]
         colour = colours(k if len(classes) <= 10 else k / len(classes))
-        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=name.replace("$", r"\$"), linewidths=0)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+        axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=_plain(name), linewidths=0)
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=f"Mean of q(z | x), {_plain(data)}".rstrip(", "), aspect="equal")
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
+    _write(figure, path)
+
+
+def curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Write a plot of a run's figures over its epochs, one panel per figure: in training, and on held-out data.
+
+    Args:
+        records: of metrics.jsonl, those of kind "epoch". Values that are not finite leave gaps.
+    """
+    panels = list(dict.fromkeys(name for record in records for part in _PARTS for name in record[part]))
+    columns = max(1, min(3, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = _figure((4 * columns, 0.4 + 2.6 * rows))
+    figure.suptitle(_plain(title), fontsize=9)
+    every = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, name in itertools.zip_longest(every, panels):
+        if name is None:
+            axes.set_axis_off()
+            continue
+        for part, label in _PARTS.items():
+            found = {r["epoch"]: r[part][name] for r in records if name in r[part]}
+            if found:  # a single epoch has no line, so its point is marked
+                values = [math.nan if value is None else value for value in found.values()]
+                axes.plot([*found], values, label=label, lw=1.2, marker="." if len(found) < 20 else "")
+        axes.set_title(key.name_of(name), fontsize=9)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=7, frameon=False)
+        axes.tick_params(labelsize=7)
+    _write(figure, path)
+
+
+_PARTS = {"train": "training", "validation": "held out"}
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    require("matplotlib.backends.backend_agg", "train")
+    # A figure of its own: pyplot would choose a window system for the whole process.
+    return require("matplotlib.figure", "train").Figure(figsize=size, dpi=120, layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> None:
     with atomic_files.whole(path) as hidden:
         figure.savefig(hidden, format="png")

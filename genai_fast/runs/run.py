@@ -11,20 +11,14 @@ from torch import nn
 
 from genai_fast import atomic_files, config
 from genai_fast.config import Config, ConfigError, TextConfig
-from genai_fast.data.text import Tokenizer, read_tokenizer
-from genai_fast.errors import UsageError, require
-from genai_fast.models.common.recipe import Pretrained
-from genai_fast.models.registry import RECIPES
-from genai_fast.precision import float32_products
+from genai_fast.runs import pictures
 from genai_fast.runs.image_task import ImageTask
-from genai_fast.runs.text_task import TextTask
-from genai_fast.terminal import say
-from genai_fast.training import accumulation, checkpoint, distributed, parallel
-from genai_fast.training.loop import fit
+from genai_fast.training.loop import METRICS, finishing, fit
+from genai_fast.training.meter import epochs
 from genai_fast.training.optimizer import make_optimizer
 from genai_fast.training.tensorboard import Board
 
-CONFIG = "config.toml"
+CONFIG, CURVES = "config.toml", "curves.png"
 _NAMED = 8  # tensors that do not match, in a message
 # What a resumed run may change.
 ON_RESUME = (
@@ -115,7 +109,7 @@ def _products(settings: Config) -> Iterator[None]:
 
 def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
     kind = task_of(name)
-    for module in ("safetensors.torch", "rich.progress", *kind.packages):
+    for module in ("safetensors.torch", "rich.progress", "matplotlib.figure", *kind.packages):
         require(module, "train")  # now rather than after the training
     if settings.tensorboard:
         require("tensorboard", "tensorboard")
@@ -158,6 +152,7 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
                 stack.enter_context(atomic_files.held(folder))
                 _check_new(folder)  # again: another process may have trained in it since
             atomic_files.write_text(folder / CONFIG, config.to_toml(settings, name))
+            say(f"{name} on {task.described}")
             task.prepare(folder)
             if settings.tensorboard:
                 board = stack.enter_context(Board(folder, state["step"] if state else 0))
@@ -165,7 +160,9 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         record = fit(model, optimizer, *feeds, settings, folder, resume=state, **more)
         model = parallel.whole_model(model, task.model).eval()
         if distributed.first():
-            task.finish(model, folder)
+            with finishing(folder, name):
+                task.finish(model, folder)
+                pictures.curves(epochs(folder / METRICS), f"{name} on {task.described}", folder / CURVES)
     return Trained(folder, settings, model, task, record)
 
 

@@ -33,6 +33,7 @@ class TextTask:
         self.name, self.settings, self._kind = name, settings, RECIPES[name].feed
         load = text.load_pairs if self._kind == "pairs" else text.load
         corpus = load(settings.data, strict=settings.strict)
+        self._source = corpus.name
         self.training, self.validation = corpus.split(settings.validation, settings.seed)
         if self._kind == "sequences":
             self.training, self.validation = self.training.passages(), self.validation.passages()
@@ -60,6 +61,12 @@ class TextTask:
                 return text.read_tokenizer(folder)
         size = settings.vocabulary if settings.tokenizer == "bpe" else None
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
+
+    @property
+    def described(self) -> str:
+        """The data in words."""
+        what = {"pairs": "pairs", "sequences": "passages"}.get(self._kind, "documents")
+        return f"{self._source}: {len(self.training):,} {what} for training, {len(self.validation):,} held out"
 
     def model(self) -> nn.Module:
         try:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import nn
 from genai_fast import atomic_files, autotune
 from genai_fast.contract import Carries, offers
 from genai_fast.errors import UsageError
+from genai_fast.terminal import command
 from genai_fast.training import distributed, optimizer_state
 from genai_fast.training.environment import changes, environment
 
@@ -123,8 +123,8 @@ def writing(run: Path, recipe: str = "RECIPE") -> Iterator[None]:
 
 def resume_command(run: Path, recipe: str = "RECIPE") -> str:
     """What goes on with a run."""
-    out = "" if str(run.parent) == "runs" else f" --out {shlex.quote(str(run.parent))}"
-    return f"genai-fast train {recipe} --run {shlex.quote(run.name)}{out} --resume"
+    out = [] if str(run.parent) == "runs" else ["--out", run.parent]
+    return command("train", recipe, "--run", run.name, *out, "--resume")
 
 
 def found(run: Path) -> list[Path]:

@@ -201,8 +201,39 @@ def fit(
 def _signals() -> Iterator[list[str]]:
     """Collects the names of signals that ask to stop; the second one acts as usual."""
     stop: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+
+    def listen(number: int, frame: Any) -> None:
+        stop.append(signal.Signals(number).name)
+        if distributed.size() == 1:  # torchrun passes on what the processes may have got from elsewhere already
+            restore()
+
+    with _handled(listen) as restore:
         yield stop
+
+
+@contextlib.contextmanager
+def finishing(run: Path, recipe: str) -> Iterator[None]:
+    """Inside, after the last epoch, a signal to stop ends at once, and says what is there.
+
+    Raises: TrainingInterrupted.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        raise TrainingInterrupted(
+            f"{run}: stopped by {signal.Signals(number).name} after its last epoch, before its last pictures; draw"
+            f" them with {checkpoint.resume_command(run, recipe)}",
+            number,
+        )
+
+    with _handled(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
+    """Inside, the handler gets the signals that ask to stop; yields what ends that before."""
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield lambda: None
         return
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, _HANGUP) if n is not None]
     before = {number: signal.getsignal(number) for number in numbers}
@@ -210,18 +241,13 @@ def _signals() -> Iterator[list[str]]:
         del before[_HANGUP]
 
     def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def listen(number: int, frame: Any) -> None:
-        stop.append(signal.Signals(number).name)
-        if distributed.size() == 1:  # torchrun passes on what the processes may have got from elsewhere already
-            restore()
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
     for number in before:
-        signal.signal(number, listen)
+        signal.signal(number, handler)
     try:
-        yield stop
+        yield restore
     finally:
         restore()
 

@@ -104,8 +104,24 @@ def rates(feed: Feed, samples: float) -> dict[str, float]:
     return {"samples_per_second": samples} | ({"tokens_per_second": samples * tokens} if tokens else {})
 
 
-class Metrics(contextlib.AbstractContextManager):
-    """Appends JSON lines; first drops those after the step at which a run resumes, and damaged ones.
+def epochs(path: Path) -> list[dict[str, Any]]:
+    """The records of epochs in metrics.jsonl, in order; damaged lines are left out."""
+    return [record for _, record in _lines(path) if record.get("kind") == "epoch"]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is whole, and its record."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) in (int, float):
+            yield line, record
+
+
+class Metrics:
+    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """
@@ -115,13 +131,7 @@ class Metrics(contextlib.AbstractContextManager):
         if path is None:
             self._file: TextIO = io.StringIO()
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                pass
+        kept = [line + "\n" for line, record in _lines(path) if record["step"] <= step]
         atomic_files.write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from genai_fast.contract import HasAfterStep, HasTrainingStep, InTurns, offers
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
 from genai_fast.ops import updates
-from genai_fast.precision import spelled
+from genai_fast.spelling import spelled
 from genai_fast.training import accumulation, loss_output
 from genai_fast.training.buffer_snapshot import Kept, modules_of
 from genai_fast.training.graph import Batch, Graphs

@@ -18,10 +18,10 @@ from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import config, data
+from genai_fast import config, data, terminal
 from genai_fast.cli import demo, parser, tune
 from genai_fast.models import registry
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.profiling import loops
 from genai_fast.runs import image_evaluation, run
 from genai_fast.training import Step, loop
@@ -45,7 +45,7 @@ def test_train_sample_and_resume(here, capsys):
     assert any(n.startswith("checkpoint-") for n in names)
     settings = tomllib.loads((run / "config.toml").read_text())
     assert (settings["recipe"], settings["seed"], settings["latent"], settings["lr"]) == ("vae", 3, 2, 1e-3)
-    assert "genai-fast sample" in capsys.readouterr().out
+    assert f"next: {terminal.command('sample', 'runs/one', '--count', 64)}" in capsys.readouterr().out
 
     assert call("sample", "one", "--count", "10", "--seed", "4", "--out", "a.png") == 0
     assert call("sample", str(run), "--count", "10", "--seed", "4", "--out", "b.png") == 0
@@ -211,7 +211,7 @@ def test_an_interrupt_is_not_a_traceback(here, capsys, monkeypatch):
 
     monkeypatch.setattr(run, "fit", interrupt)
     assert call("train", "vae", *SMALL) == 130
-    assert capsys.readouterr().err == "genai-fast train vae: interrupted\n"
+    assert capsys.readouterr().err.splitlines()[1:] == ["genai-fast train vae: interrupted"]
 
 
 def test_demo(here, capsys, monkeypatch):
@@ -267,6 +267,18 @@ def test_a_run_goes_on_by_the_command_that_was_typed_before(here, capsys):
     assert [r["epoch"] for r in records(here / "runs" / "r", "epoch")] == [1, 2]
 
 
+def test_pictures_do_not_replace_others_in_silence(here, capsys):
+    make_run(here)
+    for expected in ("grid.png: 2 ", "grid-2.png: 2 ", "grid-3.png: 2 "):
+        capsys.readouterr()
+        assert call("sample", "one", "--count", "2") == 0
+        assert capsys.readouterr().out.startswith(expected)
+    for command in ("sample", "interpolate"):
+        (here / "b.png").write_bytes(b"")
+        assert call(command, "one", "--out", "b.png") == 0
+        assert capsys.readouterr().out.startswith("b.png (replaces the former file): ")
+
+
 def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatch):
     real, epochs = loop.Step.__call__, ["--epochs", "1"]
 
@@ -274,14 +286,15 @@ def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
         return real(self, *batch)
 
-    for out, more in (("runs", ""), ("else where", " --out 'else where'")):
+    for out, more in (("runs", []), ("else where", ["--out", "else where"])):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Step, "__call__", interrupt)
             assert call("train", "vae", *SMALL, *epochs, "--run", "r", "--out", out) == 130
         said = capsys.readouterr().err
-        command = f"genai-fast train vae --run r{more} --resume"
-        assert f"go on with {command}\n" in said
-        assert call(*shlex.split(command)[1:]) == 0
+        words = ["train", "vae", "--run", "r", *more, "--resume"]
+        command = terminal.command(*words)
+        assert f"go on with {command}\n" in said and shlex.split(command)[-len(words) :] == words
+        assert call(*words) == 0
         capsys.readouterr()
 
 
@@ -293,8 +306,8 @@ def test_precisions_have_two_spellings(here, spelling):
         Step(lambda x: model(x).sum(), torch.optim.SGD(model.parameters()), precision=spelling).precision == "bfloat16"
     )
     for words in (["tune", "dense-generator"], ["profile", "vae"]):
-        assert parser.parser_of(False).parse_args([*words, "--precision", spelling]).precision == spelling
-    assert parser.parser_of(False).parse_args(["generate", "r", "--weights", spelling]).weights == spelling
+        assert parser.parser_of().parse_args([*words, "--precision", spelling]).precision == spelling
+    assert parser.parser_of().parse_args(["generate", "r", "--weights", spelling]).weights == spelling
 
 
 def test_names_of_classes_cannot_command_the_terminal(here, capsys):

@@ -15,9 +15,9 @@ import pytest
 from genai_fast import config
 from genai_fast.cli.examples import EXAMPLES
 from genai_fast.cli.parser import commands_of, parser_of
-from genai_fast.models.registry import RECIPES
+from genai_fast.models.commands import COMMANDS
 
-EVERY = EXAMPLES | {f"train {name}": recipe.examples for name, recipe in RECIPES.items()}
+EVERY = EXAMPLES | {f"train {name}": command.examples for name, command in COMMANDS.items()}
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
 
 
@@ -38,7 +38,7 @@ def _line(action):
         words.append("required")
     if action.default is argparse.SUPPRESS:  # a recipe's: a setting says it, so that a file may come between
         if "default: " in action.help:
-            words.append("default " + (action.help.rpartition("default: ")[2] or "''"))
+            words.append("default " + action.help.rpartition("default: ")[2])
     elif action.default not in (None, False, []):
         words.append(f"default {action.default}")
     return " ".join(words)
@@ -84,7 +84,7 @@ def test_examples_are_right_and_shown(name):
         options, unknown = parser.parse_known_args(words)
         assert not unknown, line
         if options.command == "train":  # what the parser leaves to the settings
-            kind = RECIPES[options.recipe].config
+            kind = COMMANDS[options.recipe].config
             config.build(kind, {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}, "")
 
 

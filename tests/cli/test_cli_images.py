@@ -18,10 +18,9 @@ from commands import call, records
 from PIL import Image
 
 import genai_fast
-from genai_fast import data
+from genai_fast import data, terminal
 from genai_fast.models.conv_vae.plain import PlainConvVAE
-from genai_fast.models.registry import RECIPES
-from genai_fast.runs import image_evaluation, pictures
+from genai_fast.runs.image_task import ImageTask
 from genai_fast.training import checkpoint, loop
 
 NETWORKS = {  # small ones
@@ -60,7 +59,7 @@ def picture(path):
 
 
 QUALITY = {"frechet_distance", "precision", "recall", "density", "coverage", "diversity"}
-ELBO = {"loss", "reconstruction", "kl", "bits_per_dim"}
+ELBO = {"loss", "reconstruction", "kl"}
 
 
 @pytest.mark.parametrize("recipe", NETWORKS)
@@ -69,8 +68,14 @@ def test_every_recipe_trains_and_goes_on_exactly(here, digits, recipe, capsys):
     run = here / "runs" / "straight"
     epochs = records(run, "epoch")
     figures = set(epochs[-1]["validation"])
-    expected = {"autoencoder": {"loss"}, "vae": ELBO, "conv-vae": ELBO | QUALITY, "cvae": ELBO | QUALITY}
+    expected = {
+        "autoencoder": {"loss"},
+        "vae": ELBO | {"bits_per_dim"},
+        "conv-vae": ELBO | QUALITY,
+        "cvae": ELBO | QUALITY,
+    }
     assert figures == expected.get(recipe, QUALITY) and len(epochs) == 2
+    assert picture(run / "curves.png").shape[2] == 4
     if recipe != "vae":
         assert [p.name for p in sorted((run / "grids").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
     capsys.readouterr()
@@ -146,6 +151,12 @@ def test_repair(here, digits, capsys):
     Image.fromarray((inside * 255).astype(np.uint8)).save(here / "mask.png")
     assert call(*arguments, "--mask", "mask.png", "--out", "b.png") == 0
     assert (picture(here / "b.png") == sheet).all()
+    # For PostScript Pillow would start a program.
+    (here / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    capsys.readouterr()
+    assert call(*arguments, "--mask", "evil.png", "--out", "c.png") == 2
+    said = capsys.readouterr().err
+    assert "evil.png: expected a picture, got" in said and "Ghostscript" not in said and said.count("\n") == 1
 
 
 def test_a_zip_trains_as_its_folder_does(here, digits):
@@ -182,6 +193,36 @@ def test_a_stopped_process_leaves_a_run_that_goes_on(here, digits, number):
     epoch = records(run, "step")[-1]["epoch"]
     assert call("train", "dcgan", "--run", "a", "--resume", "--epochs", str(epoch + 1)) == 0
     assert [r["epoch"] for r in records(run, "epoch")] == list(range(1, epoch + 2))
+
+
+def test_a_signal_during_the_last_pictures_says_what_is_there(here, digits, capsys, monkeypatch):
+    command = ["train", "autoencoder", *NETWORKS["autoencoder"], *QUICK, "--run", "a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "finish", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        assert call(*command, "--data", digits) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    remedy = terminal.command("train", "autoencoder", "--run", "a", "--resume")
+    assert said.endswith(
+        f"runs/a: stopped by SIGTERM after its last epoch, before its last pictures; draw them with {remedy}\n"
+    )
+    assert not (here / "runs" / "a" / "curves.png").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert call("train", "autoencoder", "--run", "a", "--resume") == 0
+    assert {"curves.png", "reconstructions.png"} <= {p.name for p in (here / "runs" / "a").iterdir()}
+    assert "all epochs were already done" in capsys.readouterr().out
+
+
+def test_a_run_says_what_it_trains_on_and_what_its_figures_mean(here, capsys):
+    settings = ["--epochs", "1", "--hidden", "8", "--batch-size", "512"]
+    assert call("train", "vae", *settings, "--run", "a") == 0
+    said = capsys.readouterr()
+    name = "vae on mnist (5,000 of its 70,000 images): 4,500 images for training, 500 held out\n"
+    assert said.err.startswith(name)
+    (line,) = (line for line in said.out.splitlines() if line.startswith("  loss "))
+    assert line.endswith("what training minimizes; lower is better")
+    assert "bits per dimension" in said.out
+    assert call("train", "vae", *settings, "--likelihood", "gaussian", "--run", "b") == 0
+    assert "bits_per_dim" not in records(here / "runs" / "b", "epoch")[-1]["validation"]  # of an arbitrary variance
 
 
 def flat(digits, folder, count=30, size=None):

@@ -68,7 +68,7 @@ def test_every_recipe_trains_goes_on_exactly_and_writes(here, recipe, capsys):
     assert len(epochs) == 2 and set(epochs[-1]["validation"]) == EXPECTED[recipe]
     assert epochs[1]["train"]["loss"] < epochs[0]["train"]["loss"] or recipe == "text-vae"  # whose KL weight rises
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["epoch-0001.txt", "epoch-0002.txt"]
-    assert (run / "sample.txt").exists()
+    assert (run / "sample.txt").exists() and (run / "curves.png").exists()
 
     assert train(recipe, "again", "--epochs", "1", "--checkpoint-every", "2") == 0
     again = here / "runs" / "again"

@@ -98,9 +98,15 @@ def test_two_openmp_runtimes_are_warned_of(monkeypatch):
 
 
 def test_caches_are_measured(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (tmp_path / "kernel").write_bytes(bytes(2**20))
-    assert doctor.examine()["caches"]["triton"] == f"{tmp_path} (1 files, 1.0 MiB)"
+    monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path / "ours"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "kernel").write_bytes(bytes(2**20))
+    assert doctor.examine()["caches"]["triton"] == f"{tmp_path / 'triton'} (1 files, 1.0 MiB)"
+    (autotune.folder() / "images" / "a").mkdir(parents=True)
+    (autotune.folder() / "images" / "a" / "pixels.npy").write_bytes(bytes(2**20))
+    assert doctor.examine()["caches"]["images"] == f"{autotune.folder() / 'images'} (1 files, 1.0 MiB)"
+    assert set(doctor.examine()["caches"]) >= {"autotune", "tokens"}
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "none"))
     assert "none yet" in doctor.examine()["caches"]["triton"]
 

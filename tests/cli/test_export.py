@@ -144,6 +144,14 @@ def test_an_autoencoders_script_reconstructs(exported, elsewhere):
     )
 
 
+def test_a_script_starts_no_program_for_postscript(exported, tmp_path):
+    (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    command = [sys.executable, "-I", str(exported["autoencoder"][1] / "model.py"), str(tmp_path / "evil.png")]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out.pt")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "evil.png: expected a picture, got" in done.stderr and "Ghostscript" not in done.stderr
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_a_script_writes_what_the_run_writes(exported, elsewhere, name):
     run, _ = exported[name]

@@ -1,5 +1,8 @@
 """`genai-fast tune`: measures, prints and remembers; what cannot be is said."""
 
+import io
+import sys
+
 import pytest
 import torch
 
@@ -31,10 +34,13 @@ def test_tune_fills_the_file_that_the_model_then_uses(tmp_path, capsys, monkeypa
     (tmp_path / "mine.py").write_text(MODEL)
     assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 120 for line in printed[:-1]) and any("torch" in p and "gemm" in p for p in printed)
+    assert all(len(line) <= 100 for line in printed if "cache" not in line)
+    assert any("torch" in p and "gemm" in p for p in printed)
     ((_, families),) = autotune.remembered().items()
     choices = {autotune._text((f,), s): choice for f, shapes in families.items() for s, choice in shapes.items()}
-    assert printed[-1] == f"{len(choices)} convolutions; choices saved in {autotune.file()}"
+    changed = sum(choice.name != "torch" for choice in choices.values())
+    assert printed[0].startswith(f"{len(choices)} convolutions, {changed} of them faster than by default")
+    assert printed[1] == f"choices are kept in {autotune.file()}"
     text = " ".join(" ".join(printed).split())
     assert all(f"{key} {choice.name}: " in text for key, choice in choices.items())
     assert {choice.name for choice in choices.values()} <= {option.name for option in CONVOLUTIONS}
@@ -72,3 +78,29 @@ def test_pinned_choices_cannot_be_tuned(monkeypatch, capsys):
     monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
     assert main(["tune", "dcgan-28-generator"]) == 2
     assert "unset GENAI_FAST_DETERMINISTIC" in capsys.readouterr().err
+
+
+def test_choices_are_forgotten(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODEL)
+    model = [f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]
+    assert main(["tune", *model]) == 0
+    count = len(autotune.chosen(torch.device("cpu")))
+    capsys.readouterr()
+    assert main(["tune", "--forget"]) == 0
+    assert capsys.readouterr().out == f"{autotune.file()}: {count} choices forgotten\n"
+    assert not autotune.file().exists() and not autotune.chosen(torch.device("cpu"))
+    assert main(["tune", "--forget", *model]) == 0 and autotune.file().exists()  # measured again
+    assert main(["tune"]) == 2 and "MODEL: expected one or more, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_told_once_that_convolutions_are_measured(tmp_path, monkeypatch, terminal):
+    said = io.StringIO()
+    said.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", said)
+    autotune._announce.cache_clear()
+    (tmp_path / "mine.py").write_text(MODEL)
+    assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
+    line = f"genai_fast: measuring convolutions, once for this machine; kept in {autotune.file()}\n"
+    assert said.getvalue() == (line if terminal else "")
+    autotune._announce.cache_clear()

@@ -86,6 +86,19 @@ def test_idx_files_with_the_labels_beside_them(tmp_path, suffix):
     torch.testing.assert_close(images.batch(slice(0, 2))[:, 0], torch.from_numpy(PIXELS[:2]) / 255)
 
 
+@pytest.mark.parametrize(("dash", "suffix"), [("-", ".gz"), (".", "")])  # as their authors name them, and Kaggle
+def test_a_folder_of_idx_files_is_its_training_images(tmp_path, dash, suffix):
+    pack = gzip.compress if suffix else bytes
+    for part, count in (("t10k", 4), ("train", 12)):
+        (tmp_path / f"{part}-images{dash}idx3-ubyte{suffix}").write_bytes(pack(idx(PIXELS[:count])))
+        (tmp_path / f"{part}-labels{dash}idx1-ubyte{suffix}").write_bytes(pack(idx(LABELS[:count])))
+    images = data.load(tmp_path)
+    assert torch.equal(images.pixels[:, 0], torch.from_numpy(PIXELS)) and images.labels.tolist() == LABELS.tolist()
+    for file in tmp_path.glob("train-*"):
+        file.unlink()
+    assert len(data.load(tmp_path)) == 4
+
+
 @pytest.mark.parametrize(
     ("array", "shape"),
     [

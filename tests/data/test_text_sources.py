@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genai_fast.data import DataError, DataWarning, text
+from genai_fast.data.text.cleaning import unwrapped
 from genai_fast.data.text.html_page import text_of as html_text
 
 TEXTS = st.text(st.characters(), max_size=60)  # surrogates too
@@ -47,6 +48,43 @@ def test_pydoc_is_real_and_repeats_nothing():
     long = [" ".join(p.split()) for p in corpus.passages().documents]
     long = [paragraph for paragraph in long if len(paragraph) >= 100]
     assert len(set(long)) == len(long) > 500
+
+
+def test_pydoc_is_prose_without_rules_in_one_line_per_paragraph():
+    documents = text.load("pydoc").documents
+    lines = [line.strip() for document in documents for line in document.splitlines()]
+    assert not [line for line in lines if len(line) > 2 and set(line) <= set("-=*~+|^ ")]
+    assert "Future statements" in lines and max(map(len, lines)) > 500
+    (assertion,) = (document for document in documents if document.startswith('The "assert" statement'))
+    sentence = "Assert statements are a convenient way to insert debugging assertions into a program:"
+    assert f"\n\n{sentence}\n\n   assert_stmt ::=" in assertion
+
+
+UNWRAPPED = {  # width 20
+    "a paragraph": (
+        "The words of a line\nthat did not fit.\n\nAnother",
+        "The words of a line that did not fit.\n\nAnother",
+    ),
+    "words that would have fitted": ("Roses are red,\nas violets are blue", None),
+    "items": (
+        "* an item of a list\n  that continues\n* another item",
+        "* an item of a list that continues\n* another item",
+    ),
+    "numbers": ("12. an item of the\n    list; continued", "12. an item of the list; continued"),
+    "code": ("if the_condition_is:\n    do_something_long()", None),
+    "another indentation": ("  The words of a line\nthat begins elsewhere", None),
+    "a hyphen": ("a long line, double-\nprecision", "a long line, double-precision"),
+    "a dash": ("it was long ago --\nand far away", "it was long ago -- and far away"),
+    "a title": ("A title of any size\n===================\n\nText", "A title of any size\n\nText"),
+    "a table": ("+---+----+\n| a | b  |\n|===|====|\n| 1 | 22 |\n+---+----+\nText", "Text"),
+    "dots": ("   >>> x = 1\n   ...", None),
+}
+
+
+@pytest.mark.parametrize("case", UNWRAPPED)
+def test_lines_broken_for_their_length_are_joined(case):
+    given, expected = UNWRAPPED[case]
+    assert unwrapped(given, 20) == (given if expected is None else expected)
 
 
 def test_a_folder_of_all_kinds(tmp_path):

@@ -84,7 +84,9 @@ def test_pinned_takes_the_fixed_path_and_measures_nothing(clock, monkeypatch, ho
     assert found.name == "fixed" and not made and not autotune.file().exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"version": 2}', '{"version": 2, "machines": {"m": {"k": 3}}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "[" * 200_000, '{"version": 2}', '{"version": 2, "machines": {"m": {"k": 3}}}']
+)
 def test_a_damaged_file_is_replaced_and_said(clock, content):
     autotune.file().parent.mkdir()
     autotune.file().write_text(content)
@@ -108,6 +110,41 @@ def test_a_folder_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
     with pytest.warns(autotune.AutotuneWarning, match="in this process only"):
         assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3)).name == "b"
     assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=1e-3, b=2e-3)).name == "b"
+
+
+def test_a_user_without_a_home_is_served_and_told(clock, monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("GENAI_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(autotune.Path, "home", none)
+    with pytest.warns(autotune.AutotuneWarning, match="in this process only"):
+        assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3)).name == "b"
+
+
+def test_a_lock_that_is_never_released_is_not_waited_for(clock, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    autotune.file().parent.mkdir()
+    monkeypatch.setattr(autotune, "_WAIT", 0.05)
+    with open(autotune.file().with_suffix(".lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.warns(autotune.AutotuneWarning, match="held by another process"):
+            assert autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3)).name == "b"
+    assert autotune.remembered()
+
+
+def test_a_link_among_the_caches_is_not_written_through(clock, tmp_path):
+    """In a cache folder that several users share, another may have put it there."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    autotune.file().parent.mkdir()
+    for name in (autotune.file().name, "autotune.new", "paths.new"):
+        (autotune.file().parent / name).symlink_to(victim)
+    with pytest.warns(autotune.AutotuneWarning, match="is damaged"):
+        autotune.choose(("op",), (2,), CPU, _open([], "a", a=2e-3, b=1e-3))
+    assert victim.read_text() == "mine" and not autotune.file().is_symlink()
+    assert autotune.remembered()
 
 
 def test_processes_that_write_at_once_lose_nothing():

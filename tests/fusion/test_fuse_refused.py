@@ -11,6 +11,7 @@ from fuse_models import Branches, Generator, HandWritten, OneNorm, ResBlock, Spe
 from torch import nn
 
 from genai_fast import explain, fuse, unfuse
+from genai_fast.fusion.explanation import NOTHING_HERE, Explanation, Row
 
 pytestmark = pytest.mark.usefixtures("small_is_fused")
 
@@ -131,11 +132,48 @@ def test_explain_says_what_happens():
     assert "hooks" in found["2.1"].reason
     assert "subclass of BatchNorm2d" in found["3.0"].reason and "first call" in found["3.1"].reason
     assert found["4.conv1+bn1+relu"].becomes.startswith("batch_norm_act (ReLU)") and found["4.conv2+bn2"].becomes
-    table = str(explain(model)).splitlines()
-    assert len(table) == len(rows) + 1 == len(explain(model)) + 1
+    *table, total = str(explain(model)).splitlines()
     assert len({line.index("batch_norm_act") for line in table if "batch_norm_act" in line}) == 1
+    assert max(map(len, table)) <= 100 and len(explain(model)) == len(rows)
+    text = " ".join(" ".join(table).split())
+    assert all(f"{row.path or '.'} {row.found} " in text for row in rows)
+    fused = sum(bool(row.becomes) for row in rows)
+    holders = sum(row.path in ("0", "1") for row in rows)  # whose forward only calls its parts
+    assert total == f"total: {fused} parts run fused, {len(rows) - fused - holders} left to PyTorch"
     assert list(explain(fuse(model))) == rows
     assert "calls no batch norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
+
+
+class _Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        return 2 * self.net(x)
+
+
+def test_a_module_that_only_calls_its_parts_is_not_left_alone():
+    found = explain(_Holder())
+    rows, table = {row.path: row for row in found}, str(found).splitlines()
+    (line,) = (line for line in table if line.startswith(". "))
+    assert rows[""].reason.endswith(NOTHING_HERE) and line.endswith("  holds the parts below it")
+    assert table[-1] == "total: 1 part runs fused, 0 left to PyTorch"
+
+
+def test_long_names_leave_the_reason_its_own_lines():
+    row = Row("a" * 80, "Conv2d", "", "a reason " * 20)
+    assert max(map(len, str(Explanation((row,))).splitlines()[1:-1])) <= 100
+    assert "left alone: a reason" in str(Explanation((row,)))
+
+
+def test_nothing_is_logged(caplog):
+    """PyTorch logs a warning where it is asked about tracing by one of two names."""
+    torch.fx._symbolic_trace.is_fx_tracing_warning.cache_clear()
+    model = fuse(ResBlock())
+    with caplog.at_level("WARNING"):
+        model(torch.randn(2, 3, 4, 4))
+    assert not caplog.records
 
 
 def test_branches_are_not_joined():

@@ -10,7 +10,7 @@ from torch import nn
 from genai_fast import models
 from genai_fast.models import GAN, WGANGP
 from genai_fast.models.gan import plain as scripts
-from genai_fast.models.gan.recipe import DCGANConfig, GANConfig
+from genai_fast.models.gan.settings import DCGANConfig, GANConfig
 from genai_fast.models.registry import make
 from genai_fast.training import Step, make_optimizer
 

@@ -10,6 +10,7 @@ from torch import nn
 from genai_fast import data
 from genai_fast.models import MLPVAE, Autoencoder, ConditionalVAE, ConvVAE
 from genai_fast.models.conv_vae.plain import PlainConvVAE
+from genai_fast.runs import image_evaluation
 
 SMALL = {"channels": 1, "latent": 4, "widths": (6, 8)}
 
@@ -245,3 +246,19 @@ def test_an_interpolation_between_classes():
 def test_what_does_not_fit_is_said(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@torch.no_grad()
+def test_codes_of_two_dimensions_are_drawn_a_few_images_at_a_time(tmp_path, monkeypatch):
+    images = data.load("digits").resized(28)
+    drawn, sizes = [], []
+    monkeypatch.setattr(image_evaluation.pictures, "plane", lambda points, *others: drawn.append(points))
+    for model in (Autoencoder(28, channels=1, latent=2), ConvVAE(28, channels=1, latent=2)):
+        encode = model.encode
+        monkeypatch.setattr(model, "encode", lambda x, encode=encode: sizes.append(len(x)) or encode(x))
+        image_evaluation.draw(model, images, images, tmp_path)
+        expected = model.eval().encode(images.batch(slice(0, 9), signed=True))
+        expected = expected if isinstance(expected, torch.Tensor) else expected[0]
+        assert drawn[-1].shape == (1797, 2)
+        torch.testing.assert_close(drawn[-1][:9], expected)
+    assert max(sizes) <= 100

@@ -155,6 +155,9 @@ def test_a_recipe_with_real_data(here, capsys):
         assert 0 < v["data_wait"] < 1 and v["unit"] == "samples" and v["steps"] >= measure.LEAST
         assert v["flops"] == 2 * 8 * (784 * 400 * 2 + 400 * 20 * 2 * 3 + 20 * 400 * 3 + 400 * 784 * 3)
     assert found["peak"]["precision"] == "bfloat16"
+    said = capsys.readouterr().out  # measured as `train` runs it
+    assert found["tune_cpu"].startswith("freed memory kept") and f"tune_cpu: {found['tune_cpu']}\n" in said
+    assert "genai_fast.tune_cpu()" not in said
     assert call("vae", "--data", "none.npy") == 2
     assert not (here / "profile-vae-2").exists()
 
@@ -175,7 +178,7 @@ MISTAKES = {
     "module": (["no_such_module:train"], "cannot be imported"),
     "function": (["mine.py:trian"], "expected 'trian' in mine.py to be a class or function"),
     "raises": (["mine.py:wrong"], "wrong: loop: ValueError: no luck"),
-    "returns": (["mine.py:number"], "to return a function that runs one training step"),
+    "returns": (["mine.py:number"], "got int 3; remedy: return the step function"),
     "asks": (["mine.py:asks"], "without arguments but for prepare, batch, device, got x"),
     "no batch": (["mine.py:sized"], "--batch: mine.py:sized asks for it"),
     "batch": (["vae", "--batch", "0"], "--batch: expected at least 1, got 0"),
@@ -199,5 +202,5 @@ def test_mistakes_are_named(here, capsys, mistake):
     assert call(*arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and message in said.err.splitlines()[-1]
-    assert ("Traceback" in said.err) == (mistake in ("raises", "returns"))
+    assert ("Traceback" in said.err) == (mistake == "raises")
     assert {p.name for p in here.iterdir()} <= {"mine.py", "__pycache__"}

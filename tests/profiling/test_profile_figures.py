@@ -15,6 +15,7 @@ from genai_fast.profiling import counters, figures, loops, machine, measure, tra
 from genai_fast.profiling.diagnosis import diagnose
 from genai_fast.profiling.figures import roof
 from genai_fast.profiling.flops import FlopCount
+from genai_fast.profiling.report import as_text
 from genai_fast.profiling.systems import of_recipe
 from genai_fast.profiling.waiting import Waiting
 
@@ -66,6 +67,16 @@ def test_autocast_gives_float32_back_and_copies_run_their_own_weights():
     nn.init.zeros_(other[0].weight)
     nn.init.zeros_(other[0].bias)
     assert not other(x).any() and model(x).any()
+
+
+def test_what_is_left_alone_is_named_of_every_network():
+    left = []
+    prepare = loops.preparing("fused", False, left)
+    prepare(nn.Sequential(nn.LSTM(3, 3)))
+    prepare(nn.Sequential(nn.Upsample(scale_factor=2)))
+    assert [(row.path, row.found) for row in left] == [("0", "LSTM"), ("0", "Upsample")]
+    loops.preparing("eager", False, left)(nn.Sequential(nn.PReLU()))
+    assert len(left) == 2  # of what is fused, and once
 
 
 def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):
@@ -220,7 +231,7 @@ def test_energy_is_read_from_the_management_library(monkeypatch):
     assert energy.joules() is None and "OSError: no driver" in energy.reason
 
 
-def _report(device="cpu", threads=64, left_alone=(), operators=(), **figures):
+def _report(device="cpu", threads=64, left_alone=(), operators=(), tune_cpu="", **figures):
     found = {
         "data_wait": None, "device_busy": None, "page_faults": 0.0, "operators": [
             {"name": name, "share_with_callees": share} for name, share in operators
@@ -231,6 +242,7 @@ def _report(device="cpu", threads=64, left_alone=(), operators=(), **figures):
         "device": device,
         "environment": {"threads": threads},
         "left_alone": left_alone,
+        "tune_cpu": tune_cpu,
         "variants": {"eager": found, "fused": found},
     }
 
@@ -265,35 +277,38 @@ def test_what_the_figures_say(rule, monkeypatch):
     assert diagnose(_report(), "eager") == []
 
 
-def test_tune_cpu_is_named_where_it_is_not_on(monkeypatch):
-    report = _report(operators=[("aten::addmm", 0.3), ("aten::mm", 0.3)], page_faults=40000.0)
-    monkeypatch.setattr("genai_fast.profiling.diagnosis._narrow_is_fast", lambda cuda: False)
-    faults, matmuls = sorted(diagnose(report, "eager"))
-    assert "genai_fast.tune_cpu() keeps it" in faults
-    assert matmuls.startswith("matmuls take 60% of the step: genai_fast.tune_cpu()")
-    monkeypatch.setattr("genai_fast.profiling.diagnosis.active", lambda: SimpleNamespace(memory=True))
-    assert diagnose(report, "eager") == []
+@pytest.mark.parametrize(("tuned", "advised"), [("", 2), ("freed memory kept", 0)])
+def test_tune_cpu_is_advised_only_where_it_is_off(tuned, advised):
+    report = _report(tune_cpu=tuned, page_faults=40000.0, operators=[("aten::mm", 0.6)])
+    assert sum("tune_cpu()" in text for text in diagnose(report, "eager")) == advised
 
 
-def test_every_network_that_is_prepared_is_reported():
-    """Both are roots: their paths alone do not tell them apart."""
+def _variant(p50, per_second):
+    return {
+        "unit": "samples", "per_second": per_second, "step_seconds": {"p50": p50, "p95": p50, "max": 9.0},
+        "data_wait": 0.1, "operator_calls": 5.0, "flops": 10, "flops_per_second": 1e9, "flops_share_of_peak": 0.5,
+        "flops_not_counted": [], "peak_resident_growth_bytes": 1, "page_faults": 0.0, "joules": None, "watts": None,
+        "first_step_seconds": 1.0, "steps": 9, "operators": [], "device_busy": None, "arithmetic": {},
+        "convolutions": 0, "convolutions_not_channels_last": 0,
+    }  # fmt: skip
 
-    def make(variant):
-        prepare = loops.preparing(variant, False, left_alone)
-        for network in (nn.Sequential(nn.LSTM(2, 2)), nn.LSTM(2, 2), nn.Sequential(nn.ELU())):
-            prepare(network)
 
-    left_alone = []
-    for variant in ("eager", "fused"):
-        make(variant)
-    subject = SimpleNamespace(left_alone=left_alone)
-    assert [row[:2] for row in figures._left_alone(subject)] == [
-        ["Sequential.0", "LSTM"], ["LSTM", "LSTM"], ["Sequential 2.0", "ELU"],
-    ]  # fmt: skip
-    subject.left_alone = left_alone[:1]
-    assert [row[:2] for row in figures._left_alone(subject)] == [["0", "LSTM"]]
-    subject.left_alone = left_alone[1:2]
-    assert [row[:2] for row in figures._left_alone(subject)] == [[".", "LSTM"]]
+@pytest.mark.parametrize(("load", "busy"), [(0.44, "0.4"), (None, "an unknown number of")])
+def test_the_headline_is_a_ratio_of_medians_with_the_load_beside(load, busy):
+    """One long step changes a mean, and with it which variant looks faster."""
+    report = _report() | {
+        "model": "m", "what": "w", "peak": None, "foreign_load": load, "energy": "energy: unknown on a CPU",
+        "ended": "", "no_wait": "", "environment": {"device": "CPU", "threads": 2, "torch": "2", "cores": 4},
+        "variants": {"eager": _variant(0.03, 30.0), "fused": _variant(0.02, 20.0)},
+    }  # fmt: skip
+    lines = as_text(report).splitlines()
+    assert lines[2] == (
+        f"fused 1.50 x eager (medians of alternating steps; other programs kept {busy} of 4 cores busy)"
+    )
+    assert [line.split() for line in lines if line.startswith("times eager")] == [
+        ["times", "eager", "1.00", "x", "1.50", "x"]
+    ]
+    assert not [line for line in lines if "unknown" in line and line != lines[2]]
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from genai_fast import backends, data
 from genai_fast.models import MLPVAE
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.training import CheckpointError, checkpoint, environment, fit, loop, make_optimizer
 from genai_fast.training.batches import ImageFeed
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from genai_fast import config
 from genai_fast.config import Config
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.training import ConfigError
 
 

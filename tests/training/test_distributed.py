@@ -18,7 +18,7 @@ from commands import records
 from genai_fast import ops
 from genai_fast.errors import UsageError
 from genai_fast.fusion import thresholds
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.ops import rows
 from genai_fast.training import checkpoint, distributed
 
@@ -238,6 +238,6 @@ def test_torchrun_restarts_stops_with_a_checkpoint_and_goes_on(tmp_path, monkeyp
     epochs = stopped["progress"]["epoch"] + 1
     process = _torchrun("train", "vae", "--run", run.name, "--resume", "--epochs", str(epochs))
     out, said = process.communicate(timeout=180)
-    assert process.returncode == 0 and out.count("validation: loss") == 1, said
+    assert process.returncode == 0 and out.count(": on held-out data:\n  loss ") == 1, said
     found = [r for r in records(run) if r["kind"] == "epoch"]
     assert [(r["epoch"], r["step"]) for r in found] == [(k, 9 * k) for k in range(1, epochs + 1)]

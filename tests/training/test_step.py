@@ -11,7 +11,7 @@ from torch import nn
 
 from genai_fast.kernels.common import onednn
 from genai_fast.models import MLPVAE, LSTMLanguageModel
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.training import Step, checkpoint, make_optimizer
 from genai_fast.training import step as step_module
 

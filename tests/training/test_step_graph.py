@@ -12,7 +12,7 @@ from torch import nn
 
 from genai_fast import FallbackWarning
 from genai_fast.models import MLPVAE
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.training import Step, graph, make_optimizer
 
 

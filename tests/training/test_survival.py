@@ -21,7 +21,7 @@ from bench import kill
 from bench.report import files
 from genai_fast import atomic_files, autotune
 from genai_fast.cli import parser
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.runs import run
 from genai_fast.training import checkpoint, loop, meter
 from genai_fast.training.checkpoint import DiskError

@@ -17,7 +17,7 @@ import torch
 from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.models.autoencoder import AutoencoderLoss
-from genai_fast.models.vae.recipe import VAEConfig
+from genai_fast.models.vae.settings import VAEConfig
 from genai_fast.training import (
     Step,
     TrainingInterrupted,

@@ -19,6 +19,9 @@ PARAGRAPH = re.compile(r"\n(?:[^\S\n]*\n)+")  # what stands between two
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")  # all of the three
+_RULE = re.compile(r"[ \t]*(?:\S*([-=*~_+|^])\1{2}[-=*~_+|^ \t]*|\|.*\|)")  # under a title; of a table; a row of one
+_MARKER = re.compile(r"\s*(?:(?:[*+-]|\d+\.|\[\d+\]|\(\w+\))\s+)?")  # indentation, and what begins an item of a list
+_HYPHEN = re.compile(r"\w-$")
 _MARKS = 200  # on one character; Unicode normalization takes the square of their number
 _NO_TEXT = ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
 _PROBE = bytes(range(32, 127)) + b"\t\r\n +AGE- ~{"  # UTF-7 and HZ have escapes that are ASCII
@@ -105,3 +108,25 @@ def scalars(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return _SURROGATES.sub("\ufffd", text)
+
+
+def unwrapped(text: str, width: int) -> str:
+    """Text without rules and tables drawn in characters, its paragraphs in one line each.
+
+    A line is joined to the one before if its first word did not fit there into `width` columns, and if it is indented
+    as that line's words are: so verses, code and lists keep their lines.
+    """
+    lines: list[str] = []
+    last = 0  # columns of the line before, as it was given
+    for line in text.split("\n"):
+        if _RULE.fullmatch(line):
+            last = 0
+            continue
+        indentation = len(line) - len(line.lstrip())
+        first = line[indentation:].partition(" ")[0]
+        if first and last and last + 1 + len(first) > width and _MARKER.match(lines[-1]).end() == indentation:
+            lines[-1] += ("" if _HYPHEN.search(lines[-1]) else " ") + line[indentation:]
+        else:
+            lines.append(line)
+        last = len(line) if first else 0
+    return "\n".join(lines)

@@ -17,7 +17,7 @@ from genai_fast.data.text.cleaning import PARAGRAPH, scalars
 
 T = TypeVar("T")
 _FAR = 0.5  # a boundary may move the share that is held out by half of it
-_MORE = "more text, or another fraction"
+_MORE = "more text"
 _LINES, _WORDS = re.compile(r"(?<!\s)\s*\n"), re.compile(r"\s+")
 _WORD = 100  # characters: text whose white space is further apart is not written in words
 # After a sentence's end, and the quotes and brackets that close it, of text that may have no white space.

@@ -4,13 +4,14 @@ import importlib
 from pathlib import Path
 
 from genai_fast.data.text import html_page
-from genai_fast.data.text.cleaning import PARAGRAPH, UnreadableError, clean
+from genai_fast.data.text.cleaning import PARAGRAPH, UnreadableError, clean, unwrapped
 from genai_fast.data.text.corpus import Corpus, plain
 from genai_fast.data.text.files import Findings, open_source, records
 
 PYDOC = "pydoc"
 _HTML, _JSON = (".html", ".htm"), ".jsonl"
 SUFFIXES = (".txt", ".md", *_HTML, _JSON)
+_COLUMNS = 70  # of pydoc's lines
 _REPEATED = 100  # characters from which on a paragraph that pydoc repeats is no coincidence
 
 
@@ -20,7 +21,7 @@ def load(source: str | Path, *, strict: bool = False) -> Corpus:
     Args:
         source: one of
             "pydoc": the topics of Python's own help (from the standard library, so they differ a little from version
-            to version), without the paragraphs that an earlier topic has;
+            to version), one line per paragraph, without tables and the paragraphs that an earlier topic has;
             .html, .htm: one document of what a reader of the page sees;
             .jsonl: a document a line, field "text" of its object;
             .txt, .md or any other file: one document, the whole of it (`Corpus.passages` gives its paragraphs);
@@ -59,7 +60,7 @@ def _pydoc() -> Corpus:
     documents = []
     for name in sorted(topics):
         paragraphs = []
-        for paragraph in PARAGRAPH.split(clean(topics[name])):
+        for paragraph in PARAGRAPH.split(clean(unwrapped(topics[name], _COLUMNS))):
             key = plain(paragraph)
             if len(key) < _REPEATED or key not in seen:
                 paragraphs.append(paragraph)

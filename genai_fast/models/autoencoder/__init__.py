@@ -1,3 +1,5 @@
 """The convolutional autoencoder."""
 
-from genai_fast.models.autoencoder.model import Autoencoder, AutoencoderLoss  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "Autoencoder AutoencoderLoss"})

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast.config import Config
+from genai_fast.config import Command, Config
 from genai_fast.errors import UsageError
 from genai_fast.models.common.plain_loop import loss_step
 
@@ -89,8 +89,7 @@ class Pretrained(Protocol):
 class Recipe:
     """A kind of model and its settings.
 
-    name, summary: on the command line.
-    config: its settings.
+    command: its name, summary, settings and examples on the command line.
     model: the class of what is trained: see `contract` and `protocol` for what it may offer.
     plain: its twin in plain PyTorch, with the same keys and `loss(*batch)`: what `export` writes and the bench measures
         beside. Of networks in turns: values -> the class of each by name, the one that is exported first.
@@ -108,9 +107,7 @@ class Recipe:
     pretrained: reads other libraries' files of such a model; None: there is nothing of the kind.
     """
 
-    name: str
-    summary: str
-    config: type[Config]
+    command: Command
     model: type[nn.Module]
     plain: type[nn.Module] | Callable[[Values], dict[str, type[nn.Module]]]
     build: Callable[[Values], nn.Module] | None = None
@@ -127,7 +124,14 @@ class Recipe:
     unrolled: bool = False
     pretrained: Pretrained | None = None
     benches: tuple[Bench, ...] = ()
-    examples: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    @property
+    def config(self) -> type[Config]:
+        return self.command.config
 
     def values(self, settings: Config, *of_data: Any) -> Values:
         """Settings and what the data adds: (shape, number of classes) of images, (vocabulary, end) of text."""

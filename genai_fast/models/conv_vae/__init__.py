@@ -1,3 +1,5 @@
 """Convolutional variational autoencoders."""
 
-from genai_fast.models.conv_vae.model import ConditionalVAE, ConvVAE  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "ConditionalVAE ConvVAE"})

@@ -1,17 +1,10 @@
 """Generative adversarial networks."""
 
-from genai_fast.models.gan.dcgan import (  # noqa: F401
-    ConditionalDiscriminator,
-    ConditionalGenerator,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    dcgan_init,
-)
-from genai_fast.models.gan.dense import (  # noqa: F401
-    DenseDiscriminator,
-    DenseGenerator,
-    DenseGeneratorK4,
-    MLPDiscriminator,
-    MLPGenerator,
-)
-from genai_fast.models.gan.model import GAN, WGANGP, GANLosses  # noqa: F401
+from genai_fast import imports
+
+_HOMES = {
+    "dcgan": "ConditionalDiscriminator ConditionalGenerator DCGANDiscriminator DCGANGenerator dcgan_init",
+    "dense": "DenseDiscriminator DenseGenerator DenseGeneratorK4 MLPDiscriminator MLPGenerator",
+    "model": "GAN WGANGP GANLosses",
+}
+__getattr__, __dir__ = imports.on_demand(__name__, _HOMES)

@@ -1,66 +1,16 @@
-"""Generative adversarial networks: settings and recipes."""
+"""Generative adversarial networks: recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from genai_fast.config import ImageConfig, changed, setting
 from genai_fast.errors import UsageError
 from genai_fast.models.common.recipe import Bench, Networks, Recipe, Values, by_name
-from genai_fast.models.gan import dcgan, dense, plain
+from genai_fast.models.gan import dcgan, dense, plain, settings
 from genai_fast.models.gan.model import GAN, WGANGP
-
-
-@dataclass(frozen=True)
-class GANConfig(ImageConfig):
-    """What all pairs share. Rates: Radford et al. 2015."""
-
-    lr: float = changed(ImageConfig, "lr", 2e-4)
-    beta1: float = changed(ImageConfig, "beta1", 0.5)
-    lr_discriminator: float = setting(0.0, "learning rate of the discriminator; 0: that of --lr", low=0)
-    latent: int = setting(100, "dimensions of the latent space", low=1)
-    smoothing: float = setting(0.0, "one-sided label smoothing: target 1 - x for real images", low=0, high=0.9)
-    ema: float = setting(0.0, "decay of the generator's exponential moving average; 0: none", low=0, high=0.99999)
-
-
-@dataclass(frozen=True)
-class DCGANConfig(GANConfig):
-    batch_size: int = changed(ImageConfig, "batch_size", 64)
-    network: str = setting(
-        "dcgan",
-        "dcgan (28, 32, 64 or 128 pixels); dense, dense-k4: dense layer first, dropout in the discriminator",
-        choices=("dcgan", "dense", "dense-k4"),
-    )
-    width: int = setting(64, "channels of the largest feature maps (dcgan)", low=1)
-    dropout: float = setting(
-        -1.0, "dropout probability in the discriminator; -1: that of its authors", low=-1, high=0.9
-    )
-    spectral: bool = setting(False, "spectral norm instead of batch norm in the discriminator")
-
-
-@dataclass(frozen=True)
-class ConditionalGANConfig(GANConfig):
-    batch_size: int = changed(ImageConfig, "batch_size", 64)
-    width: int = setting(64, "channels of the largest feature maps", low=1)
-
-
-@dataclass(frozen=True)
-class WGANGPConfig(GANConfig):
-    """Rates: Gulrajani et al. 2017."""
-
-    lr: float = changed(ImageConfig, "lr", 1e-4)
-    beta1: float = changed(ImageConfig, "beta1", 0.0)
-    beta2: float = changed(ImageConfig, "beta2", 0.9)
-    batch_size: int = changed(ImageConfig, "batch_size", 64)
-    n_critic: int = setting(5, "critic updates per generator update", low=1)
-    penalty: float = setting(10.0, "weight of the gradient penalty", low=0)
-    norm: str = setting("instance", "norm in the critic", choices=("instance", "none"))
-    width: int = setting(64, "channels of the largest feature maps", low=1)
-
 
 _DROPOUT = {"dcgan": 0.0, "dense": 0.3, "dense-k4": 0.3}  # of D, as the authors of these networks have it
 _GENERATORS = {
@@ -119,15 +69,14 @@ _BF16 = {"precision": "bfloat16"}
 
 RECIPES = (
     Recipe(
-        "mlp-gan", "generative adversarial network of dense layers", GANConfig, GAN,
+        settings.MLP_GAN, GAN,
         lambda values: {"generator": plain.PlainMLPGenerator, "discriminator": plain.PlainMLPDiscriminator},
         build=_pair(dense.MLPGenerator, dense.MLPDiscriminator, init=False), square=False, network=_sampler,
         loop=_loop,
         benches=(Bench("mlp_gan", 128, (1, 28, 28)),),
-        examples=("genai-fast train mlp-gan --data mnist --smoothing 0.1",),
     ),
     Recipe(
-        "dcgan", "deep convolutional GAN", DCGANConfig, GAN, _plain_dcgan,
+        settings.DCGAN, GAN, _plain_dcgan,
         build=_dcgan, derived=_derived, network=_sampler, loop=_loop,
         benches=(
             Bench("dcgan_64", 64, _SHAPE),
@@ -136,23 +85,16 @@ RECIPES = (
             Bench("dcgan_64_batch128", 128, _SHAPE, gpu=True),
             Bench("dcgan_64_bfloat16_batch128", 128, _SHAPE, _BF16, tolerance=0.05, gpu=True),
         ),
-        examples=(
-            "genai-fast train dcgan --data PHOTOS --size 64 --flip 0.5 --ema 0.999",
-            "genai-fast train dcgan --data mnist --network dense --epochs 30",
-            "genai-fast train dcgan --run dcgan-PHOTOS --resume --epochs 100",
-        ),
     ),
     Recipe(
-        "cgan", "conditional DCGAN, for labelled images", ConditionalGANConfig, GAN,
+        settings.CGAN, GAN,
         lambda values: {"generator": plain.PlainConditionalGenerator},
         build=_pair(dcgan.ConditionalGenerator, dcgan.ConditionalDiscriminator), labelled=True, network=_sampler,
         loop=None,
-        examples=("genai-fast train cgan --data mnist --width 32",),
     ),
     Recipe(
-        "wgan-gp", "Wasserstein GAN with gradient penalty", WGANGPConfig, WGANGP,
+        settings.WGAN_GP, WGANGP,
         lambda values: {"generator": plain.PlainDCGANGenerator},
         build=_pair(dcgan.DCGANGenerator, dcgan.DCGANDiscriminator, WGANGP), network=_sampler, loop=None,
-        examples=("genai-fast train wgan-gp --data cifar-10-batches-py --n-critic 5 --penalty 10",),
     ),
 )  # fmt: skip

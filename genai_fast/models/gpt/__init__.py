@@ -1,3 +1,5 @@
 """GPT."""
 
-from genai_fast.models.gpt.model import GPT, GPTLosses, load_gpt2  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "GPT GPTLosses load_gpt2"})

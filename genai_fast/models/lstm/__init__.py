@@ -1,3 +1,5 @@
 """The LSTM language model."""
 
-from genai_fast.models.lstm.model import LSTMLanguageModel, LSTMLosses  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "LSTMLanguageModel LSTMLosses"})

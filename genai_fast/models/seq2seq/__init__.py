@@ -1,3 +1,5 @@
 """The encoder-decoder Transformer."""
 
-from genai_fast.models.seq2seq.model import Memory, Seq2Seq, Seq2SeqDecoder, Seq2SeqLosses  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "Memory Seq2Seq Seq2SeqDecoder Seq2SeqLosses"})

@@ -1,40 +1,17 @@
-"""The encoder-decoder Transformer: settings and recipe."""
+"""The encoder-decoder Transformer: recipe."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from genai_fast.config import TextConfig, changed, setting
 from genai_fast.models.common.recipe import Bench, Graph, Recipe
+from genai_fast.models.seq2seq import settings
 from genai_fast.models.seq2seq.model import Seq2Seq
 from genai_fast.models.seq2seq.plain import PlainSeq2Seq
 
-
-@dataclass(frozen=True)
-class Seq2SeqConfig(TextConfig):
-    data: str = setting(
-        "pydoc", "pairs: .po catalogues, .tsv, .jsonl (source, target), a folder; or text as for gpt, to pre-train on"
-    )
-    layers: int = setting(4, "Transformer blocks in encoder and decoder each", low=1)
-    heads: int = setting(4, "attention heads", low=1)
-    width: int = setting(256, "width of the hidden state", low=1)
-    dropout: float = setting(0.1, "dropout probability", low=0, high=0.9)
-    batch_size: int = changed(TextConfig, "batch_size", 32)
-    block: int = changed(TextConfig, "block", 128)
-    warmup: int = changed(TextConfig, "warmup", 100)
-
-
 RECIPES = (
     Recipe(
-        "seq2seq",
-        "encoder-decoder Transformer: text in, text out",
-        Seq2SeqConfig,
-        Seq2Seq,
-        PlainSeq2Seq,
+        settings.SEQ2SEQ, Seq2Seq, PlainSeq2Seq,
         feed="pairs",
         graph=Graph({"source": "batch source_tokens", "source_lengths": "batch", "ids": "batch tokens"}, ("logits",)),
         benches=(Bench("seq2seq", 32, (64,), {"dropout": 0.0, "block": 64}, vocabulary=4096),),
-        examples=(
-            "genai-fast train seq2seq --data CATALOGUES --tokenizer bpe --vocabulary 4096",
-            "genai-fast train seq2seq --data PAIRS.tsv --init seq2seq-TEXT",
-        ),
     ),
 )

@@ -1,3 +1,5 @@
 """The variational autoencoder of sentences."""
 
-from genai_fast.models.text_vae.model import TextVAE, TextVAEDecoder  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "TextVAE TextVAEDecoder"})

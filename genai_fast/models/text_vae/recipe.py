@@ -1,33 +1,17 @@
-"""The VAE of sentences: settings and recipe."""
+"""The VAE of sentences: recipe."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from genai_fast.config import TextConfig, changed, setting
 from genai_fast.models.common.recipe import Bench, Graph, Recipe
+from genai_fast.models.text_vae import settings
 from genai_fast.models.text_vae.model import TextVAE
 from genai_fast.models.text_vae.plain import PlainTextVAE
 
-
-@dataclass(frozen=True)
-class TextVAEConfig(TextConfig):
-    """Annealing and word dropout: Bowman et al. 2015."""
-
-    embedding: int = setting(128, "width of a token's embedding", low=1)
-    hidden: int = setting(256, "width of the recurrent states", low=1)
-    latent: int = setting(32, "dimensions of the latent space", low=1)
-    beta: float = setting(1.0, "weight of the KL term", low=0)
-    annealing: int = setting(1000, "steps over which the KL weight rises from 0", low=0)
-    word_dropout: float = setting(0.25, "probability of dropping an input token of the decoder", low=0, high=1)
-    batch_size: int = changed(TextConfig, "batch_size", 32)
-    block: int = changed(TextConfig, "block", 64)
-
-
 RECIPES = (
     Recipe(
-        "text-vae", "variational autoencoder of sentences", TextVAEConfig, TextVAE, PlainTextVAE,
+        settings.TEXT_VAE, TextVAE, PlainTextVAE,
         feed="sequences", unrolled=True,
         graph=Graph({"z": "batch latent", "ids": "batch", "h": "batch hidden"}, ("logits", "h_after"), "step"),
         benches=(Bench("text_vae", 32, (64,), {"annealing": 0, "word_dropout": 0.0}, vocabulary=4096),),
-        examples=("genai-fast train text-vae --data SENTENCES.txt --annealing 2000 --word-dropout 0.3",),
     ),
 )  # fmt: skip

@@ -1,4 +1,5 @@
 """The variational autoencoder of one hidden layer."""
 
-from genai_fast.models.common.vae import VAEOutput  # noqa: F401
-from genai_fast.models.vae.model import MLPVAE  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "MLPVAE", ".common.vae": "VAEOutput"})

@@ -1,30 +1,15 @@
-"""The VAE of one hidden layer: settings and recipe."""
+"""The VAE of one hidden layer: recipe."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from genai_fast.config import ImageConfig, changed, setting
 from genai_fast.models.common.recipe import Bench, Recipe
+from genai_fast.models.vae import settings
 from genai_fast.models.vae.model import MLPVAE
 from genai_fast.models.vae.plain import PlainMLPVAE
 
-
-@dataclass(frozen=True)
-class VAEConfig(ImageConfig):
-    hidden: int = setting(400, "width of the hidden layers", low=1)
-    latent: int = setting(20, "dimensions of the latent space", low=1)
-    beta: float = setting(1.0, "weight of the KL term", low=0)
-    likelihood: str = setting("bernoulli", "likelihood of a pixel", choices=("bernoulli", "gaussian"))
-    grid_every: int = changed(ImageConfig, "grid_every", 0)  # its epochs take less time than a grid
-    quality_every: int = changed(ImageConfig, "quality_every", 0)
-
-
 RECIPES = (
     Recipe(
-        "vae", "variational autoencoder of one hidden layer", VAEConfig, MLPVAE, PlainMLPVAE, square=False, summed=True,
+        settings.VAE, MLPVAE, PlainMLPVAE, square=False, summed=True,
         benches=(Bench("mlp_vae", 128, (1, 28, 28)),),
-        examples=(
-            "genai-fast train vae --data mnist --epochs 20",
-            "genai-fast train vae --data mnist --latent 2 --run plane",
-        ),
     ),
 )  # fmt: skip

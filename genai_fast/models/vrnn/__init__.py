@@ -1,3 +1,5 @@
 """The variational recurrent network."""
 
-from genai_fast.models.vrnn.model import VRNN, VRNNDecoder, VRNNOutput  # noqa: F401
+from genai_fast import imports
+
+__getattr__, __dir__ = imports.on_demand(__name__, {"model": "VRNN VRNNDecoder VRNNOutput"})

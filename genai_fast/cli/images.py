@@ -1,0 +1,139 @@
+"""The commands that draw pictures: sample, interpolate, inpaint, reconstruct."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from genai_fast import data
+from genai_fast.cli.checks import at_least, check_parent, check_png, check_seed, free_path, opened, replaced_note
+from genai_fast.data.picture import read_light
+from genai_fast.errors import UsageError
+from genai_fast.models import slerp
+from genai_fast.models.common import latents
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
+from genai_fast.runs import pictures
+from genai_fast.runs.image_evaluation import decode, generate, shown
+from genai_fast.runs.run import Opened
+from genai_fast.training.batches import batch_for
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    at_least("--count", options.count, 1)
+    check_seed(options.seed)
+    options.out = free_path(options.out, "grid.png")
+    check_parent(options.out)
+    picture = options.out.suffix.lower() == ".png"
+    if not picture and options.out.suffix:
+        raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
+    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
+    run, replaced = opened(options, "sample", Draws), replaced_note(options.out)
+    images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
+    if picture:
+        pictures.grid(images, options.out)
+    else:
+        options.out.mkdir(exist_ok=True)
+        for k, image in enumerate(images):
+            pictures.single(image, options.out / f"{k:06d}.png")
+    print(f"{options.out}{replaced}: {options.count} samples of {run.folder}")
+    return 0
+
+
+def run_interpolate(options: argparse.Namespace) -> int:
+    at_least("--pairs", options.pairs, 1)
+    at_least("--steps", options.steps, 2)
+    check_seed(options.seed)
+    options.out = free_path(options.out, "interpolation.png")
+    check_png(options.out)
+    run, replaced = opened(options, "sample", Draws), replaced_note(options.out)
+    a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
+    ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
+    labels = _labels(run, options.label, options.pairs)
+    if labels is None and run.classes:  # a class a row, not a picture
+        labels = torch.arange(options.pairs) % len(run.classes)
+    labels = None if labels is None else labels.repeat_interleave(options.steps)
+    images = decode(run.model, run.shape, torch.stack(ways, dim=1).flatten(0, 1), labels)
+    pictures.grid(images, options.out, columns=options.steps)
+    print(f"{options.out}{replaced}: {options.pairs} interpolations of {run.folder}")
+    return 0
+
+
+def run_inpaint(options: argparse.Namespace) -> int:
+    at_least("--count", options.count, 1)
+    at_least("--steps", options.steps, 1)
+    check_seed(options.seed)
+    options.out = free_path(options.out, "inpainted.png")
+    check_png(options.out)
+    if (options.box is None) == (options.mask is None):
+        raise UsageError("expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE")
+    run, replaced = opened(options, "inpaint", Inpaints), replaced_note(options.out)
+    images = _images_for(run, options.data)
+    count = min(options.count, len(images))
+    missing = _box(options.box, run.shape) if options.mask is None else _mask(options.mask, run.shape)
+    mask = missing.expand(count, 1, *run.shape[1:])
+    batch = batch_for(run.model, images, slice(0, count))
+    repaired = run.model.inpaint(batch[0], mask, *batch[1:], steps=options.steps, seed=options.seed)
+    x, repaired = (shown(run.model, x) for x in (batch[0], repaired))
+    pictures.grid(torch.cat([x, torch.where(mask, 0.5, x), repaired]), options.out, columns=count)
+    rows = "original, damaged and repaired"
+    print(f"{options.out}{replaced}: {count} images of {images.name}: {rows} by {run.folder}, one row each")
+    return 0
+
+
+def run_reconstruct(options: argparse.Namespace) -> int:
+    at_least("--count", options.count, 1)
+    options.out = free_path(options.out, "reconstructed.png")
+    check_png(options.out)
+    run, replaced = opened(options, "reconstruct", Reconstructs), replaced_note(options.out)
+    images = _images_for(run, options.data or run.config.data)
+    batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
+    with latents.evaluating(run.model):
+        pair = torch.cat([batch[0], run.model.reconstruct(*batch)])
+    pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
+    what = f"{len(batch[0])} images of {images.name} and their reconstructions"
+    print(f"{options.out}{replaced}: {what} by {run.folder}, one row each")
+    return 0
+
+
+def _images_for(run: Opened, source: str) -> data.Images:
+    """Images of the run's size; of the data that it was trained on those that were held out."""
+    own = source == run.config.data
+    images = data.load(source, run.config.size or None if own else run.shape[1])
+    if images.shape != run.shape:
+        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} makes, got {images.shape}")
+    return images.split(run.config.validation, run.config.seed)[1] if own else images
+
+
+def _box(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """[1, 1, H, W], True in the box."""
+    try:
+        left, top, width, height = (int(x) for x in text.split(","))
+    except ValueError:
+        raise UsageError(f"--box: expected LEFT,TOP,WIDTH,HEIGHT, got {text}") from None
+    if not (0 <= left < left + width <= shape[2] and 0 <= top < top + height <= shape[1]):
+        raise UsageError(f"--box: expected a box inside {shape[2]} x {shape[1]} pixels, got {text}")
+    mask = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
+    mask[..., top : top + height, left : left + width] = True
+    return mask
+
+
+def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+    """[1, 1, H, W], True where the picture is light."""
+    mask = torch.from_numpy(read_light(path, shape[2], shape[1]))[None, None] > 127
+    if not mask.any():
+        raise UsageError(f"--mask: expected white where pixels are missing, got none in {path}")
+    return mask
+
+
+def _labels(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
+    """[count] labels of a class by its name; None: as the model chooses."""
+    if name is None:
+        return None
+    if not run.classes:
+        raise UsageError(f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: omit it")
+    if name not in run.classes:
+        raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
+    return torch.full((count,), run.classes.index(name))
