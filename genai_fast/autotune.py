@@ -14,7 +14,6 @@ import os
 import platform
 import stat
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -176,8 +176,8 @@ def run_tune(options: argparse.Namespace) -> int:
         raise UsageError(f"--device: {options.device}: {str(error).splitlines()[0]}") from error
     if options.out is not None:
         check_parent(options.out)
-    chosen = {}
-    bf16 = options.bf16 or options.precision in ("bfloat16", "bf16")
+    chosen, bf16 = {}, options.bf16 or options.precision in ("bfloat16", "bf16")
+    how = {"batch": options.batch, "device": device, "bf16": bf16, "channels_last": options.channels_last}
     for model, shape in [tune.load(name, options.input, options.own) for name in options.models]:
         chosen |= tune.tune(model, shape, **how)
     if options.out is not None:

@@ -1,9 +1,8 @@
 """The demonstrations: VAEs and a GAN on real handwritten digits, their pictures, and the speed measured here."""
 
 import copy
-import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +51,22 @@ def run(out: Path, epochs: int | None = None) -> Path:
         f"\nvalidation: negative ELBO {validation['loss']:.1f} nats a digit"
         f" (reconstruction {validation['reconstruction']:.1f}, KL {validation['kl']:.1f})\n"
         f"pictures:   {folder}/samples.png, reconstructions.png, latent.png, curves.png\n"
-        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads,"
-        f" {where['device']})\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
-        f" {settings.batch_size}; measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + _next(
-            ("sample", folder, *["--count", "100", "--seed", "2", "--out", "grid.png"]),
-            ["train", "vae", "--data", "digits", "--likelihood", "gaussian"],
-            ["train", "vae", "--data", "YOUR_FOLDER", "--size", "64", "--latent", "64"],
-            ["doctor"],
-        )
+        f"backend:    {served} (instruction set {where['isa']}, {where['threads']} threads, {where['device']})",
+        comparison,
+        f"{settings.batch_size}",
+        ("sample", folder, *["--count", "100", "--seed", "2", "--out", "grid.png"]),
+        ["train", "vae", "--data", "digits", "--likelihood", "gaussian"],
+        ["train", "vae", "--data", "YOUR_FOLDER", "--size", "64", "--latent", "64"],
+        ["doctor"],
     )
     return folder
 
 
-def _say(figures: str, comparison: Comparison, step: str, *commands: str) -> None:
+def _say(figures: str, comparison: Comparison, step: str, *commands: Iterable[object]) -> None:
     """Figures, the speed of a training step, and what to try next."""
     speed = f"{comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {step}"
     lines = [f"{speed}; measured just now:", *str(comparison).splitlines()]
-    for name, block in (("speed:", lines), ("next:", commands)):
+    for name, block in (("speed:", lines), ("next:", [command(*words) for words in commands])):
         figures += "".join(f"\n{'' if k else name:12}{line}" for k, line in enumerate(block))
     print(figures)
 
@@ -99,16 +94,13 @@ def run_gan(out: Path, epochs: int | None = None) -> Path:
     _say(
         f"\nsamples:    Fréchet distance {validation['frechet_distance']:.1f} to held-out digits (own features),"
         f" diversity {validation['diversity']:.2f} of the data's\n"
-        f"pictures:   {folder}/samples.png, grids/, curves.png (all of MNIST gives better ones: --data FOLDER of IDX)\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {size};"
-        f" measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + _next(
-            ("sample", folder, *["--count", "1000", "--out", "digits"]),
-            ("interpolate", folder, *["--out", "interpolation.png"]),
-            ("export", folder, *["--out", "generator.safetensors"]),
-            ["train", "dcgan", "--data", "YOUR_FOLDER", "--size", "64"],
-        )
+        f"pictures:   {folder}/samples.png, grids/, curves.png (all of MNIST gives better ones: --data FOLDER of IDX)",
+        comparison,
+        f"{size}",
+        ("sample", folder, *["--count", "1000", "--out", "digits"]),
+        ("interpolate", folder, *["--out", "interpolation.png"]),
+        ("export", folder, *["--out", "generator.safetensors"]),
+        ["train", "dcgan", "--data", "YOUR_FOLDER", "--size", "64"],
     )
     return folder
 
@@ -134,24 +126,15 @@ def run_text(out: Path, epochs: int | None = None) -> Path:
     _say(
         f"\n{text.strip()}\n\n"
         f"held out:   perplexity {figures['perplexity']:.1f} a token of {task.tokenizer.size},"
-        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)\n"
-        f"speed:      {comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of"
-        f" {settings.batch_size} x {settings.block} tokens; measured just now:\n"
-        + "".join(f"            {line}\n" for line in str(comparison).splitlines())
-        + _next(
-            ("generate", folder, "--prompt", "If the", *["--max-tokens", "200", "--seed", "2"]),
-            ("export", folder, *["--out", "gpt.safetensors"]),
-            ["train", "gpt", "--data", "YOUR_FILE.txt"],
-            ["train", "seq2seq", "--data", "YOUR_CATALOGUE.po"],
-        )
+        f" {figures['bits_per_byte']:.2f} bits a byte (in metrics.jsonl)",
+        comparison,
+        f"{settings.batch_size} x {settings.block} tokens",
+        ("generate", folder, "--prompt", "If the", *["--max-tokens", "200", "--seed", "2"]),
+        ("export", folder, *["--out", "gpt.safetensors"]),
+        ["train", "gpt", "--data", "YOUR_FILE.txt"],
+        ["train", "seq2seq", "--data", "YOUR_CATALOGUE.po"],
     )
     return folder
-
-
-def _next(*commands: Iterable[object]) -> str:
-    """Commands to go on with, one per line."""
-    lines = [command(*words) for words in commands]
-    return "\n".join(f"{title:<12}{line}" for title, line in itertools.zip_longest(["next:"], lines, fillvalue=""))
 
 
 def training_speed(images: Images, settings: VAEConfig, device: torch.device) -> Comparison:

@@ -21,6 +21,7 @@ genai-fast profile gpt --data BOOK.txt
 genai-fast profile train.py:train --out where-the-time-goes
 genai-fast tune dcgan-64-generator dcgan-64-discriminator --batch 64
 genai-fast tune net.py:make --input 3x64x64 --channels-last --out choices.md
+genai-fast tune --forget
 genai-fast doctor
 genai-fast doctor --json
 genai-fast demo
@@ -28,47 +29,8 @@ genai-fast demo-gan --epochs 5
 genai-fast demo-text --out elsewhere
 """
 
-EXAMPLES: dict[str, tuple[str, ...]] = {
-    "": ("genai-fast demo", "genai-fast train dcgan --data PHOTOS --size 64", "genai-fast sample runs/dcgan-PHOTOS"),
-    "train": (
-        "genai-fast train dcgan --help",
-        "genai-fast train gpt --data BOOK.txt --run book",
-        "genai-fast train gpt --run book --resume --epochs 20",
-    ),
-    "sample": (
-        "genai-fast sample runs/dcgan-mnist --count 100 --out grid.png",
-        "genai-fast sample runs/cgan-mnist --class 7 --count 1000 --out sevens",
-    ),
-    "interpolate": ("genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out between.png",),
-    "inpaint": (
-        "genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32",
-        "genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png",
-    ),
-    "reconstruct": ("genai-fast reconstruct runs/autoencoder-PHOTOS --count 8",),
-    "generate": (
-        'genai-fast generate runs/gpt-BOOK --prompt "It was" --max-tokens 300',
-        'genai-fast generate runs/gpt-BOOK --prompt "It was" --temperature 0 --stop "."',
-        "genai-fast generate runs/seq2seq-PAIRS --prompts questions.txt --out answers.jsonl",
-    ),
-    "export": (
-        "genai-fast export runs/gpt-BOOK --out book",
-        "genai-fast export runs/dcgan-mnist --out generator.safetensors",
-        "genai-fast export runs/dcgan-mnist --out digits --onnx",
-    ),
-    "profile": (
-        "genai-fast profile dcgan --compare eager,compile,fused --batch 128 --precision bf16",
-        "genai-fast profile gpt --data BOOK.txt",
-        "genai-fast profile train.py:train --out where-the-time-goes",
-    ),
-    "tune": (
-        "genai-fast tune dcgan-64-generator dcgan-64-discriminator --batch 64",
-        "genai-fast tune net.py:make --input 3x64x64 --channels-last --out choices.md",
-        "genai-fast tune --forget",
-    ),
-    "doctor": ("genai-fast doctor", "genai-fast doctor --json"),
-    "demo": ("genai-fast demo",),
-    "demo-gan": ("genai-fast demo-gan --epochs 5",),
-    "demo-text": ("genai-fast demo-text --out elsewhere",),
+EXAMPLES: dict[str, list[str]] = {
+    "": ["genai-fast demo", "genai-fast train dcgan --data PHOTOS --size 64", "genai-fast sample runs/dcgan-PHOTOS"]
 }
 for _line in _LINES.splitlines():
     EXAMPLES.setdefault(_line.split()[1], []).append(_line)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from genai_fast import atomic_files
 from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models.registry import RECIPES

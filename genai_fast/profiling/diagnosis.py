@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from genai_fast.cpu import active, allowed_cores
+from genai_fast.cpu import allowed_cores
 from genai_fast.profiling.loops import EAGER, FUSED, LOOP
 from genai_fast.profiling.trace import OUTSIDE
 
@@ -57,7 +57,6 @@ _CONVOLUTIONS = tuple(f"aten::{name}" for name in _OF_CONVOLUTIONS.split())
 def diagnose(report: dict[str, Any], name: str) -> list[str]:
     """What to change about a variant of `figures`' report that did not fail, the most important first."""
     found, cuda = report["variants"][name], report["device"] == "cuda"
-    tuned = active()
     said: list[tuple[float, str]] = []  # share of the step, remedy
 
     def say(share: float, text: str) -> None:
@@ -105,10 +104,12 @@ def diagnose(report: dict[str, Any], name: str) -> list[str]:
             f"matmuls and convolutions take {products + convolutions:.0%} of the step, {wide:.0%} of them in"
             f" float32: bfloat16 (torch.autocast; --precision bf16 here)",
         )
-    if products >= MULTIPLYING and wide > 0.5 and tunable:
+    routed = _share(found, _ROUTED)
+    if routed >= ROUTED and wide > 0.5 and tunable:
         say(
-            products / 4,
-            f"matmuls take {products:.0%} of the step: genai_fast.tune_cpu() sends them to oneDNN if that is faster",
+            routed / 2,
+            f"matmuls take {routed:.0%} of the step: genai_fast.tune_cpu() measures whether oneDNN computes them faster"
+            f" than PyTorch's library here, and if so lets it",
         )
     seen, other = found["convolutions"] or 0, found["convolutions_not_channels_last"] or 0
     if convolutions >= CONVOLVING and other > seen / 2:

@@ -19,8 +19,7 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
 
     {"model", "what", "device", "environment", "peak": {"precision", "flops_per_second"} or null, "energy", "ended"
     and "no_wait" (remarks), "foreign_load" (cores that other programs kept busy), "tune_cpu" (what it does here, "" if
-    it is off), "left_alone" (by fuse: [module,
-    found, reason]), "variants": {name: figures or {"failed": reason}}}
+    it is off), "left_alone" (by fuse: [module, found, reason]), "variants": {name: figures or {"failed": reason}}}
     """
     device = "cuda" if measurement.cuda else "cpu"
     count = _counted(measurement)
@@ -36,7 +35,7 @@ def figures(subject: Subject, measurement: Measurement) -> dict[str, Any]:
         "no_wait": subject.no_wait,
         "foreign_load": measurement.others,
         "tune_cpu": str(cpu.active() or ""),
-        "left_alone": [[row.path or ".", row.found, row.reason] for row in subject.left_alone],
+        "left_alone": _left_alone(subject),
         "variants": {v.name: _variant(subject, v, measurement, peak) for v in measurement.variants},
     }
 

@@ -180,17 +180,15 @@ def preparing(
     """prepare(model, method="forward") -> the same model, in place what the variant makes of it.
 
     With `bf16` the method runs under autocast to bfloat16 and gives float32 back: losses outside take that. `mode` is
-    torch.compile's. `left_alone` gets what fuse leaves alone of each network, in order of the calls: each variant makes
-    its own networks.
+    torch.compile's. `left_alone` gets what fuse leaves alone of each network that it is asked to fuse.
     """
-    calls = itertools.count()
 
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: expected an nn.Module, got {type(model).__name__}")
         if variant == FUSED:
-            if left_alone is not None:  # each network's: two of them have equal paths
-                left_alone.extend(row for row in explain(model) if row.reason)
+            if left_alone is not None:
+                left_alone.append((type(model).__name__, [row for row in explain(model) if row.reason]))
             fuse(model)
         if bf16:
             _under_autocast(model, method)

@@ -160,7 +160,7 @@ def write(model: nn.Module, tokenizer: Tokenizer, continues: bool) -> None:
     parser.add_argument("--prompt", default="", help="default: the model begins by itself")
     parser.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from the k most likely tokens, 0: all; default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=50, help="the k most likely tokens, 0: all; default: %(default)s")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus probability; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()

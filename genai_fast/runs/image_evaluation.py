@@ -68,8 +68,9 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
         with torch.no_grad(), latents.evaluating(model):
             codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
-        mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of a VAE (mu, logvar)
-        pictures.plane(mu, train.labels, train.classes, folder / "latent.png", train.name)
+        mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of VAEs (mu, logvar)
+        title = f"{'Mean of q(z | x)' if offers(model, Draws) else 'Code of x'}, {train.name}"
+        pictures.plane(mu, train.labels, train.classes, folder / "latent.png", title)
 
 
 def _parts(count: int) -> Iterator[slice]:

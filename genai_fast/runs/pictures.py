@@ -52,8 +52,8 @@ def _save(image: torch.Tensor, path: Path) -> None:
         picture.save(hidden, "PNG")
 
 
-def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path, data: str = "") -> None:
-    """Write points [N, 2] as a scatter plot, coloured by labels [N], with a legend; `data` is what they stand for."""
+def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], path: Path, title: str) -> None:
+    """Write points [N, 2] as a scatter plot, coloured by labels [N], with a legend."""
     figure = _figure((7, 6))
     axes = figure.subplots()
     colours = require("matplotlib", "train").colormaps["tab10" if len(classes) <= 10 else "nipy_spectral"]
@@ -62,7 +62,7 @@ def plane(points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], pa
         of_class = points[labels == k]
         colour = colours(k if len(classes) <= 10 else k / len(classes))
         axes.scatter(of_class[:, 0], of_class[:, 1], s=5, color=colour, label=_plain(name), linewidths=0)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=f"Mean of q(z | x), {_plain(data)}".rstrip(", "), aspect="equal")
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=_plain(title), aspect="equal")
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
     _write(figure, path)
 

@@ -11,8 +11,16 @@ from torch import nn
 
 from genai_fast import atomic_files, config
 from genai_fast.config import Config, ConfigError, TextConfig
+from genai_fast.data.text import Tokenizer, read_tokenizer
+from genai_fast.errors import UsageError, require
+from genai_fast.models.common.recipe import Pretrained
+from genai_fast.models.registry import RECIPES
+from genai_fast.precision import float32_products
 from genai_fast.runs import pictures
 from genai_fast.runs.image_task import ImageTask
+from genai_fast.runs.text_task import TextTask
+from genai_fast.terminal import say
+from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.loop import METRICS, finishing, fit
 from genai_fast.training.meter import epochs
 from genai_fast.training.optimizer import make_optimizer

@@ -56,7 +56,7 @@ def table():
             lines += [f"genai-fast {name}".rstrip(), *own]
     shared = defaultdict(list)
     for line, names in recipes.items():
-        shared["genai-fast train " + ("RECIPE" if len(names) == len(RECIPES) else "|".join(names))].append(line)
+        shared["genai-fast train " + ("RECIPE" if len(names) == len(COMMANDS) else "|".join(names))].append(line)
     return "\n".join([*lines, *(line for head, own in shared.items() for line in (head, *own))]) + "\n"
 
 

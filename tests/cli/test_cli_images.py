@@ -20,6 +20,8 @@ from PIL import Image
 import genai_fast
 from genai_fast import data, terminal
 from genai_fast.models.conv_vae.plain import PlainConvVAE
+from genai_fast.models.registry import RECIPES
+from genai_fast.runs import image_evaluation, pictures
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.training import checkpoint, loop
 
@@ -277,7 +279,7 @@ def test_a_broken_picture_is_named_and_left_out(here, digits, capsys):
 def test_codes_of_two_numbers_are_drawn(here, digits, monkeypatch, recipe):
     """A code in a few images at a time: all at once may be larger than the memory."""
     planes, sizes = [], []
-    monkeypatch.setattr(image_evaluation, "_MOST", 8)
+    monkeypatch.setattr(image_evaluation, "_AT_ONCE", 8)
     monkeypatch.setattr(pictures, "plane", lambda points, labels, *_: planes.append((points, labels)))
     encode = RECIPES[recipe].model.encode
     monkeypatch.setattr(RECIPES[recipe].model, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))

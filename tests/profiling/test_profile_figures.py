@@ -69,14 +69,21 @@ def test_autocast_gives_float32_back_and_copies_run_their_own_weights():
     assert not other(x).any() and model(x).any()
 
 
-def test_what_is_left_alone_is_named_of_every_network():
-    left = []
-    prepare = loops.preparing("fused", False, left)
-    prepare(nn.Sequential(nn.LSTM(3, 3)))
-    prepare(nn.Sequential(nn.Upsample(scale_factor=2)))
-    assert [(row.path, row.found) for row in left] == [("0", "LSTM"), ("0", "Upsample")]
-    loops.preparing("eager", False, left)(nn.Sequential(nn.PReLU()))
-    assert len(left) == 2  # of what is fused, and once
+def test_every_network_that_is_fused_is_reported():
+    """Both are roots: their paths alone do not tell them apart."""
+    left_alone = []
+    for variant in ("eager", "fused"):
+        prepare = loops.preparing(variant, False, left_alone)
+        for network in (nn.Sequential(nn.LSTM(2, 2)), nn.LSTM(2, 2), nn.Sequential(nn.ELU())):
+            prepare(network)
+    subject = SimpleNamespace(left_alone=left_alone)
+    assert [row[:2] for row in figures._left_alone(subject)] == [
+        ["Sequential.0", "LSTM"], ["LSTM", "LSTM"], ["Sequential 2.0", "ELU"],
+    ]  # fmt: skip
+    subject.left_alone = left_alone[:1]
+    assert [row[:2] for row in figures._left_alone(subject)] == [["0", "LSTM"]]
+    subject.left_alone = left_alone[1:2]
+    assert [row[:2] for row in figures._left_alone(subject)] == [[".", "LSTM"]]
 
 
 def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):

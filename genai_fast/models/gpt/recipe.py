@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genai_fast.models.common.recipe import Bench, Graph, Recipe
-from genai_fast.models.gpt import settings
+from genai_fast.models.gpt import pretrained, settings
 from genai_fast.models.gpt.model import GPT
 from genai_fast.models.gpt.plain import PlainGPT
 
@@ -13,7 +13,7 @@ _GPT2 = {**_PLAIN, "precision": "bfloat16", "block": 1024, "layers": 12, "heads"
 RECIPES = (
     Recipe(
         settings.GPT, GPT, PlainGPT,
-        feed="windows", graph=Graph({"ids": "batch tokens"}, ("logits",)),
+        feed="windows", pretrained=pretrained, graph=Graph({"ids": "batch tokens"}, ("logits",)),
         benches=(
             Bench("gpt_nano", 16, (256,), _PLAIN),
             Bench("gpt_nano_bfloat16", 16, (256,), {**_PLAIN, "precision": "bfloat16"}, tolerance=0.05),

@@ -31,6 +31,7 @@ GPT = Command(
     (
         "genai-fast train gpt --data BOOK.txt --layers 6 --width 384 --block 256",
         "genai-fast train gpt --data LETTERS --init gpt-BOOK --lr 1e-4 --epochs 3",
+        "genai-fast train gpt --data LETTERS --init GPT2-FOLDER --lr 5e-5 --epochs 3",
     ),
 )
 

@@ -9,7 +9,9 @@ from genai_fast.models.seq2seq.plain import PlainSeq2Seq
 
 RECIPES = (
     Recipe(
-        settings.SEQ2SEQ, Seq2Seq, PlainSeq2Seq,
+        settings.SEQ2SEQ,
+        Seq2Seq,
+        PlainSeq2Seq,
         feed="pairs",
         graph=Graph({"source": "batch source_tokens", "source_lengths": "batch", "ids": "batch tokens"}, ("logits",)),
         benches=(Bench("seq2seq", 32, (64,), {"dropout": 0.0, "block": 64}, vocabulary=4096),),
