@@ -193,7 +193,15 @@ class _Driver(DriverBase):
         raise Unsupported("a device's clock: an emulator has no time")
 
     def get_benchmarker(self) -> Any:
-        raise Unsupported("a benchmark: an emulator has no time")
+        """For triton.autotune: it runs each configuration once, and takes the one with the fewest instructions."""
+
+        def instructions(call: Callable[[], Any], quantiles: Any = None, **settings: Any) -> Any:
+            before = self.gpu.warp_instructions
+            call()
+            count = float(self.gpu.warp_instructions - before)
+            return count if quantiles is None else [count for _ in quantiles]
+
+        return instructions
 
     def get_current_device(self) -> int:
         return FIRST_DEVICE + self.gpu.arch

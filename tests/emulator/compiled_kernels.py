@@ -52,6 +52,9 @@ def _total(x_ptr, partial_ptr, count_ptr, y_ptr, BLOCK: tl.constexpr, ORDER: tl.
         tl.store(y_ptr + offs, total)
 
 
+_tuned = triton.autotune([triton.Config({"BLOCK": 32}), triton.Config({"BLOCK": 512})], key=["n"])(_double)
+
+
 @triton.jit
 def _printing(x_ptr):
     tl.device_print("x", tl.load(x_ptr))
@@ -102,6 +105,14 @@ def test_ops_are_served_inside_and_nothing_is_left_behind():
         pass
     with pytest.raises(ValueError, match="arch must be one of 80, 90, got 70"):
         emulated_gpu(70)
+
+
+def test_autotune_takes_the_fewest_instructions():
+    x, y = torch.randn(500), torch.empty(500)
+    with emulated_gpu() as gpu:
+        _tuned[lambda meta: (triton.cdiv(500, meta["BLOCK"]),)](x, y, 500)
+    assert torch.equal(y, 2 * x)
+    assert [r.programs for r in gpu.records] == [16, 1, 1]  # each configuration, then the better one
 
 
 def test_a_call_of_a_function_is_not_implemented():

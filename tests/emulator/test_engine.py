@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from genai_fast.emulator import build
 from genai_fast.emulator.findings import KernelFault, Kind
 from genai_fast.emulator.kernel import Kernel, Options
 from genai_fast.emulator.ptx import Unsupported
+from genai_fast.errors import UsageError
 
 POINTER, INTEGER = ".u64 .ptr .global .align 1", ".u32"
 # Registers that every test has; %rd1.. are the pointers given, %r1 is the thread, %r2 the program.
@@ -284,6 +286,21 @@ def test_a_barrier_that_some_threads_do_not_reach_is_a_deadlock():
 def test_an_endless_loop_ends():
     with pytest.raises(KernelFault, match="more than 1000 warp instructions"):
         run("$L__1:\n bra $L__1;", budget=1000)
+
+
+def test_without_a_compiler_the_remedy_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"emulated GPU: expected a C\+\+ compiler, found none; remedy: install"):
+        build.library()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "FLAGS", ("--no-such-flag",))
+    with pytest.raises(UsageError, match=r"failed:\n(.|\n)*no-such-flag"):
+        build.library()
+    assert not list(tmp_path.iterdir())
 
 
 def test_counters():
