@@ -48,8 +48,8 @@ class Opaque(nn.Module):
         super().__init__()
         self.inner = base
 
-    def forward(self, *x):
-        return self.inner(*x)
+    def forward(self, *x, **more):
+        return self.inner(*x, **more)
 
 
 def put(model, path, make):
@@ -218,6 +218,25 @@ def test_a_changed_seq2seq(place, change):
     for t in range(8):
         last = decoder.step(target[:, t])
     assert_close(last, expected[:, -1], 2e-2 if rounds else 1e-4)
+
+
+def shift(attention):
+    attention.register_forward_hook(lambda module, given, found: found + 1)
+
+
+@pytest.mark.parametrize("place", ["attention", "cross"])
+@pytest.mark.parametrize("change", [shift, Opaque])
+def test_a_seq2seq_with_changed_attentions_writes(place, change):
+    model = spread(Seq2Seq(V, END, 10, 1, 2, 16, dropout=0.5)).eval()
+    put(model, f"decoder_blocks.0.{place}", change)
+    source, lengths, target = tokens(), torch.tensor([8, 5]), tokens(seed=3)
+    with torch.no_grad():
+        expected = model(source, lengths, target)
+        memory = model.encode(source, lengths)
+    model.train()  # a decoder has no dropout whatever the mode
+    decoder = model.decoder(memory)
+    assert_close(torch.stack([decoder.step(target[:, t]) for t in range(8)], 1), expected, 1e-4)
+    assert model.training and not decoder.step(target[:, 0]).requires_grad
 
 
 VRNN_PLACES = ("encoder.0", "encoder.2", "phi_z.0", "cell")

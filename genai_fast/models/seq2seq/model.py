@@ -11,6 +11,7 @@ from torch import nn
 
 from genai_fast import ops
 from genai_fast.errors import UsageError
+from genai_fast.fusion.chains import untouched
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks, latents, sequences
 from genai_fast.models.common.protocol import Request
@@ -196,10 +197,12 @@ class Seq2Seq(nn.Module):
     def forward(self, source: torch.Tensor, source_lengths: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Sources [B, S], their lengths [B], and the decoder's tokens ids [B, T], the first of them `end` -> logits
         [B, T, V] of the tokens after each."""
-        memory = self.encode(source, source_lengths)
+        return self._decoded(self.encode(source, source_lengths), ids)
+
+    def _decoded(self, memory: Memory, ids: torch.Tensor) -> torch.Tensor:
         self._check("ids", ids, None)
-        queries = _spans(torch.full_like(source_lengths, ids.size(1)), ids.size(1))
-        cross = (memory.states, queries, _spans(source_lengths, source.size(1)))
+        queries = _spans(torch.full_like(memory.lengths, ids.size(1)), ids.size(1))
+        cross = (memory.states, queries, _spans(memory.lengths, memory.states.size(1)))
         x, branch = self._embed(ids, self.target_positions), None
         for block in self.decoder_blocks:
             x, branch = block(x, branch, None, *cross)
@@ -268,15 +271,20 @@ class Seq2SeqDecoder:
     """What `Seq2Seq.decoder` gives: keys and values of the sources, and of the targets as far as they are written.
 
     At one query a head PyTorch's attention over a view of the cache takes a third of ops.decode_attention's time on a
-    CPU, and half of it for 16 targets at a time, so that one serves here.
+    CPU, and half of it for 16 targets at a time, so that one serves here. If a block or an attention of the decoder was
+    changed (hooks, wrappers), all tokens so far go through the modules at each step.
     """
 
     @torch.no_grad()
     def __init__(self, model: Seq2Seq, memory: Memory) -> None:
-        self.model = model
+        self.model, self.memory = model, memory
+        self.ids: torch.Tensor | None = None  # all tokens so far, if the modules are called
+        self.count = 0  # tokens so far, the same for all targets
+        if not all(map(_as_made, model.decoder_blocks)):
+            self.ids = memory.lengths.new_empty(len(memory.lengths), 0)
+            return
         places = torch.arange(memory.states.size(1), device=memory.lengths.device)
         self.seen = (places < memory.lengths[:, None])[:, None, None]  # [B, 1, 1, S]
-        self.count = 0  # tokens so far, the same for all targets
         self.positions = first_rows(model.target_positions, model.block, places.device)
         pairs = (block.cross.keys(memory.states) for block in model.decoder_blocks)
         self.cross = [[x.transpose(1, 2).contiguous() for x in pair] for pair in pairs]
@@ -292,6 +300,11 @@ class Seq2SeqDecoder:
         model, heads = self.model, (self.model.heads, -1)
         if self.count >= model.block:
             raise ValueError(f"Seq2Seq: step: expected at most block = {model.block} tokens; stop there")
+        if self.ids is not None:
+            self.ids = torch.cat([self.ids, ids[:, None]], 1)
+            self.count += 1
+            with latents.evaluating(model):
+                return model._decoded(self.memory, self.ids)[:, -1]
         x = model.embed(ids)[:, None] + self.positions[self.count]
         now = self.count
         for block, (k_source, v_source), cache in zip(model.decoder_blocks, self.cross, self.caches, strict=True):
@@ -307,6 +320,13 @@ class Seq2SeqDecoder:
             x = x + block.feed(y)
         self.count += 1
         return F.linear(model.decoder_norm(x), model.embed.weight)[:, 0]
+
+
+def _as_made(block: nn.Module) -> bool:
+    """Whether calling a block of the decoder and its attentions does nothing besides what they are made for."""
+    if not untouched(block, _Block):
+        return False
+    return untouched(block.attention, _SelfAttention) and untouched(block.cross, _CrossAttention)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
