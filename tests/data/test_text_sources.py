@@ -77,6 +77,7 @@ UNWRAPPED = {  # width 20
     "a dash": ("it was long ago --\nand far away", "it was long ago -- and far away"),
     "a title": ("A title of any size\n===================\n\nText", "A title of any size\n\nText"),
     "a table": ("+---+----+\n| a | b  |\n|===|====|\n| 1 | 22 |\n+---+----+\nText", "Text"),
+    "marks below a line of code": ("x + y\n~~^~~\nText", "x + y\nText"),
     "dots": ("   >>> x = 1\n   ...", None),
 }
 

@@ -19,7 +19,7 @@ PARAGRAPH = re.compile(r"\n(?:[^\S\n]*\n)+")  # what stands between two
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")  # all of the three
-_RULE = re.compile(r"[ \t]*(?:\S*([-=*~_+|^])\1{2}[-=*~_+|^ \t]*|\|.*\|)")  # under a title; of a table; a row of one
+_RULE = re.compile(r"[ \t]*(?:[-=*~_+|^]{3}[-=*~_+|^ \t]*|\|.*\|)")  # under a title; of a table; a row of one
 _MARKER = re.compile(r"\s*(?:(?:[*+-]|\d+\.|\[\d+\]|\(\w+\))\s+)?")  # indentation, and what begins an item of a list
 _HYPHEN = re.compile(r"\w-$")
 _MARKS = 200  # on one character; Unicode normalization takes the square of their number
