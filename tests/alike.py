@@ -117,15 +117,11 @@ def with_statistics(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            for name, draw in (
-                ("running_mean", torch.randn),
-                ("running_var", torch.rand),
-                ("weight", torch.randn),
-                ("bias", torch.randn),
-            ):
+            for name in ("running_mean", "running_var", "weight", "bias"):
+                draw, least = (torch.rand, 0.1) if name == "running_var" else (torch.randn, 0.0)
                 p = getattr(m, name, None)
                 if p is not None:
-                    p.data.copy_(draw(p.shape, generator=generator) + (0.1 if draw is torch.rand else 0.0))
+                    p.data.copy_(draw(p.shape, generator=generator) + least)
     return model
 
 

@@ -74,9 +74,7 @@ def test_broken_graph_is_red(runs, capture, message):
 def test_op_that_is_not_deterministic_is_red(runs, monkeypatch):
     right = ops.reparameterize
     # A few units in the last place: within the tolerance of numerics, and not the same bits.
-    monkeypatch.setattr(
-        ops, "reparameterize", lambda *a, **k: right(*a, **k) * (1.0 + 2e-7 * torch.randint(0, 4, ()).float())
-    )
+    monkeypatch.setattr(ops, "reparameterize", lambda *a, **k: right(*a, **k) * (1.0 + 2e-7 * torch.randint(4, ())))
     torch.manual_seed(1)
     (run,) = runs(REPARAMETERIZE, "latent_20")
     assert checks.numerics(run) == ""
@@ -174,11 +172,8 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     gpu_gate.perform(first, minutes=0.0, jobs=1)
     assert not first.through() and not first.green()
     left = json.loads(path.read_text())["left"]
-    assert left == {
-        "runs": [str(run) for run in few],
-        "figures": [str(point_of(VAE_LOSS))],
-        "checks": [*records.CHECKS],
-    }
+    runs, point = [str(run) for run in few], str(point_of(VAE_LOSS))
+    assert left == {"runs": runs, "figures": [point], "checks": [*records.CHECKS]}
     second = gate(json.loads(path.read_text()))
     gpu_gate.perform(second, minutes=5.0, jobs=1)
     assert second.through() and second.green()

@@ -373,31 +373,19 @@ def test_quality_refuses(halves):
 # Diagnoses
 
 
+def of_d(accuracy, **more):
+    return {"discriminator_accuracy": accuracy, **more}
+
+
 @pytest.mark.parametrize(
     "well, ill, said",
     [
         ({"diversity": 0.2}, {"diversity": 0.19}, "mode collapse"),
-        (
-            {"discriminator_accuracy": 1.0, "generator_loss": 4.0},
-            {"discriminator_accuracy": 1.0, "generator_loss": 4.1},
-            "discriminator wins",
-        ),
-        (
-            {"discriminator_accuracy": 0.99, "generator_loss": 9.0},
-            {"discriminator_accuracy": 0.995, "generator_loss": 9.0},
-            "discriminator wins",
-        ),
-        ({"discriminator_accuracy": 0.2}, {"discriminator_accuracy": 0.19}, "discriminator loses"),
-        (
-            {"discriminator_accuracy": 0.5, "coverage": 0.1},
-            {"discriminator_accuracy": 0.5, "coverage": 0.09},
-            "discriminator guesses",
-        ),
-        (
-            {"discriminator_accuracy": 0.56, "coverage": 0.0},
-            {"discriminator_accuracy": 0.54, "coverage": 0.0},
-            "discriminator guesses",
-        ),
+        (of_d(1.0, generator_loss=4.0), of_d(1.0, generator_loss=4.1), "discriminator wins"),
+        (of_d(0.99, generator_loss=9.0), of_d(0.995, generator_loss=9.0), "discriminator wins"),
+        (of_d(0.2), of_d(0.19), "discriminator loses"),
+        (of_d(0.5, coverage=0.1), of_d(0.5, coverage=0.09), "discriminator guesses"),
+        (of_d(0.56, coverage=0.0), of_d(0.54, coverage=0.0), "discriminator guesses"),
         ({"active_units": 1, "kl": 3.0}, {"active_units": 0, "kl": 3.0}, "posterior collapse"),
         ({"kl": 0.2, "latent": 20}, {"kl": 0.19, "latent": 20}, "posterior collapse"),
         ({"figures": {"loss": 1.0}}, {"figures": {"loss": math.nan}}, "not finite: loss"),

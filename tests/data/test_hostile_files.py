@@ -243,13 +243,8 @@ def test_other_files_in_a_zip_do_not_count(tmp_path):
 def test_of_files_of_one_name_in_a_zip_the_last_counts(tmp_path):
     members = [("a.txt", "old text"), ("a.txt", "new text"), ("b.txt", "other"), ("./b.txt", "other too")]
     assert text.load(zipped(tmp_path / "a.zip", members)).documents == ["new text", "other too"]
-    members = [
-        ("a.png", png(4, 4)),
-        ("a.png", png(4, 4)),
-        ("b\\c.png", png(2, 2)),
-        ("./b/c.png", png(4, 4)),
-        ("c/d.png", png()),
-    ]
+    large = png(4, 4)
+    members = [("a.png", large), ("a.png", large), ("b\\c.png", png(2, 2)), ("./b/c.png", large), ("c/d.png", png())]
     members = [(f"a/{name.removeprefix('b/')}" if name == "a.png" else name, content) for name, content in members]
     assert data.load(zipped(tmp_path / "b.zip", members)).labels.tolist() == [0, 1, 2]
 

@@ -227,9 +227,8 @@ def test_settings_changed_later(kind, settings, forced):
 
 
 def test_numbers_of_numpy():
-    fused, plain = pair(
-        lambda: nn.Sequential(nn.Linear(256, 64), nn.LeakyReLU(np.float32(0.25)), nn.Dropout(np.float64(0.0)))
-    )
+    slope, p = np.float32(0.25), np.float64(0.0)
+    fused, plain = pair(lambda: nn.Sequential(nn.Linear(256, 64), nn.LeakyReLU(slope), nn.Dropout(p)))
     x = torch.randn(512, 256)
     assert_close(fused(x), plain(x))
     model = fuse(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Dropout(np.float32(0.5))))

@@ -182,10 +182,8 @@ def test_a_label_changes_its_own_sample_alone():
     discriminator = ConditionalDiscriminator(CLASSES, 28, width=4).eval()
     with torch.no_grad():
         images = generator(z, labels)
-        for found, expected in (
-            (generator(z[..., None, None], other), images),
-            (discriminator(images, other), discriminator(images, labels)),
-        ):
+        logits = (discriminator(images, other), discriminator(images, labels))
+        for found, expected in ((generator(z[..., None, None], other), images), logits):
             same = (found - expected).flatten(1).abs().amax(1) < 1e-6 if found.dim() > 1 else found == expected
             assert same.tolist() == [True, False, True]
 

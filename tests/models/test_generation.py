@@ -168,12 +168,9 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
             call()
         return autotune.Choice(faster, {})
 
-    for module, name, instead in (
-        (gpt_decoding, "_graphed", graphed),
-        (autotune, "_measure", measure),
-        (gpt_decoding, "serves", lambda *_: True),
-    ):
-        monkeypatch.setattr(module, name, instead)
+    monkeypatch.setattr(gpt_decoding, "_graphed", graphed)
+    monkeypatch.setattr(gpt_decoding, "serves", lambda *_: True)
+    monkeypatch.setattr(autotune, "_measure", measure)
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
     autotune.forget()
     for _ in range(2):  # the second decoder remembers

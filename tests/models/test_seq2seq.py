@@ -42,10 +42,8 @@ def test_losses_are_a_token_and_a_sequence():
     found = model.training_step(source, source_lengths, target, target_lengths)
     given = torch.cat([torch.full((3, 1), END), target[:, :-1]], 1)
     logits = model(source, source_lengths, given)
-    nats = sum(
-        torch.nn.functional.cross_entropy(logits[k, :n], target[k, :n], reduction="sum")
-        for k, n in enumerate(target_lengths.tolist())
-    )
+    pairs = [(logits[k, :n], target[k, :n]) for k, n in enumerate(target_lengths.tolist())]
+    nats = sum(torch.nn.functional.cross_entropy(*pair, reduction="sum") for pair in pairs)
     assert_close(found.nats, nats / 3)
     assert_close(found.loss, nats / 11)
     assert found.tokens == 11 / 3 and found.tokens.dtype is torch.float32
@@ -165,6 +163,10 @@ def test_a_step_can_be_captured(monkeypatch):
     assert_capturable(monkeypatch, lambda: Seq2Seq(*SIZES, dropout=0.1), *batch())
 
 
+def encoded(lengths):
+    return pair()[0].encode(torch.zeros(2, 3, dtype=torch.int64), lengths)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -175,14 +177,8 @@ def test_a_step_can_be_captured(monkeypatch):
         (lambda: Seq2Seq(9, 8, dropout=1.0), r"dropout: expected a share in \[0, 1\), got 1.0"),
         (lambda: pair()[0].training_step(*batch(source=(17, 2, 3))), "source: expected at most block = 16 tokens"),
         (lambda: Seq2Seq(9, 8).training_step(*batch()), "expected token ids from 0 to 8, got 2.; encode the text"),
-        (
-            lambda: pair()[0].encode(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([4, 1])),
-            "source lengths: expected 1 to 3, .* got 4",
-        ),
-        (
-            lambda: pair()[0].encode(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)),
-            r"source lengths: expected integers \[2\], one a sequence, got torch.float32",
-        ),
+        (lambda: encoded(torch.tensor([4, 1])), "source lengths: expected 1 to 3, .* got 4"),
+        (lambda: encoded(torch.ones(2)), r"source lengths: expected integers \[2\], one a sequence, got torch.float32"),
         (lambda: pair()[0].generate_ids(torch.zeros(1, 3)), r"prompt: expected token ids \[T\] of one"),
     ],
 )
