@@ -7,18 +7,8 @@ import pytest
 import torch
 
 from genai_fast import data, evaluation
-from genai_fast.evaluation import (
-    SampleQuality,
-    active_units,
-    bits_per_dim,
-    distances,
-    frechet_distance,
-    health,
-    image_features,
-    precision_recall_density_coverage,
-    sample_diversity,
-    warnings_of,
-)
+from genai_fast.evaluation import SampleQuality, bits_per_dim, distances, health, image_features, warnings_of
+from genai_fast.evaluation.distances import active_units, frechet_distance, sample_diversity
 from genai_fast.evaluation.features import DIMENSIONS, VERSION
 
 
@@ -152,37 +142,39 @@ def naive_prdc(real, fake, k):
 @pytest.mark.parametrize("shift", [0.0, 1.5, 50.0])
 def test_prdc_is_the_papers(k, shift):
     real, fake = normal(40, 4), 0.7 * normal(30, 4, seed=1) + shift
-    assert precision_recall_density_coverage(real, fake, k) == pytest.approx(naive_prdc(real, fake, k), abs=1e-12)
+    assert distances.precision_recall_density_coverage(real, fake, k) == pytest.approx(
+        naive_prdc(real, fake, k), abs=1e-12
+    )
 
 
 def test_prdc_of_identical_and_of_far_sets():
     x = normal(60, 5)
-    same = precision_recall_density_coverage(x, x)
+    same = distances.precision_recall_density_coverage(x, x)
     # Each sample lies in its own ball and, on average, in k balls of others.
     assert same == pytest.approx((1.0, 1.0, 6 / 5, 1.0))
-    assert precision_recall_density_coverage(x, x + 100) == (0.0, 0.0, 0.0, 0.0)
+    assert distances.precision_recall_density_coverage(x, x + 100) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_prdc_sees_dropped_modes_and_outliers():
     real = torch.cat([normal(100, 3), normal(100, 3, seed=1) + 20])
-    dropped = precision_recall_density_coverage(real, normal(200, 3, seed=2))
+    dropped = distances.precision_recall_density_coverage(real, normal(200, 3, seed=2))
     assert dropped.precision > 0.9 and dropped.recall < 0.6 and dropped.coverage < 0.6
-    strays = precision_recall_density_coverage(real, torch.cat([real[:100], normal(100, 3, seed=3) + 200]))
+    strays = distances.precision_recall_density_coverage(real, torch.cat([real[:100], normal(100, 3, seed=3) + 200]))
     assert strays.precision == 0.5
 
 
 def test_prdc_in_chunks_is_the_same(monkeypatch):
     real, fake = normal(70, 6), normal(50, 6, seed=1)
-    whole = precision_recall_density_coverage(real, fake)
+    whole = distances.precision_recall_density_coverage(real, fake)
     monkeypatch.setattr(distances, "_CHUNK", 130)  # two rows at a time
-    assert precision_recall_density_coverage(real, fake) == whole
+    assert distances.precision_recall_density_coverage(real, fake) == whole
 
 
 def test_prdc_refuses():
     with pytest.raises(ValueError, match="fake: expected at least 6 rows, got 5; remedy"):
-        precision_recall_density_coverage(normal(6, 2), normal(5, 2))
+        distances.precision_recall_density_coverage(normal(6, 2), normal(5, 2))
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
-        precision_recall_density_coverage(normal(6, 2), normal(6, 2), k=0)
+        distances.precision_recall_density_coverage(normal(6, 2), normal(6, 2), k=0)
 
 
 # Diversity and active units

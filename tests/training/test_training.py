@@ -18,18 +18,10 @@ from genai_fast import data
 from genai_fast.models import MLPVAE
 from genai_fast.models.autoencoder import AutoencoderLoss
 from genai_fast.models.vae.recipe import VAEConfig
-from genai_fast.training import (
-    Step,
-    TrainingInterrupted,
-    TrainingStopped,
-    checkpoint,
-    fit,
-    loop,
-    make_optimizer,
-    progress,
-)
+from genai_fast.training import Step, checkpoint, loop, make_optimizer, progress
 from genai_fast.training import step as step_module
 from genai_fast.training.batches import ImageFeed
+from genai_fast.training.loop import TrainingInterrupted, TrainingStopped, fit
 from genai_fast.training.meter import Meter, Progress
 from genai_fast.training.schedule import Schedule
 
