@@ -130,10 +130,6 @@ def _asks_for_its_class(cls: type) -> str:
     return ""
 
 
-def _is_generated(module: nn.Module) -> bool:
-    return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
-
-
 def _is_written(cls: type) -> bool:
     """Whether this forward is user code: torch's modules are leaves or containers."""
     made_in = getattr(cls.forward, "__module__", None) or ""
@@ -153,7 +149,7 @@ def _plan(module: nn.Module) -> Plan:
     cls = _original(type(module))
     if wrapper := _wrapper(module):
         return Plan(reasons=(f"{wrapper}: fuse before wrapping",))
-    if _is_generated(module):
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
         reason = obstacle(module) if "forward" in module.__dict__ else ""

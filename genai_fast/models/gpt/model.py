@@ -192,8 +192,8 @@ class GPT(WriteOn, nn.Module):
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         self.check_ids(x)
         p = self.dropout if self.training else 0.0
-        attend = functools.partial(_causal, p)
-        return self.run(x, self.transformer.wpe.weight[: x.size(1)], attend)
+        places = self.transformer.wpe.weight[: x.size(1)]
+        return self.run(x, places, lambda layer, q, k, v: ops.causal_attention(q, k, v, dropout=p))
 
     def _tie(self) -> None:
         self.lm_head.weight = self.transformer.wte.weight
@@ -233,10 +233,6 @@ def load_gpt2(model: GPT | None, tensors: Mapping[str, Any], *, heads: int | Non
         checkpoint.check(state, model.state_dict())
     model.load_state_dict(state)
     return model
-
-
-def _causal(p: float, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return ops.causal_attention(q, k, v, dropout=p)
 
 
 def _dropped(x: torch.Tensor, module: GPT | _Block) -> torch.Tensor:
