@@ -161,7 +161,8 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     """On the CPU, with a few runs of one op, in processes as anywhere."""
     if extension()[0] is None:
         pytest.skip(extension()[1])
-    few = [Run(VAE_LOSS, case, torch.float32, gpu_gate_backend(), "cpu") for case in VAE_LOSS.cases[:3]]
+    backend = points.fused_backend(VAE_LOSS, "cpu")
+    few = [Run(VAE_LOSS, case, torch.float32, backend, "cpu") for case in VAE_LOSS.cases[:3]]
     monkeypatch.setattr(gates, "WORKER", "tests.bench.quick_worker")
     path = tmp_path / "record.json"
 
@@ -183,7 +184,3 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     assert set(found["figures"][str(point_of(VAE_LOSS))]["variants"]) >= {"fused", "compile"}
     read = records.read(path)
     assert read.green and read.device == processor()
-
-
-def gpu_gate_backend():
-    return points.fused_backend(VAE_LOSS, "cpu")
