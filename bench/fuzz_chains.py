@@ -143,10 +143,6 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return room.as_strided(x.shape, x.stride()).copy_(x)
 
 
-def _upstream(y: torch.Tensor) -> torch.Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
-
-
 def _run(
     model: nn.Module, made: Model, how: Circumstances, x: torch.Tensor, seed: int, fused: bool, shake: float = 0.0
 ) -> Result:
@@ -204,7 +200,8 @@ def _run(
                 if grad == "grad" and y.requires_grad:
                     stage = f"backward {step}"
                     model.zero_grad()
-                    loss = (y * _upstream(y)).sum()
+                    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+                    loss = (y * upstream.to(y.dtype)).sum()
                     if how.penalty and given.requires_grad and not how.checkpointed:
                         (slope,) = torch.autograd.grad(loss, given, create_graph=True)
                         loss = slope.square().sum() + loss

@@ -53,10 +53,6 @@ def _module() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _checkpoint(path: Path) -> Any:
-    return checkpoint.restore(path.parent, *_module(), threads=False)
-
-
 def _saved(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         progress = {"epoch": 1, "loss": 0.5}
@@ -121,7 +117,10 @@ def _tokenizer(folder: Path) -> Path:
 _CHECKPOINT = ("model.safetensors", "training.safetensors", "state.json")
 # What makes a sound file (alone in a folder, or with those it needs), and what loads it.
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
-    **{f"checkpoint {n}": (_saved(n), _checkpoint) for n in _CHECKPOINT},
+    **{
+        f"checkpoint {n}": (_saved(n), lambda p: checkpoint.restore(p.parent, *_module(), threads=False))
+        for n in _CHECKPOINT
+    },
     "safetensors": (_weights, lambda path: checkpoint.load_matching(path, _module()[0])),
     **{k: (_of(f"a.{k}", lambda k=k: _picture(k)), _folder) for k in ("png", "jpeg", "webp", "gif", "bmp", "tiff")},
     "picture zip": (_of("a.zip", lambda: _zipped(a_png=_picture("png"), b_jpeg=_picture("jpeg"))), _images),

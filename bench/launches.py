@@ -81,11 +81,6 @@ class _Driver:
         return GPUTarget("cuda", self._arch, 32)
 
 
-def _address(x: torch.Tensor) -> int:
-    """Of a fake tensor: storages begin at multiples of 16."""
-    return x.storage_offset() * x.element_size()
-
-
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[Launch]]:
     """The launches inside on fake tensors, as on a GPU of that architecture."""
@@ -108,7 +103,8 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(driver, "_active", _Driver(arch)),
         mock.patch.object(knobs.runtime, "jit_cache_hook", instead),
-        mock.patch.object(FakeTensor, "data_ptr", _address),
+        # Storages of fake tensors begin at multiples of 16.
+        mock.patch.object(FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()),
         mock.patch.object(FakeTensor, "is_cuda", property(lambda x: True)),
         mock.patch.object(FakeTensor, "is_cpu", property(lambda x: False)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),  # so that no number is asked for

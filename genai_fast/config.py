@@ -178,9 +178,5 @@ def read(path: Path, recipe: str) -> dict[str, Any]:
 def to_toml(config: Config, recipe: str) -> str:
     """Every setting, as TOML that `read` takes."""
     pairs = {"recipe": recipe, **dataclasses.asdict(config)}
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in pairs.items())
-
-
-def _toml(value: str | int | float) -> str:
-    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    lines = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in pairs.items())
+    return lines.replace("\x7f", "\\u007f")  # a JSON string is a TOML string but for DEL, which TOML wants escaped

@@ -8,8 +8,6 @@ subclass of the original. `genai_fast.fusion` decides at each call whether a cha
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ from torch import nn
 
 from genai_fast.fusion import implementations
 from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, spans
+from genai_fast.fusion.classes import original, subclass
 from genai_fast.fusion.explanation import Explanation, Row
 from genai_fast.fusion.implementations import Decision
 from genai_fast.fusion.operands import Convolution
@@ -35,73 +34,6 @@ _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
 # Modules that become a layer of ours as they are.
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
-
-
-class _Fused(type):
-    """The metaclass of fused classes: a class itself is pickled as the one that it was made from."""
-
-
-class _InPlace:
-    """Mixin of fused classes: the original class with another forward, and pickled as the original class."""
-
-    def __init_subclass__(cls, **settings: Any) -> None:
-        """Bypass the base class's hook: it may register its subclasses, or refuse to be subclassed."""
-
-    def __reduce_ex__(self, protocol: int) -> Any:
-        # Later protocols name the class of the object, and pickle insists on that.
-        reduced = super().__reduce_ex__(min(protocol, 1))
-        if isinstance(reduced, str):
-            return reduced
-        function, arguments, *rest = reduced
-        arguments = tuple(_original(a) if isinstance(a, type) else a for a in arguments)
-        return function, arguments, *rest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        inherited = getattr(super(), "__deepcopy__", None)
-        if inherited is not None:
-            return inherited(memo)
-        if nn.utils.parametrize.is_parametrized(self):  # such a class refuses to be reduced
-            twin = self.__new__(type(self))
-            memo[id(self)] = twin
-            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-            return twin
-        # What deepcopy does without this method, but not by way of the pickle, which is of the original class.
-        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script, which compiles the original class."""
-        plain = object.__new__(_original(type(self)))
-        plain.__dict__ = {**self.__dict__, "_modules": {**self._modules}}
-        return plain
-
-
-_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
-_kinds: dict[type, type] = {}
-
-
-def _original(cls: type) -> type:
-    """The class before fuse; cls itself if fuse did not create it."""
-    return vars(cls).get("_fused_from", cls)
-
-
-def _subclass(cls: type[nn.Module], key: tuple[Any, ...], **members: Any) -> type[nn.Module]:
-    key = (cls, *key)
-    if key not in _classes:
-        base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
-        names = {k: v for k, v in vars(cls).items() if k == "__annotations__"}
-        names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        kind = _kind(type(base))
-        _classes[key] = kind(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members})
-    return _classes[key]
-
-
-def _kind(metaclass: type) -> type:
-    """The metaclass of a fused class whose base has this one."""
-    if metaclass not in _kinds:
-        bases = (_Fused,) if metaclass is type else (_Fused, metaclass)
-        _kinds[metaclass] = kind = type("_Fused", bases, {})
-        copyreg.pickle(kind, lambda cls: (copy.copy, (_original(cls),)))
-    return _kinds[metaclass]
 
 
 def _is_sequential(cls: type) -> bool:
@@ -130,10 +62,6 @@ def _asks_for_its_class(cls: type) -> str:
     return ""
 
 
-def _is_generated(module: nn.Module) -> bool:
-    return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
-
-
 def _is_written(cls: type) -> bool:
     """Whether this forward is user code: torch's modules are leaves or containers."""
     made_in = getattr(cls.forward, "__module__", None) or ""
@@ -150,10 +78,10 @@ class Plan(NamedTuple):
 
 
 def _plan(module: nn.Module) -> Plan:
-    cls = _original(type(module))
+    cls = original(type(module))
     if wrapper := _wrapper(module):
         return Plan(reasons=(f"{wrapper}: fuse before wrapping",))
-    if _is_generated(module):
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
         reason = obstacle(module) if "forward" in module.__dict__ else ""
@@ -195,17 +123,16 @@ def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that a module gets; None if it keeps its own."""
     cls = type(module)
-    if _original(cls) is not cls or issubclass(cls, FusedSequential):
+    if original(cls) is not cls or issubclass(cls, FusedSequential):
         return None
     plan = _plan(module)
+    base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
     if plan.layer is not None:
-        return _subclass(cls, (), forward=plan.layer.forward)
+        return subclass(cls, base, (), lambda: {"forward": plan.layer.forward})
     if not plan.methods:
         return None
     key = tuple((name, *method.key) for name, method in plan.methods.items())
-    if (cls, *key) in _classes:
-        return _classes[(cls, *key)]
-    return _subclass(cls, key, **{name: method.compile() for name, method in plan.methods.items()})
+    return subclass(cls, base, key, lambda: {name: method.compile() for name, method in plan.methods.items()})
 
 
 def _wrapper(module: nn.Module) -> str:
@@ -257,8 +184,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     """
     _check("unfuse", model)
     for module in model.modules():
-        if _original(type(module)) is not type(module):
-            object.__setattr__(module, "__class__", _original(type(module)))
+        if original(type(module)) is not type(module):
+            object.__setattr__(module, "__class__", original(type(module)))
     return model
 
 
@@ -377,7 +304,7 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     decisions: list[tuple[Sequence[nn.Module], Decision]] = []
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     buffers = [(b, b.clone()) for b in model.buffers()]
-    was_fused = any(_original(type(m)) is not type(m) for m in model.modules())
+    was_fused = any(original(type(m)) is not type(m) for m in model.modules())
     devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
     try:

@@ -83,12 +83,8 @@ class PatchGAN(nn.Module):
         super().__init__()
         layers, width = [nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2, True)], 4
         for stride in (2, 1):
-            layers += [
-                nn.Conv2d(width, width * 2, 4, stride, 1, bias=False),
-                norm_layer(width * 2),
-                nn.LeakyReLU(0.2, True),
-            ]
-            width *= 2
+            conv, width = nn.Conv2d(width, width * 2, 4, stride, 1, bias=False), width * 2
+            layers += [conv, norm_layer(width), nn.LeakyReLU(0.2, True)]
         self.model = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
 
     def forward(self, input):

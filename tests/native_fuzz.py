@@ -166,11 +166,8 @@ def odd_shapes(rng, count, told):
         b, h, g, t, more, d = size(3), size(2), size(3), size(140), size(40), size(40)
         settings = {"window": rng.choice((None, 1, 5, 2**63 - 1)), "softcap": rng.choice((None, 3.0))}
         kv = [normal(b, h, t + more, d, dense=True) for _ in range(2)]
-        return (
-            ops.causal_attention,
-            (normal(b, h * g, t, d, dense=True), *kv),
-            {**settings, "causal": rng.random() < 0.7},
-        )
+        q = normal(b, h * g, t, d, dense=True)
+        return ops.causal_attention, (q, *kv), {**settings, "causal": rng.random() < 0.7}
 
     def packed():
         t, d = rng.randint(1, 90), size(24)

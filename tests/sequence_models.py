@@ -1,7 +1,7 @@
 """What is asked of every model of sequences."""
 
 import torch
-from alike import assert_close, assert_gradients_close, gradients
+from alike import assert_close, assert_gradients, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -16,7 +16,7 @@ def padded(lengths, vocabulary, end, seed=0, width=0):
     return ids, lengths
 
 
-def load_both_ways(ours, peer):
+def load_both(ours, peer):
     assert [*ours.state_dict()] == [*peer.state_dict()]
     peer.load_state_dict(ours.state_dict())
     ours.load_state_dict(peer.state_dict())
@@ -24,10 +24,10 @@ def load_both_ways(ours, peer):
 
 def assert_learns_alike(ours, peer, our_loss, peer_loss, steps=50, lr=5e-3):
     """Loss and gradients, then the losses of a training, from the same weights; our_loss(step) and peer_loss(step)."""
-    load_both_ways(ours, peer)
+    load_both(ours, peer)
     found, expected = our_loss(0), peer_loss(0)
     assert_close(found, expected, what="loss")
-    assert_gradients_close(gradients(ours, found), gradients(peer, expected), 1e-4)
+    assert_gradients(gradients(ours, found), gradients(peer, expected), 1e-4)
     curves = []
     for model, loss_of in ((ours, our_loss), (peer, peer_loss)):
         # A large eps: a gradient that is 0 but for rounding must not become a step of the full length.
@@ -55,7 +55,7 @@ def assert_capturable(monkeypatch, make, *batch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def assert_near_in_bfloat16(model, step):
+def assert_near_bfloat16(model, step):
     """Under autocast: the losses stay float32, and they and the gradients are near those of float32."""
     losses = step()
     expected = gradients(model, losses.loss)
@@ -64,4 +64,4 @@ def assert_near_in_bfloat16(model, step):
     assert not torch.equal(narrow.loss, losses.loss)
     for a, b in zip(narrow, losses, strict=True):
         assert_close(a, b, 2e-2)
-    assert_gradients_close(gradients(model, narrow.loss), expected, 0.1)
+    assert_gradients(gradients(model, narrow.loss), expected, 0.1)

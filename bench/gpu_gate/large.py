@@ -22,10 +22,6 @@ def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return c.sin(), c.cos() + 1.5
 
 
-def _batch_norm(x: torch.Tensor, first: int) -> torch.Tensor:
-    return ops.batch_norm_act(x, None, None, *_statistics(x), training=False)
-
-
 def _rotary(x: torch.Tensor, first: int) -> torch.Tensor:
     angles = torch.arange(x.size(2), device=x.device)[:, None] * torch.linspace(0, 1, x.size(3) // 2, device=x.device)
     return ops.rotary(x, angles.cos(), angles.sin())
@@ -43,7 +39,10 @@ def _sample(x: torch.Tensor, first: int) -> torch.Tensor:
 # The shape of a row, and what is made of rows.
 LARGE: dict[str, tuple[tuple[int, ...], Op]] = {
     "reparameterize": ((4096,), _sample),
-    "batch_norm_act": ((64, 32, 32), _batch_norm),
+    "batch_norm_act": (
+        (64, 32, 32),
+        lambda x, first: ops.batch_norm_act(x, None, None, *_statistics(x), training=False),
+    ),
     "bias_act": ((64, 32, 32), lambda x, first: ops.bias_act(x, _statistics(x)[0].to(x.dtype))),
     "act_dropout": ((4096,), lambda x, first: ops.act_dropout(x, 0.3, seed=3, offset=first * x[0].numel())),
     "layer_norm": ((1024,), lambda x, first: ops.layer_norm(x)),

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog = "genai-fast"
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_: say(f"warning: {message}")
             options = _options(sys.argv[1:] if arguments is None else list(arguments))
             prog = options.parser.prog
             if options.command == "train":
@@ -295,7 +295,3 @@ def _of_a_run(commands: Any, name: str, what: str, draws: bool = True) -> argpar
         what = "class to draw, for a conditional model; default: each in turn"
         parser.add_argument("--class", dest="label", metavar="NAME", help=what)
     return parser
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    say(f"warning: {message}")

@@ -43,12 +43,8 @@ for _op in LIBRARIES.values():
 LIBRARY.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-def _fake_seed(like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty((), dtype=torch.int64)
-
-
 LIBRARY.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
-torch.library.register_fake("genai_fast::draw_seed", _fake_seed, lib=LIBRARY)
+torch.library.register_fake("genai_fast::draw_seed", lambda like: like.new_empty((), dtype=torch.int64), lib=LIBRARY)
 
 
 def override(library: torch.library.Library, name: str, key: str, ours: Callable[..., Any]) -> None:

@@ -84,7 +84,8 @@ def compare(
             once = _sample(function, 1)
         count[name] = calls or min(_MOST_CALLS, int(_SAMPLE / max(once, 1e-9)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    average, foreign, start = _load_average(), ForeignLoad(), time.perf_counter()
+    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    foreign, start = ForeignLoad(), time.perf_counter()
     for turn in itertools.count():
         if turn >= rounds and time.perf_counter() >= start + seconds:
             break
@@ -111,10 +112,6 @@ def _sample(function: Callable[[], Any], calls: int) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _load_average() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 class ForeignLoad:

@@ -90,16 +90,13 @@ def _until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
                 yield held
             return
         longest = max(map(len, stops)) - 1
-        wait = next((n for n in range(min(longest, len(held)), 0, -1) if _begins(held[-n:], stops)), 0)
+        ends = (n for n in range(min(longest, len(held)), 0, -1) if any(s.startswith(held[-n:]) for s in stops))
+        wait = next(ends, 0)
         if ready := held[: len(held) - wait]:
             yield ready
         held = held[len(held) - wait :]
     if held:
         yield held
-
-
-def _begins(end: str, stops: tuple[str, ...]) -> bool:
-    return any(stop.startswith(end) for stop in stops)
 
 
 def _without_repeats(pieces: Iterable[str], prompt: str) -> Iterator[str]:

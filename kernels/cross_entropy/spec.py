@@ -136,10 +136,6 @@ CASES = (
 _GOOD = _inputs(4, 9)
 
 
-def _leaf(t):
-    return {**_GOOD(t), "inplace": True}
-
-
 def _view_of_a_leaf(t):
     return dict(logits=t.normal(2, 2, 9).view(4, 9), target=targets(t, 4, classes=9), inplace=True)
 
@@ -177,7 +173,7 @@ ERROR_CASES = (
               r"ignore_index.*expected an int.*got NoneType"),
     ErrorCase("reduction", lambda t: {**_GOOD(t), "reduction": "avg"}, ValueError,
               r"reduction.*'mean', 'sum', 'none', got 'avg'"),
-    ErrorCase("inplace_leaf", _leaf, ValueError, r"inplace.*expected logits that an operation made.*got a leaf"),
+    ErrorCase("inplace_leaf", lambda t: {**_GOOD(t), "inplace": True}, ValueError, "inplace.*expected.*got a leaf"),
     ErrorCase("inplace_view", _view_of_a_leaf, ValueError, r"inplace.*expected logits that an operation made.*view"),
 )  # fmt: skip
 

@@ -238,9 +238,7 @@ def test_the_command_line(tmp_path, monkeypatch, stand_in, capsys):
     monkeypatch.setattr(gpu_gate, "every_run", lambda devices: [])
     monkeypatch.setattr(gpu_gate, "points", lambda device: [])
     monkeypatch.setattr(gpu_gate, "device_name", lambda device: "a GPU")
-    monkeypatch.setattr(
-        gpu_gate, "begin", lambda device, commit: {"commit": commit, "environment": {"device": "a GPU"}}
-    )
+    monkeypatch.setattr(gpu_gate, "begin", lambda _, commit: {"commit": commit, "environment": {"device": "a GPU"}})
     monkeypatch.setattr(gpu_gate, "tasks_of", lambda *_: {"runs": [["a", "b"]]})
     monkeypatch.setattr(gates.Gate, "check", lambda gate, name, work, deadline: gate.content.update({name: {}}))
     path = tmp_path / "record.json"

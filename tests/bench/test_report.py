@@ -17,21 +17,13 @@ SAMPLE = ROOT / "tests" / "records" / "sample.json"
 
 # The table of one run
 
-FIGURE = {
-    "op": "vae_loss",
-    "case": "mnist",
-    "dtype": "float32",
-    "device": "cpu",
-    "variants": {
-        "eager": {"wall_us": 30.0, "peak_bytes": 3 << 20},
-        "compile": {"skipped": "no compiler"},
-        "fused": {"wall_us": 10.0, "peak_bytes": 2 << 20},
-    },
-    "ratio": {"eager": 3.0},
-    "gigabytes_per_second": 12.34,
-    "share_of_roof": 0.5,
-    "foreign_load": 0.8,
+VARIANTS = {
+    "eager": {"wall_us": 30.0, "peak_bytes": 3 << 20},
+    "compile": {"skipped": "no compiler"},
+    "fused": {"wall_us": 10.0, "peak_bytes": 2 << 20},
 }
+FIGURE = {"op": "vae_loss", "case": "mnist", "dtype": "float32", "device": "cpu", "variants": VARIANTS}
+FIGURE |= {"ratio": {"eager": 3.0}, "gigabytes_per_second": 12.34, "share_of_roof": 0.5, "foreign_load": 0.8}
 ON_DEVICE = {
     **FIGURE,
     "device": "cuda",
@@ -203,10 +195,7 @@ def test_page_of_a_green_record(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda c: with_failure(c, "runs", "vae_loss-odd-float32-triton"),
-            "> - vae_loss-odd-float32-triton: `numerics",
-        ),
+        (lambda c: with_failure(c, "runs", "vae_loss-odd-float32"), "> - vae_loss-odd-float32: `numerics"),
         (lambda c: with_failure(c, "training", "gpt_nano"), "> - gpt_nano: `numerics: wrong by 1`"),
         (lambda c: {**c, "runs": {**c["runs"], "gru-a": {"died": "no end after 5 s"}}}, "> - gru-a: `died: no end"),
         (lambda c: {**c, "memory_check": {"passed": False, "output": "\nout of bounds\n"}}, "memory_check: `out of"),
@@ -264,18 +253,9 @@ def test_the_newest_that_is_through_is_shown_and_the_others_listed(tmp_path):
 
 def test_page_without_the_optional_parts(tmp_path):
     content, point = measured(), "reparameterize_kl-vae_wide-4096x512-float32-cuda"
+    optional = "training decoding tuning parity large barrier_check minutes foreign_load dirty"
     content["figures"] = {point: content["figures"][point]}
-    for name in (
-        "training",
-        "decoding",
-        "tuning",
-        "parity",
-        "large",
-        "barrier_check",
-        "minutes",
-        "foreign_load",
-        "dirty",
-    ):
+    for name in optional.split():
         del content[name]
     (figure,) = content["figures"].values()
     figure["variants"] = {name: {"wall_us": v["wall_us"]} for name, v in figure["variants"].items()}
@@ -329,16 +309,10 @@ def damaged(change):
         (lambda: damaged(lambda c: c.update(green="yes")), "green: expected bool"),
         (lambda: damaged(lambda c: c["environment"].pop("device")), "environment: device missing"),
         (lambda: damaged(lambda c: c["runs"].update(a=1)), "runs: a: expected dict"),
-        (
-            lambda: damaged(lambda c: c["figures"].update(x={"op": "gru"})),
-            "figures: x: case, device, dtype, ratio, variants missing",
-        ),
+        (lambda: damaged(lambda c: c["figures"].update(x={"op": "gru"})), "x: case, device, dtype, ratio, variants"),
         (lambda: damaged(lambda c: first(c)["variants"].pop("fused")), "variants: fused missing"),
         (lambda: damaged(lambda c: first(c)["ratio"].update(eager=None)), "ratio: eager: expected int | float"),
-        (
-            lambda: damaged(lambda c: c["training"].update(x={"batch": 1})),
-            "training: x: ratio, system, variants missing",
-        ),
+        (lambda: damaged(lambda c: c["training"].update(x={"batch": 1})), "training: x: ratio, system, variants"),
     ],
 )
 def test_a_damaged_record_is_named_and_nothing_is_written(tmp_path, capsys, text, message):

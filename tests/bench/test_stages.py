@@ -74,9 +74,7 @@ def test_broken_graph_is_red(runs, capture, message):
 def test_op_that_is_not_deterministic_is_red(runs, monkeypatch):
     right = ops.reparameterize
     # A few units in the last place: within the tolerance of numerics, and not the same bits.
-    monkeypatch.setattr(
-        ops, "reparameterize", lambda *a, **k: right(*a, **k) * (1.0 + 2e-7 * torch.randint(0, 4, ()).float())
-    )
+    monkeypatch.setattr(ops, "reparameterize", lambda *a, **k: right(*a, **k) * (1.0 + 2e-7 * torch.randint(4, ())))
     torch.manual_seed(1)
     (run,) = runs(REPARAMETERIZE, "latent_20")
     assert checks.numerics(run) == ""
@@ -163,7 +161,8 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     """On the CPU, with a few runs of one op, in processes as anywhere."""
     if extension()[0] is None:
         pytest.skip(extension()[1])
-    few = [Run(VAE_LOSS, case, torch.float32, gpu_gate_backend(), "cpu") for case in VAE_LOSS.cases[:3]]
+    backend = points.fused_backend(VAE_LOSS, "cpu")
+    few = [Run(VAE_LOSS, case, torch.float32, backend, "cpu") for case in VAE_LOSS.cases[:3]]
     monkeypatch.setattr(gates, "WORKER", "tests.bench.quick_worker")
     path = tmp_path / "record.json"
 
@@ -174,11 +173,8 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     gpu_gate.perform(first, minutes=0.0, jobs=1)
     assert not first.through() and not first.green()
     left = json.loads(path.read_text())["left"]
-    assert left == {
-        "runs": [str(run) for run in few],
-        "figures": [str(point_of(VAE_LOSS))],
-        "checks": [*records.CHECKS],
-    }
+    runs, point = [str(run) for run in few], str(point_of(VAE_LOSS))
+    assert left == {"runs": runs, "figures": [point], "checks": [*records.CHECKS]}
     second = gate(json.loads(path.read_text()))
     gpu_gate.perform(second, minutes=5.0, jobs=1)
     assert second.through() and second.green()
@@ -188,7 +184,3 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     assert set(found["figures"][str(point_of(VAE_LOSS))]["variants"]) >= {"fused", "compile"}
     read = records.read(path)
     assert read.green and read.device == processor()
-
-
-def gpu_gate_backend():
-    return points.fused_backend(VAE_LOSS, "cpu")

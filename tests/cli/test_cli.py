@@ -55,10 +55,8 @@ def test_train_sample_and_resume(here, capsys):
     assert (a == b).all() and (a != c).any()
 
     assert call("train", "vae", "--run", "one", "--resume", "--epochs", "3") == 0
-    epochs = [
-        r["epoch"] for r in map(json.loads, (run / loop.METRICS).read_text().splitlines()) if r["kind"] == "epoch"
-    ]
-    assert epochs == [1, 2, 3]
+    lines = map(json.loads, (run / loop.METRICS).read_text().splitlines())
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3]
     assert tomllib.loads((run / "config.toml").read_text())["epochs"] == 3
 
 
@@ -184,10 +182,8 @@ def test_a_missing_extra_is_named_before_anything_is_trained(here, capsys, monke
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, module, None)
     assert call("train", "vae", *SMALL) == 2
-    assert (
-        'remedy: pip install safetensors, or pip install ".[train]"' in capsys.readouterr().err
-        and not (here / "runs").exists()
-    )
+    assert 'remedy: pip install safetensors, or pip install ".[train]"' in capsys.readouterr().err
+    assert not (here / "runs").exists()
 
 
 def test_other_data_than_the_runs_is_refused_on_resume(here, capsys):
@@ -217,15 +213,9 @@ def test_an_interrupt_is_not_a_traceback(here, capsys, monkeypatch):
 def test_demo(here, capsys, monkeypatch):
     monkeypatch.setattr(demo, "ROUNDS", 3)
     assert call("demo", "--epochs", "1") == 0
-    run = here / "runs" / "demo"
-    assert {p.name for p in run.iterdir()} >= {
-        "samples.png",
-        "reconstructions.png",
-        "latent.png",
-        "metrics.jsonl",
-        "config.toml",
-        "checkpoint-000000036",
-    }
+    pictures = {f"{name}.png" for name in ("samples", "reconstructions", "latent")}
+    made = {path.name for path in (here / "runs" / "demo").iterdir()}
+    assert made >= pictures | {"metrics.jsonl", "config.toml", "checkpoint-000000036"}
     said = capsys.readouterr().out
     assert re.search(r"backend: +\w+ \(instruction set \w+, \d+ threads", said)
     assert re.search(r"speed: +[\d.]+ x eager PyTorch", said) and "next:" in said
@@ -251,10 +241,8 @@ assert not heavy, heavy
 
 def test_importing_is_light_and_the_module_runs():
     environment = {**os.environ, "PYTHONPATH": str(Path(genai_fast.__file__).parents[1])}
-    for arguments, expected in (
-        (["-c", LIGHT], ""),
-        (["-m", "genai_fast", "--version"], f"genai-fast {genai_fast.__version__}\n"),
-    ):
+    version = ["-m", "genai_fast", "--version"], f"genai-fast {genai_fast.__version__}\n"
+    for arguments, expected in ((["-c", LIGHT], ""), version):
         result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (0, expected), result.stderr
 
@@ -302,9 +290,8 @@ def test_an_interrupted_run_prints_a_command_that_works(here, capsys, monkeypatc
 def test_precisions_have_two_spellings(here, spelling):
     assert config.build(VAEConfig, {"precision": spelling}, "").precision == "bfloat16"
     model = torch.nn.Linear(2, 1)
-    assert (
-        Step(lambda x: model(x).sum(), torch.optim.SGD(model.parameters()), precision=spelling).precision == "bfloat16"
-    )
+    step = Step(lambda x: model(x).sum(), torch.optim.SGD(model.parameters()), precision=spelling)
+    assert step.precision == "bfloat16"
     for words in (["tune", "dense-generator"], ["profile", "vae"]):
         assert parser.parser_of().parse_args([*words, "--precision", spelling]).precision == spelling
     assert parser.parser_of().parse_args(["generate", "r", "--weights", spelling]).weights == spelling

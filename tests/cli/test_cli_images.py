@@ -331,10 +331,8 @@ def test_fine_tuning_on_other_images_names_what_does_not_match(here, digits, cap
     said = capsys.readouterr().err
     taken = re.search(r"before.*model\.safetensors: (\d+) tensors taken, these do not match: ", said)
     assert taken and re.search(expected, said)
-    a, b = (
-        safetensors.torch.load_file(checkpoint.latest(here / "runs" / n) / "model.safetensors")
-        for n in ("before", "after")
-    )
+    latest = (checkpoint.latest(here / "runs" / name) for name in ("before", "after"))
+    a, b = (safetensors.torch.load_file(path / "model.safetensors") for path in latest)
     matching = [k for k in a if k in b and a[k].shape == b[k].shape]
     statistics = [k for k in matching if "running" in k or "num_batches" in k]  # these move without a rate
     assert len(matching) == int(taken[1]) < len(b)

@@ -3,6 +3,7 @@
 import json
 import pydoc_data.topics
 import re
+import shlex
 import shutil
 
 import pytest
@@ -19,20 +20,7 @@ from genai_fast.training import checkpoint
 NETWORKS = {  # small ones
     "gpt": ["--layers", "1", "--heads", "2", "--width", "16", "--warmup", "2", "--decay", "none"],
     "lstm": ["--layers", "1", "--embedding", "8", "--hidden", "16"],
-    "seq2seq": [
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--width",
-        "16",
-        "--dropout",
-        "0.2",
-        "--batch-size",
-        "4",
-        "--warmup",
-        "0",
-    ],
+    "seq2seq": shlex.split("--layers 1 --heads 2 --width 16 --dropout 0.2 --batch-size 4 --warmup 0"),
     "text-vae": ["--embedding", "8", "--hidden", "16", "--latent", "4", "--annealing", "5", "--batch-size", "4"],
     "vrnn": ["--embedding", "8", "--hidden", "16", "--latent", "4"],
 }
@@ -267,9 +255,8 @@ def test_mistakes_in_generating(here, trained, capsys, mistake):
 
 def test_a_prompt_beyond_the_context_says_what_is_cut(trained, capsys):
     assert call("generate", trained, "--prompt", "x" * 50, "--max-tokens", "3") == 0
-    assert re.search(
-        r"warning: .*the prompt has 50 tokens, the model sees 32: the first 18 are cut", capsys.readouterr().err
-    )
+    message = r"warning: .*the prompt has 50 tokens, the model sees 32: the first 18 are cut"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_another_tokenizer_than_the_runs_is_refused(here, trained, capsys):

@@ -28,9 +28,7 @@ print(doctor.as_json(doctor.examine()))
 
 def test_it_covers_every_op_and_device():
     report = json.loads(doctor.as_json(doctor.examine()))
-    assert (
-        report["versions"]["torch"] == torch.__version__ and report["versions"]["genai_fast"] == genai_fast.__version__
-    )
+    assert report["versions"].items() >= {"torch": torch.__version__, "genai_fast": genai_fast.__version__}.items()
     assert set(report["ops"]) == set(OPS) and "cpu" in report["devices"]
     for by_device in report["ops"].values():
         assert set(by_device) == set(report["devices"])
@@ -78,9 +76,8 @@ def test_it_works_without_extension_and_triton_and_says_so():
     report = json.loads(result.stdout)
     served = report["ops"]["reparameterize"]["cpu"]
     assert served["backend"] == "reference"
-    assert (
-        "C++ extension does not load" in served["not"]["cpu"] and "triton is not installed" in served["not"]["triton"]
-    )
+    assert "C++ extension does not load" in served["not"]["cpu"]
+    assert "triton is not installed" in served["not"]["triton"]
     assert report["cpu"]["in_use"] == "" and any("C++ extension" in w for w in report["warnings"])
 
 

@@ -139,9 +139,8 @@ def test_an_autoencoders_script_reconstructs(exported, elsewhere):
     run, folder = exported["autoencoder"]
     pixels = torch.from_numpy(np.array(Image.open(folder.parent / "picture.png"))).permute(2, 0, 1)[None]
     assert_close(elsewhere["autoencoder"][:1], pixels / 255)
-    assert_close(
-        elsewhere["autoencoder"][1:], image_evaluation.shown(run.model, run.model.reconstruct(pixels / 127.5 - 1)), 1e-4
-    )
+    expected = image_evaluation.shown(run.model, run.model.reconstruct(pixels / 127.5 - 1))
+    assert_close(elsewhere["autoencoder"][1:], expected, 1e-4)
 
 
 def test_a_script_starts_no_program_for_postscript(exported, tmp_path):
@@ -176,12 +175,9 @@ def test_the_scripts_tokenizer_is_ours(tmp_path, kind):
 
 def test_a_script_by_itself(exported, tmp_path):
     """As its user runs it: in another folder, by its command line."""
+    picture = ["--class", "kind 2 'Eager\\Beaver'", "--count", "3", "--out", str(tmp_path / "a.png")]
     for name, arguments, pattern in (
-        (
-            "cgan",
-            ["--class", "kind 2 'Eager\\Beaver'", "--count", "3", "--out", str(tmp_path / "a.png")],
-            r"a\.png: 3 samples\n",
-        ),
+        ("cgan", picture, r"a\.png: 3 samples\n"),
         ("gpt", ["--prompt", "While", "--max-tokens", "5", "--temperature", "0"], "While.+"),
     ):
         command = [sys.executable, "-I", str(exported[name][1] / "model.py"), *arguments]

@@ -62,12 +62,8 @@ def test_the_binary_version(tmp_path):
     for k, part in enumerate(parts, 1):
         binary(tmp_path / f"data_batch_{k}.bin", *part)
     binary(tmp_path / "test_batch.bin", *small(3, 100))
-    for source, expected in (
-        (tmp_path, parts),
-        (tmp_path / "test_batch.bin", [small(3, 100)]),
-        (tmp_path / "data_batch_2.bin", parts[1:]),
-    ):
-        images = data.load(source)
+    for name, expected in (("", parts), ("test_batch.bin", [small(3, 100)]), ("data_batch_2.bin", parts[1:])):
+        images = data.load(tmp_path / name)
         assert np.array_equal(images.pixels.numpy(), np.concatenate([x for x, _ in expected]))
         assert images.labels.tolist() == np.concatenate([y for _, y in expected]).tolist()
         assert images.shape == (3, 32, 32) and images.classes == cifar.CLASSES

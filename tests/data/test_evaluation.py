@@ -7,18 +7,8 @@ import pytest
 import torch
 
 from genai_fast import data, evaluation
-from genai_fast.evaluation import (
-    SampleQuality,
-    active_units,
-    bits_per_dim,
-    distances,
-    frechet_distance,
-    health,
-    image_features,
-    precision_recall_density_coverage,
-    sample_diversity,
-    warnings_of,
-)
+from genai_fast.evaluation import SampleQuality, bits_per_dim, distances, health, image_features, warnings_of
+from genai_fast.evaluation.distances import active_units, frechet_distance, sample_diversity
 from genai_fast.evaluation.features import DIMENSIONS, VERSION
 
 
@@ -152,37 +142,39 @@ def naive_prdc(real, fake, k):
 @pytest.mark.parametrize("shift", [0.0, 1.5, 50.0])
 def test_prdc_is_the_papers(k, shift):
     real, fake = normal(40, 4), 0.7 * normal(30, 4, seed=1) + shift
-    assert precision_recall_density_coverage(real, fake, k) == pytest.approx(naive_prdc(real, fake, k), abs=1e-12)
+    assert distances.precision_recall_density_coverage(real, fake, k) == pytest.approx(
+        naive_prdc(real, fake, k), abs=1e-12
+    )
 
 
 def test_prdc_of_identical_and_of_far_sets():
     x = normal(60, 5)
-    same = precision_recall_density_coverage(x, x)
+    same = distances.precision_recall_density_coverage(x, x)
     # Each sample lies in its own ball and, on average, in k balls of others.
     assert same == pytest.approx((1.0, 1.0, 6 / 5, 1.0))
-    assert precision_recall_density_coverage(x, x + 100) == (0.0, 0.0, 0.0, 0.0)
+    assert distances.precision_recall_density_coverage(x, x + 100) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_prdc_sees_dropped_modes_and_outliers():
     real = torch.cat([normal(100, 3), normal(100, 3, seed=1) + 20])
-    dropped = precision_recall_density_coverage(real, normal(200, 3, seed=2))
+    dropped = distances.precision_recall_density_coverage(real, normal(200, 3, seed=2))
     assert dropped.precision > 0.9 and dropped.recall < 0.6 and dropped.coverage < 0.6
-    strays = precision_recall_density_coverage(real, torch.cat([real[:100], normal(100, 3, seed=3) + 200]))
+    strays = distances.precision_recall_density_coverage(real, torch.cat([real[:100], normal(100, 3, seed=3) + 200]))
     assert strays.precision == 0.5
 
 
 def test_prdc_in_chunks_is_the_same(monkeypatch):
     real, fake = normal(70, 6), normal(50, 6, seed=1)
-    whole = precision_recall_density_coverage(real, fake)
+    whole = distances.precision_recall_density_coverage(real, fake)
     monkeypatch.setattr(distances, "_CHUNK", 130)  # two rows at a time
-    assert precision_recall_density_coverage(real, fake) == whole
+    assert distances.precision_recall_density_coverage(real, fake) == whole
 
 
 def test_prdc_refuses():
     with pytest.raises(ValueError, match="fake: expected at least 6 rows, got 5; remedy"):
-        precision_recall_density_coverage(normal(6, 2), normal(5, 2))
+        distances.precision_recall_density_coverage(normal(6, 2), normal(5, 2))
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
-        precision_recall_density_coverage(normal(6, 2), normal(6, 2), k=0)
+        distances.precision_recall_density_coverage(normal(6, 2), normal(6, 2), k=0)
 
 
 # Diversity and active units
@@ -373,31 +365,19 @@ def test_quality_refuses(halves):
 # Diagnoses
 
 
+def of_d(accuracy, **more):
+    return {"discriminator_accuracy": accuracy, **more}
+
+
 @pytest.mark.parametrize(
     "well, ill, said",
     [
         ({"diversity": 0.2}, {"diversity": 0.19}, "mode collapse"),
-        (
-            {"discriminator_accuracy": 1.0, "generator_loss": 4.0},
-            {"discriminator_accuracy": 1.0, "generator_loss": 4.1},
-            "discriminator wins",
-        ),
-        (
-            {"discriminator_accuracy": 0.99, "generator_loss": 9.0},
-            {"discriminator_accuracy": 0.995, "generator_loss": 9.0},
-            "discriminator wins",
-        ),
-        ({"discriminator_accuracy": 0.2}, {"discriminator_accuracy": 0.19}, "discriminator loses"),
-        (
-            {"discriminator_accuracy": 0.5, "coverage": 0.1},
-            {"discriminator_accuracy": 0.5, "coverage": 0.09},
-            "discriminator guesses",
-        ),
-        (
-            {"discriminator_accuracy": 0.56, "coverage": 0.0},
-            {"discriminator_accuracy": 0.54, "coverage": 0.0},
-            "discriminator guesses",
-        ),
+        (of_d(1.0, generator_loss=4.0), of_d(1.0, generator_loss=4.1), "discriminator wins"),
+        (of_d(0.99, generator_loss=9.0), of_d(0.995, generator_loss=9.0), "discriminator wins"),
+        (of_d(0.2), of_d(0.19), "discriminator loses"),
+        (of_d(0.5, coverage=0.1), of_d(0.5, coverage=0.09), "discriminator guesses"),
+        (of_d(0.56, coverage=0.0), of_d(0.54, coverage=0.0), "discriminator guesses"),
         ({"active_units": 1, "kl": 3.0}, {"active_units": 0, "kl": 3.0}, "posterior collapse"),
         ({"kl": 0.2, "latent": 20}, {"kl": 0.19, "latent": 20}, "posterior collapse"),
         ({"figures": {"loss": 1.0}}, {"figures": {"loss": math.nan}}, "not finite: loss"),

@@ -137,10 +137,6 @@ def nested_lists(depth):
     return nested(depth, b"]", b"](%s%se")
 
 
-def nested_tuples(depth):
-    return nested(depth, b"K\x01", b"%s%s\x86")
-
-
 def entries(*items):
     return b"\x80\x02}(" + b"".join(items) + b"u."
 
@@ -152,7 +148,7 @@ def named(value):
 DATA = b"".join([named(b"data"), b"]"])
 PICKLES = {
     "labels": (entries(DATA, named(b"labels"), nested_lists(60)), "expected an array of bytes"),
-    "key": (entries(nested_tuples(60), b"K\x01"), "tuples in tuples"),
+    "key": (entries(nested(60, b"K\x01", b"%s%s\x86"), b"K\x01"), "tuples in tuples"),
     "wide key": (entries(b"(" + b"K\x01" * 2000 + b"tq\x00(" + b"h\x00" * 2000 + b"t", b"K\x01"), "tuples in tuples"),
     "memo": (entries(b"K\x01r\xff\xff\xff\x7f", b"K\x01"), "with data, got 1"),
     "bytes": (b"\x80\x04}(" + b"\x8e" + struct.pack("<Q", 1 << 60), "expected a CIFAR-10 batch"),
@@ -243,13 +239,8 @@ def test_other_files_in_a_zip_do_not_count(tmp_path):
 def test_of_files_of_one_name_in_a_zip_the_last_counts(tmp_path):
     members = [("a.txt", "old text"), ("a.txt", "new text"), ("b.txt", "other"), ("./b.txt", "other too")]
     assert text.load(zipped(tmp_path / "a.zip", members)).documents == ["new text", "other too"]
-    members = [
-        ("a.png", png(4, 4)),
-        ("a.png", png(4, 4)),
-        ("b\\c.png", png(2, 2)),
-        ("./b/c.png", png(4, 4)),
-        ("c/d.png", png()),
-    ]
+    large = png(4, 4)
+    members = [("a.png", large), ("a.png", large), ("b\\c.png", png(2, 2)), ("./b/c.png", large), ("c/d.png", png())]
     members = [(f"a/{name.removeprefix('b/')}" if name == "a.png" else name, content) for name, content in members]
     assert data.load(zipped(tmp_path / "b.zip", members)).labels.tolist() == [0, 1, 2]
 

@@ -355,10 +355,7 @@ def test_a_split_is_about_as_large_as_asked():
 @pytest.mark.parametrize(
     ("document", "tail"),
     [
-        (
-            "\n\n".join(f"paragraph {k}\nwith lines" for k in range(10)),
-            "paragraph 8\nwith lines\n\nparagraph 9\nwith lines",
-        ),
+        ("\n\n".join(f"passage {k}\nof lines" for k in range(10)), "passage 8\nof lines\n\npassage 9\nof lines"),
         ("\n".join(f"line {k}" for k in range(10)), "line 8\nline 9"),
         (" ".join(f"word{k}" for k in range(10)), "word8 word9"),
         ("head\n\n" + "\n".join(f"line {k}" for k in range(10)), "line 8\nline 9"),

@@ -163,9 +163,8 @@ def test_nan_comes_out_of_a_folded_transpose(folds, activation):
 
 
 def test_output_padding_beyond_the_stride_is_torchs(folds):
-    plain = nn.Sequential(
-        nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1), nn.BatchNorm2d(5), nn.ReLU()
-    ).eval()
+    conv = nn.ConvTranspose2d(3, 5, 3, dilation=2, output_padding=1)
+    plain = nn.Sequential(conv, nn.BatchNorm2d(5), nn.ReLU()).eval()
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert_close(FusedSequential(*plain).eval()(x), plain(x))

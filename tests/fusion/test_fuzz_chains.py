@@ -63,11 +63,8 @@ def _hook_ignored(monkeypatch):
 
 def _layout(monkeypatch):
     monkeypatch.setattr("genai_fast.fusion.run.relaid", lambda x, wanted: x)
-    monkeypatch.setattr(fuzz_chains, "_choosing", _channels_last(fuzz_chains._choosing))
-
-
-def _channels_last(choosing):
-    return lambda name, seed: choosing("channels_last", seed)
+    choosing = fuzz_chains._choosing
+    monkeypatch.setattr(fuzz_chains, "_choosing", lambda name, seed: choosing("channels_last", seed))
 
 
 @pytest.mark.parametrize(

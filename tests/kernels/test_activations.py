@@ -74,10 +74,8 @@ def test_gradient_penalty_in_float32(backend, save_output):
         return torch.autograd.grad((g.norm(dim=1) - 1).square().mean(), (x, bias))
 
     with use_backend(backend):
-        got = penalty(
-            lambda z: ops.bias_act(z, bias, save_output=save_output),
-            lambda z: ops.act_dropout(z, 0.3, seed=3, save_output=save_output),
-        )
+        saved = {"save_output": save_output}
+        got = penalty(lambda z: ops.bias_act(z, bias, **saved), lambda z: ops.act_dropout(z, 0.3, seed=3, **saved))
         keep = ops.act_dropout(torch.ones(6, 8, device=DEVICE), 0.3, activation="none", seed=3)
     expected = penalty(lambda z: F.leaky_relu(z + bias, 0.2), lambda z: F.leaky_relu(z, 0.2) * keep)
     for a, b in zip(got, expected, strict=True):

@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.extension import extension
 from genai_fast.kernels.conv_transpose import cpu_kernel
-from genai_fast.kernels.conv_transpose.cpu_kernel import (
-    conv_transpose,
-    conv_transpose_grad_input,
-    conv_transpose_grad_weight,
-)
+from genai_fast.kernels.conv_transpose.cpu_kernel import conv_transpose
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS as FEW
 
 pytestmark = [pytest.mark.skipif(extension()[0] is None, reason=extension()[1]), pytest.mark.usefixtures("one_thread")]
@@ -210,14 +206,14 @@ def _gradients(grad_y, x, weight, stride, padding, more):
 def _assert_gradients_right(grad_y, x, weight, stride=(2, 2), padding=(1, 1), more=(0, 0), expected=None):
     """3 times PyTorch's own error at most."""
     kernel = list(weight.shape[2:])
-    grad_x = conv_transpose_grad_input(grad_y, weight, list(x.shape[2:]), stride, padding)
-    grad_weight = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding)
+    grad_x = cpu_kernel.conv_transpose_grad_input(grad_y, weight, list(x.shape[2:]), stride, padding)
+    grad_weight = cpu_kernel.conv_transpose_grad_weight(grad_y, x, kernel, stride, padding)
     expected = expected or _expected(_gradients, (grad_y, x, weight), (stride, padding, more), 3)
     for ours, truth, allowed in zip((grad_x, grad_weight), *expected, strict=True):
         assert ours.dtype is x.dtype and ours.shape == truth.shape
         assert _error(ours, truth) <= allowed, (x.shape, weight.shape, stride, padding, more)
     assert grad_x.is_contiguous(memory_format=torch.channels_last) and grad_weight.is_contiguous()
-    last = conv_transpose_grad_weight(grad_y, x, kernel, stride, padding, True)
+    last = cpu_kernel.conv_transpose_grad_weight(grad_y, x, kernel, stride, padding, True)
     assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, grad_weight)
     return grad_x, grad_weight
 
@@ -276,15 +272,17 @@ def test_threads_do_not_change_a_bit_of_gradients(isa, batch):
 
 def test_gradients_of_an_empty_batch(isa):
     x, weight, grad_y = _normal(0, 4, 5, 5), _normal(4, 3, 4, 4), _normal(0, 3, 10, 10)
-    assert conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1]).shape == x.shape
-    assert torch.equal(conv_transpose_grad_weight(grad_y, x, [4, 4], [2, 2], [1, 1]), torch.zeros_like(weight))
+    assert cpu_kernel.conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1]).shape == x.shape
+    assert torch.equal(
+        cpu_kernel.conv_transpose_grad_weight(grad_y, x, [4, 4], [2, 2], [1, 1]), torch.zeros_like(weight)
+    )
 
 
 def test_refuses_gradients_that_do_not_fit():
     x, weight, grad_y = _normal(2, 4, 5, 5), _normal(4, 3, 4, 4), _normal(2, 3, 12, 10)
     with pytest.raises(ValueError, match=r"grad_y: expected the gradient of a result .* got .*\(2, 3, 12, 10\)"):
-        conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1])
+        cpu_kernel.conv_transpose_grad_input(grad_y, weight, [5, 5], [2, 2], [1, 1])
     with pytest.raises(ValueError, match=r"got torch\.float64"):
-        conv_transpose_grad_weight(grad_y[:, :, :10].double(), x, [4, 4], [2, 2], [1, 1])
+        cpu_kernel.conv_transpose_grad_weight(grad_y[:, :, :10].double(), x, [4, 4], [2, 2], [1, 1])
     with pytest.raises(ValueError, match=f"expected 1 to {FEW} output channels, got 9"):
-        conv_transpose_grad_weight(_normal(2, 9, 10, 10), x, [4, 4], [2, 2], [1, 1])
+        cpu_kernel.conv_transpose_grad_weight(_normal(2, 9, 10, 10), x, [4, 4], [2, 2], [1, 1])

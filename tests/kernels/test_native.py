@@ -63,9 +63,8 @@ def test_packed_sequences_must_cover_the_rows(name, place):
         compiled(q, k, v, *starts)
     lse = torch.zeros(1, 2, 6)
     with pytest.raises(ValueError, match=message.replace("attention", "attention_backward", 1)):
-        LIBRARY.causal_attention_backward(
-            q, None, q, k, v, q, lse, *starts, 6, 6, None, 0.35, 0, 0.0, True, 0.0, 0, "cpu"
-        )
+        settings = (6, 6, None, 0.35, 0, 0.0, True, 0.0, 0, "cpu")
+        LIBRARY.causal_attention_backward(q, None, q, k, v, q, lse, *starts, *settings)
 
 
 def test_starts_that_wrap_in_int32_are_refused():
@@ -103,19 +102,13 @@ def backward(q, k, v, **changed):
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"grad_lse": torch.ones(1)},
-        {"grad_lse": torch.ones(1, 2, 5)},
-        {"out": torch.ones(1, 2, 6, 8, dtype=torch.float16)},
-        {"lse": torch.ones(1, 1, 6)},
-    ],
-    ids=["grad_lse", "grad_lse_rows", "out_dtype", "lse"],
+    ("name", "shape"), [("grad_lse", (1,)), ("grad_lse", (1, 2, 5)), ("out", (1, 2, 6, 8)), ("lse", (1, 1, 6))]
 )
-def test_what_belongs_to_rows_of_q_must_fit(changed):
+def test_what_belongs_to_rows_of_q_must_fit(name, shape):
     q, k, v = heads()
+    dtype = torch.float16 if name == "out" else torch.float32
     with pytest.raises(ValueError, match="expected a gradient and a result of q's"):
-        backward(q, k, v, **changed)
+        backward(q, k, v, **{name: torch.ones(shape, dtype=dtype)})
 
 
 @pytest.mark.parametrize("causal", [True, False])

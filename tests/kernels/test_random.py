@@ -81,10 +81,8 @@ def test_offset_continues_the_stream(backend, offset):
     whole = torch.zeros(6, 7, device=DEVICE)
     with use_backend(backend):
         z = ops.reparameterize(whole, whole, seed=11, offset=offset)
-        parts = [
-            ops.reparameterize(whole[rows], whole[rows], seed=11, offset=offset + 7 * rows.start)
-            for rows in (slice(0, 2), slice(2, 3), slice(3, 6))
-        ]
+        firsts, cuts = (0, 2, 3), whole.split((2, 1, 3))
+        parts = [ops.reparameterize(x, x, seed=11, offset=offset + 7 * k) for k, x in zip(firsts, cuts, strict=True)]
     assert torch.equal(z, torch.cat(parts))
 
 

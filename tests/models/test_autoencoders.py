@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from alike import assert_close, assert_gradients_close, step, strides
+from alike import assert_close, assert_gradients, step, strides
 from torch import nn
 
 from genai_fast import data
@@ -66,7 +66,7 @@ def test_autoencoder_is_the_same_as_stock_modules(size, channels):
             ((y,), found), ((z,), expected) = (step(m.train(training), given) for m in (model, copied))
             assert_close(y, z)
             assert strides(y) == strides(z)
-            assert_gradients_close(found, expected)
+            assert_gradients(found, expected)
     assert_close(model.reconstruct(x), model(x))
     assert not model.reconstruct(x).requires_grad
 
@@ -227,16 +227,10 @@ def test_an_interpolation_between_classes():
         (lambda: ConvVAE(64, widths=()), r"widths: expected at least 1, got 0"),
         (lambda: ConvVAE(channels=0), r"ConvVAE: channels: expected at least 1, got 0"),
         (lambda: ConditionalVAE(0), r"ConditionalVAE: classes: expected at least 1, got 0"),
-        (
-            lambda: ConvVAE(8, **SMALL).interpolate(torch.zeros(1, 8, 8), torch.zeros(1, 8, 8), 0),
-            r"interpolate: steps: expected at least 1, got 0",
-        ),
+        (lambda: ConvVAE(8, **SMALL).interpolate(*torch.zeros(2, 1, 8, 8), 0), "steps: expected at least 1, got 0"),
         (lambda: ConvVAE(8, **SMALL)(torch.zeros(1, 1, 16, 16)), r"ConvVAE: expected images \[B, 1, 8, 8\], got"),
         (lambda: Autoencoder(8, **SMALL)(torch.zeros(1, 3, 8, 8)), r"Autoencoder: expected images \[B, 1, 8, 8\]"),
-        (
-            lambda: ConditionalVAE(10, 8, **SMALL).sample(2, torch.tensor([1, 10])),
-            r"ConditionalVAE: labels: expected 0 to 9, got 10",
-        ),
+        (lambda: ConditionalVAE(10, 8, **SMALL).sample(2, torch.tensor([1, 10])), "labels: expected 0 to 9, got 10"),
         (
             lambda: ConditionalVAE(10, 8, **SMALL).training_step(torch.zeros(2, 1, 8, 8), torch.zeros(2)),
             r"ConditionalVAE: labels: expected int64, got torch.float32",

@@ -48,9 +48,8 @@ def run(system, tmp_path):
     torch.manual_seed(0)
     model = system.model()
     Step(model, make_optimizer(model, system.config))(*system.inputs("cpu"))
-    about = (
-        {"tokenizer": TOKENIZER} if system.is_text else {"shape": system.shape, "classes": CLASSES[: system.classes]}
-    )
+    about = {"shape": system.shape, "classes": CLASSES[: system.classes]}
+    about = {"tokenizer": TOKENIZER} if system.is_text else about
     return Opened(tmp_path, system.recipe, system.config, model.eval(), **about)
 
 
@@ -98,9 +97,8 @@ def test_it_draws_or_writes(run, system):
     model = run.model
     if system.is_text:
         for prompt in ([3, 1, 2], []):
-            written, again = (
-                list(model.write_ids(Request(prompt, TOKENIZER.end, Sampler(seed=7), 9, 7))) for _ in range(2)
-            )
+            requests = (Request(prompt, TOKENIZER.end, Sampler(seed=7), 9, 7) for _ in range(2))
+            written, again = (list(model.write_ids(request)) for request in requests)
             assert written == again and len(written) <= 9 and all(0 <= token < TOKENIZER.end for token in written)
         style = text_generation.Style(max_tokens=9)
         assert "".join(text_generation.write(model, TOKENIZER, "ab", style)) is not None

@@ -140,13 +140,12 @@ def test_modules_that_are_not_plain_are_called():
     class Mine(torch.nn.Linear):
         pass
 
-    def adapted(model):
-        model.transformer.h[0].mlp.c_fc = Mine(64, 256)
-
-    def hooked(model):
-        model.lm_head.register_forward_hook(lambda *_: None)
-
-    for change in (adapted, hooked, lambda m: m.transformer.ln_f.double(), lambda m: m.double()):
+    for change in (
+        lambda m: setattr(m.transformer.h[0].mlp, "c_fc", Mine(64, 256)),
+        lambda m: m.lm_head.register_forward_hook(lambda *_: None),
+        lambda m: m.transformer.ln_f.double(),
+        lambda m: m.double(),
+    ):
         model = gpt()
         with use_backend("triton"):
             assert gpt_decoding.serves(model, 16) and not gpt_decoding.serves(model, 17)
@@ -168,12 +167,9 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
             call()
         return autotune.Choice(faster, {})
 
-    for module, name, instead in (
-        (gpt_decoding, "_graphed", graphed),
-        (autotune, "_measure", measure),
-        (gpt_decoding, "serves", lambda *_: True),
-    ):
-        monkeypatch.setattr(module, name, instead)
+    monkeypatch.setattr(gpt_decoding, "_graphed", graphed)
+    monkeypatch.setattr(gpt_decoding, "serves", lambda *_: True)
+    monkeypatch.setattr(autotune, "_measure", measure)
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
     autotune.forget()
     for _ in range(2):  # the second decoder remembers

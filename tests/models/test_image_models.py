@@ -9,16 +9,9 @@ from alike import assert_alike
 from torch import nn
 
 from genai_fast import models, unfuse
-from genai_fast.models import (
-    MODELS,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    DenseDiscriminator,
-    DenseGenerator,
-    DenseGeneratorK4,
-    MLPDiscriminator,
-    dcgan_init,
-)
+from genai_fast.models import MODELS
+from genai_fast.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator, dcgan_init
+from genai_fast.models.gan.dense import DenseDiscriminator, DenseGenerator, DenseGeneratorK4, MLPDiscriminator
 
 SMALL = {
     **{

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import assert_close, assert_gradients_close, gradients
+from alike import assert_close, assert_gradients, gradients
 
 from genai_fast.models.lstm import LSTMLanguageModel
 from genai_fast.models.lstm.plain import PlainLSTMLanguageModel
@@ -38,7 +38,7 @@ def stream(pieces=4, rows=3, tokens=9, seed=1):
         yield ids[:, start : start + tokens], ids[:, start + 1 : start + tokens + 1], carry
 
 
-def test_keys_are_the_usual_ones_and_weights_load_both_ways():
+def test_keys_are_the_usual_ones_and_weights_load_both():
     model, peer = pair()
     model.load_state_dict(peer.state_dict())
     lstm = [f"lstm.{kind}_{of}_l{k}" for k in range(2) for kind in ("weight", "bias") for of in ("ih", "hh")]
@@ -55,7 +55,7 @@ def test_losses_and_gradients_over_a_stream_are_the_peers(layers):
         losses, expected = model.training_step(x, y, carry), peer.loss(x, y, carry)
         assert losses.loss.dtype == torch.float32 and losses.loss.shape == ()
         assert_close(losses.loss, expected)
-        assert_gradients_close(gradients(model, losses.loss), gradients(peer, expected))
+        assert_gradients(gradients(model, losses.loss), gradients(peer, expected))
 
 
 def test_it_learns_as_the_peer_does():
@@ -119,7 +119,7 @@ def test_no_gradient_flows_through_the_carried_state():
     assert not model.h.requires_grad
     alone = small()
     alone.load_carried(model_state_after(pieces[0]))
-    assert_gradients_close(gradients(model, second), gradients(alone, alone.training_step(*pieces[1]).loss), 1e-5)
+    assert_gradients(gradients(model, second), gradients(alone, alone.training_step(*pieces[1]).loss), 1e-5)
     first.loss.backward()  # its graph is its own
 
 
@@ -222,10 +222,7 @@ def test_copies_and_moves():
     [
         (lambda: small(layers=0), "layers: expected at least 1, got 0"),
         (lambda: small(dropout=-0.1), "dropout: expected 0 <= dropout < 1, got -0.1"),
-        (
-            lambda: small()(torch.full((1, 2), 31)),
-            "expected token ids from 0 to 30, got 31; encode the text with the model's own",
-        ),
+        (lambda: small()(torch.full((1, 2), 31)), "expected token ids from 0 to 30, got 31; encode the text"),
         (
             lambda: small().training_step(*next(stream())[:2], torch.ones(4)),
             r"carry: expected shape \(3,\), one number for each row of x, got \(4,\)",

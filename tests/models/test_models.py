@@ -14,7 +14,7 @@ def digits(count: int = 64) -> torch.Tensor:
     return data.load("digits").split(0.1, seed=0)[0].batch(slice(0, count))
 
 
-def test_keys_are_the_classic_ones_and_weights_load_both_ways():
+def test_keys_are_the_classic_ones_and_weights_load_both():
     model, peer = MLPVAE(64, 32, 5), PlainMLPVAE(64, 32, 5)
     assert list(model.state_dict()) == list(peer.state_dict()) == KEYS
     peer.load_state_dict(model.state_dict())

@@ -226,11 +226,8 @@ def test_numbers_are_checked_in_one_place():
 def test_images_one_pixel_wide_have_the_right_weight_gradient(plane, dtype, kernel, stride, padding):
     """oneDNN's in bfloat16 may read beyond them."""
     x = _rows(3, 17, *plane).to(dtype).contiguous(memory_format=torch.channels_last)
-    for call, truth, shape in (
-        (ops.conv2d, F.conv2d, (8, 17, *kernel)),
-        (ops.conv_transpose2d, F.conv_transpose2d, (17, 8, *kernel)),
-    ):
-        weight = _rows(*shape).to(dtype).requires_grad_()
+    for call, truth, channels in ((ops.conv2d, F.conv2d, (8, 17)), (ops.conv_transpose2d, F.conv_transpose2d, (17, 8))):
+        weight = _rows(*channels, *kernel).to(dtype).requires_grad_()
         wide = weight.detach().double().requires_grad_()
         try:
             right = truth(x.double(), wide, None, stride, padding)

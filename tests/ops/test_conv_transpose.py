@@ -159,9 +159,8 @@ def test_second_derivative_of_a_block(case, backend):
     def penalty(function, inputs):
         y = function(**inputs)
         leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        first = torch.autograd.grad(
-            (y * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)).sum(), leaves, create_graph=True
-        )
+        upstream = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)
+        first = torch.autograd.grad((y * upstream).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), leaves, materialize_grads=True)
 
     wide = {

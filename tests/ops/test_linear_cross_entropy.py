@@ -88,11 +88,7 @@ def test_only_what_is_needed_gets_a_gradient(frozen, reduction):
     leaves.pop(frozen).requires_grad_(False)
     loss = ops.linear_cross_entropy(x, weight, target, bias, chunk=8, reduction=reduction).sum()
     expected = F.cross_entropy(F.linear(x, weight, bias).flatten(0, 1), target.flatten(), reduction=reduction).sum()
-    for a, b in zip(
-        torch.autograd.grad(loss, list(leaves.values())),
-        torch.autograd.grad(expected, list(leaves.values())),
-        strict=True,
-    ):
+    for a, b in zip(*(torch.autograd.grad(y, list(leaves.values())) for y in (loss, expected)), strict=True):
         assert_near(a, b)
 
 
@@ -124,9 +120,7 @@ def test_chunks_under_autocast():
         expected = F.cross_entropy(F.linear(x, weight, bias).flatten(0, 1), target.flatten())
     assert loss.dtype is torch.float32
     assert_near(loss, expected, 2e-3)
-    for a, b in zip(
-        torch.autograd.grad(loss, (x, weight, bias)), torch.autograd.grad(expected, (x, weight, bias)), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias)) for y in (loss, expected)), strict=True):
         assert a.dtype is torch.float32
         assert (a - b).norm() / b.norm() < 2e-2
     with pytest.raises(TypeError, match="weight"):
@@ -139,9 +133,8 @@ def test_accumulated_gradients_are_those_of_the_sum():
     parameters = (x, weight, bias)
     for scale in (1.0, 3.0):
         (scale * ops.linear_cross_entropy(x, weight, target, bias, chunk=8)).backward()
-    expected = torch.autograd.grad(
-        4.0 * F.cross_entropy(F.linear(*parameters).flatten(0, 1), target.flatten()), parameters
-    )
+    loss = F.cross_entropy(F.linear(*parameters).flatten(0, 1), target.flatten())
+    expected = torch.autograd.grad(4.0 * loss, parameters)
     for p, e in zip(parameters, expected, strict=True):
         assert_near(p.grad, e)
 
@@ -190,9 +183,8 @@ def test_gradcheck(reduction):
     target[0] = 1
 
     def chunked(x, weight, bias):
-        return ops.linear_cross_entropy(
-            x, weight, target, bias, chunk=2, label_smoothing=0.1, z_loss=0.1, reduction=reduction
-        )
+        settings = {"label_smoothing": 0.1, "z_loss": 0.1, "reduction": reduction}
+        return ops.linear_cross_entropy(x, weight, target, bias, chunk=2, **settings)
 
     assert torch.autograd.gradcheck(chunked, (x, weight, bias))
     assert torch.autograd.gradgradcheck(chunked, (x, weight, bias))

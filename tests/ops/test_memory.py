@@ -53,11 +53,8 @@ def test_a_tensor_of_known_zeros_counts_as_zeros(call, shape, backend):
 def test_every_tensor_of_a_list_is_surveyed():
     plain = [torch.ones(2) for _ in range(3)]
     assert survey((plain,)) == ("cpu", torch.float32, False)
-    for odd in (
-        _zero(2),
-        torch._neg_view(torch.ones(2)),
-        torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {})),
-    ):
+    other = type("Other", (torch.Tensor,), {})
+    for odd in (_zero(2), torch._neg_view(torch.ones(2)), torch.ones(2).as_subclass(other)):
         for k in range(3):
             assert survey(([*plain[:k], odd, *plain[k:]],))[2]
 

@@ -194,9 +194,8 @@ def test_torch_compile_keeps_the_kernels(op, case):
         return graph.forward
 
     inputs = case.inputs(Tensors(device=DEVICE))
-    compiled = torch.compile(
-        getattr(ops, op.name), fullgraph=True, backend=aot_autograd(fw_compiler=collect, bw_compiler=collect)
-    )
+    backend = aot_autograd(fw_compiler=collect, bw_compiler=collect)
+    compiled = torch.compile(getattr(ops, op.name), fullgraph=True, backend=backend)
     outputs = compiled(**inputs)
     _gradients(op, inputs, [outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
     assert called
@@ -205,10 +204,8 @@ def test_torch_compile_keeps_the_kernels(op, case):
 
 @_parametrize(DIFFERENTIABLE, "latent_20", "mnist")
 def test_torch_export(op, case):
-    inputs = {
-        name: x.detach() if isinstance(x, torch.Tensor) else x
-        for name, x in case.inputs(Tensors(device=DEVICE)).items()
-    }
+    inputs = case.inputs(Tensors(device=DEVICE))
+    inputs = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
     class Model(torch.nn.Module):
         def forward(self, *values):

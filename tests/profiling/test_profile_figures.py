@@ -245,13 +245,8 @@ def _report(device="cpu", threads=64, left_alone=(), operators=(), tune_cpu="", 
         ], "arithmetic": {"float32": 1.0}, "convolutions": 0, "convolutions_not_channels_last": 0,
         "operator_calls": 10.0, "kernels": 250.0, "launches": 240.0, **figures,
     }  # fmt: skip
-    return {
-        "device": device,
-        "environment": {"threads": threads},
-        "left_alone": left_alone,
-        "tune_cpu": tune_cpu,
-        "variants": {"eager": found, "fused": found},
-    }
+    head = {"device": device, "environment": {"threads": threads}, "left_alone": left_alone, "tune_cpu": tune_cpu}
+    return {**head, "variants": {"eager": found, "fused": found}}
 
 
 RULES = {

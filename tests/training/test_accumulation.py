@@ -101,11 +101,8 @@ def test_the_sum_of_two_kinds_of_means_is_warned_of():
 def test_what_a_loss_counts_is_summed():
     y = torch.tensor([0, -100, 1, 2])
     net = nn.Linear(3, 4)
-    step = Step(
-        lambda x, y: {"weight": counted(y), "loss": F.cross_entropy(net(x), y)},
-        torch.optim.SGD(net.parameters(), lr=0.0),
-        accumulate=2,
-    )
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    step = Step(lambda x, y: {"weight": counted(y), "loss": F.cross_entropy(net(x), y)}, sgd, accumulate=2)
     assert int(step(torch.randn(4, 3), y)["weight"]) == 3
 
 

@@ -269,19 +269,14 @@ def test_an_abandoned_thread_ends(depth, how):
 
 
 def test_neither_exit_nor_interrupt_waits_for_it():
-    slow = (
-        "import time, genai_fast.data as d\ndef items():\n    while True:\n        yield 1\n        time.sleep(DELAY)\n"
-    )
-    kept = slow.replace("DELAY", "0.01") + "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\n"
+    slow = "import time, genai_fast.data as d\ndef items():\n  while True:\n    yield 1\n    time.sleep(DELAY)\n"
+    slow += "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\n"
+    kept = slow.replace("DELAY", "0.01")
     done = subprocess.run([sys.executable, "-c", kept], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also where it is ignored
-    waiting = (
-        slow.replace("DELAY", "1000") + "feed = d.ahead(items())\nnext(feed)\nprint('ready', flush=True)\nnext(feed)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", heard + waiting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", f"{heard}{slow.replace('DELAY', '1000')}next(feed)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
@@ -298,10 +293,7 @@ def test_pinned_batches(digits):
 
 def test_labels_in_files_are_checked(tmp_path):
     pixels = np.zeros((2, 3, 3), np.uint8)
-    for labels, message in (
-        ([0, -1], "integers from 0 on"),
-        ([0, 2**40], "expected labels below 65536, got 1099511627776"),
-    ):
-        np.savez(tmp_path / "a.npz", images=pixels, labels=np.array(labels))
+    for label, message in ((-1, "integers from 0 on"), (2**40, "expected labels below 65536, got 1099511627776")):
+        np.savez(tmp_path / "a.npz", images=pixels, labels=np.array([0, label]))
         with pytest.raises(DataError, match=message):
             data.load(tmp_path / "a.npz")

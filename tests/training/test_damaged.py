@@ -228,12 +228,9 @@ def test_what_is_not_damage_is_never_to_be_removed(tmp_path, monkeypatch, error)
 def test_a_missing_package_is_said_and_not_taken_for_damage(tmp_path, monkeypatch):
     path, _, _ = saved(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for call in (
-        lambda: checkpoint.load_model(path, new()[0]),
-        lambda: checkpoint.load_matching(path / MODEL, new()[0]),
-    ):
+    for load, source in ((checkpoint.load_model, path), (checkpoint.load_matching, path / MODEL)):
         with pytest.raises(UsageError, match=r"safetensors does not import \(.*\); remedy: pip install") as caught:
-            call()
+            load(source, new()[0])
         assert "remove" not in str(caught.value)
 
 

@@ -109,9 +109,8 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(folder, name, way):
 
 def test_one_process_writes_and_all_have_the_same_weights(folder):
     for name in cases.RUNS.keys() - cases.SHARDED.keys():
-        one, two = (
-            {str(p.relative_to(run)) for p in run.rglob("*")} for run in (folder / "one" / name, folder / "two" / name)
-        )
+        runs = [folder / count / name for count in ("one", "two")]
+        one, two = ({str(path.relative_to(run)) for path in run.rglob("*")} for run in runs)
         assert one == two
     (first, _), (second, _) = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys() == cases.RUNS.keys() - cases.SHARDED.keys() - {"bfloat16"}

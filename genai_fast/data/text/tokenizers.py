@@ -293,8 +293,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     if isinstance(contents, dict) and isinstance(contents.get("model"), dict) and "vocab" in contents["model"]:
         return _bpe(gpt2_tokenizer.of_model(contents, path), path)
     if not isinstance(contents, dict) or contents.get("form") != _FORM or contents.get("kind") not in KINDS:
+        got = f"fields {listed(contents)}" if isinstance(contents, dict) else type(contents).__name__
         raise DataError(
-            f'{path}: expected a JSON object of form "{_FORM}" and kind {", ".join(KINDS)}; got {_brief(contents)};'
+            f'{path}: expected a JSON object of form "{_FORM}" and kind {", ".join(KINDS)}; got {got};'
             f" remedy: the file that Tokenizer.save wrote"
         )
     if contents.get("version") != _VERSION:
@@ -316,10 +317,6 @@ def _bpe(contents: dict[str, Any], path: Path) -> BPETokenizer:
 
 
 _ANEW = "save it again"
-
-
-def _brief(contents: Any) -> str:
-    return f"fields {listed(contents)}" if isinstance(contents, dict) else type(contents).__name__
 
 
 def _check_char(contents: dict[str, Any]) -> str:

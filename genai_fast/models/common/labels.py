@@ -2,6 +2,8 @@
 
 import torch
 
+from genai_fast.ops.dispatch import transformed
+
 
 def check(owner: str, labels: torch.Tensor, count: int, classes: int) -> None:
     """Labels are int64 [count]; their range is looked at on the CPU only, as elsewhere it would cost a wait."""
@@ -12,16 +14,11 @@ def check(owner: str, labels: torch.Tensor, count: int, classes: int) -> None:
             f"{owner}: labels: expected shape ({count},), one for each sample, got {tuple(labels.shape)};"
             f" one-hot ones become such by .argmax(1)"
         )
-    if count and labels.is_cpu and not _transformed():
+    if count and labels.is_cpu and not transformed():
         low, high = (int(x) for x in labels.aminmax())
         if low < 0 or high >= classes:
             wrong = low if low < 0 else high
             raise ValueError(f"{owner}: labels: expected 0 to {classes - 1}, got {wrong}; remedy: another classes=")
-
-
-def _transformed() -> bool:
-    """Whether torch.compile or one of torch.func's transforms sees this call: neither lets values be looked at."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def with_plane(x: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:

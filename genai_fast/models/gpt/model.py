@@ -195,8 +195,8 @@ class GPT(WriteOn, nn.Module):
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         self.check_ids(x)
         p = self.dropout if self.training else 0.0
-        attend = functools.partial(_causal, p)
-        return self.run(x, first_rows(self.transformer.wpe, x.size(1), x.device), attend)
+        places = first_rows(self.transformer.wpe, x.size(1), x.device)
+        return self.run(x, places, lambda layer, q, k, v: ops.causal_attention(q, k, v, dropout=p))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GPT:
         tied = shared_parameters(self)
@@ -234,10 +234,6 @@ def load_gpt2(model: GPT | None, tensors: Mapping[str, Any], *, heads: int | Non
         checkpoint.check(state, model.state_dict())
     model.load_state_dict(state)
     return model
-
-
-def _causal(p: float, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return ops.causal_attention(q, k, v, dropout=p)
 
 
 def _dropped(x: torch.Tensor, module: GPT | _Block) -> torch.Tensor:
