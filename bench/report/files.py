@@ -29,7 +29,7 @@ def _finite(value: Any) -> Any:
 def write_all(files: Mapping[Path, bytes]) -> None:
     """Write whole files, creating their folders; if one cannot be written, none is."""
     with contextlib.ExitStack() as stack:
-        for path, content in files.items():
+        for path, content in reversed(files.items()):  # the last to be entered is renamed first
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(atomic_files.whole(path)).write_bytes(content)
 

@@ -84,9 +84,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
             count = y.numel() // y.size(1)
             grad_y = library_call("batch_norm_act_grad", *arguments, *sums, count, *activation, ctx.backend)
             grad_bn_bias, grad_bn_weight = sums
-        gradients = _convolution_gradients(
-            ctx.needs_input_grad, grad_y, x, weight, ctx.stride, ctx.padding, ctx.backend
-        )
+        gradients = _convolution_gradients(ctx, grad_y, x, weight)
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None  # the mean takes the bias away again
         return dict(**gradients, bias=grad_bias, bn_weight=grad_bn_weight, bn_bias=grad_bn_bias)
 
