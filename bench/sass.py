@@ -1,5 +1,7 @@
 """What a compiled kernel uses, read from its machine code (SASS) without a GPU."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import tempfile
@@ -83,7 +85,7 @@ def _parse(code: str) -> list[_Instruction]:
 
 
 def _largest_loop(program: list[_Instruction]) -> int:
-    """Instructions of the largest natural loop; waits on a barrier are loops too, but small."""
+    """Instructions of the largest natural loop; waits on a barrier and the like are loops too, but small."""
     index = {instruction.address: i for i, instruction in enumerate(program)}
     successors = []
     for i, instruction in enumerate(program):
