@@ -77,7 +77,7 @@ def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
                 for k, case in enumerate(op.cases):
                     for dtype in _dtypes(op, k, backend, device):
                         yield Run(op, case, dtype, backend, device)
-                if (op.folder, backend) == (CONVOLUTIONS, "triton") and not interpreting():
+                if (op.folder, backend) == (CONVOLUTIONS, "triton") and (device == "cuda" or not interpreting()):
                     yield Run(op, op.cases[0], torch.float32, backend, device, tf32=True)
 
 

@@ -66,9 +66,16 @@ def _say(figures: str, comparison: Comparison, step: str, *commands: Iterable[ob
     """Figures, the speed of a training step, and what to try next."""
     speed = f"{comparison.speedup('fused', over='eager'):.2f} x eager PyTorch, a training step of {step}"
     lines = [f"{speed}; measured just now:", *str(comparison).splitlines()]
-    for name, block in (("speed:", lines), ("next:", [command(*words) for words in commands])):
-        figures += "".join(f"\n{'' if k else name:12}{line}" for k, line in enumerate(block))
-    print(figures)
+    print("\n".join([figures, _titled("speed:", lines), _next(*commands)]))
+
+
+def _next(*commands: Iterable[object]) -> str:
+    """Commands to go on with, one per line."""
+    return _titled("next:", [command(*words) for words in commands])
+
+
+def _titled(title: str, lines: Iterable[str]) -> str:
+    return "\n".join(f"{'' if k else title:12}{line}" for k, line in enumerate(lines))
 
 
 def _measured(eager: Callable[[], Any], fused: Callable[[], Any], rounds: int) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -119,8 +120,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
-class Metrics:
-    """Appends JSON lines; first drops those after the step at which a run goes on, and damaged ones.
+class Metrics(contextlib.AbstractContextManager):
+    """Appends JSON lines; first drops those after the step at which a run resumes, and damaged ones.
 
     Without a path nothing is written. A board gets each record too.
     """

@@ -54,7 +54,9 @@ def keys_tile(size: int, channels: int, extra: int, capability: int) -> dict[str
         return _tile(32, 32, 8, 2)
     if extra:
         alone = extra > 1 and not 100 <= capability < 120
-        return _tile(32, 64, 8, 1 if alone or capability >= (100 if width > 64 else 120) else 2)
+        if alone or capability >= (100 if width > 64 else 120):
+            return _tile(32, 64, 8, 1)
+        return _tile(32, 64, 8, 3 if width > 64 and capability >= 90 else 2)
     if width > 64 or channels % 8:
         return _tile(32, 64, 8, 3)
     return _tile(32, 128, 8, 1 if capability < 90 else 2 if 100 <= capability < 120 else 3)
