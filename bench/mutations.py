@@ -36,16 +36,17 @@ def _less_waiting(line: str) -> str:
     return re.sub(r"(\d+);", lambda m: f"{int(m[1]) + 1};", line)
 
 
+_GUARD = r"(@!?%p\d+ )?"
 # Kind of change: a pattern of the lines that it applies to, and the new line.
 KINDS: dict[str, tuple[str, Callable[[str], str]]] = {
     "barrier removed": (r"bar\.sync", lambda s: ""),
     "cp.async waits for one group less": (r"cp\.async\.wait_group", _less_waiting),
     "wgmma waits for one group less": (r"wgmma\.wait_group", _less_waiting),
     "proxy fence removed": (r"fence\.proxy\.async", lambda s: ""),
-    "release or acquire made relaxed": (r"(atom|ld|st)\..*\.(release|acquire|acq_rel)",
+    "release or acquire made relaxed": (_GUARD + r"(atom|ld|st)\.(.*\.)?(release|acquire|acq_rel)",
                                         lambda s: re.sub(r"\.(release|acquire|acq_rel)", ".relaxed", s)),
-    "shared address 16 bytes on": (r"(st|ld)\.shared.*\[\s*%r\d+\s*\+\s*\d+\s*\]", _later_by_16),
-    "global address 16 bytes on": (r"(@!?%p\d+ )?(st|ld)\.global.*\[\s*%rd\d+\s*\+\s*\d+\s*\]", _later_by_16),
+    "shared address 16 bytes on": (_GUARD + r"(st|ld)\.shared.*\[\s*%r\d+\s*\+\s*\d+\s*\]", _later_by_16),
+    "global address 16 bytes on": (_GUARD + r"(st|ld)\.global.*\[\s*%rd\d+\s*\+\s*\d+\s*\]", _later_by_16),
     "load or store without its mask": (r"@!?%p\d+ (ld|st)\.global", lambda s: re.sub(r"@!?%p\d+ ", "", s)),
     "shuffle with the lane itself": (r"shfl\.sync\.bfly", lambda s: re.sub(r", (\d+), 31, -1", ", 0, 31, -1", s)),
     "matrix product skipped": (r"(mma|wgmma\.mma_async)\.", lambda s: ""),
@@ -70,7 +71,7 @@ class Outcome:
         return "\n".join([*lines, *(f"not noticed: {text}" for text in self.unnoticed)])
 
 
-def mutate(runs: list[Run], gpu: EmulatedGPU, each: int, seed: int = 1) -> Outcome:
+def mutate(runs: list[Run], gpu: EmulatedGPU, each: int, seed: int = 1, verbose: bool = True) -> Outcome:
     """Changes `each` places of each kind in every kernel of these runs, one at a time.
 
     Args:
@@ -95,6 +96,9 @@ def mutate(runs: list[Run], gpu: EmulatedGPU, each: int, seed: int = 1) -> Outco
                 outcome.found[kind][verdict] += 1
                 if verdict == "nothing":
                     outcome.unnoticed.append(f"{kind}: {name} of {run}: {before}")
+        if verbose:
+            tried = sum(sum(verdicts.values()) for verdicts in outcome.found.values())
+            print(f"{run}: {tried} changes so far, {len(outcome.unnoticed)} not noticed", flush=True)
     gpu.change = str
     return outcome
 

@@ -98,7 +98,7 @@ def row(op: OpSpec, case: Case, gpu: EmulatedGPU) -> list[str]:
         found = [predict(r, machine) for r in gpu.records]
         total = sum(p.total for p in found)
         roof = max(cost.bytes / machine.dram, cost.flops / machine.flops)
-        cells += [f"{1e6 * total:.1f}", f"{roof / total:.0%}"]
+        cells += [f"{1e6 * total:.1f}", f"{roof / total:.0%}" if roof < total else "-"]
         longest = max(found, key=lambda p: p.total)
     name = f"{longest.kernel.lstrip('_')}, {1e6 * (longest.total - LAUNCH):.1f}"
     return [op.name, case.name, f"{len(gpu.records)}", *cells, name, longest.limiter]
@@ -117,7 +117,8 @@ def page(rows: Iterable[list[str]]) -> str:
         f"an emulated sm_{ARCH}: `python -m bench.emulate --roofs`. A kernel takes what the busiest resource takes",
         f"at its peak, and {1e6 * LAUNCH:g} us for its launch. The roof is the time that the op's least bytes or",
         "operations take at the data sheet's peak. Nothing here was compared with a GPU: latency, occupancy, the tail",
-        "of a grid, what the L2 holds and what ptxas makes of the PTX are not in it.",
+        "of a grid, what the L2 holds and what ptxas makes of the PTX are not in it, nor are products that an op",
+        "leaves to PyTorch (linear_cross_entropy's; no share then).",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",

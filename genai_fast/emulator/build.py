@@ -1,4 +1,4 @@
-"""Compiles the engine (engine/*.cpp) when it is first needed: `python -m genai_fast.emulator.build`.
+"""Compiles the engine (engine/*.cpp) when it is first needed; as a script at once (CMake's target `emulator`).
 
 Users' wheels hold its sources and no binary. The library lies in build/emulator of a checkout, else in the user's
 cache, under a name that changes with the sources, the flags and the compiler.

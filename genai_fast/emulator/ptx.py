@@ -34,8 +34,9 @@ class Statement:
     line: int  # of the PTX, from 0
 
     def __str__(self) -> str:
-        """For messages: the instruction and its source line."""
-        return f"`{self.text}` of {self.source or f'PTX line {self.line + 1}'}"
+        """For messages: the instruction, shortened if it names many registers, and its source line."""
+        text = self.text if len(self.text) <= 120 else f"{self.text[:60]} ... {self.text[-40:]}"
+        return f"`{text}` of {self.source or f'PTX line {self.line + 1}'}"
 
 
 @dataclass

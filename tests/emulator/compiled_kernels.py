@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import compile_gate, emulate
+from bench import compile_gate, emulate, mutations, predict
 from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
 from genai_fast.emulator.findings import KernelFault, Kind
@@ -105,6 +105,32 @@ def test_ops_are_served_inside_and_nothing_is_left_behind():
         pass
     with pytest.raises(ValueError, match="arch must be one of 80, 90, got 70"):
         emulated_gpu(70)
+
+
+def test_the_command_says_how_many_runs_are_right(monkeypatch, capsys):
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
+    assert emulate.main(["rotary", "--arch", "90", "--every", "12"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines and all(": right, " in line for line in lines)
+    assert last == f"{len(lines)} of {len(lines)} runs right"
+    monkeypatch.setattr(emulate, "assert_matches_reference", lambda run: [][1])
+    assert emulate.main(["rotary", "--arch", "80", "--every", "30"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED sm_80 rotary-" in shown and "IndexError" in shown and " 0 of" in f" {shown.splitlines()[-1]}"
+
+
+def test_changes_of_a_kernel_are_noticed():
+    with emulated_gpu(90, budget=mutations.BUDGET) as gpu:
+        runs = [r for r in emulate.triton_runs(["layer_norm"]) if str(r).startswith("layer_norm-gpt-bfloat16")]
+        outcome = mutations.mutate(runs, gpu, each=1, verbose=False)
+        record = gpu.records[-1]
+    assert outcome.found["barrier removed"].keys() <= {"race", "fault"}
+    assert sum(outcome.found["barrier removed"].values()) >= 2
+    assert outcome.found["global address 16 bytes on"]["nothing"] == 0
+    assert "noticed" in str(outcome)
+    prediction = predict.predict(record, predict.MACHINES["H100"])
+    assert prediction.seconds["memory"] == sum(record.footprint) / 3.35e12
+    assert prediction.total == prediction.seconds[prediction.limiter] + predict.LAUNCH
 
 
 def test_autotune_takes_the_fewest_instructions():
