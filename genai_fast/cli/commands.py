@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -206,3 +207,6 @@ def _demo(name: str, options: argparse.Namespace) -> int:
     with tune_cpu():
         getattr(demo, name)(options.out, options.epochs)
     return 0
+
+
+run_demo, run_demo_gan, run_demo_text = (partial(_demo, name) for name in ("run", "run_gan", "run_text"))

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -210,7 +211,7 @@ def test_the_command(exported, tmp_path, capsys, monkeypatch):
     run, _ = exported["dense"]
     monkeypatch.chdir(tmp_path)
     assert call("export", run.folder, "--out", "there") == 0
-    assert "next: python there/model.py --help" in capsys.readouterr().out
+    assert f"next: {shlex.join([sys.executable, 'there/model.py', '--help'])}\n" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "there").iterdir()} == {"model.py", "weights.safetensors"}
     assert call("export", run.folder, "--out", "w.safetensors") == 0
     assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "there" / "weights.safetensors").read_bytes()
