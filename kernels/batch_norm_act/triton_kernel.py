@@ -54,10 +54,14 @@ def _range(outer, channels, inner, tiles, LAST: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def _by_channel(x, LAST: tl.constexpr):
     """[ROWS, BLOCK] -> [BLOCK] where channels lie last, else [1]."""
-    total = tl.sum(x, axis=0)
-    if not LAST:
-        total = tl.sum(tl.reshape(total, [1, total.shape[0]]), axis=1)
-    return total
+    # To one number at once: sums of columns would go from warp to warp through shared memory first.
+    return tl.sum(x, axis=0) if LAST else tl.sum(tl.reshape(x, [1, x.shape[0] * x.shape[1]]), axis=1)
+
+
+@triton.jit
+def _rows(begin, end, outer, ROWS: tl.constexpr):
+    """Rows in the tiles from begin to end, if each tile is of whole rows."""
+    return (tl.minimum(end.to(tl.int64) * ROWS, outer) - begin.to(tl.int64) * ROWS).to(tl.float32)
 
 
 @triton.jit
@@ -71,7 +75,11 @@ def _batch_norm_moments(
     group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, ROWS, BLOCK)
     offs, mask = _elements(begin, base, outer, limit, row_stride, across, ROWS, BLOCK)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    shift = _by_channel(x, LAST) / tl.maximum(_by_channel(mask.to(tl.float32), LAST), 1.0)
+    if LAST:  # known without a sum
+        rows, n = _rows(begin, begin + 1, outer, ROWS), _rows(begin, end, outer, ROWS)
+    else:
+        rows, n = _by_channel(mask.to(tl.float32), LAST), 0.0
+    shift = _by_channel(x, LAST) / tl.maximum(rows, 1.0)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     count = tl.zeros([ROWS, BLOCK], tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -80,16 +88,19 @@ def _batch_norm_moments(
         offs, mask = _elements(tile, base, outer, limit, row_stride, across, ROWS, BLOCK)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         d = tl.where(mask, x - shift[None, :], 0.0)
-        count += mask.to(tl.float32)
+        if not LAST:
+            count += mask.to(tl.float32)
         total += d
         square += d * d
-    n = tl.maximum(_by_channel(count, LAST), 1.0)
+    if not LAST:
+        n = _by_channel(count, LAST)
+    n = tl.maximum(n, 1.0)
     total_d = _by_channel(total, LAST)
     deviations = _by_channel(square, LAST) - total_d * (total_d / n)
     deviations = tl.where(deviations < 0.0, 0.0, deviations)  # rounding; NaN stays
     at = partial_ptr + group.to(tl.int64) * channels + channel
     inside = channel < channels
-    tl.store(at, n, mask=inside)
+    tl.store(at, n + tl.zeros_like(total_d), mask=inside)
     tl.store(at + plane, shift + total_d / n, mask=inside)
     tl.store(at + 2 * plane, deviations, mask=inside)
 
