@@ -58,7 +58,7 @@ def library() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             made = _compile(command, Path(temporary))
-            os.replace(made, target)  # whole, whoever else compiles at the same time
+            os.replace(made, target)  # whole, even if another process compiles at the same time
     return target
 
 

@@ -27,7 +27,7 @@ from genai_fast.errors import UsageError
 from genai_fast.kernels.common import launch
 from genai_fast.kernels.common.extension import interpreting
 
-FIRST_DEVICE = 1000  # no machine has so many: Triton keeps what it compiled by the number of the device
+FIRST_DEVICE = 1000  # beyond any real device's number: Triton keeps what it compiled by the number of the device
 MOST_THREADS = 1024  # of a program
 
 

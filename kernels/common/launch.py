@@ -20,7 +20,7 @@ def row_tile(columns: int, elements: int, least: int = 4) -> tuple[int, int, int
     return elements // block, block, max(ceil_div(columns, block), 1)
 
 
-emulated: Any = None  # the properties of the GPU on which CPU tensors' kernels run meanwhile (genai_fast.emulator)
+emulated: Any = None  # inside genai_fast.testing.emulated_gpu: its properties, for launches on CPU tensors
 
 
 def properties(device: torch.device) -> Any:

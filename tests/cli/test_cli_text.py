@@ -145,7 +145,7 @@ def test_a_folder_of_hugging_faces_gpt2_writes(gpt2_folder, capsys):
 
 @pytest.mark.parametrize("weights", ["", "model.safetensors"])
 def test_a_run_begins_with_a_folder_of_hugging_faces_gpt2(here, gpt2_folder, capsys, weights):
-    """It has the folder's sizes and tokenizer, whatever the settings say, and goes on without the folder."""
+    """It has the folder's sizes and tokenizer, whatever the settings say, and resumes without the folder."""
     folder, model, tokenizer = gpt2_folder
     moved = shutil.copytree(folder, here / "begun")
     quick = ["--block", "32", "--batch-size", "8", "--lr", "1e-12", "--warmup", "0", "--dropout", "0", "--epochs", "1"]

@@ -1,4 +1,4 @@
-"""Kernels that nobody here wrote, Liger's, on the emulated GPU, against plain PyTorch: they prove the emulator.
+"""Kernels of another project, Liger's, on the emulated GPU, against plain PyTorch: they prove the emulator.
 
 test_kernels.py runs this file, in a process in which Triton compiles, where liger-kernel is installed.
 """

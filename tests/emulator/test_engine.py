@@ -171,7 +171,7 @@ def test_a_missing_barrier_is_a_race_in_shared_memory():
         assert not all(f.is_warning for f in record.findings)
 
 
-def test_shared_memory_that_nobody_wrote_is_told():
+def test_a_read_of_unwritten_shared_memory_is_reported():
     body = "mov.b32 %r6, memory;\n ld.shared.b32 %r9, [%r6+64];\n st.global.b32 [%rd1+0], %r9;"
     record = run(body, torch.zeros(1), shared=128)
     assert Kind.SHARED_UNWRITTEN in kinds(record)

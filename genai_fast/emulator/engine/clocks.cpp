@@ -55,7 +55,7 @@ bool ordered(const Warp& w, const Access& before) {
 bool mine(const Warp& w, const Access& a) { return a.block == w.block->number && a.warp == w.id; }
 
 // Triton gives a small tensor's elements to several warps; all of them load, and one stores. That one then read the
-// element by the same instruction as the other, whose copy nobody looks at.
+// element by the same instruction as the other, whose copy is never read.
 bool replicated(const GlobalWord& word, u32 block, int load_pc, int storing_warp) {
     for (const Access& r : word.read)
         if (r.block == block && r.pc == load_pc && (r.warps >> storing_warp & 1)) return true;

@@ -219,7 +219,7 @@ void run_slots(Launch& k, std::vector<std::unique_ptr<Block>>& slots, int n, aut
         }
         idle = ended || k.changes != before ? 0 : idle + 1;
         if (idle > IDLE_ROUNDS)
-            fault(-1, "deadlock: %d programs wait for what nobody does; of %d, %d have started, and %d fit on the GPU at a time",
+            fault(-1, "deadlock: %d programs wait for what no program does; of %d, %d have started, and %d fit on the GPU at a time",
                   open, n, next, k.options.max_resident);
     }
 }
