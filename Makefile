@@ -12,7 +12,7 @@ OLD_TRITON := build/triton-3.6.0
 help:
 	@echo "make demo    train a VAE on real handwritten digits (about two minutes, first install apart)"
 	@echo "make demo-gan  train a DCGAN on the same digits (some minutes)"
-	@echo "make demo-text  train a GPT on the English inside Python (three to five minutes)"
+	@echo "make demo-text  train a GPT on the English inside Python (about three minutes)"
 	@echo "make test    all tests"
 	@echo "make asan    the C++ kernels under AddressSanitizer and UBSan, on all cases and on odd calls"
 	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
