@@ -15,7 +15,8 @@ FOLDER = Path(__file__).resolve().parent
 pytest.importorskip("triton")
 
 
-def _run(name, *more):
+def assert_all_pass(name, *more):
+    """Each test of a file passes, and none is left out."""
     command = [
         sys.executable,
         "-m",
@@ -36,12 +37,12 @@ def _run(name, *more):
 
 @pytest.mark.parametrize("part", ["not every_kernel", "every_kernel and 80", "every_kernel and 90"])
 def test_compiled(part):
-    _run("compiled_kernels.py", "-k", part)
+    assert_all_pass("compiled_kernels.py", "-k", part)
 
 
 def test_kernels_of_others():
     pytest.importorskip("liger_kernel")
-    _run("liger_kernels.py")
+    assert_all_pass("liger_kernels.py")
 
 
 def test_an_interpreting_process_is_told():
