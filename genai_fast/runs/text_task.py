@@ -15,7 +15,7 @@ from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import text_generation
-from genai_fast.training import distributed, parallel
+from genai_fast.training import checkpoint, distributed, parallel
 from genai_fast.training.batches import Feed
 from genai_fast.training.loop import Look, evaluate
 from genai_fast.training.tensorboard import Board
@@ -31,8 +31,7 @@ class TextTask:
 
     def __init__(self, name: str, settings: TextConfig, resumed: Path | None = None) -> None:
         self.name, self.settings, self._kind = name, settings, RECIPES[name].feed
-        load = text.load_pairs if self._kind == "pairs" else text.load
-        corpus = load(settings.data, strict=settings.strict)
+        corpus = self._corpus(resumed)
         self._source = corpus.name
         self.training, self.validation = corpus.split(settings.validation, settings.seed)
         if self._kind == "sequences":
@@ -43,10 +42,18 @@ class TextTask:
             "tokenizer": self.tokenizer.digest,
             "vocabulary": self.tokenizer.size,
             "documents": len(corpus),
-            "characters": sum(map(len, corpus.documents)),
+            "characters": _size(corpus),
             "data": _digest(corpus.documents),
         }
         self._bytes_a_token = 0.0
+
+    def _corpus(self, resumed: Path | None) -> Any:
+        load = text.load_pairs if self._kind == "pairs" else text.load
+        corpus = load(self.settings.data, strict=self.settings.strict)
+        stand = checkpoint.found(resumed) if resumed and self.settings.data == text.PYDOC else []
+        if stand and checkpoint.read_state(stand[0])["about"].get("characters") != _size(corpus):
+            return load(text.PYDOC_0_1)  # the run began under that version
+        return corpus
 
     def _tokenizer(self, resumed: Path | None) -> Tokenizer:
         """Of the run that is resumed, of the run whose weights begin this one, or made from the training part."""
@@ -139,6 +146,11 @@ class TextTask:
                 f" {tokenizer.digest}; remedy: put the run's own file back"
             )
         return RECIPES[name].make(settings, tokenizer.size, tokenizer.end), {"tokenizer": tokenizer}
+
+
+def _size(corpus: Any) -> int:
+    """Characters."""
+    return sum(map(len, corpus.documents))
 
 
 def _digest(documents: Iterable[str]) -> str:

@@ -48,6 +48,16 @@ def weights(run):
     return safetensors.torch.load_file(checkpoint.latest(run) / "model.safetensors")
 
 
+def test_a_run_of_version_0_1_on_pydoc_resumes_on_the_text_of_that_version(here, monkeypatch):
+    few = {name: text for name, text in pydoc_data.topics.topics.items() if name in ("assert", "if", "while")}
+    monkeypatch.setattr(pydoc_data.topics, "topics", few)
+    assert train("gpt", "old", "--epochs", "1", data="pydoc-0.1") == 0
+    config = here / "runs" / "old" / "config.toml"
+    config.write_text(config.read_text().replace('"pydoc-0.1"', '"pydoc"'))  # as that version named it
+    assert call("train", "gpt", "--run", "old", "--resume", "--epochs", "2") == 0
+    assert [record["epoch"] for record in records(here / "runs" / "old", "epoch")] == [1, 2]
+
+
 @pytest.mark.parametrize("recipe", NETWORKS)
 def test_every_recipe_trains_goes_on_exactly_and_writes(here, recipe, capsys):
     assert train(recipe, "straight", "--epochs", "2") == 0

@@ -60,6 +60,14 @@ def test_pydoc_is_prose_without_rules_in_one_line_per_paragraph():
     assert f"\n\n{sentence}\n\n   assert_stmt ::=" in assertion
 
 
+def test_the_pydoc_of_version_0_1_has_its_lines_wrapped_and_the_same_words():
+    now, former = text.load("pydoc"), text.load("pydoc-0.1")
+    assert former.name == "pydoc" and len(former) == len(now)
+    (assertion,) = (document for document in former.documents if document.startswith('The "assert" statement'))
+    assert "Assert statements are a convenient way to insert debugging assertions\ninto a program:" in assertion
+    assert text.load_pairs("pydoc-0.1").pairs != text.load_pairs("pydoc").pairs
+
+
 UNWRAPPED = {  # width 20
     "a paragraph": (
         "The words of a line\nthat did not fit.\n\nAnother",

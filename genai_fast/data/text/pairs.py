@@ -9,7 +9,7 @@ from genai_fast.data.text import catalogue
 from genai_fast.data.text.cleaning import UnreadableError, clean, decode
 from genai_fast.data.text.corpus import SENTENCES, UNSPACED, Corpus, PairCorpus, character_cut
 from genai_fast.data.text.files import Files, Findings, open_source, records
-from genai_fast.data.text.sources import PYDOC, SUFFIXES, load
+from genai_fast.data.text.sources import PYDOC, PYDOC_0_1, SUFFIXES, load
 
 _PO, _TSV, _JSON = ".po", ".tsv", ".jsonl"
 _FIELD = re.compile(r'"(text|source|target)"\s*:')
@@ -33,7 +33,7 @@ def load_pairs(source: str | Path, *, strict: bool = False) -> PairCorpus:
 
     Raises DataError: the source is missing, or nothing in it serves.
     """
-    if str(source) == PYDOC:
+    if str(source) in (PYDOC, PYDOC_0_1):
         return continuations(load(source, strict=strict))
     files = open_source(source, (*SUFFIXES, _PO, _TSV), f"{PYDOC} or ")
     files.names = [name for name in files.names if _has_pairs(files, name)]

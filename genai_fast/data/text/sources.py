@@ -9,6 +9,7 @@ from genai_fast.data.text.corpus import Corpus, plain
 from genai_fast.data.text.files import Findings, open_source, records
 
 PYDOC = "pydoc"
+PYDOC_0_1 = "pydoc-0.1"
 _HTML, _JSON = (".html", ".htm"), ".jsonl"
 SUFFIXES = (".txt", ".md", *_HTML, _JSON)
 _COLUMNS = 70  # of pydoc's lines
@@ -22,6 +23,7 @@ def load(source: str | Path, *, strict: bool = False) -> Corpus:
         source: one of
             "pydoc": the topics of Python's own help (from the standard library, so they differ a little from version
             to version), one line per paragraph, without tables and the paragraphs that an earlier topic has;
+            "pydoc-0.1": the same as version 0.1 read it, lines as they are wrapped there, so that its runs resume;
             .html, .htm: one document of what a reader of the page sees;
             .jsonl: a document a line, field "text" of its object;
             .txt, .md or any other file: one document, the whole of it (`Corpus.passages` gives its paragraphs);
@@ -33,8 +35,8 @@ def load(source: str | Path, *, strict: bool = False) -> Corpus:
 
     Raises DataError: the source is missing, or nothing in it serves.
     """
-    if str(source) == PYDOC:
-        return _pydoc()
+    if str(source) in (PYDOC, PYDOC_0_1):
+        return _pydoc(wrapped=str(source) == PYDOC_0_1)
     findings = Findings(open_source(source, SUFFIXES, f"{PYDOC} or "), strict)
     documents: list[str] = []
     for name, text in findings.texts(_charset):
@@ -54,13 +56,14 @@ def _charset(name: str, raw: bytes) -> str:
     return html_page.charset(raw) if name.lower().endswith(_HTML) else ""
 
 
-def _pydoc() -> Corpus:
+def _pydoc(wrapped: bool) -> Corpus:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     seen: set[str] = set()
     documents = []
     for name in sorted(topics):
         paragraphs = []
-        for paragraph in PARAGRAPH.split(clean(unwrapped(topics[name], _COLUMNS))):
+        topic = topics[name] if wrapped else unwrapped(topics[name], _COLUMNS)
+        for paragraph in PARAGRAPH.split(clean(topic)):
             key = plain(paragraph)
             if len(key) < _REPEATED or key not in seen:
                 paragraphs.append(paragraph)
