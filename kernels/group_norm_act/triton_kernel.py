@@ -1,0 +1,258 @@
+"""group_norm_act on the GPU: a program has one group of one sample, in registers if it fits; no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.activations_triton import activate, times_derivative
+from genai_fast.kernels.common.launch import next_power_of_2
+from genai_fast.kernels.common.tuned import launch
+from genai_fast.kernels.group_norm_act.layout import like_partner, prepared, require_statistics, sizes
+
+FORWARD, BACKWARD = 8192, 4096  # elements of a tile: backward holds more of each
+FORWARD_WARPS, BACKWARD_WARPS = 8, 8
+MOST_CHANNELS = 64  # of a tile
+
+
+@triton.jit
+def _tile(first_channel, first, each, positions, channel_stride, position_stride,
+          CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):  # fmt: skip
+    """Offsets within a group and mask [CHANNELS, POSITIONS], and the channels within the group [CHANNELS]."""
+    channel = first_channel + tl.arange(0, CHANNELS)
+    position = first + tl.arange(0, POSITIONS)
+    mask = (channel < each)[:, None] & (position < positions)[None, :]
+    return channel[:, None] * channel_stride + position[None, :] * position_stride, mask, channel
+
+
+@triton.jit
+def _place(channels, positions, groups, channel_stride):
+    """Of this program: its group's first element, its sample, and the group's first channel."""
+    program = tl.program_id(0)
+    sample, first = program // groups, program % groups * (channels // groups)
+    return sample.to(tl.int64) * channels * positions + first * channel_stride, sample.to(tl.int64), first
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside):
+    """factor and addend of z = x-hat factor + addend, by channel; row: of [samples, channels]."""
+    factor = tl.where(inside, 1.0, 0.0)
+    addend = tl.zeros_like(factor)
+    if weight_ptr is not None:
+        factor = tl.load(weight_ptr + first + channel, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        addend = tl.load(bias_ptr + first + channel, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        modulation = 1.0 + tl.load(scale_ptr + row + channel, mask=inside, other=0.0)
+        factor *= modulation
+        addend *= modulation
+    if shift_ptr is not None:
+        addend += tl.load(shift_ptr + row + channel, mask=inside, other=0.0)
+    return factor, addend
+
+
+@triton.jit
+def _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION: tl.constexpr):
+    """activate(d rstd factor + addend + residual) of one tile."""
+    z = d * (rstd * factor)[:, None] + addend[:, None]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return activate(z, slope, ACTIVATION)
+
+
+@triton.jit
+def _group_norm_act_forward(
+    x_ptr, residual_ptr, y_ptr,              # [samples, channels, positions], the second may be None
+    weight_ptr, bias_ptr,                    # [channels] or None
+    scale_ptr, shift_ptr,                    # [samples, channels] or None
+    mean_ptr, rstd_ptr,                      # [samples, groups]
+    channels, positions, groups, each, channel_stride, position_stride, eps, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
+    base, sample, first = _place(channels, positions, groups, channel_stride)
+    x_ptr += base
+    y_ptr += base
+    if residual_ptr is not None:
+        residual_ptr += base
+    count = (each * positions).to(tl.float32)
+    row = sample * channels + first
+    if ONE:
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(x) / count
+        d = tl.where(mask, x - mean, 0.0)
+        rest = tl.sum(d) / count  # lost to rounding, where the mean is far from 0
+        d = tl.where(mask, d - rest, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(d * d) / count + eps)
+        factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+        y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for c in range(0, each, CHANNELS):
+            for p in range(0, positions, POSITIONS):
+                offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                total += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(total) / count
+        lost = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        square = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for c in range(0, each, CHANNELS):
+            for p in range(0, positions, POSITIONS):
+                offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                d = tl.where(mask, x - mean, 0.0)
+                lost += d
+                square += d * d
+        rest = tl.sum(lost) / count
+        variance = tl.sum(square) / count - rest * rest
+        rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
+        for c in range(0, each, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                y = _output(x - mean - rest, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
+                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + tl.program_id(0), mean + rest)
+    tl.store(rstd_ptr + tl.program_id(0), rstd)
+
+
+@triton.jit
+def _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION: tl.constexpr):
+    """x-hat and dz of one tile."""
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
+    z = (x - mean) * (rstd * factor)[:, None] + addend[:, None]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return x_hat, tl.where(mask, times_derivative(grad, z, slope, ACTIVATION), 0.0)
+
+
+@triton.jit
+def _group_norm_act_backward(
+    grad_y_ptr, x_ptr, residual_ptr,         # [samples, channels, positions], the third may be None
+    grad_x_ptr, dz_ptr,                      # the same; dz is None without a residual
+    weight_ptr, bias_ptr,                    # [channels] or None
+    scale_ptr, shift_ptr,                    # [samples, channels] or None
+    mean_ptr, rstd_ptr,                      # [samples, groups]
+    sum_dz_ptr, sum_dz_x_hat_ptr,            # [samples, channels]
+    channels, positions, groups, each, channel_stride, position_stride, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Sums by channel, dx and dz of one group; ONE: it is a single tile, read once, else twice."""
+    base, sample, first = _place(channels, positions, groups, channel_stride)
+    x_ptr += base
+    grad_y_ptr += base
+    grad_x_ptr += base
+    if residual_ptr is not None:
+        residual_ptr += base
+        dz_ptr += base
+    count = (each * positions).to(tl.float32)
+    row = sample * channels + first
+    mean = tl.load(mean_ptr + tl.program_id(0))
+    rstd = tl.load(rstd_ptr + tl.program_id(0))
+    sum_dz_ptr += row
+    sum_dz_x_hat_ptr += row
+    if ONE:
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+        inside = channel < each
+        factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
+        x_hat, dz = _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION)
+        sum_dz = tl.sum(dz, axis=1)
+        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
+        tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
+        tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
+        constant = tl.sum(factor * sum_dz) / count
+        linear = tl.sum(factor * sum_dz_x_hat) / count
+        dx = rstd * (dz * factor[:, None] - constant - x_hat * linear)
+        tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    else:
+        constant = 0.0
+        linear = 0.0
+        for c in range(0, each, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            inside = channel < each
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
+            total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+            product = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                x_hat, dz = _loaded(
+                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                )
+                total += dz
+                product += dz * x_hat
+            sum_dz = tl.sum(total, axis=1)
+            sum_dz_x_hat = tl.sum(product, axis=1)
+            tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
+            tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
+            constant += tl.sum(factor * sum_dz)
+            linear += tl.sum(factor * sum_dz_x_hat)
+        constant /= count
+        linear /= count
+        for c in range(0, each, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                x_hat, dz = _loaded(
+                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                )
+                dx = rstd * (dz * factor[:, None] - constant - x_hat * linear)
+                tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+                if dz_ptr is not None:
+                    tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(name, x, groups, elements, num_warps):
+    """(grid, sizes, constants): tiles of a group's channels by positions."""
+    samples, channels, positions, last = sizes(x)
+    each = channels // groups
+    chosen = launch(f"group_norm_act/{name}", x, (each, positions), elements=elements, num_warps=num_warps)
+    tile_channels = min(next_power_of_2(each), MOST_CHANNELS)
+    tile_positions = min(next_power_of_2(positions), max(chosen["elements"] // tile_channels, 1))
+    strides = (1, channels) if last else (positions, 1)
+    constants = dict(
+        CHANNELS=tile_channels,
+        POSITIONS=tile_positions,
+        ONE=tile_channels >= each and tile_positions >= positions,
+        num_warps=chosen["num_warps"],
+    )
+    return (samples * groups,), (channels, positions, groups, each, *strides), constants
+
+
+def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
+    x, parameters = prepared(x, groups, weight, bias, scale, shift)
+    residual = like_partner(residual, x)
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty((x.size(0), groups), dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        grid, shape, constants = _launch("forward", x, groups, FORWARD, FORWARD_WARPS)
+        _group_norm_act_forward[grid](
+            x, residual, y, *parameters, mean, rstd, *shape, eps, slope, ACTIVATION=activation, **constants
+        )
+    return y, mean, rstd
+
+
+def group_norm_act_backward(
+    grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+):  # fmt: skip
+    x, parameters = prepared(x, groups, weight, bias, scale, shift)
+    grad_y, residual = like_partner(grad_y, x), like_partner(residual, x)
+    statistics = require_statistics(x, groups, mean, rstd)
+    grad_x = torch.empty_like(x)
+    dz = None if residual is None else torch.empty_like(x)
+    sums = tuple(x.new_zeros(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        grid, shape, constants = _launch("backward", x, groups, BACKWARD, BACKWARD_WARPS)
+        _group_norm_act_backward[grid](
+            grad_y, x, residual, grad_x, dz, *parameters, *statistics, *sums, *shape, slope, ACTIVATION=activation,
+            **constants,
+        )  # fmt: skip
+    return grad_x, x.new_empty(0) if dz is None else dz, *sums
