@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from genai_fast.kernels.common.activations_triton import activate, times_derivative
-from genai_fast.kernels.common.launch import next_power_of_2
+from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.group_norm_act.layout import like_partner, prepared, require_statistics, sizes
 
 FORWARD, BACKWARD = 8192, 4096  # elements of a tile: backward holds more of each
 FORWARD_WARPS, BACKWARD_WARPS = 8, 8
 MOST_CHANNELS = 64  # of a tile
+LANES = 32
 
 
 @triton.jit
@@ -216,13 +217,15 @@ def _launch(name, x, groups, elements, num_warps):
     each = channels // groups
     chosen = launch(f"group_norm_act/{name}", x, (each, positions), elements=elements, num_warps=num_warps)
     tile_channels = min(next_power_of_2(each), MOST_CHANNELS)
-    tile_positions = min(next_power_of_2(positions), max(chosen["elements"] // tile_channels, 1))
+    # A tile of fewer elements than lanes would be held, and summed, more than once.
+    tile_positions = max(next_power_of_2(positions), ceil_div(LANES, tile_channels))
+    tile_positions = min(tile_positions, max(chosen["elements"] // tile_channels, 1))
     strides = (1, channels) if last else (positions, 1)
     constants = dict(
         CHANNELS=tile_channels,
         POSITIONS=tile_positions,
         ONE=tile_channels >= each and tile_positions >= positions,
-        num_warps=chosen["num_warps"],
+        num_warps=min(chosen["num_warps"], max(tile_channels * tile_positions // (8 * LANES), 1)),
     )
     return (samples * groups,), (channels, positions, groups, each, *strides), constants
 
