@@ -15,6 +15,7 @@ FORWARD, BACKWARD = 8192, 4096  # elements of a tile: backward holds more of eac
 FORWARD_WARPS, BACKWARD_WARPS = 8, 8
 MOST_CHANNELS = 64  # of a tile
 LANES = 32
+SECTOR, SHORT = 32, 512  # bytes that memory gives at once; elements that make a program worth it
 
 
 @triton.jit
@@ -28,11 +29,33 @@ def _tile(first_channel, first, each, positions, channel_stride, position_stride
 
 
 @triton.jit
-def _place(channels, positions, groups, channel_stride):
-    """Of this program: its group's first element, its sample, and the group's first channel."""
-    program = tl.program_id(0)
-    sample, first = program // groups, program % groups * (channels // groups)
-    return sample.to(tl.int64) * channels * positions + first * channel_stride, sample.to(tl.int64), first
+def _place(channels, positions, groups, each, channel_stride, CHANNELS: tl.constexpr, ALONE: tl.constexpr):
+    """Of this program: its first element, its sample, first channel and first group, its channels and a group's size.
+
+    ALONE: a channel is a group, and a program has several.
+    """
+    blocks = tl.cdiv(channels, CHANNELS) if ALONE else groups
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * (CHANNELS if ALONE else each)
+    group = sample * groups + (first if ALONE else tl.program_id(0) % blocks)
+    own = tl.minimum(channels - first, CHANNELS) if ALONE else each
+    count = (positions if ALONE else each * positions).to(tl.float32)
+    return sample * channels * positions + first.to(tl.int64) * channel_stride, sample, first, group, own, count
+
+
+@triton.jit
+def _of_groups(values, ALONE: tl.constexpr):
+    """Sums [CHANNELS, POSITIONS] -> [CHANNELS] where channels are groups, else [1]."""
+    if not ALONE:
+        values = tl.reshape(values, [1, values.shape[0] * values.shape[1]])
+    return tl.sum(values, axis=1)
+
+
+@triton.jit
+def _of_channels(values, inside, ALONE: tl.constexpr):
+    """Sums [CHANNELS] -> themselves where channels are groups, else [1]."""
+    # The choice keeps products out of the sum's fused multiply-adds, in which lanes round unlike each other.
+    return values if ALONE else tl.sum(tl.where(inside, values, 0.0), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -68,25 +91,24 @@ def _group_norm_act_forward(
     weight_ptr, bias_ptr,                    # [channels] or None
     scale_ptr, shift_ptr,                    # [samples, channels] or None
     mean_ptr, rstd_ptr,                      # [samples, groups]
-    channels, positions, groups, each, channel_stride, position_stride, eps, slope,
-    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr,
+    channels, positions, groups, size, channel_stride, position_stride, eps, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
-    base, sample, first = _place(channels, positions, groups, channel_stride)
+    base, sample, first, group, each, count = _place(channels, positions, groups, size, channel_stride, CHANNELS, ALONE)
     x_ptr += base
     y_ptr += base
     if residual_ptr is not None:
         residual_ptr += base
-    count = (each * positions).to(tl.float32)
     row = sample * channels + first
     if ONE:
         offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(x) / count
-        d = tl.where(mask, x - mean, 0.0)
-        rest = tl.sum(d) / count  # lost to rounding, where the mean is far from 0
-        d = tl.where(mask, d - rest, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(d * d) / count + eps)
+        mean = _of_groups(x, ALONE) / count
+        d = tl.where(mask, x - mean[:, None], 0.0)
+        rest = _of_groups(d, ALONE) / count  # lost to rounding, where the mean is far from 0
+        d = tl.where(mask, d - rest[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(_of_groups(tl.where(mask, d * d, 0.0), ALONE) / count + eps)
         factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
         y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -96,18 +118,18 @@ def _group_norm_act_forward(
             for p in range(0, positions, POSITIONS):
                 offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
                 total += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(total) / count
+        mean = _of_groups(total, ALONE) / count
         lost = tl.zeros([CHANNELS, POSITIONS], tl.float32)
         square = tl.zeros([CHANNELS, POSITIONS], tl.float32)
         for c in range(0, each, CHANNELS):
             for p in range(0, positions, POSITIONS):
                 offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
                 x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                d = tl.where(mask, x - mean, 0.0)
+                d = tl.where(mask, x - mean[:, None], 0.0)
                 lost += d
                 square += d * d
-        rest = tl.sum(lost) / count
-        variance = tl.sum(square) / count - rest * rest
+        rest = _of_groups(lost, ALONE) / count
+        variance = _of_groups(square, ALONE) / count - rest * rest
         rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
         for c in range(0, each, CHANNELS):
             channel = c + tl.arange(0, CHANNELS)
@@ -115,22 +137,26 @@ def _group_norm_act_forward(
             for p in range(0, positions, POSITIONS):
                 offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
                 x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                y = _output(x - mean - rest, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
+                y = _output(
+                    x - mean[:, None] - rest[:, None], rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION
+                )
                 tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + tl.program_id(0), mean + rest)
-    tl.store(rstd_ptr + tl.program_id(0), rstd)
+    own = group + tl.arange(0, CHANNELS if ALONE else 1)
+    inside = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
+    tl.store(mean_ptr + own, mean + rest, mask=inside)
+    tl.store(rstd_ptr + own, rstd, mask=inside)
 
 
 @triton.jit
 def _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION: tl.constexpr):
     """x-hat and dz of one tile."""
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
-    z = (x - mean) * (rstd * factor)[:, None] + addend[:, None]
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    z = d * (rstd * factor)[:, None] + addend[:, None]
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return x_hat, tl.where(mask, times_derivative(grad, z, slope, ACTIVATION), 0.0)
+    return d * rstd[:, None], tl.where(mask, times_derivative(grad, z, slope, ACTIVATION), 0.0)
 
 
 @triton.jit
@@ -141,21 +167,22 @@ def _group_norm_act_backward(
     scale_ptr, shift_ptr,                    # [samples, channels] or None
     mean_ptr, rstd_ptr,                      # [samples, groups]
     sum_dz_ptr, sum_dz_x_hat_ptr,            # [samples, channels]
-    channels, positions, groups, each, channel_stride, position_stride, slope,
-    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr,
+    channels, positions, groups, size, channel_stride, position_stride, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Sums by channel, dx and dz of one group; ONE: it is a single tile, read once, else twice."""
-    base, sample, first = _place(channels, positions, groups, channel_stride)
+    base, sample, first, group, each, count = _place(channels, positions, groups, size, channel_stride, CHANNELS, ALONE)
     x_ptr += base
     grad_y_ptr += base
     grad_x_ptr += base
     if residual_ptr is not None:
         residual_ptr += base
         dz_ptr += base
-    count = (each * positions).to(tl.float32)
     row = sample * channels + first
-    mean = tl.load(mean_ptr + tl.program_id(0))
-    rstd = tl.load(rstd_ptr + tl.program_id(0))
+    own = group + tl.arange(0, CHANNELS if ALONE else 1)
+    present = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
+    mean = tl.load(mean_ptr + own, mask=present, other=0.0)
+    rstd = tl.load(rstd_ptr + own, mask=present, other=0.0)
     sum_dz_ptr += row
     sum_dz_x_hat_ptr += row
     if ONE:
@@ -164,18 +191,18 @@ def _group_norm_act_backward(
         factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
         x_hat, dz = _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION)
         sum_dz = tl.sum(dz, axis=1)
-        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
+        sum_dz_x_hat = tl.sum(tl.where(mask, dz * x_hat, 0.0), axis=1)  # as in _of_channels
         tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
         tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
-        constant = tl.sum(factor * sum_dz) / count
-        linear = tl.sum(factor * sum_dz_x_hat) / count
-        dx = rstd * (dz * factor[:, None] - constant - x_hat * linear)
+        constant = _of_channels(factor * sum_dz, inside, ALONE) / count
+        linear = _of_channels(factor * sum_dz_x_hat, inside, ALONE) / count
+        dx = rstd[:, None] * (dz * factor[:, None] - constant[:, None] - x_hat * linear[:, None])
         tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if dz_ptr is not None:
             tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     else:
-        constant = 0.0
-        linear = 0.0
+        constant = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
+        linear = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
         for c in range(0, each, CHANNELS):
             channel = c + tl.arange(0, CHANNELS)
             inside = channel < each
@@ -193,8 +220,8 @@ def _group_norm_act_backward(
             sum_dz_x_hat = tl.sum(product, axis=1)
             tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
             tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
-            constant += tl.sum(factor * sum_dz)
-            linear += tl.sum(factor * sum_dz_x_hat)
+            constant += _of_channels(factor * sum_dz, inside, ALONE)
+            linear += _of_channels(factor * sum_dz_x_hat, inside, ALONE)
         constant /= count
         linear /= count
         for c in range(0, each, CHANNELS):
@@ -205,29 +232,31 @@ def _group_norm_act_backward(
                 x_hat, dz = _loaded(
                     x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
                 )
-                dx = rstd * (dz * factor[:, None] - constant - x_hat * linear)
+                dx = rstd[:, None] * (dz * factor[:, None] - constant[:, None] - x_hat * linear[:, None])
                 tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
                 if dz_ptr is not None:
                     tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(name, x, groups, elements, num_warps):
-    """(grid, sizes, constants): tiles of a group's channels by positions."""
+    """(grid, sizes, constants): tiles of a group's channels by positions, or of several channels that are groups."""
     samples, channels, positions, last = sizes(x)
-    each = channels // groups
+    each, alone = channels // groups, channels == groups
     chosen = launch(f"group_norm_act/{name}", x, (each, positions), elements=elements, num_warps=num_warps)
-    tile_channels = min(next_power_of_2(each), MOST_CHANNELS)
+    together = SECTOR // x.element_size() if last else max(SHORT // positions, 1)  # of channels that are groups
+    tile_channels = min(next_power_of_2(min(together, channels) if alone else each), MOST_CHANNELS)
     # A tile of fewer elements than lanes would be held, and summed, more than once.
     tile_positions = max(next_power_of_2(positions), ceil_div(LANES, tile_channels))
     tile_positions = min(tile_positions, max(chosen["elements"] // tile_channels, 1))
-    strides = (1, channels) if last else (positions, 1)
     constants = dict(
         CHANNELS=tile_channels,
         POSITIONS=tile_positions,
-        ONE=tile_channels >= each and tile_positions >= positions,
+        ONE=(alone or tile_channels >= each) and tile_positions >= positions,
+        ALONE=alone,
         num_warps=min(chosen["num_warps"], max(tile_channels * tile_positions // (8 * LANES), 1)),
     )
-    return (samples * groups,), (channels, positions, groups, each, *strides), constants
+    grid = samples * (ceil_div(channels, tile_channels) if alone else groups)
+    return (grid,), (channels, positions, groups, each, *((1, channels) if last else (positions, 1))), constants
 
 
 def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
