@@ -20,26 +20,29 @@ SECTOR, SHORT = 32, 512  # bytes that memory gives at once; elements that make a
 
 @triton.jit
 def _tile(first_channel, first, each, positions, channel_stride, position_stride,
-          CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):  # fmt: skip
-    """Offsets within a group and mask [CHANNELS, POSITIONS], and the channels within the group [CHANNELS]."""
+          CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Offsets from a program's first element and mask [CHANNELS, POSITIONS], and the channels from its first on."""
     channel = first_channel + tl.arange(0, CHANNELS)
     position = first + tl.arange(0, POSITIONS)
-    mask = (channel < each)[:, None] & (position < positions)[None, :]
+    # Where all are known to be there, a thread loads several channels at once.
+    inside = tl.full([CHANNELS], 1, tl.int1) if WHOLE else channel < each
+    mask = inside[:, None] & (position < positions)[None, :]
     return channel[:, None] * channel_stride + position[None, :] * position_stride, mask, channel
 
 
 @triton.jit
-def _place(channels, positions, groups, each, channel_stride, CHANNELS: tl.constexpr, ALONE: tl.constexpr):
+def _place(channels, positions, groups, channel_stride, EACH: tl.constexpr, CHANNELS: tl.constexpr):
     """Of this program: its first element, its sample, first channel and first group, its channels and a group's size.
 
-    ALONE: a channel is a group, and a program has several.
+    Where a channel is a group (EACH is 1), a program has several.
     """
+    ALONE: tl.constexpr = EACH == 1
     blocks = tl.cdiv(channels, CHANNELS) if ALONE else groups
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * (CHANNELS if ALONE else each)
+    first = tl.program_id(0) % blocks * (CHANNELS if ALONE else EACH)
     group = sample * groups + (first if ALONE else tl.program_id(0) % blocks)
-    own = tl.minimum(channels - first, CHANNELS) if ALONE else each
-    count = (positions if ALONE else each * positions).to(tl.float32)
+    own = tl.minimum(channels - first, CHANNELS) if ALONE else EACH
+    count = 1.0 * EACH * positions
     return sample * channels * positions + first.to(tl.int64) * channel_stride, sample, first, group, own, count
 
 
@@ -91,18 +94,20 @@ def _group_norm_act_forward(
     weight_ptr, bias_ptr,                    # [channels] or None
     scale_ptr, shift_ptr,                    # [samples, channels] or None
     mean_ptr, rstd_ptr,                      # [samples, groups]
-    channels, positions, groups, size, channel_stride, position_stride, eps, slope,
-    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr, ALONE: tl.constexpr,
+    channels, positions, groups, channel_stride, position_stride, eps, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
-    base, sample, first, group, each, count = _place(channels, positions, groups, size, channel_stride, CHANNELS, ALONE)
+    ALONE: tl.constexpr = EACH == 1
+    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
     x_ptr += base
     y_ptr += base
     if residual_ptr is not None:
         residual_ptr += base
     row = sample * channels + first
     if ONE:
-        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = _of_groups(x, ALONE) / count
         d = tl.where(mask, x - mean[:, None], 0.0)
@@ -114,16 +119,20 @@ def _group_norm_act_forward(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        for c in range(0, each, CHANNELS):
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
             for p in range(0, positions, POSITIONS):
-                offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                offs, mask, channel = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
                 total += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = _of_groups(total, ALONE) / count
         lost = tl.zeros([CHANNELS, POSITIONS], tl.float32)
         square = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        for c in range(0, each, CHANNELS):
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
             for p in range(0, positions, POSITIONS):
-                offs, mask, channel = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                offs, mask, channel = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
                 x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
                 d = tl.where(mask, x - mean[:, None], 0.0)
                 lost += d
@@ -131,11 +140,13 @@ def _group_norm_act_forward(
         rest = _of_groups(lost, ALONE) / count
         variance = _of_groups(square, ALONE) / count - rest * rest
         rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
-        for c in range(0, each, CHANNELS):
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
             channel = c + tl.arange(0, CHANNELS)
             factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
             for p in range(0, positions, POSITIONS):
-                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
                 x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
                 y = _output(
                     x - mean[:, None] - rest[:, None], rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION
@@ -167,11 +178,13 @@ def _group_norm_act_backward(
     scale_ptr, shift_ptr,                    # [samples, channels] or None
     mean_ptr, rstd_ptr,                      # [samples, groups]
     sum_dz_ptr, sum_dz_x_hat_ptr,            # [samples, channels]
-    channels, positions, groups, size, channel_stride, position_stride, slope,
-    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ONE: tl.constexpr, ALONE: tl.constexpr,
+    channels, positions, groups, channel_stride, position_stride, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Sums by channel, dx and dz of one group; ONE: it is a single tile, read once, else twice."""
-    base, sample, first, group, each, count = _place(channels, positions, groups, size, channel_stride, CHANNELS, ALONE)
+    ALONE: tl.constexpr = EACH == 1
+    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
     x_ptr += base
     grad_y_ptr += base
     grad_x_ptr += base
@@ -186,7 +199,7 @@ def _group_norm_act_backward(
     sum_dz_ptr += row
     sum_dz_x_hat_ptr += row
     if ONE:
-        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
         inside = channel < each
         factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
         x_hat, dz = _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION)
@@ -203,14 +216,16 @@ def _group_norm_act_backward(
     else:
         constant = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
         linear = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
-        for c in range(0, each, CHANNELS):
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
             channel = c + tl.arange(0, CHANNELS)
             inside = channel < each
             factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
             total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
             product = tl.zeros([CHANNELS, POSITIONS], tl.float32)
             for p in range(0, positions, POSITIONS):
-                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
                 x_hat, dz = _loaded(
                     x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
                 )
@@ -224,11 +239,13 @@ def _group_norm_act_backward(
             linear += _of_channels(factor * sum_dz_x_hat, inside, ALONE)
         constant /= count
         linear /= count
-        for c in range(0, each, CHANNELS):
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
             channel = c + tl.arange(0, CHANNELS)
             factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
             for p in range(0, positions, POSITIONS):
-                offs, mask, _ = _tile(c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS)
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
                 x_hat, dz = _loaded(
                     x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
                 )
@@ -252,11 +269,12 @@ def _launch(name, x, groups, elements, num_warps):
         CHANNELS=tile_channels,
         POSITIONS=tile_positions,
         ONE=(alone or tile_channels >= each) and tile_positions >= positions,
-        ALONE=alone,
+        EACH=each,
+        WHOLE=(channels if alone else each) % tile_channels == 0,
         num_warps=min(chosen["num_warps"], max(tile_channels * tile_positions // (8 * LANES), 1)),
     )
     grid = samples * (ceil_div(channels, tile_channels) if alone else groups)
-    return (grid,), (channels, positions, groups, each, *((1, channels) if last else (positions, 1))), constants
+    return (grid,), (channels, positions, groups, *((1, channels) if last else (positions, 1))), constants
 
 
 def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
