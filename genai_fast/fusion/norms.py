@@ -9,7 +9,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.layout import for_norm
-from genai_fast.fusion.operands import Chain, GroupNorm, Norm, tensors_are_plain
+from genai_fast.fusion.operands import Chain, GroupNorm, Norm, needs_gradient, tensors_are_plain
 
 
 class Implementation(NamedTuple):
@@ -49,6 +49,8 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
 def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
     norm, dims = chain.norm, _BATCHED.get(type(chain.norm.module))
     parameters = [t for t in (norm.weight, norm.bias) if t is not None]
+    if norm.groups and chain.activation.name == "none" and x.is_cpu:
+        return "PyTorch's group norm is one call too, and no slower"
     if x.dim() < 2 or (dims is not None and x.dim() != dims):
         return "the input is no batch"
     if not tensors_are_plain(*parameters):
@@ -60,7 +62,7 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "eps is negative"
     if any(t.shape != (channels,) or t.dtype not in (x.dtype, torch.float32) for t in parameters):
         return "the parameters do not match"
-    return thresholds.group_norm(x)
+    return thresholds.group_norm(norm.groups is None, needs_gradient(x, *parameters), x)
 
 
 def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:

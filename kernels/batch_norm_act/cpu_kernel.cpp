@@ -70,8 +70,8 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
   const Tiles tiles({outer, channels, inner});
   const OfBatch of(channels, tiles.shape.last() ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const Memory<float> partial(2 * tiles.partials());
-  gradient_sums(
-      grad_y, x, nullptr, dtype, tiles, of.get(), activation, float(negative_slope), partial, threads,
+  gradient_sums<false>(
+      grad_y, x, nullptr, dtype, tiles, of.get(), activation, float(negative_slope), partial, nullptr, threads,
       [&](int64_t c, double total) { sum_dz[c] = float(total); },
       [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });
 }

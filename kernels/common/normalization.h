@@ -153,11 +153,11 @@ inline void normalized(const void* x, const void* residual, int dtype, void* y, 
 
 // store_dz(channel, sum of dz) and store_product(channel, sum of dz (x - mean)) for each channel, in float64; dz is
 // grad_y times the derivative at z + residual. `of.mean`, `scale` and `shift` stand `tiles.per` times in a row for each
-// channel where `tiles.shape.last()`. `sums`: room for 2 floats a partial sum.
-template <class StoreDz, class StoreProduct>
+// channel where `tiles.shape.last()`. `sums`: room for 2 floats a partial sum. kKeep: dz goes to `kept`, dense float32.
+template <bool kKeep, class StoreDz, class StoreProduct>
 void gradient_sums(const void* grad_y, const void* x, const void* residual, int dtype, const Tiles& tiles,
-                   const Coefficients& of, int activation, float slope, float* sums, int threads, StoreDz store_dz,
-                   StoreProduct store_product) {
+                   const Coefficients& of, int activation, float slope, float* sums, float* kept, int threads,
+                   StoreDz store_dz, StoreProduct store_product) {
   const Channels shape = tiles.shape;
   const int64_t columns = shape.columns();
   const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{residual, columns, dtype};
@@ -175,6 +175,7 @@ void gradient_sums(const void* grad_y, const void* x, const void* residual, int 
       const float* b = kMore ? b_rows.view(p, b_buffer, &stride) : nullptr;
       float* s = sums + tiles.partial(p);
       float* q = products + tiles.partial(p);
+      float* u = kKeep ? kept + p.row * columns + p.column : nullptr;
       if (kLast) {
         for (int64_t i = 0; i < p.columns; ++i) s[i] = q[i] = 0.0f;
       }
@@ -187,6 +188,7 @@ void gradient_sums(const void* grad_y, const void* x, const void* residual, int 
           float z = multiply_add(d, scale[i], shift[i]);
           if constexpr (kMore) z += b[i];
           const float dz = g[i] * derivative<decltype(a)::value>(z, negative);
+          if constexpr (kKeep) u[i] = dz;
           sum += dz;
           product += dz * d;
         };
@@ -197,6 +199,7 @@ void gradient_sums(const void* grad_y, const void* x, const void* residual, int 
           sum_pairs(p.columns, add, s + r * tiles.per, q + r * tiles.per);
         }
         if constexpr (kMore) b += stride;
+        if constexpr (kKeep) u += columns;
       }
     }
   });

@@ -107,15 +107,21 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
   const Channels shape = g.sample();
   const Tiles tiles(shape);
   const float slope = float(negative_slope);
+  // What takes an exponential is computed once, and waits where a gradient will be.
+  const bool keep = dtype == kFloat32 && (residual || activation > kLeakyRelu);
   over_samples(g, in_lines(5 * channels) + 2 * tiles.partials(), threads, [&](int64_t n, float* work, int mine) {
     const void* const more = residual ? g.at(residual, n) : nullptr;
     const Coefficients of = coefficients(g, p, n, mean, rstd, work);
     float *const linear = work + 3 * channels, *const constant = linear + channels;
     float *const sums = sum_dz + n * channels, *const products = sum_dz_x_hat + n * channels;
-    gradient_sums(
-        g.at(grad_y, n), g.at(x, n), more, dtype, tiles, of, activation, slope, work + in_lines(5 * channels), mine,
-        [&](int64_t c, double total) { sums[c] = float(total); },
-        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
+    float* const kept = reinterpret_cast<float*>(g.at(residual ? dz : grad_x, n));
+    const auto sum = [&](auto keeping) {
+      gradient_sums<decltype(keeping)::value>(
+          g.at(grad_y, n), g.at(x, n), more, dtype, tiles, of, activation, slope, work + in_lines(5 * channels), kept,
+          mine, [&](int64_t c, double total) { sums[c] = float(total); },
+          [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
+    };
+    with_flag(keep, sum);
     for (int64_t k = 0, c = 0; k < groups; ++k) {
       const int64_t end = c + g.each();
       double first = 0.0, second = 0.0;
@@ -129,8 +135,12 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
         linear[c] = float(-r * r * second / g.elements());
       }
     }
-    input_gradient(g.at(grad_y, n), g.at(x, n), more, dtype, g.at(grad_x, n), dz ? g.at(dz, n) : nullptr, shape, of,
-                   activation, slope, mine);
+    if (keep) {
+      input_gradient(kept, g.at(x, n), nullptr, dtype, g.at(grad_x, n), nullptr, shape, of, kNone, slope, mine);
+    } else {
+      input_gradient(g.at(grad_y, n), g.at(x, n), more, dtype, g.at(grad_x, n), dz ? g.at(dz, n) : nullptr, shape, of,
+                     activation, slope, mine);
+    }
   });
 }
 
