@@ -50,12 +50,24 @@ class _CharRNN(nn.Module):
         return self.gru(x)[0]
 
 
+def _diffusion(channels: int = 256) -> nn.Module:
+    """Half a residual block of a diffusion model's U-Net."""
+    return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def _cyclegan(channels: int = 128) -> nn.Module:
+    """Half a residual block of CycleGAN's generator."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.InstanceNorm2d(channels), nn.ReLU())
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dcgan_64_generator_block": (lambda: PlainDCGANGenerator().main[9:12], (64, 128, 16, 16)),
     "dcgan_64_discriminator_block": (lambda: _discriminator()[2:5], (64, 64, 32, 32)),
     "conv_vae_64_first_block": (lambda: conv_block(nn.Conv2d(3, 32, 3, 2, 1)), (64, 3, 64, 64)),
     "conv_vae_64_last_block": (lambda: conv_block(nn.ConvTranspose2d(32, 32, 3, 2, 1, 1)), (64, 32, 32, 32)),
     "dense_to_image_first_block": (_dense, (128, 100)),
+    "diffusion_block": (_diffusion, (8, 256, 32, 32)),
+    "cyclegan_block": (_cyclegan, (4, 128, 64, 64)),
     "char_rnn_gru": (_CharRNN, (128, 32, 256)),
     "dcgan_64_generator": (lambda: PlainDCGANGenerator().main, (32, 100, 1, 1)),
     "dcgan_64_discriminator": (_discriminator, (32, 3, 64, 64)),

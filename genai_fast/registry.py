@@ -17,6 +17,7 @@ _HOMES = {
     "vae_loss.spec": "vae_loss",
     "adam.spec": "adam_step",
     "batch_norm_act.spec": "batch_norm_act",
+    "group_norm_act.spec": "group_norm_act instance_norm_act",
     "bias_act.spec": "bias_act",
     "act_dropout.spec": "act_dropout",
     "conv_transpose.spec": "conv_transpose2d conv_transpose1d upsample_conv2d conv_transpose2d_batch_norm_act",

@@ -246,6 +246,8 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     parts = []
     if "N" in letters:
         parts.append("batch_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+    if letters[0] == "G":
+        parts.append("group_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
     if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
         conv = Convolution.of(modules[0])
         names = [option.name for option in implementations.CONVOLUTIONS]
@@ -292,7 +294,7 @@ def _why_left(module: nn.Module) -> str:
 
 
 _WITHOUT_PARAMETERS = (
-    nn.Upsample, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Upsample, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
     nn.AlphaDropout, nn.ELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Softplus, nn.ReLU6, nn.Softmax, nn.LogSoftmax,
     nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
 )  # fmt: skip
@@ -328,7 +330,7 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     for path, module in model.named_modules():
         if id(module) not in covered:
             for row in _rows(path, module, covered):
-                if not row.becomes.startswith(("batch_norm_act", "convolution", "act_dropout")):
+                if not row.becomes.startswith(("batch_norm_act", "group_norm_act", "convolution", "act_dropout")):
                     yield row
 
 

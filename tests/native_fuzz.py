@@ -207,8 +207,14 @@ def odd_shapes(rng, count, told):
         cos, sin = ops.rotary_tables(t + 3, d)
         return ops.rotary, (normal(size(3), size(4), t, d + size(3)), cos, sin), {"offset": rng.choice((0, 3))}
 
+    def groups():
+        (x, *parameters), settings = planes(ops.batch_norm_act, 0, 0)[1:]
+        scale, shift = normal(*x.shape[:2]), normal(*x.shape[:2])
+        more = {"residual": normal(*x.shape), "scale": scale, "shift": shift} if rng.random() < 0.5 else {}
+        return ops.instance_norm_act, (x, *parameters), {**settings, **more}
+
     kinds = (
-        attention, packed, entropy, latents, images, gates, turned,
+        groups, attention, packed, entropy, latents, images, gates, turned,
         lambda: planes(ops.bias_act, 0), lambda: planes(ops.batch_norm_act, 0, 0), lambda: rows(ops.layer_norm),
         lambda: rows(ops.rms_norm),
     )  # fmt: skip

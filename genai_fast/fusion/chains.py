@@ -10,6 +10,7 @@ from torch.nn.modules import module as _globals
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+GROUP_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu", nn.GELU: "gelu",
@@ -17,12 +18,16 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 
 # One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C") | {nn.Linear: "L"}
-_LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(ACTIVATIONS, "A") | {nn.Identity: "I", nn.Dropout: "D"}
+_LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(GROUP_NORMS, "G") | dict.fromkeys(ACTIVATIONS, "A")
+_LETTERS |= {nn.Identity: "I", nn.Dropout: "D"}
 STOCK = tuple(_LETTERS)
-_CHAIN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("[CL]?N[AaI]?|G[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs besides F: torch's own methods, unless they are replaced on instance or class.
-_METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
+_METHODS = (
+    "__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim", "_get_no_batch_dim",
+    "_handle_no_batch_input", "_apply_instance_norm",
+)  # fmt: skip
 _READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell)  # classes whose parameters are read past a call
 _OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in _READ}
 _REPLACEABLE = frozenset((*_METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
@@ -38,7 +43,7 @@ class Span(NamedTuple):
 
 
 def obstacle(child: nn.Module) -> str:
-    """What was done to a module that only calling it honours; "" if nothing."""
+    """What is done by a module that only calling it honours; "" if nothing."""
     state = child.__dict__
     if "forward" in state:
         return "its forward is replaced"
@@ -48,6 +53,8 @@ def obstacle(child: nn.Module) -> str:
         return "it has hooks"
     if not _REPLACEABLE.isdisjoint(state):
         return "a method or tensor of its own is replaced"
+    if state["_buffers"].get("running_mean") is not None and isinstance(child, GROUP_NORMS):
+        return "it keeps running statistics"
     cls = type(child)
     for name, own in _OWN.get(cls, ()):
         if getattr(cls, name) is not own:
@@ -67,8 +74,8 @@ def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def letter(child: nn.Module) -> str:
-    """What a child counts as: C (convolution), L (Linear), N (batch norm), A (activation), I (Identity, which returns
-    the very tensor it was given), D (Dropout), or "." (other).
+    """What a child counts as: C (convolution), L (Linear), N (batch norm), G (group or instance norm), A (activation),
+    I (Identity, which returns the very tensor it was given), D (Dropout), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
     """
@@ -86,7 +93,7 @@ def _spans(word: str) -> tuple[Span, ...]:
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets rely on it.
         fused = letters not in ("L", "A", "a", "I", ".") and (owned or letters[0] not in "ad")
         found.append(Span(match.start(), match.end(), letters, fused))
-        owned = letters[0] in "CLN" or (owned and letters != ".")
+        owned = letters[0] in "CLNG" or (owned and letters != ".")
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-NOTHING_HERE = "it calls no batch norm or dropout itself, in a row of single uses"  # why a method stays as it is
+NOTHING_HERE = "it calls no norm or dropout itself, in a row of single uses"  # why a method stays as it is
 _COLUMNS = 100  # of the table
 
 

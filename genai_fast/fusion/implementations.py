@@ -17,7 +17,8 @@ from torch import nn
 from genai_fast import autotune, ops
 from genai_fast.backends import forced_backend
 from genai_fast.fusion import conv_bn_folding, im2col, thresholds
-from genai_fast.fusion.layout import for_norm, guarded, of_result, relaid
+from genai_fast.fusion.layout import guarded, of_result, relaid
+from genai_fast.fusion.norms import NORMS, WITHOUT_CONVOLUTION, Implementation
 from genai_fast.fusion.operands import (
     Activation,
     Chain,
@@ -37,14 +38,6 @@ from genai_fast.precision import autocast_dtype
 _MEASURED = {"cpu": 1 << 27, "cuda": 1 << 34}
 
 
-class Implementation(NamedTuple):
-    """A way to run a chain: `why_not` gives the reason why it does not serve chain and input, or ""."""
-
-    name: str
-    why_not: Callable[[Chain, torch.Tensor], str]
-    run: Callable[[Chain, torch.Tensor], torch.Tensor]
-
-
 class Decision(NamedTuple):
     """What serves a call of a chain, why the others do not, and the times in microseconds if it was measured."""
 
@@ -62,67 +55,13 @@ def decide(modules: Sequence[nn.Module], chain: Chain, x: torch.Tensor) -> Imple
     if chain.conv is not None:
         options, chosen, times = CONVOLUTIONS, *_fastest(chain, x)
     else:
-        options, times = NORMS if chain.norm is not None else DROPOUTS, {}
+        options, times = WITHOUT_CONVOLUTION[type(chain.norm)], {}
         chosen = next(option for option in options if not option.why_not(chain, x))
     if not torch.compiler.is_compiling() and (tell := listener.get()) is not None:
         reasons = {option.name: option.why_not(chain, x) for option in options if option is not chosen}
         slower = {name: "measured slower" if times else "not measured" for name, why in reasons.items() if not why}
         tell(modules, Decision(chosen.name, reasons | slower, times))
     return chosen
-
-
-# --- norms and dropout, with the activation next to them
-
-
-def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
-    norm = chain.norm
-    if norm.group is None and x.numel() == 0:
-        return "the batch is empty"  # torch has statistics of nothing, the op refuses
-    if torch.compiler.is_compiling() and (norm.group is not None or (norm.momentum is None and norm.training)):
-        return "torch.compile: collectives, or a momentum that is read from a tensor"
-    if not tensors_are_plain(*norm.tensors):
-        return "a parameter is of a tensor subclass"
-    if any(t is not None and t.shape != (x.size(1),) for t in norm.tensors):
-        return "the channels do not match"  # torch's own error comes from the module
-    if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
-        return ""  # torch's refuses CPU tensors
-    return thresholds.norm(norm.training, x)
-
-
-def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    """activation(norm(x)), with all that _BatchNorm.forward does besides."""
-    norm, (_, activation, slope, _) = chain.norm, chain.activation
-    if norm.module is not None:
-        norm.module._check_input_dim(x)
-    momentum = norm.counted()
-    return ops.batch_norm_act(
-        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
-    )
-
-
-def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
-    if not chain.dropout.training:
-        return "evaluation: nothing is dropped"
-    # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
-    return thresholds.dropout(x) if chain.dropout.p > 0 else "p is 0"
-
-
-def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    return ops.act_dropout(x, float(chain.dropout.p), True, chain.activation.name, chain.activation.slope)
-
-
-def _always(chain: Chain, x: torch.Tensor) -> str:
-    return ""
-
-
-NORMS = (
-    Implementation("batch_norm_act", _norm_why_not, _norm_act),
-    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
-)
-DROPOUTS = (
-    Implementation("act_dropout", _dropout_why_not, _act_dropout),
-    Implementation("modules", _always, lambda chain, x: chain.dropout(chain.activation(x))),
-)
 
 
 # --- convolutions, with what follows them

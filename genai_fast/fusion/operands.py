@@ -204,6 +204,25 @@ class Norm(NamedTuple):
         return Norm(None, weight, bias, mean, var, self.training, self.momentum, self.eps, None)
 
 
+class GroupNorm(NamedTuple):
+    """Group norm, or instance norm: a group for each channel. Both take the batch's statistics in evaluation too."""
+
+    module: nn.Module
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    groups: int | None  # None: as many as x has channels
+    eps: float
+
+    @staticmethod
+    def of(norm: nn.Module) -> GroupNorm:
+        parameters = norm._parameters
+        groups = _whole(norm.num_groups) if type(norm) is nn.GroupNorm else None
+        return GroupNorm(norm, parameters["weight"], parameters["bias"], groups, float(norm.eps))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
 def _process_group(norm: nn.Module) -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -239,7 +258,7 @@ class Chain(NamedTuple):
 
     letters: str
     conv: Convolution | None
-    norm: Norm | None
+    norm: Norm | GroupNorm | None  # the latter never after a convolution
     activation: Activation
     dropout: nn.Module | None
 
@@ -253,6 +272,8 @@ class Chain(NamedTuple):
                 conv = Convolution.of(module)
             elif kind == "N":
                 norm = Norm.of(module)
+            elif kind == "G":
+                norm = GroupNorm.of(module)
             elif kind == "D":
                 dropout = module
             else:

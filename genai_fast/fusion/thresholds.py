@@ -18,6 +18,7 @@ FOLD = 1 << 21
 CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
+GROUP_NORM = {False: (1 << 19, 1 << 19), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
 
 _ignored: ContextVar[bool] = ContextVar("ignored", default=False)
 
@@ -69,3 +70,10 @@ def recurrence(x: torch.Tensor, steps: int) -> str:
 def rms_norm(x: torch.Tensor) -> str:
     """RMS norm of x as one call, which PyTorch's is not."""
     return _too_small("elements", x.numel(), RMS_NORM) if x.is_cpu else ""
+
+
+def group_norm(instance: bool, gradients: bool, x: torch.Tensor) -> str:
+    """Group or instance norm of x with the activation after it."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return ""
+    return _too_small("elements", x.numel(), GROUP_NORM[instance][gradients])

@@ -1,4 +1,4 @@
-"""nn.LayerNorm and nn.RMSNorm in one call, that also take a residual: one pass for the sum and its norm."""
+"""Norms in one call: layer and RMS norm of a sum; group and instance norm with what stands before an activation."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
+from genai_fast.kernels.common.activations import activate
+from genai_fast.ops import checks
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype
 
@@ -59,3 +61,69 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         h = x + residual
         return super().forward(h), h
+
+
+class GroupNormAct(nn.GroupNorm):
+    """activation(group_norm(x)) in one call: nn.GroupNorm's constructor and keys, and an activation.
+
+    `y = norm(x, residual, scale, shift)` is activation(n (1 + scale) + shift + residual), n = group_norm(x): residual
+    as x, scale and shift [N, C], each may be None; see `ops.group_norm_act`.
+
+    Args:
+        num_groups, num_channels, eps, affine: as for nn.GroupNorm.
+        activation, negative_slope: as for `ops.group_norm_act`.
+
+    Raises ValueError: unknown activation, or groups that do not divide the channels.
+    """
+
+    def __init__(
+        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
+        activation: str = "none", negative_slope: float = 0.2, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        name = type(self).__name__
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"{name}: num_groups: expected a divisor of {num_channels} channels, got {num_groups}")
+        self.negative_slope = checks.activation(name, activation, negative_slope)
+        self.activation = activation
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.dim() < 2 or x.size(1) != self.num_channels:
+            raise ValueError(
+                f"{type(self).__name__}: x: expected {self.num_channels} channels, which come second, got shape"
+                f" {tuple(x.shape)}"
+            )
+        if left_to_torch():
+            return self._by_torch(x, residual, scale, shift)
+        return ops.group_norm_act(
+            x, self.num_groups, self.weight, self.bias, self.eps, self.activation, self.negative_slope, residual, scale,
+            shift,
+        )  # fmt: skip
+
+    def _by_torch(self, x, residual, scale, shift):
+        z, spread = super().forward(x), (*x.shape[:2], *[1] * (x.dim() - 2))
+        z = z if scale is None else z * (1.0 + scale.view(spread))
+        z = z if shift is None else z + shift.view(spread)
+        return activate(z if residual is None else z + residual, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class InstanceNormAct(GroupNormAct):
+    """activation(instance_norm(x)) in one call: `GroupNormAct` with a group for each channel, in any number of
+    dimensions. As nn.InstanceNorm1d, 2d and 3d it has no weight and bias by default; running statistics it has never.
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, affine: bool = False, *, activation: str = "none",
+        negative_slope: float = 0.2, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        more = dict(activation=activation, negative_slope=negative_slope, device=device, dtype=dtype)
+        super().__init__(num_features, num_features, eps, affine, **more)

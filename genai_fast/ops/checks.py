@@ -130,10 +130,17 @@ def per_channel(
         return
     for name, p in parameters.items():
         if p is not None:
-            _parameter(op, name, p, x, channels, f"as {source} {channels} channels", "channels come second")
+            _parameter(op, name, p, x, shape, f"as {source} {channels} channels", "channels come second")
     if len({p.dtype for p in parameters.values() if p is not None}) > 1:
         got = ", ".join(f"{name} {p.dtype}" for name, p in parameters.items() if p is not None)
         raise TypeError(f"{op}: expected parameters and running statistics of one dtype, got {got}; convert with .to()")
+
+
+def per_sample_channel(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
+    """Each parameter is None or [N, C] as x's first dimensions are, on its device; in x's dtype or float32."""
+    for name, p in parameters.items():
+        if p is not None:
+            _parameter(op, name, p, x, tuple(x.shape[:2]), "of samples and channels of x", "reshape it")
 
 
 def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Tensor) -> None:
@@ -146,17 +153,18 @@ def per_column(op: str, parameters: dict[str, torch.Tensor | None], x: torch.Ten
     for name, p in parameters.items():
         if p is not None:
             reason = f"as x has {columns} in its last dimension"
-            _parameter(op, name, p, x, columns, reason, "reshape it", any_dtype=autocast)
+            _parameter(op, name, p, x, (columns,), reason, "reshape it", any_dtype=autocast)
 
 
 def _parameter(
-    op: str, name: str, p: Any, x: torch.Tensor, size: int, reason: str, remedy: str, *, any_dtype: bool = False
-) -> None:
-    """p is [size] on x's device, in x's dtype or in float32 beside a narrower x."""
+    op: str, name: str, p: Any, x: torch.Tensor, shape: tuple[int, ...], reason: str, remedy: str, *,
+    any_dtype: bool = False,
+) -> None:  # fmt: skip
+    """p is of that shape on x's device, in x's dtype or in float32 beside a narrower x."""
     is_floating(op, name, p)
     same_device(op, name, p, "x", x)
-    if p.shape != (size,):
-        raise ValueError(f"{op}: {name}: expected shape ({size},) {reason}, got {tuple(p.shape)}; {remedy}")
+    if p.shape != shape:
+        raise ValueError(f"{op}: {name}: expected shape {shape} {reason}, got {tuple(p.shape)}; {remedy}")
     if not any_dtype and p.dtype is not x.dtype and (p.dtype is not torch.float32 or x.dtype is torch.float64):
         allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
         raise TypeError(f"{op}: {name}: expected {allowed} beside x of {x.dtype}, got {p.dtype}; convert it with .to()")

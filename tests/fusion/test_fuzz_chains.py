@@ -8,7 +8,7 @@ from torch import nn
 
 from bench import fuzz_chains, random_models
 from genai_fast import ops
-from genai_fast.fusion import implementations, operands
+from genai_fast.fusion import norms, operands
 
 COUNT, EACH = 200, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,9 +48,9 @@ def _gradient_off(monkeypatch):
 
 
 def _draws(monkeypatch):
-    run = implementations._norm_act
-    option = implementations.NORMS[0]._replace(run=lambda chain, x: (torch.rand(1), run(chain, x))[1])
-    monkeypatch.setattr(implementations, "NORMS", (option, *implementations.NORMS[1:]))
+    ours, *others = norms.NORMS
+    option = ours._replace(run=lambda chain, x: (torch.rand(1), ours.run(chain, x))[1])
+    monkeypatch.setitem(norms.WITHOUT_CONVOLUTION, operands.Norm, (option, *others))
 
 
 def _uncounted(monkeypatch):

@@ -1,0 +1,103 @@
+"""The ways to run a norm or a dropout with the activation next to it as one."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from genai_fast import ops
+from genai_fast.fusion import thresholds
+from genai_fast.fusion.layout import for_norm
+from genai_fast.fusion.operands import Chain, GroupNorm, Norm, needs_gradient, tensors_are_plain
+
+
+class Implementation(NamedTuple):
+    """A way to run a chain: `why_not` gives the reason why it does not serve chain and input, or ""."""
+
+    name: str
+    why_not: Callable[[Chain, torch.Tensor], str]
+    run: Callable[[Chain, torch.Tensor], torch.Tensor]
+
+
+def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
+    norm = chain.norm
+    if norm.group is None and x.numel() == 0:
+        return "the batch is empty"  # torch has statistics of nothing, the op refuses
+    if torch.compiler.is_compiling() and (norm.group is not None or (norm.momentum is None and norm.training)):
+        return "torch.compile: collectives, or a momentum that is read from a tensor"
+    if not tensors_are_plain(*norm.tensors):
+        return "a parameter is of a tensor subclass"
+    if any(t is not None and t.shape != (x.size(1),) for t in norm.tensors):
+        return "the channels do not match"  # torch's own error comes from the module
+    if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
+        return ""  # torch's refuses CPU tensors
+    return thresholds.norm(norm.training, x)
+
+
+def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    """activation(norm(x)), with all that _BatchNorm.forward does besides."""
+    norm, (_, activation, slope, _) = chain.norm, chain.activation
+    if norm.module is not None:
+        norm.module._check_input_dim(x)
+    momentum = norm.counted()
+    return ops.batch_norm_act(
+        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
+    )
+
+
+def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
+    norm, dims = chain.norm, _BATCHED.get(type(chain.norm.module))
+    parameters = [t for t in (norm.weight, norm.bias) if t is not None]
+    if norm.groups and chain.activation.name == "none" and x.is_cpu:
+        return "PyTorch's group norm is one call too, and no slower"
+    if x.dim() < 2 or (dims is not None and x.dim() != dims):
+        return "the input is no batch"
+    if not tensors_are_plain(*parameters):
+        return "a parameter is of a tensor subclass"
+    channels, groups = x.size(1), norm.groups or x.size(1)
+    if groups < 1 or channels % groups or x.numel() <= max(x.size(0), 1) * groups:
+        return "groups or input do not match"  # or a group has one value: torch's own error comes from the module
+    if not norm.eps >= 0.0:
+        return "eps is negative"
+    if any(t.shape != (channels,) or t.dtype not in (x.dtype, torch.float32) for t in parameters):
+        return "the parameters do not match"
+    return thresholds.group_norm(norm.groups is None, needs_gradient(x, *parameters), x)
+
+
+def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    norm, (_, activation, slope, _) = chain.norm, chain.activation
+    x = for_norm(x if norm.groups and x.is_cpu else x.contiguous())  # as PyTorch's norms lay out their results
+    return ops.group_norm_act(x, norm.groups or x.size(1), norm.weight, norm.bias, norm.eps, activation, slope)
+
+
+def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
+    if not chain.dropout.training:
+        return "evaluation: nothing is dropped"
+    # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
+    return thresholds.dropout(x) if chain.dropout.p > 0 else "p is 0"
+
+
+def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return ops.act_dropout(x, float(chain.dropout.p), True, chain.activation.name, chain.activation.slope)
+
+
+def _always(chain: Chain, x: torch.Tensor) -> str:
+    return ""
+
+
+NORMS = (
+    Implementation("batch_norm_act", _norm_why_not, _norm_act),
+    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
+)
+GROUP_NORMS = (
+    Implementation("group_norm_act", _group_norm_why_not, _group_norm_act),
+    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
+)
+DROPOUTS = (
+    Implementation("act_dropout", _dropout_why_not, _act_dropout),
+    Implementation("modules", _always, lambda chain, x: chain.dropout(chain.activation(x))),
+)
+WITHOUT_CONVOLUTION = {Norm: NORMS, GroupNorm: GROUP_NORMS, type(None): DROPOUTS}
+# Dimensions of a batch, which instance norm's modules ask for.
+_BATCHED = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}

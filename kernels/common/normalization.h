@@ -1,0 +1,251 @@
+// Normalization of dense [outer, channels, inner] by channel: moments, y = activate(z + residual) with
+// z = (x - mean) scale + shift, and its gradients. Statistics are float32 or wider, all arrays hold [channels].
+#pragma once
+#include <omp.h>
+
+#include "activations.h"
+#include "channels.h"
+
+namespace {
+
+inline float sum_of(float a) { return a; }
+inline float sum_of(float a, float b, float c, float d) { return (a + b) + (c + d); }
+
+// f(c, x[r][c] ..) over the rows, four at a time: what it adds to each column is read and written less often.
+template <class F>
+void over_rows(const float* x, int64_t stride, const Piece& p, F f) {
+  int64_t r = 0;
+  for (; r + 4 <= p.rows; r += 4, x += 4 * stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < p.columns; ++c) f(c, x[c], x[c + stride], x[c + 2 * stride], x[c + 3 * stride]);
+  }
+  for (; r < p.rows; ++r, x += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < p.columns; ++c) f(c, x[c]);
+  }
+}
+
+// The mean is off by the rounding of its sum, so that deviations from it add up to `rest`: this becomes what the mean
+// lacks, and the squares those around both together.
+inline void correct(float count, float* rest, float* squares) {
+  const float share = *rest / count, square = *squares - *rest * share;
+  const bool finite = share - share == 0.0f;
+  *rest = finite ? share : 0.0f;
+  *squares = !finite || square > 0.0f ? square : 0.0f;
+}
+
+// Mean, in two numbers, and sum of squared deviations of each channel of one tile, which the caches hold for the second
+// look.
+inline void tile_moments(const float* x, int64_t stride, const Piece& p, bool last, int64_t per, float* mean,
+                         float* rest, float* squares) {
+  if (last) {
+    for (int64_t c = 0; c < p.columns; ++c) mean[c] = squares[c] = rest[c] = 0.0f;
+    over_rows(x, stride, p, [=](int64_t c, auto... v) { mean[c] += sum_of(v...); });
+    const float scale = 1.0f / float(p.rows);
+    for (int64_t c = 0; c < p.columns; ++c) mean[c] *= scale;
+    over_rows(x, stride, p, [=](int64_t c, auto... v) {
+      const float m = mean[c];
+      rest[c] += sum_of((v - m)...);
+      squares[c] += sum_of((v - m) * (v - m)...);
+    });
+    for (int64_t c = 0; c < p.columns; ++c) correct(float(p.rows), rest + c, squares + c);
+    return;
+  }
+  for (int64_t r = 0; r < p.rows; ++r, x += stride) {
+    float sum, unused;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float&) { s += x[i]; }, &sum, &unused);
+    const float m = sum / float(p.columns);
+    mean[r * per] = m;
+    sum_pairs(p.columns, [=](int64_t i, float& s, float& q) { s += x[i] - m, q += (x[i] - m) * (x[i] - m); },
+              rest + r * per, squares + r * per);
+    correct(float(p.columns), rest + r * per, squares + r * per);
+  }
+}
+
+// store(channel, mean, sum of squared deviations) for each channel, in float64. Tiles are combined in order (Chan,
+// Golub & LeVeque 1983), so that threads change nothing. `means`: room for 3 floats a partial sum.
+template <class Store>
+void channel_moments(const void* x, int dtype, const Channels& shape, const Tiles& tiles, float* means, int threads,
+                     Store store) {
+  const Rows rows{x, tiles.shape.columns(), dtype};
+  const bool parallel = shape.elements() >= kParallel;
+  float *const rests = means + tiles.partials(), *const deviations = rests + tiles.partials();
+  const auto mean_of = [&](int64_t at) { return double(means[at]) + double(rests[at]); };
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+  for (int64_t k = 0; k < tiles.count(); ++k) {
+    alignas(64) float buffer[kTile];
+    const Piece p = tiles[k];
+    const int64_t at = tiles.partial(p);
+    int64_t stride;
+    const float* const v = rows.view(p, buffer, &stride);
+    tile_moments(v, stride, p, tiles.shape.last(), tiles.per, means + at, rests + at, deviations + at);
+  }
+  const double total = double(shape.outer * shape.inner);
+  for_channels(shape.channels, parallel, threads, [&](int64_t first, int64_t count) {
+    double m[kLanes] = {}, s[kLanes] = {};
+    for (int64_t g = 0; g < tiles.groups; ++g) {
+      for (int64_t k = 0; k < tiles.per; ++k) {
+        const int64_t at = (g * shape.channels + first) * tiles.per + k;
+        const double n = tiles.elements(g, k);
+        for (int64_t c = 0; c < count; ++c) m[c] += n * mean_of(at + c * tiles.per);
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) m[c] /= total;
+    for (int64_t g = 0; g < tiles.groups; ++g) {
+      for (int64_t k = 0; k < tiles.per; ++k) {
+        const int64_t at = (g * shape.channels + first) * tiles.per + k;
+        const double n = tiles.elements(g, k);
+        for (int64_t c = 0; c < count; ++c) {
+          const double d = mean_of(at + c * tiles.per) - m[c];
+          s[c] += double(deviations[at + c * tiles.per]) + n * d * d;
+        }
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) store(first + c, m[c], s[c]);
+  });
+}
+
+// What elementwise passes need of each channel: z = (x - mean) scale + shift, and dx = scale dz + linear (x - mean)
+// + constant. The last two may be null in a forward pass.
+struct Coefficients {
+  const float *mean, *scale, *shift, *linear, *constant;
+};
+
+// f(Constant<activation>, Constant<channels lie last>, Constant<there is a residual>).
+template <class F>
+void specialised(int activation, bool last, bool residual, F f) {
+  with_activation(activation, [&](auto a) {
+    with_flag(last, [&](auto by_column) { with_flag(residual, [&](auto added) { f(a, by_column, added); }); });
+  });
+}
+
+// y = activate(z + residual), the residual or null.
+inline void normalized(const void* x, const void* residual, int dtype, void* y, const Channels& shape,
+                       const Coefficients& of, int activation, float slope, int threads) {
+  const Pieces pieces(shape.rows(), shape.columns());
+  const Rows in{x, shape.columns(), dtype}, added{residual, shape.columns(), dtype};
+  const DenseOut out{y, shape.columns(), dtype};
+  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
+    constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
+#pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
+    for (int64_t k = 0; k < pieces.count(); ++k) {
+      alignas(64) float from[kPiece], to[kPiece], also[kMore ? kPiece : 1];
+      const Piece p = pieces[k];
+      const float* v = in.read(p, from);
+      const float* b = kMore ? added.read(p, also) : nullptr;
+      float* const begin = out.begin(p, to);
+      float* w = begin;
+      for (int64_t r = 0; r < p.rows; ++r, v += p.columns, w += p.columns) {
+        const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
+        const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+#pragma omp simd
+        for (int64_t i = 0; i < p.columns; ++i) {
+          float z = multiply_add(v[i] - m[i], scale[i], shift[i]);
+          if constexpr (kMore) z += b[i];
+          w[i] = activate<decltype(a)::value>(z, slope);
+        }
+        if constexpr (kMore) b += p.columns;
+      }
+      out.end(p, begin);
+    }
+  });
+}
+
+// store_dz(channel, sum of dz) and store_product(channel, sum of dz (x - mean)) for each channel, in float64; dz is
+// grad_y times the derivative at z + residual. `of.mean`, `scale` and `shift` stand `tiles.per` times in a row for each
+// channel where `tiles.shape.last()`. `sums`: room for 2 floats a partial sum. kKeep: dz goes to `kept`, dense float32.
+template <bool kKeep, class StoreDz, class StoreProduct>
+void gradient_sums(const void* grad_y, const void* x, const void* residual, int dtype, const Tiles& tiles,
+                   const Coefficients& of, int activation, float slope, float* sums, float* kept, int threads,
+                   StoreDz store_dz, StoreProduct store_product) {
+  const Channels shape = tiles.shape;
+  const int64_t columns = shape.columns();
+  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{residual, columns, dtype};
+  const bool parallel = shape.elements() >= kParallel;
+  float* const products = sums + tiles.partials();
+  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
+    constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+    for (int64_t k = 0; k < tiles.count(); ++k) {
+      alignas(64) float x_buffer[kTile], g_buffer[kTile], b_buffer[kMore ? kTile : 1];
+      const Piece p = tiles[k];
+      int64_t stride;
+      const float* v = x_rows.view(p, x_buffer, &stride);
+      const float* g = g_rows.view(p, g_buffer, &stride);
+      const float* b = kMore ? b_rows.view(p, b_buffer, &stride) : nullptr;
+      float* s = sums + tiles.partial(p);
+      float* q = products + tiles.partial(p);
+      float* u = kKeep ? kept + p.row * columns + p.column : nullptr;
+      if (kLast) {
+        for (int64_t i = 0; i < p.columns; ++i) s[i] = q[i] = 0.0f;
+      }
+      for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
+        const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
+        const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const float negative = slope;  // Clang does not find it in two lambdas
+        const auto add = [=](int64_t i, float& sum, float& product) {
+          const float d = v[i] - m[i];
+          float z = multiply_add(d, scale[i], shift[i]);
+          if constexpr (kMore) z += b[i];
+          const float dz = g[i] * derivative<decltype(a)::value>(z, negative);
+          if constexpr (kKeep) u[i] = dz;
+          sum += dz;
+          product += dz * d;
+        };
+        if constexpr (kLast) {
+#pragma omp simd
+          for (int64_t i = 0; i < p.columns; ++i) add(i, s[i], q[i]);
+        } else {
+          sum_pairs(p.columns, add, s + r * tiles.per, q + r * tiles.per);
+        }
+        if constexpr (kMore) b += stride;
+        if constexpr (kKeep) u += columns;
+      }
+    }
+  });
+  sum_tiles(tiles, sums, parallel, threads, store_dz);
+  sum_tiles(tiles, products, parallel, threads, store_product);
+}
+
+// dx = scale dz + linear (x - mean) + constant, and dz itself, or null, which is the residual's gradient.
+inline void input_gradient(const void* grad_y, const void* x, const void* residual, int dtype, void* grad_x, void* dz_out,
+                           const Channels& shape, const Coefficients& of, int activation, float slope, int threads) {
+  const Pieces pieces(shape.rows(), shape.columns());
+  const int64_t columns = shape.columns();
+  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{residual, columns, dtype};
+  const DenseOut out{grad_x, columns, dtype}, dz_rows{dz_out, columns, dtype};
+  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
+    constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
+#pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
+    for (int64_t k = 0; k < pieces.count(); ++k) {
+      alignas(64) float x_buffer[kPiece], g_buffer[kPiece], to[kPiece], b_buffer[kMore ? kPiece : 1],
+          dz_buffer[kMore ? kPiece : 1];
+      const Piece p = pieces[k];
+      const float* v = x_rows.read(p, x_buffer);
+      const float* g = g_rows.read(p, g_buffer);
+      const float* b = kMore ? b_rows.read(p, b_buffer) : nullptr;
+      float* const begin = out.begin(p, to);
+      float* const dz_begin = kMore && dz_out ? dz_rows.begin(p, dz_buffer) : dz_buffer;
+      float *w = begin, *u = dz_begin;
+      for (int64_t r = 0; r < p.rows; ++r, v += p.columns, g += p.columns, w += p.columns) {
+        const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
+        const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at), linear(of.linear + at),
+            constant(of.constant + at);
+#pragma omp simd
+        for (int64_t i = 0; i < p.columns; ++i) {
+          const float d = v[i] - m[i];
+          float z = multiply_add(d, scale[i], shift[i]);
+          if constexpr (kMore) z += b[i];
+          const float dz = g[i] * derivative<decltype(a)::value>(z, slope);
+          if constexpr (kMore) u[i] = dz;
+          w[i] = multiply_add(scale[i], dz, multiply_add(linear[i], d, constant[i]));
+        }
+        if constexpr (kMore) b += p.columns, u += p.columns;
+      }
+      out.end(p, begin);
+      if (kMore && dz_out) dz_rows.end(p, dz_begin);
+    }
+  });
+}
+
+}  // namespace

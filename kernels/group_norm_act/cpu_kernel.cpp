@@ -1,0 +1,153 @@
+// group_norm_act on the CPU, a sample at a time, which the caches hold between its passes. A dense sample is
+// [channels, positions], or [positions, channels] where channels lie last; parameters and statistics are float32.
+#include <omp.h>
+
+#include "kernel.h"
+#include "memory.h"
+#include "normalization.h"
+
+namespace {
+
+struct Groups {
+  int64_t samples, channels, positions, groups;
+  bool last;
+  int dtype;
+
+  int64_t each() const { return channels / groups; }
+  double elements() const { return double(each() * positions); }
+  Channels sample() const { return last ? Channels{positions, channels, 1} : Channels{1, channels, positions}; }
+  // For the moments: where a group lies in one piece, it counts as a channel.
+  Channels statistics() const { return last ? sample() : Channels{1, groups, each() * positions}; }
+
+  const char* at(const void* x, int64_t n) const {
+    return static_cast<const char*>(x) + n * channels * positions * (dtype == kFloat32 ? 4 : 2);
+  }
+  char* at(void* x, int64_t n) const { return const_cast<char*>(at(static_cast<const void*>(x), n)); }
+};
+
+struct Parameters {
+  const float *weight, *bias, *scale, *shift;  // [channels] twice and [samples, channels] twice, or null
+
+  // z = (x-hat weight + bias) (1 + scale) + shift.
+  float factor(int64_t at, int64_t c) const { return (weight ? weight[c] : 1.0f) * modulation(at); }
+  float modulation(int64_t at) const { return scale ? 1.0f + scale[at] : 1.0f; }
+  float addend(int64_t at, int64_t c) const { return (bias ? bias[c] * modulation(at) : 0.0f) + (shift ? shift[at] : 0.0f); }
+};
+
+// f(sample, memory of `count` floats for it, threads for it): samples side by side where they are many, else one by one.
+template <class F>
+void over_samples(const Groups& g, int64_t count, int threads, F f) {
+  const bool large = g.samples * g.channels * g.positions >= kParallel;
+  const bool side_by_side = large && threads > 1 && (g.samples % threads == 0 || g.samples >= 4 * threads);
+  const Scratch scratch(count, side_by_side, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (side_by_side)
+  for (int64_t n = 0; n < g.samples; ++n) f(n, scratch.mine(), side_by_side ? 1 : threads);
+}
+
+// mean[g] and rstd[g] of a sample's groups; `means` and `squares` are of its channels.
+void combine(const Groups& g, const double* means, const double* squares, double eps, float* mean, float* rstd) {
+  for (int64_t k = 0, c = 0; k < g.groups; ++k) {
+    const int64_t end = c + g.each();
+    double m = 0.0, s = 0.0;
+    for (int64_t i = c; i < end; ++i) m += means[i];
+    m /= double(g.each());
+    for (; c < end; ++c) s += squares[c] + double(g.positions) * (means[c] - m) * (means[c] - m);
+    mean[k] = float(m);
+    rstd[k] = float(1.0 / __builtin_sqrt(s / g.elements() + eps));
+  }
+}
+
+// The first three coefficients of a sample, into `values`: 5 rows of [channels].
+Coefficients coefficients(const Groups& g, const Parameters& p, int64_t n, const float* mean, const float* rstd,
+                          float* values) {
+  float *const scale = values + g.channels, *const shift = scale + g.channels;
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const int64_t k = n * g.groups + c / g.each(), at = n * g.channels + c;
+    values[c] = mean[k];
+    scale[c] = rstd[k] * p.factor(at, c);
+    shift[c] = p.addend(at, c);
+  }
+  return {values, scale, shift, shift + g.channels, shift + 2 * g.channels};
+}
+
+void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, int64_t channels, int64_t positions,
+                            int last, int64_t groups, const float* weight, const float* bias, const float* scale,
+                            const float* shift, const void* residual, float* mean, float* rstd, double eps,
+                            int activation, double negative_slope, int threads) {
+  const Groups g{samples, channels, positions, groups, last != 0, dtype};
+  const Parameters p{weight, bias, scale, shift};
+  const Channels shape = g.sample(), summed = g.statistics();
+  const Tiles tiles(summed);
+  const int64_t partial = 3 * tiles.partials(), most = partial > 5 * channels ? partial : 5 * channels;
+  over_samples(g, in_lines(most) + 4 * channels, threads, [&](int64_t n, float* work, int mine) {
+    float *const m = mean + n * groups, *const r = rstd + n * groups;
+    double *const means = reinterpret_cast<double*>(work + in_lines(most)), *const squares = means + channels;
+    channel_moments(g.at(x, n), dtype, summed, tiles, work, mine, [&](int64_t c, double average, double deviations) {
+      if (last) {
+        means[c] = average, squares[c] = deviations;
+      } else {
+        m[c] = float(average), r[c] = float(1.0 / __builtin_sqrt(deviations / g.elements() + eps));
+      }
+    });
+    if (last) combine(g, means, squares, eps, m, r);
+    const Coefficients of = coefficients(g, p, n, mean, rstd, work);
+    normalized(g.at(x, n), residual ? g.at(residual, n) : nullptr, dtype, g.at(y, n), shape, of, activation,
+               float(negative_slope), mine);
+  });
+}
+
+// sum_dz and sum_dz_x_hat are [samples, channels]; dz is the residual's gradient, or null.
+void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void* grad_x, void* dz, int64_t samples,
+                             int64_t channels, int64_t positions, int last, int64_t groups, const float* weight,
+                             const float* bias, const float* scale, const float* shift, const void* residual,
+                             const float* mean, const float* rstd, float* sum_dz, float* sum_dz_x_hat, int activation,
+                             double negative_slope, int threads) {
+  const Groups g{samples, channels, positions, groups, last != 0, dtype};
+  const Parameters p{weight, bias, scale, shift};
+  const Channels shape = g.sample();
+  const Tiles tiles(shape);
+  const float slope = float(negative_slope);
+  // What takes an exponential is computed once, and waits where a gradient will be.
+  const bool keep = dtype == kFloat32 && (residual || activation > kLeakyRelu);
+  over_samples(g, in_lines(5 * channels) + 2 * tiles.partials(), threads, [&](int64_t n, float* work, int mine) {
+    const void* const more = residual ? g.at(residual, n) : nullptr;
+    const Coefficients of = coefficients(g, p, n, mean, rstd, work);
+    float *const linear = work + 3 * channels, *const constant = linear + channels;
+    float *const sums = sum_dz + n * channels, *const products = sum_dz_x_hat + n * channels;
+    float* const kept = reinterpret_cast<float*>(g.at(residual ? dz : grad_x, n));
+    const auto sum = [&](auto keeping) {
+      gradient_sums<decltype(keeping)::value>(
+          g.at(grad_y, n), g.at(x, n), more, dtype, tiles, of, activation, slope, work + in_lines(5 * channels), kept,
+          mine, [&](int64_t c, double total) { sums[c] = float(total); },
+          [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
+    };
+    with_flag(keep, sum);
+    for (int64_t k = 0, c = 0; k < groups; ++k) {
+      const int64_t end = c + g.each();
+      double first = 0.0, second = 0.0;
+      for (int64_t i = c; i < end; ++i) {
+        const double factor = double(p.factor(n * channels + i, i));
+        first += factor * double(sums[i]), second += factor * double(products[i]);
+      }
+      const double r = double(rstd[n * groups + k]);
+      for (; c < end; ++c) {
+        constant[c] = float(-r * first / g.elements());
+        linear[c] = float(-r * r * second / g.elements());
+      }
+    }
+    if (keep) {
+      input_gradient(kept, g.at(x, n), nullptr, dtype, g.at(grad_x, n), nullptr, shape, of, kNone, slope, mine);
+    } else {
+      input_gradient(g.at(grad_y, n), g.at(x, n), more, dtype, g.at(grad_x, n), dz ? g.at(dz, n) : nullptr, shape, of,
+                     activation, slope, mine);
+    }
+  });
+}
+
+}  // namespace
+
+GENAI_FAST_TABLE = {
+    Entry<&group_norm_act_forward>::named("group_norm_act_forward"),
+    Entry<&group_norm_act_backward>::named("group_norm_act_backward"),
+    {},
+};

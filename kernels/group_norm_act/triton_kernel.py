@@ -1,0 +1,308 @@
+"""group_norm_act on the GPU: a program has one group of one sample, in registers if it fits; no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from genai_fast.kernels.common.activations_triton import activate, times_derivative
+from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
+from genai_fast.kernels.common.tuned import launch
+from genai_fast.kernels.group_norm_act.layout import like_partner, prepared, require_statistics, sizes
+
+FORWARD, BACKWARD = 8192, 4096  # elements of a tile: backward holds more of each
+FORWARD_WARPS, BACKWARD_WARPS = 8, 8
+MOST_CHANNELS = 64  # of a tile
+LANES = 32
+SECTOR, SHORT = 32, 512  # bytes that memory gives at once; elements that make a program worth it
+
+
+@triton.jit
+def _tile(first_channel, first, each, positions, channel_stride, position_stride,
+          CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Offsets from a program's first element and mask [CHANNELS, POSITIONS], and the channels from its first on."""
+    channel = first_channel + tl.arange(0, CHANNELS)
+    position = first + tl.arange(0, POSITIONS)
+    # Where all are known to be there, a thread loads several channels at once.
+    inside = tl.full([CHANNELS], 1, tl.int1) if WHOLE else channel < each
+    mask = inside[:, None] & (position < positions)[None, :]
+    return channel[:, None] * channel_stride + position[None, :] * position_stride, mask, channel
+
+
+@triton.jit
+def _place(channels, positions, groups, channel_stride, EACH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of this program: its first element, its sample, first channel and first group, its channels and a group's size.
+
+    Where a channel is a group (EACH is 1), a program has several.
+    """
+    ALONE: tl.constexpr = EACH == 1
+    blocks = tl.cdiv(channels, CHANNELS) if ALONE else groups
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * (CHANNELS if ALONE else EACH)
+    group = sample * groups + (first if ALONE else tl.program_id(0) % blocks)
+    own = tl.minimum(channels - first, CHANNELS) if ALONE else EACH
+    count = 1.0 * EACH * positions
+    return sample * channels * positions + first.to(tl.int64) * channel_stride, sample, first, group, own, count
+
+
+@triton.jit
+def _of_groups(values, ALONE: tl.constexpr):
+    """Sums [CHANNELS, POSITIONS] -> [CHANNELS] where channels are groups, else [1]."""
+    if not ALONE:
+        values = tl.reshape(values, [1, values.shape[0] * values.shape[1]])
+    return tl.sum(values, axis=1)
+
+
+@triton.jit
+def _of_channels(values, inside, ALONE: tl.constexpr):
+    """Sums [CHANNELS] -> themselves where channels are groups, else [1]."""
+    # The choice keeps products out of the sum's fused multiply-adds, in which lanes round unlike each other.
+    return values if ALONE else tl.sum(tl.where(inside, values, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside):
+    """factor and addend of z = x-hat factor + addend, by channel; row: of [samples, channels]."""
+    factor = tl.where(inside, 1.0, 0.0)
+    addend = tl.zeros_like(factor)
+    if weight_ptr is not None:
+        factor = tl.load(weight_ptr + first + channel, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        addend = tl.load(bias_ptr + first + channel, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        modulation = 1.0 + tl.load(scale_ptr + row + channel, mask=inside, other=0.0)
+        factor *= modulation
+        addend *= modulation
+    if shift_ptr is not None:
+        addend += tl.load(shift_ptr + row + channel, mask=inside, other=0.0)
+    return factor, addend
+
+
+@triton.jit
+def _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION: tl.constexpr):
+    """activate(d rstd factor + addend + residual) of one tile."""
+    z = d * (rstd * factor)[:, None] + addend[:, None]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return activate(z, slope, ACTIVATION)
+
+
+@triton.jit
+def _group_norm_act_forward(
+    x_ptr, residual_ptr, y_ptr,              # [samples, channels, positions], the second may be None
+    weight_ptr, bias_ptr,                    # [channels] or None
+    scale_ptr, shift_ptr,                    # [samples, channels] or None
+    mean_ptr, rstd_ptr,                      # [samples, groups]
+    channels, positions, groups, channel_stride, position_stride, eps, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
+    ALONE: tl.constexpr = EACH == 1
+    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
+    x_ptr += base
+    y_ptr += base
+    if residual_ptr is not None:
+        residual_ptr += base
+    row = sample * channels + first
+    if ONE:
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = _of_groups(x, ALONE) / count
+        d = tl.where(mask, x - mean[:, None], 0.0)
+        rest = _of_groups(d, ALONE) / count  # lost to rounding, where the mean is far from 0
+        d = tl.where(mask, d - rest[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(_of_groups(tl.where(mask, d * d, 0.0), ALONE) / count + eps)
+        factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+        y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
+            for p in range(0, positions, POSITIONS):
+                offs, mask, channel = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
+                total += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = _of_groups(total, ALONE) / count
+        lost = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        square = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
+            for p in range(0, positions, POSITIONS):
+                offs, mask, channel = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
+                x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                d = tl.where(mask, x - mean[:, None], 0.0)
+                lost += d
+                square += d * d
+        rest = _of_groups(lost, ALONE) / count
+        variance = _of_groups(square, ALONE) / count - rest * rest
+        rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
+                x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                y = _output(
+                    x - mean[:, None] - rest[:, None], rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION
+                )
+                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    own = group + tl.arange(0, CHANNELS if ALONE else 1)
+    inside = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
+    tl.store(mean_ptr + own, mean + rest, mask=inside)
+    tl.store(rstd_ptr + own, rstd, mask=inside)
+
+
+@triton.jit
+def _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION: tl.constexpr):
+    """x-hat and dz of one tile."""
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    z = d * (rstd * factor)[:, None] + addend[:, None]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return d * rstd[:, None], tl.where(mask, times_derivative(grad, z, slope, ACTIVATION), 0.0)
+
+
+@triton.jit
+def _group_norm_act_backward(
+    grad_y_ptr, x_ptr, residual_ptr,         # [samples, channels, positions], the third may be None
+    grad_x_ptr, dz_ptr,                      # the same; dz is None without a residual
+    weight_ptr, bias_ptr,                    # [channels] or None
+    scale_ptr, shift_ptr,                    # [samples, channels] or None
+    mean_ptr, rstd_ptr,                      # [samples, groups]
+    sum_dz_ptr, sum_dz_x_hat_ptr,            # [samples, channels]
+    channels, positions, groups, channel_stride, position_stride, slope,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Sums by channel, dx and dz of one group; ONE: it is a single tile, read once, else twice."""
+    ALONE: tl.constexpr = EACH == 1
+    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
+    x_ptr += base
+    grad_y_ptr += base
+    grad_x_ptr += base
+    if residual_ptr is not None:
+        residual_ptr += base
+        dz_ptr += base
+    row = sample * channels + first
+    own = group + tl.arange(0, CHANNELS if ALONE else 1)
+    present = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
+    mean = tl.load(mean_ptr + own, mask=present, other=0.0)
+    rstd = tl.load(rstd_ptr + own, mask=present, other=0.0)
+    sum_dz_ptr += row
+    sum_dz_x_hat_ptr += row
+    if ONE:
+        offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
+        inside = channel < each
+        factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
+        x_hat, dz = _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION)
+        sum_dz = tl.sum(dz, axis=1)
+        sum_dz_x_hat = tl.sum(tl.where(mask, dz * x_hat, 0.0), axis=1)  # as in _of_channels
+        tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
+        tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
+        constant = _of_channels(factor * sum_dz, inside, ALONE) / count
+        linear = _of_channels(factor * sum_dz_x_hat, inside, ALONE) / count
+        dx = rstd[:, None] * (dz * factor[:, None] - constant[:, None] - x_hat * linear[:, None])
+        tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    else:
+        constant = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
+        linear = tl.zeros([CHANNELS if ALONE else 1], tl.float32)
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            inside = channel < each
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
+            total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+            product = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
+                x_hat, dz = _loaded(
+                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                )
+                total += dz
+                product += dz * x_hat
+            sum_dz = tl.sum(total, axis=1)
+            sum_dz_x_hat = tl.sum(product, axis=1)
+            tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
+            tl.store(sum_dz_x_hat_ptr + channel, sum_dz_x_hat, mask=inside)
+            constant += _of_channels(factor * sum_dz, inside, ALONE)
+            linear += _of_channels(factor * sum_dz_x_hat, inside, ALONE)
+        constant /= count
+        linear /= count
+        for c in range(0, CHANNELS if ALONE else EACH, CHANNELS):
+            channel = c + tl.arange(0, CHANNELS)
+            factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
+            for p in range(0, positions, POSITIONS):
+                offs, mask, _ = _tile(
+                    c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
+                )
+                x_hat, dz = _loaded(
+                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                )
+                dx = rstd[:, None] * (dz * factor[:, None] - constant[:, None] - x_hat * linear[:, None])
+                tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+                if dz_ptr is not None:
+                    tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(name, x, groups, elements, num_warps):
+    """(grid, sizes, constants): tiles of a group's channels by positions, or of several channels that are groups."""
+    samples, channels, positions, last = sizes(x)
+    each, alone = channels // groups, channels == groups
+    chosen = launch(f"group_norm_act/{name}", x, (each, positions), elements=elements, num_warps=num_warps)
+    together = SECTOR // x.element_size() if last else max(SHORT // positions, 1)  # of channels that are groups
+    tile_channels = min(next_power_of_2(min(together, channels) if alone else each), MOST_CHANNELS)
+    # A tile of fewer elements than lanes would be held, and summed, more than once.
+    tile_positions = max(next_power_of_2(positions), ceil_div(LANES, tile_channels))
+    tile_positions = min(tile_positions, max(chosen["elements"] // tile_channels, 1))
+    constants = dict(
+        CHANNELS=tile_channels,
+        POSITIONS=tile_positions,
+        ONE=(alone or tile_channels >= each) and tile_positions >= positions,
+        EACH=each,
+        WHOLE=(channels if alone else each) % tile_channels == 0,
+        num_warps=min(chosen["num_warps"], max(tile_channels * tile_positions // (8 * LANES), 1)),
+    )
+    grid = samples * (ceil_div(channels, tile_channels) if alone else groups)
+    return (grid,), (channels, positions, groups, *((1, channels) if last else (positions, 1))), constants
+
+
+def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
+    x, parameters = prepared(x, groups, weight, bias, scale, shift)
+    residual = like_partner(residual, x)
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty((x.size(0), groups), dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        grid, shape, constants = _launch("forward", x, groups, FORWARD, FORWARD_WARPS)
+        _group_norm_act_forward[grid](
+            x, residual, y, *parameters, mean, rstd, *shape, eps, slope, ACTIVATION=activation, **constants
+        )
+    return y, mean, rstd
+
+
+def group_norm_act_backward(
+    grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+):  # fmt: skip
+    x, parameters = prepared(x, groups, weight, bias, scale, shift)
+    grad_y, residual = like_partner(grad_y, x), like_partner(residual, x)
+    statistics = require_statistics(x, groups, mean, rstd)
+    grad_x = torch.empty_like(x)
+    dz = None if residual is None else torch.empty_like(x)
+    sums = tuple(x.new_zeros(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        grid, shape, constants = _launch("backward", x, groups, BACKWARD, BACKWARD_WARPS)
+        _group_norm_act_backward[grid](
+            grad_y, x, residual, grad_x, dz, *parameters, *statistics, *sums, *shape, slope, ACTIVATION=activation,
+            **constants,
+        )  # fmt: skip
+    return grad_x, x.new_empty(0) if dz is None else dz, *sums
