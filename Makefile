@@ -67,6 +67,7 @@ bench: $(READY)
 gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.compile_gate --check
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.compile_gate --check
+	$(BIN)/python -m bench.emulate --limits
 	$(BIN)/python -m bench.emulate
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.emulate
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q tests/ops/test_ops.py tests/kernels/test_random.py -k "reference or random"

@@ -4,7 +4,8 @@
     python -m bench.emulate --every 8                 each eighth run
     python -m bench.emulate --sample                  the fewest runs that launch every kernel: for tests
     python -m bench.emulate --roofs                   predicted times of the bench cases, a page
-    python -m bench.emulate --mutate 4                whether faults are noticed: 4 places of each kind in some kernels
+    python -m bench.emulate --limits                  what kernels may take, against the limits in the specs
+    python -m bench.emulate --mutate 20               whether faults are noticed: 20 places of each kind in some kernels
 
 A run is right if its numbers are (genai_fast.testing) and no kernel leaves its tensors, races, or uses what it has not
 waited for (genai_fast.emulator). Warnings are told, and fail nothing.
@@ -25,14 +26,14 @@ from unittest import mock
 
 import torch
 
-from bench import mutations, predict
+from bench import limits, mutations, predict
 from bench.launches import call
 from bench.report.files import write_all
 from genai_fast import registry, use_backend
 from genai_fast.emulator.devices import DEVICES
 from genai_fast.emulator.driver_triton import EmulatedGPU
 from genai_fast.kernels.common.extension import interpreting
-from genai_fast.kernels.common.spec import Tensors
+from genai_fast.kernels.common.spec import OpSpec, Tensors
 from genai_fast.testing import Run, assert_matches_reference, emulated_gpu, every_run
 
 PREDICTED = Path(__file__).parent / "results" / "predicted.md"
@@ -114,17 +115,59 @@ def emulate(runs: list[Run], gpu: EmulatedGPU, verbose: bool = True) -> Result:
 
 def _write_roofs(names: Collection[str]) -> int:
     """The page of all ops; of some it is only printed."""
-    rows = []
-    with emulated_gpu(predict.ARCH, check=False, budget=predict.BUDGET) as gpu:
-        for op in registry.OPS.values():
-            if "triton" in op.backends and (not names or {op.name, op.folder} & {*names}):
-                for case in op.bench_cases:
-                    rows.append(predict.row(op, case, gpu))
-                    print("  ".join(rows[-1]), flush=True)
+    cases = [(op, case) for op in _chosen(names) for case in op.bench_cases]
+    found: dict[int, list[predict.Figures | None]] = {}
+    compared = []
+    for arch in predict.CODE:
+        with emulated_gpu(arch, check=False, budget=predict.BUDGET) as gpu:
+            found[arch] = []
+            for op, case in cases:
+                mine = predict.ours(op, case, gpu)
+                found[arch].append(mine)
+                print(f"sm_{arch} {op}-{case}: {mine.launches if mine else 'too many'} launches", flush=True)
+                other = predict.ligers(op, case, gpu) if predict.LIGER in predict.CODE[arch] else None
+                if mine and other:
+                    compared.append(predict.beside(op, case, mine, other))
+    rows = [
+        predict.row(op, case, dict(zip(found, figures, strict=True)))
+        for (op, case), *figures in zip(cases, *found.values(), strict=True)
+    ]
+    page = predict.page(rows, compared)
+    print(page)
     if not names:
-        write_all({PREDICTED: predict.page(rows).encode()})
+        write_all({PREDICTED: page.encode()})
         print(f"written: {PREDICTED}")
     return 0
+
+
+def _check_limits(names: Collection[str]) -> int:
+    wrong = []
+    with emulated_gpu(limits.ARCH, seed=1) as gpu:
+        for op in _chosen(names):
+            if op.limits is None:
+                wrong.append(f"{op}: expected limits in its spec, got none")
+                continue
+            found = limits.launches(op, gpu)
+            print(limits.row(op, *found), flush=True)
+            wrong += limits.violations(op, *found)
+    for message in wrong:
+        print(f"FAILED {message}")
+    print(f"limits of {len(_chosen(names))} ops, {len(wrong)} exceeded")
+    return 1 if wrong else 0
+
+
+def _mutate(names: Collection[str], architectures: Collection[int], each: int, seed: int) -> int:
+    for arch in architectures:
+        with emulated_gpu(arch, seed=seed, budget=mutations.BUDGET) as gpu:
+            runs = mutations.runs(names)
+            print(f"sm_{arch}, {len(runs)} runs:\n{mutations.mutate(runs, gpu, each)}", flush=True)
+    return 0
+
+
+def _chosen(names: Collection[str]) -> list[OpSpec]:
+    """Ops that have Triton kernels, of these names or folders, or all."""
+    with_triton = [op for op in registry.OPS.values() if "triton" in op.backends]
+    return [op for op in with_triton if not names or {op.name, op.folder} & {*names}]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="the fewest runs that launch every kernel")
     parser.add_argument("--seed", type=int, default=1, help="of the order of programs and warps; 0: one after another")
     parser.add_argument("--roofs", action="store_true", help="predict the bench cases' times")
+    parser.add_argument("--limits", action="store_true", help="compare what kernels take with the limits in the specs")
     parser.add_argument("--mutate", type=int, metavar="N", help="change N instructions of each kind in some kernels")
     options = parser.parse_args(arguments)
     if interpreting():
@@ -144,13 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["GENAI_FAST_DETERMINISTIC"] = "1"  # no measured choices
     if options.roofs:
         return _write_roofs(options.ops)
+    if options.limits:
+        return _check_limits(options.ops)
     if options.mutate:
-        for arch in options.arch:
-            with emulated_gpu(arch, seed=options.seed, budget=mutations.BUDGET) as gpu:
-                chosen = [r for r in triton_runs(options.ops) if f"{r.op}-{r.case}" in mutations.RUNS]
-                narrow = [r for r in chosen if r.dtype is not torch.float32]
-                print(f"sm_{arch}, {len(narrow)} runs:\n{mutations.mutate(narrow, gpu, options.mutate)}", flush=True)
-        return 0
+        return _mutate(options.ops, options.arch, options.mutate, options.seed)
     runs = wrong = 0
     for arch in options.arch:
         with emulated_gpu(arch, keep=False, seed=options.seed) as gpu:

@@ -91,6 +91,8 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 
     def instead(*, fn: Any, compile: dict[str, Any], **more: Any) -> bool:
         options = {name: compile[name] for name in ("num_warps", "num_stages", "launch_cooperative_grid")}
+        if not compile["enable_fp_fusion"]:
+            options["enable_fp_fusion"] = False
         attributes = {position: found for position, found in compile["configs"][0].items() if found}
         recorded.append(Launch(fn.module, fn.name, compile["signature"], compile["constants"], attributes, options))
         return True  # do not compile

@@ -3,13 +3,14 @@
 Called by `python -m bench.emulate --roofs`. A prediction is the largest of the times that each resource takes at its
 peak, and a launch's own. It knows no latency, occupancy or tail; L1 holds what a program has read once, and L2 nothing;
 SASS is guessed from PTX (moves are free, 64-bit integers take several). None has been compared with a GPU.
+
+Beside Liger: the same cases, where liger-kernel has the op, in the same emulator (bench.liger).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -19,10 +20,20 @@ from genai_fast.emulator.devices import DEVICES, Device
 from genai_fast.emulator.driver_triton import EmulatedGPU
 from genai_fast.emulator.findings import KernelFault
 from genai_fast.emulator.record import Record
+from genai_fast.errors import UsageError
 from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
 
-MACHINES = {"H100": DEVICES[90], "H200": replace(DEVICES[90], name="H200", dram=4.8e12)}
-ARCH = 90  # that is emulated: of all MACHINES
+# B200: of its L2 no figure is published, and the clock is that of its peak (8192 operations a clock).
+_B200 = dict(multiprocessors=148, clock=1.86e9, dram=8e12, l2=float("inf"), flops=2250e12)
+MACHINES = {
+    "A100": DEVICES[80],
+    "H100": DEVICES[90],
+    "H200": replace(DEVICES[90], name="H200", dram=4.8e12),
+    "B200": replace(DEVICES[90], name="B200", **_B200),
+}
+CODE = {80: ("A100",), 90: ("H100", "H200", "B200")}  # compiled for -> the machines whose counters it gives
+SHARES = ("H100", "H200")  # of which the page says the share of the roof
+LIGER = "H200"  # on which Liger's kernels are compared
 LAUNCH = 2e-6  # seconds between one kernel and the next
 OF_PEAK = 0.62  # of dense matrices that mma.sync reaches on Hopper; wgmma comes near the peak
 SCHEDULERS, SPECIAL_FUNCTIONS, L1_SECTORS = 4, 16, 4  # of a multiprocessor, each clock
@@ -67,8 +78,8 @@ def predict(r: Record, machine: Device) -> Prediction:
     used = min(machine.multiprocessors, r.programs)
     clocks = used * machine.clock
     slots = sum(issue_slots(s.name) * int(row[0]) for s, row in zip(r.statements, r.counts, strict=True))
-    wgmma = any(s.name.startswith("wgmma") for s in r.statements)
-    flops = machine.flops * (1.0 if wgmma else OF_PEAK) * used / machine.multiprocessors
+    at_peak = machine is MACHINES["A100"] or any(s.name.startswith("wgmma") for s in r.statements)
+    flops = machine.flops * (1.0 if at_peak else OF_PEAK) * used / machine.multiprocessors
     work = sum(n * (2 if kind == "tf32" else 1) for kind, n in r.flops().items())
     return Prediction(r.kernel, {
         "memory": sum(r.footprint) / machine.dram,
@@ -81,46 +92,108 @@ def predict(r: Record, machine: Device) -> Prediction:
     })  # fmt: skip
 
 
-def row(op: OpSpec, case: Case, gpu: EmulatedGPU) -> list[str]:
-    """A line of the table: forward and backward in bfloat16."""
+@dataclass(frozen=True)
+class Figures:
+    """Of one case: forward and backward in bfloat16, in code for one architecture."""
+
+    launches: int
+    warp_instructions: int
+    bytes: int  # distinct ones of each launch
+    predictions: dict[str, list[Prediction]]  # by machine, of each launch
+
+    def seconds(self, machine: str) -> float:
+        return sum(p.total for p in self.predictions[machine])
+
+
+def figures(gpu: EmulatedGPU, run: Callable[[], object]) -> Figures | None:
+    """Of what it launches on the GPU, which has been entered; None if that takes more instructions than BUDGET."""
     gpu.records.clear()
-    inputs: dict[str, Any] = case.inputs(Tensors(torch.bfloat16))
-    cost = op.cost(**inputs)
     try:
-        with use_backend("triton"):
-            call(op, inputs)
+        run()
     except KernelFault as error:
         if "warp instructions in one launch" not in str(error):
             raise
-        return [op.name, case.name, "more than is emulated", *[""] * (2 + 2 * len(MACHINES))]
-    cells = []
-    for machine in MACHINES.values():
-        found = [predict(r, machine) for r in gpu.records]
-        total = sum(p.total for p in found)
-        roof = max(cost.bytes / machine.dram, cost.flops / machine.flops)
-        cells += [f"{1e6 * total:.1f}", f"{roof / total:.0%}" if roof < total else "-"]
-        longest = max(found, key=lambda p: p.total)
-    name = f"{longest.kernel.lstrip('_')}, {1e6 * (longest.total - LAUNCH):.1f}"
-    return [op.name, case.name, f"{len(gpu.records)}", *cells, name, longest.limiter]
+        return None
+    predictions = {name: [predict(r, MACHINES[name]) for r in gpu.records] for name in CODE[gpu.arch]}
+    moved = sum(sum(r.footprint) for r in gpu.records)
+    return Figures(len(gpu.records), sum(r.warp_instructions for r in gpu.records), moved, predictions)
 
 
-def page(rows: Iterable[list[str]]) -> str:
-    """The Markdown page."""
+def ours(op: OpSpec, case: Case, gpu: EmulatedGPU) -> Figures | None:
+    """Of one case through our kernels."""
+    with use_backend("triton"):
+        return figures(gpu, lambda: call(op, case.inputs(Tensors(torch.bfloat16))))
+
+
+def ligers(op: OpSpec, case: Case, gpu: EmulatedGPU) -> Figures | None:
+    """Of one case through Liger's; None if it has no such op or option."""
+    try:
+        from bench import liger
+    except ModuleNotFoundError as error:
+        raise UsageError(f"predicted times: {error.name} is not installed; remedy: pip install liger-kernel") from error
+    inputs = case.inputs(Tensors(torch.bfloat16))
+    if not liger.serves(op.name, inputs):
+        return None
+    return figures(gpu, lambda: liger.call(op.name, inputs, gpu.device.multiprocessors))
+
+
+def row(op: OpSpec, case: Case, by_arch: dict[int, Figures | None]) -> list[str]:
+    """A line of the table."""
+    if None in by_arch.values():
+        return [op.name, case.name, "more than is emulated", *[""] * (len(_heads()) - 3)]
+    found = {machine: by_arch[arch] for arch, machines in CODE.items() for machine in machines}
+    cost = op.cost(**case.inputs(Tensors(torch.bfloat16)))
+    cells = [op.name, case.name, f"{found[LIGER].launches}"]
+    for name, machine in MACHINES.items():
+        seconds = found[name].seconds(name)
+        cells.append(f"{1e6 * seconds:.1f}")
+        if name in SHARES:
+            roof = max(cost.bytes / machine.dram, cost.flops / machine.flops)
+            cells.append(f"{roof / seconds:.0%}" if roof < seconds else "-")
+    longest = max(found[LIGER].predictions[LIGER], key=lambda p: p.total)
+    return [*cells, f"{longest.kernel.lstrip('_')}, {1e6 * (longest.total - LAUNCH):.1f}", longest.limiter]
+
+
+def beside(op: OpSpec, case: Case, mine: Figures, other: Figures) -> list[str]:
+    """A line of the table that compares: ours / Liger's."""
+    pairs = [(f.launches, f"{f.warp_instructions / 1e6:.2f}", f"{f.bytes / 1e6:.1f}", f"{1e6 * f.seconds(LIGER):.1f}")
+             for f in (mine, other)]  # fmt: skip
+    return [op.name, case.name, *(f"{a} / {b}" for a, b in zip(*pairs, strict=True))]
+
+
+def _heads() -> list[str]:
     heads = ["op", "case", "launches"]
     for machine in MACHINES:
-        heads += [f"{machine}, us", "of the roof"]
-    heads += [f"longest kernel, us on {list(MACHINES)[-1]}", "limited by"]
+        heads += [f"{machine}, us", *(["of the roof"] if machine in SHARES else [])]
+    return [*heads, f"longest kernel, us on {LIGER}", "limited by"]
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def page(rows: Iterable[list[str]], compared: Iterable[list[str]]) -> str:
+    """The Markdown page."""
     lines = [
         "# Predicted, not measured",
         "",
         "Forward and backward of each op's bench cases in bfloat16, from the counters of compiled kernels that ran on",
-        f"an emulated sm_{ARCH}: `python -m bench.emulate --roofs`. A kernel takes what the busiest resource takes",
+        "emulated GPUs: `python -m bench.emulate --roofs`. A kernel takes what the busiest resource takes",
         f"at its peak, and {1e6 * LAUNCH:g} us for its launch. The roof is the time that the op's least bytes or",
         "operations take at the data sheet's peak. Nothing here was compared with a GPU: latency, occupancy, the tail",
         "of a grid, what the L2 holds and what ptxas makes of the PTX are not in it, nor are products that an op",
-        "leaves to PyTorch (linear_cross_entropy's; no share then).",
+        "leaves to PyTorch (linear_cross_entropy's; no share then). The code is that of sm_80 for A100 and of sm_90",
+        "for the others: a B200 would run other matrix instructions, and nothing is known of its L2.",
         "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
+        *_table(_heads(), rows),
+        "",
+        "## Beside Liger",
+        "",
+        "The same cases through the kernels of Liger, in the same emulator: ours / Liger's. What it leaves to PyTorch",
+        "is in none of its figures: layer_norm's sum with the residual, the bias before the activation, sums of",
+        "partial gradients, copies. Its GEGLU is the approximation with tanh; it turns no interleaved pairs. MB are",
+        "the distinct bytes that each launch reads and writes.",
+        "",
+        *_table(["op", "case", "launches", "million warp instructions", "MB", f"us on {LIGER}"], compared),
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
+    return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import numpy as np
 from genai_fast.emulator import build
 
 ERROR_BYTES, MOST_FINDINGS = 600, 200
-COUNTS = ("warps", "lanes", "requests", "sectors", "bytes", "wavefronts", "ideal")  # of each instruction
+COUNTS = ("warps", "lanes", "requests", "sectors", "bytes", "wavefronts", "ideal", "needed")  # of each instruction
 RANGE = np.dtype([("begin", "u8"), ("end", "u8"), ("tensor", "i4"), ("strict", "i4"),
                   ("read", "u8"), ("written", "u8"), ("last", "u8")])  # fmt: skip
 FINDING_FIELDS = ("kind", "pc_a", "pc_b", "block_a", "block_b", "warp_a", "warp_b", "count", "address")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from genai_fast.kernels.act_dropout import reference
 from genai_fast.kernels.act_dropout.schema import LIBRARY
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 
 
 def _reference(
@@ -127,6 +127,7 @@ ACT_DROPOUT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(8, 64, 32, 32, p=0.25), (46.3, 47.2), 0.9, 1.05),
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,

@@ -13,6 +13,7 @@ from genai_fast.kernels.common.spec import (
     Cost,
     ErrorCase,
     Expected,
+    Limits,
     OpSpec,
     choices_of,
 )
@@ -196,6 +197,7 @@ BATCH_NORM_ACT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(8, 128, 16, 16, layout="channels_last"), (66.5, 1.71, 17.6, 57.2, 0.932, 32.8), 1.05, 1.6),
     gpu_cases=GPU_CASES,
     peers={"eager": _eager(False), "eager (inplace)": _eager(True), "eager (NCHW)": _eager_contiguous},
     cost=_cost,

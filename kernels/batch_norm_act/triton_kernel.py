@@ -18,6 +18,9 @@ NUM_WARPS = 4
 SUM_ELEMENTS, SUM_WARPS = 2048, 8  # a tile of the sums
 CHANNELS_A_PROGRAM = 64  # of the sums, where channels lie last
 MOST_GROUPS = 256  # partial sums a channel
+# Bytes of neighbouring channels that two threads of a warp load; the other threads load other rows. Had a warp all
+# channels of a few rows, the warps' sums would meet in shared memory at addresses of one bank.
+SECTOR = 32
 
 
 @triton.jit
@@ -30,19 +33,36 @@ def _elements(tile, base, outer, limit, row_stride, across, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _range(outer, channels, inner, tiles, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _summed(tile, base, outer, limit, row_stride, across, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets and mask [PARTS, ROWS, WIDTH] of a tile of the sums, whose columns are PARTS times WIDTH."""
+    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tile % across).to(tl.int64) * (PARTS * WIDTH) + _columns(PARTS, WIDTH)
+    mask = (row < outer)[None, :, None] & (column < limit)[:, None, :]
+    return row[None, :, None] * row_stride + base + column[:, None, :], mask
+
+
+@triton.jit
+def _columns(PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _range(
+    outer, channels, inner, tiles, LAST: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     """What a summing program covers: group, channels, base, columns, tiles across, first tile and one past the last."""
     program = tl.program_id(0)
+    BLOCK: tl.constexpr = PARTS * WIDTH
     if LAST:  # a block of channels; rows hold all channels
         blocks = tl.cdiv(channels, BLOCK)
         first = program % blocks * BLOCK
-        channel = first + tl.arange(0, BLOCK)
+        channel = first + _columns(PARTS, WIDTH)
         base = first.to(tl.int64)
         limit = channels - first
         across = 1
     else:  # one channel; rows are its planes
         blocks = channels
-        channel = program % blocks + tl.arange(0, 1)
+        channel = program % blocks + tl.zeros([1, 1], tl.int32)
         base = (program % blocks).to(tl.int64) * inner
         limit = inner
         across = tl.cdiv(inner, BLOCK)
@@ -53,9 +73,9 @@ def _range(outer, channels, inner, tiles, LAST: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def _by_channel(x, LAST: tl.constexpr):
-    """[ROWS, BLOCK] -> [BLOCK] where channels lie last, else [1]."""
+    """[PARTS, ROWS, WIDTH] -> [PARTS, WIDTH] where channels lie last, else [1, 1]."""
     # To one number at once: sums of columns would go from warp to warp through shared memory first.
-    return tl.sum(x, axis=0) if LAST else tl.sum(tl.reshape(x, [1, x.shape[0] * x.shape[1]]), axis=1)
+    return tl.sum(x, axis=1) if LAST else tl.sum(tl.reshape(x, [1, 1, x.shape[1] * x.shape[2]]), axis=2)
 
 
 @triton.jit
@@ -69,11 +89,11 @@ def _batch_norm_moments(
     x_ptr,                                   # [outer, channels, inner]
     partial_ptr,                             # [3, groups, channels]: count, mean, squared deviations
     outer, channels, inner, row_stride, plane, tiles,
-    LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared deviations over this program's tiles, from sums around the first tile's mean."""
-    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, ROWS, BLOCK)
-    offs, mask = _elements(begin, base, outer, limit, row_stride, across, ROWS, BLOCK)
+    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, PARTS, ROWS, WIDTH)
+    offs, mask = _summed(begin, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if LAST:  # known without a sum
         rows, n = _rows(begin, begin + 1, outer, ROWS), _rows(begin, end, outer, ROWS)
@@ -81,13 +101,13 @@ def _batch_norm_moments(
         rows, n = _by_channel(mask.to(tl.float32), LAST), 0.0
     shift = _by_channel(x, LAST) / tl.maximum(rows, 1.0)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    count = tl.zeros([ROWS, BLOCK], tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    square = tl.zeros([ROWS, BLOCK], tl.float32)
+    count = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
+    total = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
+    square = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     for tile in range(begin, end):
-        offs, mask = _elements(tile, base, outer, limit, row_stride, across, ROWS, BLOCK)
+        offs, mask = _summed(tile, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, x - shift[None, :], 0.0)
+        d = tl.where(mask, x - shift[:, None, :], 0.0)
         if not LAST:
             count += mask.to(tl.float32)
         total += d
@@ -151,20 +171,20 @@ def _batch_norm_act_sums(
     weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
     partial_ptr,                             # [2, groups, channels]
     outer, channels, inner, row_stride, plane, tiles, slope,
-    LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz (x - mean) over this program's tiles, dz = dy activate'(z)."""
-    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, ROWS, BLOCK)
+    group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, PARTS, ROWS, WIDTH)
     inside = channel < channels
     mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, inside)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    product = tl.zeros([ROWS, BLOCK], tl.float32)
+    total = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
+    product = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     for tile in range(begin, end):
-        offs, mask = _elements(tile, base, outer, limit, row_stride, across, ROWS, BLOCK)
+        offs, mask = _summed(tile, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        d = x - mean[None, :]
-        dz = times_derivative(grad, d * scale[None, :] + shift[None, :], slope, ACTIVATION)
+        d = x - mean[:, None, :]
+        dz = times_derivative(grad, d * scale[:, None, :] + shift[:, None, :], slope, ACTIVATION)
         dz = tl.where(mask, dz, 0.0)
         total += dz
         product += tl.where(mask, dz * d, 0.0)
@@ -243,7 +263,8 @@ def _sums(name, x):
     tiles = max(ceil_div(all_tiles, chosen["groups"]), 1)
     groups = max(ceil_div(all_tiles, tiles), 1)
     blocks = ceil_div(channels, block) if last else channels
-    constants = dict(LAST=last, ROWS=rows, BLOCK=block, num_warps=chosen["num_warps"])
+    width = min(block, SECTOR // x.element_size()) if last else block
+    constants = dict(LAST=last, PARTS=block // width, ROWS=rows, WIDTH=width, num_warps=chosen["num_warps"])
     return (blocks * groups,), groups, (outer, channels, inner, channels * inner, groups * channels, tiles), constants
 
 

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from genai_fast.kernels.bias_act.schema import LIBRARY
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.channels import per_channel, wide
-from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import (
+    ELEMENTWISE_CHOICES,
+    Case,
+    CompileCase,
+    Cost,
+    ErrorCase,
+    Expected,
+    Limits,
+    OpSpec,
+)
 
 
 def _reference(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_output=False):
@@ -136,6 +145,7 @@ BIAS_ACT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(8, 64, 32, 32, layout="channels_last"), (11.8, 30.3), 0.85, 4.95),
     peers={"eager": _eager(False), "eager (inplace)": _eager(True)},
     cost=_cost,
     compile_cases=_COMPILE_CASES,

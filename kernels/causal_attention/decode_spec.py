@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.schema import DECODE_LIBRARY
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec
 
 
 def _reference(
@@ -125,6 +125,7 @@ DECODE_ATTENTION = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(BENCH_CASES[1].inputs, (0.0373, 14.4, 0.415), 1.25, 4.35),
     peers={"eager": _eager},
     cost=_cost,
     double_backward=False,

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.schema import CAUSAL_LIBRARY
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 
 
 def _reference(
@@ -269,6 +269,7 @@ CAUSAL_ATTENTION = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_projected(1, 2, 256, 64), (61.3, 10.7, 46.6, 82), 1.05, 1.05),
     gpu_cases=GPU_CASES,
     peers={"eager": _sdpa},
     gpu_peers={

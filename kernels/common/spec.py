@@ -114,6 +114,16 @@ class Expected:
     may_spill: Callable[[dict[str, Any]], bool] | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What forward and backward of a small case in bfloat16 may take on an emulated sm_90, launch by launch."""
+
+    inputs: Callable[[Tensors], dict[str, Any]]
+    instructions: tuple[float, ...]  # of threads, an element of the largest tensor: of each launch, in order
+    sectors: float = 1.0  # of each launch: sectors moved over those that its bytes would fill
+    conflicts: float = 1.0  # of each launch: wavefronts of shared memory over those without bank conflicts
+
+
 def choices_of(**settings: Sequence[int]) -> tuple[dict[str, int], ...]:
     """One dictionary for each position of the sequences."""
     return tuple(dict(zip(settings, values, strict=True)) for values in zip(*settings.values(), strict=True))
@@ -142,6 +152,7 @@ class OpSpec:
     gpu_peers: dict[str, Callable[..., Any]] = field(default_factory=dict)  # more peers there; one may refuse a case
     compile_cases: tuple[CompileCase, ...] = ()
     expected: dict[str, Expected] = field(default_factory=dict)  # Triton kernel -> what the compile gate expects of it
+    limits: Limits | None = None  # each op with Triton kernels has some
     # <folder>/<kernel>, as launchers ask kernels.common.tuned -> the settings that a tuner tries beside the default.
     choices: dict[str, tuple[dict[str, int], ...]] = field(default_factory=dict)
     backends: tuple[str, ...] = ("reference", "cpu", "triton")

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, Limits, OpSpec
 from genai_fast.kernels.conv_transpose.spec import CONV_TRANSPOSE2D
 
 
@@ -69,4 +69,5 @@ CONV2D = OpSpec(
     ),
     peers={"eager": _eager},
     cost=_cost,
+    limits=Limits(_inputs(8, 3, 64, 64, to=64, kernel=4, stride=2, padding=1, bias=False), (287,), 1.25, 1.05),
 )  # fmt: skip

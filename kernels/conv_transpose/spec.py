@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import activate
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.conv_transpose.schema import CONVOLUTION, STATISTICS
 from genai_fast.kernels.conv_transpose.shapes import output_size
 
@@ -318,17 +318,20 @@ CONV_TRANSPOSE2D = _op(
     "conv_transpose2d", "activation(conv_transpose2d(x, weight) + bias)",
     f"Dumoulin & Visin 2016, arXiv:1603.07285; {_PHASES}", _eager2d, _cost,
     cases=CASES, error_cases=ERROR_CASES, bench_cases=BENCH_CASES, compile_cases=_COMPILE_CASES,
+    limits=Limits(_inputs(8, 64, 8, 8, to=64, bias=False, layout="channels_last", **_S2), (62, 39.4, 84.9), 1.05, 1.05),
 )  # fmt: skip
 CONV_TRANSPOSE1D = _op(
     "conv_transpose1d", "activation(conv_transpose1d(x, weight) + bias)",
     "Dumoulin & Visin 2016, arXiv:1603.07285", _eager1d, _cost1d,
     cases=CASES_1D, error_cases=ERROR_CASES_1D, bench_cases=BENCH_CASES_1D,
+    limits=Limits(_inputs(4, 64, 64, to=32, activation="leaky_relu", **_S2), (42.2, 25.4, 21.3, 34), 1.05, 4.95),
 )  # fmt: skip
 UPSAMPLE_CONV2D = _op(
     "upsample_conv2d",
     "activation(conv2d(upsample(x), weight, padding=1) + bias), nearest, twice the size, 3 x 3",
     f"Odena, Dumoulin & Olah 2016; {_PHASES}", _eager_upsample, _cost_upsample,
     cases=CASES_UPSAMPLE, error_cases=ERROR_CASES_UPSAMPLE, bench_cases=BENCH_CASES_UPSAMPLE,
+    limits=Limits(_upsample(4, 64, 8, 8, to=32, layout="channels_last"), (105, 50.1, 132), 1.05, 1.05),
 )  # fmt: skip
 CONV_TRANSPOSE2D_BATCH_NORM_ACT = _op(
     "conv_transpose2d_batch_norm_act",
@@ -338,5 +341,7 @@ CONV_TRANSPOSE2D_BATCH_NORM_ACT = _op(
     library=(STATISTICS, *CONVOLUTION[1:]),  # and batch_norm_act's; where no kernel serves, the two ops in turn
     reference=_reference_block, mutates=("running_mean", "running_var"),
     cases=CASES_BLOCK, error_cases=ERROR_CASES_BLOCK, bench_cases=BENCH_CASES_BLOCK, gpu_cases=GPU_CASES_BLOCK,
+    limits=Limits(_block(8, 64, 8, 8, to=32, bias=False, layout="channels_last", **_S2),
+                  (171, 3.37, 38.4, 116, 1.85, 66.7, 56.4, 120), 1.05, 1.65),
     compile_cases=(CompileCase("dcgan_64-64x128x16x16-64", BENCH_CASES_BLOCK[0].inputs, _HALF),),
 )  # fmt: skip

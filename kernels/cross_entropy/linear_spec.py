@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, Limits, OpSpec
 from genai_fast.kernels.cross_entropy import spec
 from genai_fast.kernels.cross_entropy.schema import LINEAR_LIBRARY
 
@@ -98,5 +98,6 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         Case("gpt_char-4096x384-65", _inputs(4096, 384, classes=65, bias=False)),
     ),
     peers={"eager": _eager},
+    limits=Limits(_inputs(64, 128, classes=1000, bias=False), (12.1, 13.1), 1, 1.05),
     cost=_cost,
 )  # fmt: skip

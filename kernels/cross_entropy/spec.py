@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.schema import wide_dtype
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.cross_entropy.schema import ROWS_LIBRARY
 
 
@@ -199,6 +199,7 @@ CROSS_ENTROPY = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(16, 50257), (15.1, 0.00218, 26.7), 1.5, 1.05),
     gpu_cases=(Case("gpt2-8192x50257", _inputs(8192, 50257)),),
     peers={"eager": _eager},
     cost=_cost,

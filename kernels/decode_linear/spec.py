@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATIONS
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.decode_linear import reference
 from genai_fast.kernels.decode_linear.schema import LIBRARY
 
@@ -153,6 +153,7 @@ DECODE_LINEAR = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(BENCH_CASES[1].inputs, (14.3,), 0.9, 1.05),
     peers={"eager": _eager},
     cost=_cost,
     double_backward=False,

@@ -3,7 +3,16 @@
 import torch
 
 from genai_fast.kernels.common.activations import activate
-from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import (
+    ELEMENTWISE_CHOICES,
+    Case,
+    CompileCase,
+    Cost,
+    ErrorCase,
+    Expected,
+    Limits,
+    OpSpec,
+)
 from genai_fast.kernels.gated_act.reference import halves, shifted
 from genai_fast.kernels.gated_act.schema import LIBRARY
 
@@ -156,6 +165,7 @@ GATED_ACT = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(64, 1024, packed=True), (13.4, 18), 1.05, 1.05),
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=_COMPILE_CASES,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.layer_norm.schema import LIBRARY
 
 
@@ -193,6 +193,7 @@ LAYER_NORM = OpSpec(
     error_cases=(*_error_cases(True), _BIAS_DTYPE),
     bench_cases=_bench_cases(("gpt_nano", 64, 256, 384), ("gpt2", 8, 1024, 768), bias=True),
     peers={"eager": _eager_layer_norm},
+    limits=Limits(_inputs(256, 768), (35.8, 53.7, 7.67, 7.67), 1.05, 1.6),
     cost=_cost,
     compile_cases=tuple(_compile_cases(True)),
     expected=_EXPECTED,
@@ -210,6 +211,7 @@ RMS_NORM = OpSpec(
     error_cases=tuple(_error_cases(False)),
     bench_cases=_bench_cases(("llama", 2, 1024, 4096), bias=False),
     peers={"eager": _eager_rms_norm},
+    limits=Limits(_inputs(64, 4096, bias=False), (16.1, 32.6, 17.2), 1.05, 1.6),
     cost=_cost,
     compile_cases=tuple(_compile_cases(False)),
     expected=_EXPECTED,

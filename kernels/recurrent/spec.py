@@ -2,7 +2,7 @@
 
 import torch
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec
 from genai_fast.kernels.recurrent.schema import GRU_LIBRARY, LSTM_LIBRARY
 
 
@@ -188,6 +188,7 @@ GRU = OpSpec(
         Case("sketch_rnn-100x64x5-512", _inputs(100, 64, 5, 512, 3, given=False)),
     ),
     peers={"eager": _eager_gru},
+    limits=Limits(_inputs(8, 32, 64, 256, 3, given=False), (57.4, 49), 1.05, 1.05),
     compiled=False,
     cost=_sequence_cost(4),
     compile_cases=_compile_cases(3),
@@ -212,6 +213,7 @@ LSTM = OpSpec(
         Case(f"char_rnn-{t}x128x256-256", _inputs(t, 128, 256, 256, 4, **_CELL, given=False)) for t in (128, 512)
     ),
     peers={"eager": _eager_lstm},
+    limits=Limits(_inputs(8, 32, 64, 256, 4, **_CELL, given=False), (54.9, 55.2), 1.05, 1.05),
     compiled=False,
     cost=_sequence_cost(5),
     compile_cases=_compile_cases(4, **_CELL),

@@ -2,7 +2,7 @@
 
 import torch
 
-from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import ELEMENTWISE_CHOICES, Case, Cost, ErrorCase, Expected, Limits, OpSpec
 from genai_fast.kernels.reparameterize import reference
 from genai_fast.kernels.reparameterize.schema import LIBRARY
 
@@ -142,6 +142,7 @@ REPARAMETERIZE = OpSpec(
     formula="z = mu + exp(logvar / 2) eps",
     reference=_reference,
     peers={"eager": _eager},
+    limits=Limits(BENCH_CASES[2].inputs, (64.5, 68.8), 0.95, 1.05),
     **_SHARED,
 )
 REPARAMETERIZE_KL = OpSpec(
@@ -149,5 +150,6 @@ REPARAMETERIZE_KL = OpSpec(
     formula="the same z, and KL(N(mu, exp(logvar)) || N(0, I)) per sample",
     reference=_reference_kl,
     peers={"eager": _eager_kl},
+    limits=Limits(BENCH_CASES[2].inputs, (75.6, 76.3), 0.9, 1.05),
     **_SHARED,
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec
 from genai_fast.kernels.rotary import reference
 from genai_fast.kernels.rotary.schema import LIBRARY
 
@@ -195,6 +195,7 @@ ROTARY = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(_inputs(1, 8, 128, 64, layout="by_token"), (11.8, 11.8), 0.65, 1.05),
     peers={"eager": _eager},
     cost=_cost,
     compile_cases=_COMPILE_CASES,

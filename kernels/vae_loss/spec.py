@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.vae_loss import reference
 from genai_fast.kernels.vae_loss.schema import LIBRARY
 
@@ -138,6 +138,7 @@ VAE_LOSS = OpSpec(
     cases=CASES,
     error_cases=ERROR_CASES,
     bench_cases=BENCH_CASES,
+    limits=Limits(BENCH_CASES[0].inputs, (63.3, 0.112, 49), 1.05, 1.05),
     gpu_cases=(Case("conv_vae_64-128x12288", _inputs((128, 12288), (128,))),),
     peers={"eager": _eager_sigmoid, "eager (logits)": _eager_logits},
     cost=_cost,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import compile_gate, emulate, mutations, predict
+from bench import compile_gate, emulate, limits, mutations, predict
 from genai_fast import ops, use_backend
 from genai_fast.backends import unavailable
 from genai_fast.emulator.findings import KernelFault, Kind
@@ -121,16 +121,55 @@ def test_the_command_says_how_many_runs_are_right(monkeypatch, capsys):
 
 def test_changes_of_a_kernel_are_noticed():
     with emulated_gpu(90, budget=mutations.BUDGET) as gpu:
-        runs = [r for r in emulate.triton_runs(["layer_norm"]) if str(r).startswith("layer_norm-gpt-bfloat16")]
-        outcome = mutations.mutate(runs, gpu, each=1, verbose=False)
+        outcome = mutations.mutate(mutations.runs(["layer_norm"]), gpu, each=2, verbose=False)
         record = gpu.records[-1]
-    assert outcome.found["barrier removed"].keys() <= {"race", "fault"}
+    assert outcome.found["barrier removed"].keys() <= {"race", "fault", "changes nothing"}
     assert sum(outcome.found["barrier removed"].values()) >= 2
-    assert outcome.found["global address 16 bytes on"]["nothing"] == 0
-    assert "noticed" in str(outcome)
+    assert outcome.found["global address 16 bytes on"]["missed"] == 0
+    assert "noticed" in str(outcome) and {place.kind for place in outcome.unnoticed} <= {*mutations.KINDS}
     prediction = predict.predict(record, predict.MACHINES["H100"])
     assert prediction.seconds["memory"] == sum(record.footprint) / 3.35e12
     assert prediction.total == prediction.seconds[prediction.limiter] + predict.LAUNCH
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "causal_attention"])
+def test_a_barrier_that_nothing_needs_may_be_left_out(op):
+    """What is taken for a change of nothing is never noticed; and what is needed, always."""
+    with emulated_gpu(90, budget=mutations.BUDGET) as gpu:
+        run = next(r for r in mutations.runs([op]) if r.case.name == "gpt")
+        places, bits = mutations.places_of(run, gpu)
+        barriers = [p for p in places if p.kind in mutations.NEEDED]
+        verdicts = {(p.needed, mutations.verdict(p, gpu, bits)) for p in barriers}
+    assert {verdict for needed, verdict in verdicts if not needed} <= {"missed"}
+    assert {verdict for needed, verdict in verdicts if needed} <= {"race", "fault", "warning", "numerics"}
+
+
+def test_a_transposed_store_passes_the_limits(tmp_path, monkeypatch):
+    op, module = OPS["gated_act"], importlib.import_module("genai_fast.kernels.gated_act.triton_kernel")
+    right, wrong = "tl.store(y_ptr + row * columns + column", "tl.store(y_ptr + row + rows * column"
+    worse = broken_copy("gated_act", tmp_path, right, wrong)
+    with emulated_gpu(limits.ARCH) as gpu:
+        assert list(limits.violations(op, *limits.launches(op, gpu))) == []
+        monkeypatch.setattr(module, "_gated_act_forward", worse._gated_act_forward)
+        wrong = "\n".join(limits.violations(op, *limits.launches(op, gpu)))
+    assert re.search(
+        r"gated_act: _gated_act_forward \(launch 1 of \d\): sectors over .*: expected at most 1.05, got", wrong
+    )
+
+
+def test_narrow_programs_pass_the_limits(monkeypatch, capsys):
+    monkeypatch.setenv("GENAI_FAST_DETERMINISTIC", "1")
+    assert emulate.main(["rotary", "--limits"]) == 0
+    monkeypatch.setattr(importlib.import_module("genai_fast.kernels.rotary.triton_kernel"), "PAIRS", 32)
+    assert emulate.main(["rotary", "--limits"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"FAILED rotary: _rotary \(launch 1 of 2\): instructions of threads an element: expected at", shown
+    )
+
+
+def test_every_op_with_triton_kernels_has_limits():
+    assert [op.name for op in OPS.values() if "triton" in op.backends and op.limits is None] == []
 
 
 def test_autotune_takes_the_fewest_instructions():
@@ -228,6 +267,14 @@ def test_a_wrong_wait_is_caught(arch):
         gpu.change = lambda ptx: waits.sub(lambda m: f"cp.async.wait_group {int(m[1]) + 1}", ptx)
         with pytest.raises(KernelFault, match=r"_product: .* of what a cp\.async writes that was not waited for"):
             _product[(1,)](a, a.t().contiguous(), c, 256, M=64, BLOCK=32, PRECISION="ieee")
+
+
+def test_a_result_that_was_not_waited_for_is_caught():
+    a, c = torch.ones(64, 32).bfloat16(), torch.empty(64, 64)
+    with emulated_gpu(90) as gpu:
+        gpu.change = lambda ptx: re.sub(r"(wgmma\.wait_group\S+)\s+\d", r"\1 7", ptx)
+        with pytest.raises(KernelFault, match=r"_product: .* uses the result of a wgmma that was not waited for"):
+            _product[(1,)](a, a.t().contiguous(), c, 32, M=64, BLOCK=32, PRECISION="ieee")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -24,6 +24,9 @@ from liger_kernel.ops import (
     tvd,
 )
 
+from bench import liger
+from genai_fast.kernels.common.spec import Tensors
+from genai_fast.registry import OPS
 from genai_fast.testing import emulated_gpu
 
 ROWS, COLUMNS, CLASSES = 13, 96, 130
@@ -116,3 +119,16 @@ def test_it_computes_what_pytorch_does(name, arch):
     expected = _outputs_and_gradients(plain, [x.double() if x.is_floating_point() else x for x in inputs])
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", liger.CALLS)
+def test_what_is_compared_computes_the_same(name):
+    op, inputs = OPS[name], OPS[name].limits.inputs(Tensors(torch.float32))
+    expected = op.reference(**inputs)
+    with emulated_gpu() as gpu:
+        found = liger.call(name, inputs, gpu.device.multiprocessors)  # which writes over some of the inputs
+        grids = {r.kernel: r.programs for r in gpu.records}
+    found = [torch.cat(found, 1)] if name == "rotary" else found
+    for got, want in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert "norm" not in name or gpu.device.multiprocessors in grids.values()

@@ -161,6 +161,13 @@ def test_warps_meet_at_a_barrier():
     assert torch.equal(y, torch.arange(64).roll(32).int())
 
 
+@pytest.mark.parametrize(("barriers", "needed"), [(1, [True]), (2, [False, False])])
+def test_one_of_two_barriers_is_not_needed(barriers, needed):
+    y = torch.zeros(64, dtype=torch.int32)
+    record = run(NEIGHBOUR.format(barrier="bar.sync 0;\n" * barriers), y, threads=64, shared=256)
+    assert [bool(n) for s, n in zip(record.statements, record.counts[:, -1], strict=True) if "bar" in s.name] == needed
+
+
 def test_a_missing_barrier_is_a_race_in_shared_memory():
     for seed in range(4):
         y = torch.zeros(64, dtype=torch.int32)

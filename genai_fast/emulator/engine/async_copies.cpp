@@ -42,7 +42,7 @@ void wait(Warp& w, const Instruction& i, u32 m) {  // imm: groups that may still
     std::vector<Warp::Copy> left;
     for (const Warp::Copy& c : w.copies) {
         bool due = (m >> c.lane & 1) && (i.imm < 0 || s64(c.group) < s64(w.committed[c.lane]) - i.imm);
-        if (due) land(w, c);
+        if (due) w.counts().needed += i.imm < 0 || c.group + 1 == w.committed[c.lane] - i.imm, land(w, c);
         else left.push_back(c);
     }
     w.copies.swap(left);

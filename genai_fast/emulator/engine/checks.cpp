@@ -30,10 +30,22 @@ namespace {
           (unsigned long long)(address - near->begin), near->tensor, (unsigned long long)(near->end - near->begin));
 }
 
+// Counts the last barrier as needed if only it orders the access and an earlier one, whatever bytes of the word these are.
+void count_needed(Warp& w, const SharedWord& s, bool writes, bool unchanged) {
+    Block& b = *w.block;
+    u32 others = ~(1u << w.id) & ~(unchanged ? s.same : 0);
+    bool agree = writes ? unchanged : s.same >> w.id & 1;
+    bool found = only_barrier_orders(b, s.write_epoch) && s.writer != w.id && !agree;
+    if (writes)
+        found |= (only_barrier_orders(b, s.read_epoch) && (s.readers & others)) ||
+                 (only_barrier_orders(b, s.older_epoch) && (s.older & others));
+    if (found) w.launch().counts[b.barrier].needed++;
+}
+
 // The last accesses of each word of shared memory, between two barriers.
 void observe_shared(Warp& w, u32 address, u32 bytes, bool writes, const u8* value, bool strong) {
     Block& b = *w.block;
-    auto same = [&] { return value && !memcmp(&b.shared[address], value, bytes); };
+    bool same = value && !memcmp(&b.shared[address], value, bytes);
     int block = int(b.number);
     for (u32 a = address & ~3u; a < address + bytes; a += 4) {
         SharedWord& s = b.words[a / 4];
@@ -41,23 +53,30 @@ void observe_shared(Warp& w, u32 address, u32 bytes, bool writes, const u8* valu
         if (a < address) part &= u8(15 << (address - a));
         if (a + 4 > address + bytes) part &= u8(15 >> (a + 4 - address - bytes));
         bool both_strong = strong && s.strong;
+        count_needed(w, s, writes, same);
         if (s.write_epoch == b.epoch && s.writer != w.id && (s.written & part) && !both_strong) {
-            if (!writes) report(w, Kind::SHARED_READ_AFTER_WRITE, s.write_pc, block, s.writer, a);
-            else if (same()) w.launch().notes.same_value++;
+            if (!writes && !(s.same >> w.id & 1)) report(w, Kind::SHARED_READ_AFTER_WRITE, s.write_pc, block, s.writer, a);
+            else if (!writes || same) w.launch().notes.same_value++;
             else report(w, Kind::SHARED_WRITE_AFTER_WRITE, s.write_pc, block, s.writer, a);
         }
         if (writes) {
             u32 others = s.read_epoch == b.epoch && (s.read & part) ? s.readers & ~(1u << w.id) : 0;
-            if (others && !both_strong && !same())
+            if (same) others &= ~s.same;
+            if (others && !both_strong)
                 report(w, Kind::SHARED_WRITE_AFTER_READ, s.read_pc, block, std::countr_zero(others), a);
             if (s.write_epoch != b.epoch || s.writer != w.id) s.written = 0;
             s.write_epoch = b.epoch;
             s.writer = u8(w.id);
+            s.same = (same ? s.same : 0) | 1u << w.id;
             s.written |= part;
             s.write_pc = w.pc;
             s.strong = strong;
         } else {
-            if (s.read_epoch != b.epoch) s.readers = 0, s.read = 0;
+            if (s.read_epoch != b.epoch) {
+                s.older = s.readers | (s.older_epoch >= b.same_since ? s.older : 0);
+                s.older_epoch = s.read_epoch;
+                s.readers = 0, s.read = 0;
+            }
             s.read_epoch = b.epoch;
             s.readers |= 1u << w.id;
             s.read |= part;
@@ -89,6 +108,10 @@ u8* global_bytes(Warp& w, u64 address, u32 bytes, int lane, bool writes) {
     return reinterpret_cast<u8*>(address);
 }
 
+void read_until_now(Warp& w, u32 address) {
+    if (w.launch().options.check) observe_shared(w, address, 16, false, nullptr, false);
+}
+
 u8* shared_bytes(Warp& w, u32 address, u32 bytes, int lane, bool writes, const u8* value, bool strong) {
     Block& b = *w.block;
     const char* what = writes ? "write" : "read";
@@ -109,6 +132,7 @@ u8* shared_bytes(Warp& w, u32 address, u32 bytes, int lane, bool writes, const u
     }
     if (writes) {
         if (b.async_readers[address / 16]) fault(lane, "shared write at %u of what a wgmma in flight reads", address);
+        if (int at = b.late[address / 16]) w.launch().counts[at - 1].needed++;
         b.written_at[address / 16] = b.tick++;
         b.written_by[address / 16] = u8(w.id);
         b.copied[address / 16] = 0;

@@ -52,6 +52,13 @@ bool ordered(const Warp& w, const Access& before) {
     return found != w.clock.others->end() && before.warp < found->second.size() &&
            found->second[before.warp] >= before.time;
 }
+// Whether other warps of the block did that before, and only the last barrier lies between.
+bool barrier_orders(const Warp& w, const Access& before, u32 warps) {
+    return before.block == w.block->number && (warps & ~(1u << w.id)) && only_barrier_orders(*w.block, before.epoch);
+}
+void need_barrier(Block& b) {
+    if (b.barrier >= 0) b.launch->counts[b.barrier].needed++;
+}
 bool mine(const Warp& w, const Access& a) { return a.block == w.block->number && a.warp == w.id; }
 
 // Triton gives a small tensor's elements to several warps; all of them load, and one stores. That one then read the
@@ -88,13 +95,15 @@ void synchronize_clocks(Block& b, u32 warps) {
 
 void order_atomic(Warp& w, u64 address, int order, bool reads, bool writes) {
     Shared& released = w.launch().clocks[address];
+    if (order & (ACQUIRE | RELEASE) && !w.launch().one_block) w.counts().needed++;
     if (reads && released) {
-        if (order & ACQUIRE) learn(w, released);
+        if (order & ACQUIRE) learn(w, released), w.block->acquired = !w.launch().one_block;
         else join(w.clock.seen, released);
     }
     if (!writes) return;
     if (!reads) released.reset();  // a plain store ends what earlier releases began; an atomic's update carries it on
     if (order & RELEASE) {
+        if (!w.launch().one_block) need_barrier(*w.block);
         join(released, all_known(w));
         w.clock.own[w.id]++;
     } else {
@@ -103,6 +112,7 @@ void order_atomic(Warp& w, u64 address, int order, bool reads, bool writes) {
 }
 
 void order_fence(Warp& w) {
+    if (!w.launch().one_block) need_barrier(*w.block), w.block->acquired = true;
     learn(w, w.clock.seen);
     w.clock.fenced = all_known(w);
     w.clock.own[w.id]++;
@@ -120,12 +130,15 @@ void observe_global(Warp& w, u64 address, u32 bytes, bool writes, bool strong, b
         u8 part = 15;
         if (a < address) part &= u8(15 << (address - a));
         if (a + 4 > address + bytes) part &= u8(15 >> (a + 4 - address - bytes));
-        Access now{w.block->number, w.clock.own[w.id], w.pc, u8(w.id), part, u8(strong)};
+        Access now{w.block->number, w.clock.own[w.id], w.block->epoch, w.pc, u8(w.id), part, u8(strong)};
+        bool needed = barrier_orders(w, word.write, 1u << word.write.warp);
         if (writes) {
             if (!same && races(word.write, part)) told(Kind::GLOBAL_WRITE_AFTER_WRITE, word.write, a);
-            for (Access& r : word.read)
+            for (Access& r : word.read) {
+                needed |= barrier_orders(w, r, r.warps);
                 if (!same && races(r, part) && !(r.block == now.block && (r.warps >> w.id & 1)))
                     told(Kind::GLOBAL_WRITE_AFTER_READ, r, a);
+            }
             if (mine(w, word.write) && word.write.time == now.time) now.bytes |= word.write.bytes;
             word.write = now;
         } else {
@@ -135,9 +148,11 @@ void observe_global(Warp& w, u64 address, u32 bytes, bool writes, bool strong, b
             Access* r = word.read;
             auto alike = [&](const Access& x) { return !x.block || (x.block == now.block && x.pc == now.pc); };
             int which = alike(r[0]) ? 0 : alike(r[1]) ? 1 : ordered(w, r[1]) ? 1 : ordered(w, r[0]) ? 0 : int(w.launch().notes.steps & 1);
+            needed |= !alike(r[which]) && barrier_orders(w, r[which], r[which].warps);  // it is forgotten
             now.warps = (alike(r[which]) ? r[which].warps : 0) | 1u << w.id;
             if (mine(w, r[which]) && r[which].time == now.time) now.bytes |= r[which].bytes;
             r[which] = now;
         }
+        if (needed) need_barrier(*w.block);
     }
 }

@@ -27,7 +27,7 @@ using SharedClocks = std::unordered_map<u64, std::shared_ptr<const Others>>;  //
 enum Order { STRONG = 1, ACQUIRE = 2, RELEASE = 4 };
 
 struct Access {
-    u32 block = 0, time = 0;  // block 0: none
+    u32 block = 0, time = 0, epoch = 0;  // block 0: none
     int pc = 0;
     u8 warp = 0, bytes = 0, strong = 0;  // which bytes of the word
     u32 warps = 0;                       // of the block, that this instruction read the word in

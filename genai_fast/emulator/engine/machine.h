@@ -25,7 +25,10 @@ struct Fault { std::string what; int lane, pc = -1; };
 }
 
 // What the engine tells Python: these structs, and the numbers of the enums, are repeated in kernel.py and findings.py.
-struct Counts { u64 warps, lanes, requests, sectors, bytes, wavefronts, ideal; };  // of one instruction
+struct Counts {  // of one instruction
+    u64 warps, lanes, requests, sectors, bytes, wavefronts, ideal;
+    u64 needed;  // of what orders others (barrier, wait, fence between proxies, release): what without it is unordered
+};
 enum class Kind {
     SHARED_READ_AFTER_WRITE, SHARED_WRITE_AFTER_READ, SHARED_WRITE_AFTER_WRITE, UNFENCED, SHARED_LANES, GLOBAL_LANES,
     GLOBAL_READ_AFTER_WRITE, GLOBAL_WRITE_AFTER_READ, GLOBAL_WRITE_AFTER_WRITE, SHARED_UNWRITTEN, OUTSIDE_VIEW,
@@ -72,6 +75,7 @@ struct Launch {
     Notes notes{};
     SharedClocks clocks;      // what atomics have released
     GlobalShadow shadow;      // who accessed which word of global memory last
+    bool one_block = false;   // there is nobody to release to
     u64 changes = 0;          // of global memory, by a kernel that waits
     int last_range = 0;
     Warp* current = nullptr;
@@ -81,6 +85,8 @@ struct Launch {
 enum Written : u8 { NEVER, WRITTEN, IN_FLIGHT };  // a byte of shared memory
 struct SharedWord {  // who accessed 4 bytes last
     u32 write_epoch = 0, read_epoch = 0, readers = 0;
+    u32 older_epoch = 0, older = 0;  // the last epoch before read_epoch with a read, and readers until then
+    u32 same = 0;                    // warps that wrote the value that is there: they read it, whoever writes it again
     int write_pc = -1, read_pc = -1;
     u8 writer = 0, written = 0, read = 0, strong = 0;  // written, read: bytes of the word
 };
@@ -93,10 +99,14 @@ struct Block {
     std::vector<Written> state;
     std::vector<SharedWord> words;
     u32 epoch = 1, tick = 1;         // barriers so far; writes to shared memory and proxy fences so far
+    u32 same_since = 1;              // the first epoch after which the instruction `barrier` has ended each
+    int barrier = -1;
+    bool acquired = false;           // since the last barrier
     std::vector<u16> async_readers;  // of 16-byte chunks: how many wgmma in flight read it,
     std::vector<u32> written_at;     // the tick of its last write,
     std::vector<u8> written_by;      // that one's warp,
-    std::vector<u8> copied;          // and whether it was a cp.async
+    std::vector<u8> copied;          // and whether it was a cp.async;
+    std::vector<int> late;           // 1 + the wait without which a wgmma would still read it
     bool done = false;
     u32 number = 0;  // 1, 2, ...
 };
@@ -116,8 +126,12 @@ struct Warp {
     std::vector<Copy> copies;
     u32 committed[32] = {};  // groups of cp.async, by lane
     std::vector<Product> products;
+    std::vector<u8> in_flight;  // IN_FLIGHT: registers of these, by offset / 64; WRITTEN: of `late`
+    struct Late { int pc = -1; u32 group; std::vector<int> registers; std::vector<u32> chunks; };
+    Late late;  // what the last wait for wgmma brought, and one that waits for a group less would not have brought
     std::vector<std::pair<u32, std::vector<u32>>> reading;  // groups of wgmma and the 16-byte chunks that they read
     u32 wgmma_group = 0, fenced_at = 0;
+    std::vector<std::pair<int, u32>> fences;  // between the proxies: each instruction, and the tick of its last run
 
     template <class T> T* at(int offset) { return reinterpret_cast<T*>(file + offset); }
     Launch& launch() { return *block->launch; }

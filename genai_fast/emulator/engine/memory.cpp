@@ -112,7 +112,11 @@ template <bool STORES> void move_matrices(Warp& w, const Instruction& i, u32 m) 
 void fence(Warp& w, const Instruction&, u32) {
     if (w.launch().options.check) order_fence(w);
 }
-void fence_async(Warp& w, const Instruction&, u32) { w.fenced_at = w.block->tick++; }
+void fence_async(Warp& w, const Instruction&, u32) {
+    w.fenced_at = w.block->tick++;
+    std::erase_if(w.fences, [&](auto& f) { return f.first == w.pc; });
+    w.fences.push_back({w.pc, w.fenced_at});
+}
 }  // namespace
 
 void add_memory(Table& R) {

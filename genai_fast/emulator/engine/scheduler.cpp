@@ -28,6 +28,14 @@ void leave(Warp& w, u32 lanes) {
         if (lanes >> c.lane & 1) fault(c.lane, "the thread ends with a cp.async in flight");
 }
 
+void check_registers(Warp& w, const Instruction& i) {
+    for (int o : i.o) {
+        if (o < 0 || !w.in_flight[o / 64]) continue;
+        if (w.in_flight[o / 64] == IN_FLIGHT) fault(-1, "uses the result of a wgmma that was not waited for");
+        w.launch().counts[w.late.pc].needed++;
+    }
+}
+
 enum Outcome { CONTINUES, SPLIT, WAITS };
 
 // One instruction of a group of lanes. SPLIT: the groups of the warp have changed.
@@ -43,6 +51,7 @@ Outcome step(Warp& w, size_t which) {
     c.lanes += std::popcount(m);
     if (u64(++k.notes.steps) > k.options.budget)
         fault(-1, "more than %llu warp instructions in one launch", (unsigned long long)k.options.budget);
+    if (!w.products.empty() || w.late.pc >= 0) check_registers(w, i);
     switch (i.flow) {
         case NORMAL:
             if (m) i.run(w, i, m);
@@ -109,9 +118,20 @@ bool run_warp(Warp& w) {
     }
 }
 
+// After a barrier. Of which it is not known what it orders alone is counted as needed: one of some warps, one at which
+// warps come by several instructions, the first one after an acquire.
+void begin_epoch(Block& b, int barrier, bool plain) {
+    if (!plain || b.acquired) b.launch->counts[barrier].needed++;
+    if (!plain || b.barrier != barrier) b.same_since = b.epoch;
+    b.barrier = barrier;
+    b.acquired = false;
+}
+
 // Lets go of the barriers at which all threads have come; whether there was one.
 bool release_barriers(Block& b) {
     u32 threads[BARRIERS] = {}, needed[BARRIERS] = {}, warps[BARRIERS] = {}, live = 0;
+    int at[BARRIERS] = {};  // the instruction after the barrier
+    bool several[BARRIERS] = {};
     for (Warp& w : b.warps)
         for (Group& g : w.groups) {
             live += std::popcount(g.mask);
@@ -119,6 +139,8 @@ bool release_barriers(Block& b) {
             threads[g.barrier] += std::popcount(g.mask);
             needed[g.barrier] = g.threads;
             warps[g.barrier] |= 1u << w.id;
+            if (at[g.barrier] && at[g.barrier] != g.pc) several[g.barrier] = true, b.launch->counts[g.pc - 1].needed++;
+            at[g.barrier] = g.pc;
         }
     bool released = false;
     for (int n = 0; n < BARRIERS; n++) {
@@ -128,7 +150,9 @@ bool release_barriers(Block& b) {
                 if (g.blocked && g.barrier == n) g.blocked = false;
         released = true;
         if (b.launch->options.check) synchronize_clocks(b, warps[n]);
-        if (!needed[n] || needed[n] >= live) b.epoch++;
+        bool all = !needed[n] || needed[n] >= live;
+        begin_epoch(b, at[n] - 1, all && !several[n]);
+        b.epoch += all;
     }
     return released;
 }
@@ -169,11 +193,14 @@ void start_block(Block& b, Launch& k, const int* grid, int at, int threads, int 
     b.launch = &k;
     b.done = false;
     b.number = at + 1;
-    b.epoch = b.tick = 1;
+    b.epoch = b.tick = b.same_since = 1;
+    b.barrier = -1;
+    b.acquired = false;
     b.async_readers.assign(chunks, 0);
     b.written_at.assign(chunks, 0);
     b.written_by.assign(chunks, 0);
     b.copied.assign(chunks, 0);
+    b.late.assign(chunks, 0);
     b.shared.assign(shared_bytes, 0xff);
     b.state.assign(shared_bytes + 4, NEVER);
     if (k.options.check) b.words.assign(shared_bytes / 4 + 1, SharedWord{});
@@ -227,6 +254,7 @@ void run_slots(Launch& k, std::vector<std::unique_ptr<Block>>& slots, int n, aut
 
 void run_grid(Launch& k, const int* grid, int threads, int shared_bytes, const u8* constants) {
     int n = grid[0] * grid[1] * grid[2];
+    k.one_block = n == 1;
     std::vector<int> order(n);
     std::iota(order.begin(), order.end(), 0);
     if (k.options.seed) std::shuffle(order.begin(), order.end(), k.random);

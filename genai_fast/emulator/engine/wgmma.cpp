@@ -1,6 +1,6 @@
 // wgmma (sm_90): four warps multiply 64 x K by K x N; each holds 16 rows of D. B, and A unless it is in registers, lie in
 // shared memory as a descriptor says. Computed when it is issued; D reads as NaN until it is waited for, what it reads
-// must not be written until then, and must have been fenced for the asynchronous proxy.
+// must not be written until then, and must have been fenced for the asynchronous proxy. Any use of D before is a fault.
 #include <algorithm>
 
 #include "checks.h"
@@ -51,8 +51,17 @@ template <class T> struct Reader {
         u32 writer = b.written_by[at / 16];
         if (std::max(w.fenced_at, b.warps[writer].fenced_at) <= b.written_at[at / 16])
             report(w, b.copied[at / 16] ? Kind::UNFENCED_COPY : Kind::UNFENCED, w.pc, int(b.number), int(writer), at);
+        count_fence(b.warps[writer], b.written_at[at / 16]);
         chunks.push_back(at);
         b.async_readers[at / 16]++;
+    }
+    // The one fence, of this warp or of the writer, after the write.
+    void count_fence(const Warp& writer, u32 written_at) {
+        int only = -1;
+        for (const Warp* each : {&static_cast<const Warp&>(w), &writer})
+            for (auto [pc, tick] : each->fences)
+                if (tick > written_at) only = only == -1 || only == pc ? pc : -2;
+        if (only >= 0) w.launch().counts[only].needed++;
     }
 };
 
@@ -106,8 +115,10 @@ template <class T, int K> void wgmma(Warp& w, const Instruction& i, u32 m) {
         for (int q = 0; q < n; q++) sum[r][q] = toward_zero(sum[r][q]);
     }
     std::vector<f32> out(16 * n);
+    w.in_flight.resize(w.launch().code.file_bytes / 64 + 1);
     for (int j = 0; j < n / 2; j++)
         for (int l = 0; l < 32; l++) {
+            w.in_flight[d[j] / 64] = IN_FLIGHT;
             w.at<f32>(d[j])[l] = NAN;
             out[j * 32 + l] = f32(at(j, l));
         }
@@ -118,7 +129,21 @@ template <class T, int K> void wgmma(Warp& w, const Instruction& i, u32 m) {
 
 void commit(Warp& w, const Instruction&, u32) { w.wgmma_group++; }
 
+// Forgets what the last wait brought: this one would have brought it anyway, unless it waits for less.
+void end_late(Warp& w, const Instruction& i) {
+    Warp::Late& late = w.late;
+    if (late.pc < 0) return;
+    bool brought = s64(late.group) < s64(w.wgmma_group) - i.imm - (late.pc == w.pc);
+    if (!brought) w.launch().counts[late.pc].needed++;
+    for (int at : late.registers)
+        if (w.in_flight[at] == WRITTEN) w.in_flight[at] = 0;
+    for (u32 at : late.chunks) w.block->late[at] = 0;
+    late = {};
+}
+
 void wait(Warp& w, const Instruction& i, u32) {  // imm: groups that may still be in flight
+    end_late(w, i);
+    u32 newest = u32(w.wgmma_group - i.imm - 1);
     auto in_flight = [&](u32 group) { return s64(group) >= s64(w.wgmma_group) - i.imm; };
     for (size_t k = 0; k < w.products.size();) {
         auto& p = w.products[k];
@@ -129,14 +154,25 @@ void wait(Warp& w, const Instruction& i, u32) {  // imm: groups that may still b
         bool again = false;  // a later product adds to this one
         for (size_t q = k + 1; q < w.products.size(); q++) again |= w.products[q].d[0] == p.d[0];
         if (!again)
-            for (int j = 0; j < p.n / 2; j++) memcpy(w.at<f32>(p.d[j]), &p.sum[j * 32], 128);
+            for (int j = 0; j < p.n / 2; j++) {
+                w.in_flight[p.d[j] / 64] = p.group == newest ? WRITTEN : 0;
+                if (p.group == newest) w.late.registers.push_back(p.d[j] / 64), w.late.pc = w.pc;
+                memcpy(w.at<f32>(p.d[j]), &p.sum[j * 32], 128);
+            }
         w.products.erase(w.products.begin() + k);
     }
     std::erase_if(w.reading, [&](auto& r) {
         if (in_flight(r.first)) return false;
-        for (u32 at : r.second) w.block->async_readers[at / 16]--;
+        for (u32 at : r.second) {
+            w.block->async_readers[at / 16]--;
+            read_until_now(w, at);
+            if (r.first != newest) continue;
+            w.block->late[at / 16] = w.pc + 1;
+            w.late.chunks.push_back(at / 16);
+        }
         return true;
     });
+    w.late.group = newest;
 }
 }  // namespace
 
