@@ -6,6 +6,7 @@ measurement the first that serves is taken. Convolutions are measured, on tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import nn
 from genai_fast import autotune, ops
 from genai_fast.backends import forced_backend
 from genai_fast.fusion import conv_bn_folding, im2col, thresholds
-from genai_fast.fusion.layout import for_norm, guarded, of_result, relaid
+from genai_fast.fusion.layout import for_norm, guarded, keeps_order, of_result, relaid
 from genai_fast.fusion.operands import (
     Activation,
     Chain,
@@ -84,6 +85,10 @@ def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "a parameter is of a tensor subclass"
     if any(t is not None and t.shape != (x.size(1),) for t in norm.tensors):
         return "the channels do not match"  # torch's own error comes from the module
+    if reason := norm.why_refused(x):
+        return reason
+    if norm.of_batch and norm.group is None and x.numel() == x.size(1):
+        return "one value per channel"  # torch refuses it in training
     if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
         return ""  # torch's refuses CPU tensors
     return thresholds.norm(norm.training, x)
@@ -103,8 +108,13 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
 def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
     if not chain.dropout.training:
         return "evaluation: nothing is dropped"
+    if not torch.compiler.is_compiling() and not keeps_order(x):
+        return "the result would lie otherwise in memory"
     # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
-    return thresholds.dropout(x) if chain.dropout.p > 0 else "p is 0"
+    try:
+        return thresholds.dropout(x) if 0 < chain.dropout.p <= 1 else f"p is {chain.dropout.p}"
+    except (TypeError, ValueError, RuntimeError):  # the module says so itself
+        return f"p is {chain.dropout.p!r}"
 
 
 def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
@@ -146,6 +156,10 @@ def _plane_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "the input is empty or does not match"
     if not tensors_are_plain(conv.weight, conv.bias):
         return "a parameter is of a tensor subclass"
+    if any(t is not None and t.dtype is not x.dtype for t in (conv.weight, conv.bias)) and not autocast_dtype(
+        x.device.type
+    ):
+        return "input and weight differ in dtype"
     return thresholds.convolution(x, conv.multiplications(x))
 
 
@@ -216,13 +230,15 @@ def _kernel_why_not(chain: Chain, x: torch.Tensor) -> str:
     conv = chain.conv
     if reason := _plane_why_not(chain, x) or kernel_why_not(conv):
         return reason
-    if x.dtype is not conv.weight.dtype and autocast_dtype(x.device.type) is None:
-        return "input and weight differ in dtype"
     if conv.transposed:
         if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
             return "the output padding is not below the stride"
         if min(conv.output_plane(x)) < 1:
             return "the result has no pixels"
+        if chain.norm is not None and (reason := chain.norm.why_refused(x)):
+            return reason
+        if chain.norm is not None and chain.norm.of_batch and len(x) * math.prod(conv.output_plane(x)) == 1:
+            return "one value per channel"
         return conv_transpose_why_not(x, conv.weight, conv.stride, conv.padding, conv.output_padding)
     if not needs_gradient(x):
         return "the input needs no gradient"
