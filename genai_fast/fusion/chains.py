@@ -2,8 +2,10 @@
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _globals
 
@@ -21,10 +23,28 @@ _LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(ACTIVATIONS, "A") | {nn.Id
 STOCK = tuple(_LETTERS)
 _CHAIN = re.compile("[CL]?N[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
-# What a plain call of such a module runs besides F: torch's own methods, unless they are replaced on instance or class.
-_METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
-_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell)  # classes whose parameters are read past a call
-_OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in _READ}
+# What a plain call of such a module runs: torch's own methods and functions, unless somebody replaces them.
+_METHODS = (
+    "__call__", "_call_impl", "forward", "__iter__", "_conv_forward", "_output_padding", "_check_input_dim",
+)  # fmt: skip
+_FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
+    nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
+    nn.Dropout: ((F, "dropout"),), nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
+    nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
+    **{cls: ((F, f"conv{dims}d"),) for dims, cls in enumerate(CONVS, 1)},
+    **{cls: ((F, f"conv_transpose{dims}d"),) for dims, cls in enumerate(TRANSPOSED, 1)},
+}  # fmt: skip
+# Classes whose parameters are read past a call, and those whose forward fuse replaces.
+_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.Sequential)
+_OWN = {
+    cls: [
+        (owner, name, getattr(owner, name))
+        for owner, name in (*((cls, name) for name in _METHODS), *_FUNCTIONS.get(cls, ()))
+        if hasattr(owner, name)
+    ]
+    for cls in _READ
+}
 _REPLACEABLE = frozenset((*_METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 
 
@@ -48,10 +68,14 @@ def obstacle(child: nn.Module) -> str:
         return "it has hooks"
     if not _REPLACEABLE.isdisjoint(state):
         return "a method or tensor of its own is replaced"
-    cls = type(child)
-    for name, own in _OWN.get(cls, ()):
-        if getattr(cls, name) is not own:
-            return f"{cls.__name__}.{name} is replaced"
+    return replaced(type(child))
+
+
+def replaced(cls: type[nn.Module]) -> str:
+    """What is no longer torch's own of that which a call of one of torch's classes runs; "" if all of it is."""
+    for owner, name, own in _OWN.get(cls, ()):
+        if getattr(owner, name) is not own:
+            return f"{owner.__name__}.{name} is replaced"
     return ""
 
 
