@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import os
 import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ _ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2
 # Roundings by which a model is changed, to see what it makes of them; gradients flip at kinks: for those the more.
 _SHAKES = (1, 2, 3, 4, 4, 16, 64, 256, 256, 1024)
 _FEW = 4
+GARBAGE = 1e20  # an error that no rounding makes
 KINK = 0.05  # of a gradient's 2-norm, if outputs agree: one element that passes a kink changes as much
 
 
@@ -240,12 +242,16 @@ def _values(result: Result) -> dict[str, tuple[torch.Tensor, float, float]]:
     return found | {f"gradient of {n}": (g, 2.0, 1e-2 * largest) for n, g in result.gradients.items()}
 
 
-def differences(seed: int) -> list[str]:
-    """What differs between a model and its fused copy; each a line."""
+def _drawn(seed: int) -> tuple[Model, Circumstances, torch.Tensor]:
     made = random_models.draw(seed)
     how = Circumstances.draw(random.Random(seed + 1))
     torch.manual_seed(seed)
-    x = _laid_out(made.shape, how.layout)
+    return made, how, _laid_out(made.shape, how.layout)
+
+
+def differences(seed: int) -> list[str]:
+    """What differs between a model and its fused copy; each a line."""
+    made, how, x = _drawn(seed)
     with warnings.catch_warnings(), _choosing(how.implementation, seed):
         warnings.simplefilter("ignore")
         plain = _run(made.module, made, how, x, seed, False)
@@ -266,8 +272,11 @@ def _compared(
     made: Model, how: Circumstances, x: torch.Tensor, seed: int, plain: Result, fused: Result
 ) -> Iterator[str]:
     if plain.error != fused.error:
-        allowed = plain.error[0][:8] in ("change 0", "backward") or plain.error[0].startswith("change")
-        if not allowed or fused.error[1]:
+        # What fails in plain PyTorch as a result was changed may run, and fail in a later step that is not fused.
+        (stage, kind), (later, other) = plain.error, fused.error
+        after = ("change", "backward")
+        allowed = not other or (other == kind and later.startswith(after) and later[-1] > stage[-1])
+        if not (stage.startswith(after) and allowed):
             yield f"raises {fused.error} ({fused.message}); plain {plain.error} ({plain.message})"
         return
     if plain.keys != fused.keys:
@@ -312,6 +321,8 @@ def _by_value(made: Model, how: Circumstances, x: torch.Tensor, seed: int, ours:
         if noise and name.startswith("gradient"):
             continue
         truth, own = exact[name][0], theirs[name][0]
+        if _distance(own, truth, order, GARBAGE) > 1.0:
+            return  # PyTorch itself is wrong: its ConvTranspose3d in bfloat16 is
         error, allowed = _distance(a, truth, order, scale), FACTOR * _distance(own, truth, order, scale) + floor
         if not error <= allowed and not _distance(a, own, order, scale) <= floor:
             suspects[name] = error, allowed
@@ -329,6 +340,46 @@ def _by_value(made: Model, how: Circumstances, x: torch.Tensor, seed: int, ours:
     for name, (error, allowed) in suspects.items():
         if not error <= (max(allowed, KINK) if kinked else allowed):
             yield f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _in_child(seeds: range, check: Callable[[int], list[str]]) -> Iterator[list[str]]:
+    """What a check finds of each seed, in one process of its own; it ends early if that one dies."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with os.fdopen(writing, "w") as pipe:
+                for seed in seeds:
+                    print(json.dumps(check(seed)), file=pipe, flush=True)
+        finally:
+            os._exit(0)  # it must not go on as a second parent
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        yield from map(json.loads, pipe)
+    os.waitpid(child, 0)
+
+
+def _plainly(seed: int) -> list[str]:
+    """Runs the plain model alone."""
+    made, how, x = _drawn(seed)
+    _run(made.module, made, how, x, seed, False)
+    return []
+
+
+def compared(seeds: range) -> Iterator[tuple[int, list[str]]]:
+    """The differences of each seed; none if PyTorch itself dies of it: some of its kernels write where they should not.
+
+    In processes of their own, one until it dies.
+    """
+    while seeds:
+        seed = seeds.start - 1
+        for seed, found in enumerate(_in_child(seeds, differences), seeds.start):
+            yield seed, found
+        seeds = range(seed + 1, seeds.stop)
+        if seeds:  # the next one ended the process
+            dies = not [*_in_child(seeds[:1], _plainly)]
+            yield seeds.start, [] if dies else ["the fused model ends the process, the plain one does not"]
+            seeds = seeds[1:]
 
 
 def report(seed: int, found: list[str]) -> str:
@@ -350,8 +401,8 @@ def main() -> int:
     count, differing = options.count if options.only is None else 1, 0
     with tempfile.TemporaryDirectory() as cache:
         os.environ["GENAI_FAST_CACHE"] = cache
-        for seed in range(first, first + count):
-            if found := differences(seed):
+        for seed, found in compared(range(first, first + count)):
+            if found:
                 differing += 1
                 print(report(seed, found), flush=True)
             elif options.only is not None:

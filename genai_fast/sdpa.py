@@ -134,13 +134,15 @@ def _cuda_backward(
 
 def _with_dropout(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     fits = (
-        dropout_p > 0.0 and attn_mask is None and not observed() and not left_to_torch()
+        0.0 < dropout_p <= 1.0 and attn_mask is None and not observed() and not left_to_torch()
+        and torch.backends.cuda.flash_sdp_enabled()  # sdpa_kernel(SDPBackend.MATH) asks for another one
         and all(map(is_plain, (q, k, v))) and _served(q, k, v, 0.0, is_causal)
         and q.shape[:2] == k.shape[:2] and all(x.numel() and (x.stride(3) == 1 or x.size(3) == 1) for x in (q, k, v))
     )  # fmt: skip
     if not fits:
         return NotImplemented
-    return causal_attention(q, k, v, scale=scale, causal=is_causal, dropout=dropout_p)
+    # Contiguous as PyTorch's result with dropout is, whatever the order of q: a program may take a view of it.
+    return causal_attention(q, k, v, scale=scale, causal=is_causal, dropout=dropout_p).contiguous()
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:

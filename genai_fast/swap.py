@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from genai_fast.fusion import implementations
-from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, spans
-from genai_fast.fusion.classes import original, subclass
+from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, replaced, spans
+from genai_fast.fusion.classes import original, replacement, subclass
 from genai_fast.fusion.explanation import Explanation, Row
 from genai_fast.fusion.implementations import Decision
 from genai_fast.fusion.operands import Convolution
@@ -84,7 +84,7 @@ def _plan(module: nn.Module) -> Plan:
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
-        reason = obstacle(module) if "forward" in module.__dict__ else ""
+        reason = obstacle(module) if "forward" in module.__dict__ else replaced(cls)
         return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
     written = bool(module._modules) and _is_written(cls)
     if not written and not _is_sequential(cls):
@@ -94,6 +94,8 @@ def _plan(module: nn.Module) -> Plan:
     if "forward" in module.__dict__:
         return Plan(reasons=("its forward is replaced" if _is_sequential(cls) else "forward: it is replaced",))
     if _is_sequential(cls):
+        if reason := replaced(nn.Sequential):
+            return Plan(reasons=(reason,))
         chains = ((tuple(module._modules), tuple(module._modules.values())),)
         return Plan(FusedSequential, chains=chains)
     return _plan_of_methods(module, cls)
@@ -128,11 +130,17 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     plan = _plan(module)
     base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
     if plan.layer is not None:
-        return subclass(cls, base, (), lambda: {"forward": plan.layer.forward})
+        return subclass(cls, base, (), lambda: _members(cls, plan.layer))
     if not plan.methods:
         return None
     key = tuple((name, *method.key) for name, method in plan.methods.items())
-    return subclass(cls, base, key, lambda: {name: method.compile() for name, method in plan.methods.items()})
+    members = lambda: {n: method.compile(replacement(cls, n)) for n, method in plan.methods.items()}  # noqa: E731
+    return subclass(cls, base, key, members)
+
+
+def _members(cls: type[nn.Module], layer: type[nn.Module]) -> dict[str, Any]:
+    """Of a class that runs as one of ours: our forward, which is left to what replaces the class's own later."""
+    return {"forward": layer.forward, "_replacement": staticmethod(replacement(cls, "forward"))}
 
 
 def _wrapper(module: nn.Module) -> str:
@@ -163,6 +171,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Tools that look up a module's very class in a table pass a fused one by without a word, such as
     torch.ao.quantization.quantize_dynamic(model, {nn.GRU}): quantize first and then fuse, or `unfuse` before.
+    Under a dispatch or function mode modules run as they are, and so does one whose methods or functions were replaced.
 
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.

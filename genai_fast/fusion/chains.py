@@ -2,15 +2,18 @@
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _globals
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-GROUP_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+GROUP_NORMS = (nn.GroupNorm, *INSTANCE_NORMS)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu", nn.GELU: "gelu",
@@ -23,13 +26,31 @@ _LETTERS |= {nn.Identity: "I", nn.Dropout: "D"}
 STOCK = tuple(_LETTERS)
 _CHAIN = re.compile("[CL]?N[AaI]?|G[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
-# What a plain call of such a module runs besides F: torch's own methods, unless they are replaced on instance or class.
+# What a plain call of such a module runs: torch's own methods and functions, unless somebody replaces them.
 _METHODS = (
-    "__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim", "_get_no_batch_dim",
-    "_handle_no_batch_input", "_apply_instance_norm",
+    "__call__", "_call_impl", "forward", "__iter__", "_conv_forward", "_output_padding", "_check_input_dim",
+    "_get_no_batch_dim", "_handle_no_batch_input", "_apply_instance_norm",
 )  # fmt: skip
-_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell)  # classes whose parameters are read past a call
-_OWN = {cls: [(name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name)] for cls in _READ}
+_FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
+    nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
+    nn.Dropout: ((F, "dropout"),), nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
+    nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
+    nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
+    **dict.fromkeys(INSTANCE_NORMS, ((F, "instance_norm"), (torch, "instance_norm"))),
+    **{cls: ((F, f"conv{dims}d"),) for dims, cls in enumerate(CONVS, 1)},
+    **{cls: ((F, f"conv_transpose{dims}d"),) for dims, cls in enumerate(TRANSPOSED, 1)},
+}  # fmt: skip
+# Classes whose parameters are read past a call, and those whose forward fuse replaces.
+_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.Sequential)
+_OWN = {
+    cls: [
+        (owner, name, getattr(owner, name))
+        for owner, name in (*((cls, name) for name in _METHODS), *_FUNCTIONS.get(cls, ()))
+        if hasattr(owner, name)
+    ]
+    for cls in _READ
+}
 _REPLACEABLE = frozenset((*_METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 
 
@@ -55,10 +76,14 @@ def obstacle(child: nn.Module) -> str:
         return "a method or tensor of its own is replaced"
     if state["_buffers"].get("running_mean") is not None and isinstance(child, GROUP_NORMS):
         return "it keeps running statistics"
-    cls = type(child)
-    for name, own in _OWN.get(cls, ()):
-        if getattr(cls, name) is not own:
-            return f"{cls.__name__}.{name} is replaced"
+    return replaced(type(child))
+
+
+def replaced(cls: type[nn.Module]) -> str:
+    """What is no longer torch's own of that which a call of one of torch's classes runs; "" if all of it is."""
+    for owner, name, own in _OWN.get(cls, ()):
+        if getattr(owner, name) is not own:
+            return f"{owner.__name__}.{name} is replaced"
     return ""
 
 

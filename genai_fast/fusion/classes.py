@@ -1,5 +1,6 @@
 """The classes of fused modules: subclasses that copies keep, and that a pickle takes for the original ones."""
 
+import abc
 import copy
 import copyreg
 from collections.abc import Callable
@@ -7,9 +8,21 @@ from typing import Any
 
 from torch import nn
 
+from genai_fast.fusion.chains import replaced
+
 
 class _Fused(type):
-    """The metaclass of fused classes: a class itself is pickled as the one that it was made from."""
+    """The metaclass of fused classes: a fused class is pickled as the one that it was made from, and has its instances,
+    as methods ask for `isinstance(child, type(self))`.
+
+    It does not compare equal to it: caches by class, as fully_shard's, would take one for the other.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or original(cls) in type(instance).__mro__
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return super().__subclasscheck__(other) or original(cls) in getattr(other, "__mro__", ())
 
 
 class _InPlace:
@@ -26,6 +39,10 @@ class _InPlace:
         function, arguments, *rest = reduced
         arguments = tuple(original(a) if isinstance(a, type) else a for a in arguments)
         return function, arguments, *rest
+
+    def __copy__(self) -> Any:
+        inherited = getattr(super(), "__copy__", None)
+        return copy._reconstruct(self, None, *super().__reduce_ex__(4)) if inherited is None else inherited()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         inherited = getattr(super(), "__deepcopy__", None)
@@ -46,6 +63,23 @@ class _InPlace:
         return plain
 
 
+def replacement(cls: type[nn.Module], name: str) -> Callable[[], Any]:
+    """A function that returns what a method of cls has been replaced by since this call; None if it is the same."""
+    seen = getattr(cls, name)
+
+    def now() -> Any:
+        return None if getattr(cls, name) is seen and not replaced(cls) else getattr(cls, name)
+
+    now._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does it
+    return now
+
+
+def replaced_forward(module: nn.Module) -> Any:
+    """What the class of a fused layer has got in place of the forward that fuse saw; None if there is nothing."""
+    now = getattr(type(module), "_replacement", None)
+    return None if now is None else now()
+
+
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 _kinds: dict[type, type] = {}
 
@@ -64,7 +98,9 @@ def subclass(
         names = {k: v for k, v in vars(cls).items() if k == "__annotations__"}
         names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         kind = _kind(type(base))
-        _classes[key] = kind(cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members()})
+        # Not by calling it: a metaclass may register its classes, or refuse the same name twice.
+        make: Any = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
+        _classes[key] = make(kind, cls.__name__, (_InPlace, base), {**names, "_fused_from": cls, **members()})
     return _classes[key]
 
 

@@ -48,6 +48,8 @@ def why_not(chain: Chain, x: torch.Tensor) -> str:
         return "gradients are needed"
     if conv.weight.dtype is not x.dtype or x.dim() != conv.weight.dim():
         return "input and weight differ in dtype or dimensions"
+    if reason := norm.why_refused(x):
+        return reason
     if x.dim() == 5:  # in channels_last_3d oneDNN's result lies otherwise than PyTorch's of the weight or such a kernel
         last, weight_last = (suggest_memory_format(t) is torch.channels_last_3d for t in (x, conv.weight))
         if (weight_last and not last) or (last and math.prod(conv.kernel) == 1):

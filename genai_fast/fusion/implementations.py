@@ -6,6 +6,7 @@ measurement the first that serves is taken. Convolutions are measured, on tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -85,6 +86,10 @@ def _plane_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "the input is empty or does not match"
     if not tensors_are_plain(conv.weight, conv.bias):
         return "a parameter is of a tensor subclass"
+    if any(t is not None and t.dtype is not x.dtype for t in (conv.weight, conv.bias)) and not autocast_dtype(
+        x.device.type
+    ):
+        return "input and weight differ in dtype"
     return thresholds.convolution(x, conv.multiplications(x))
 
 
@@ -155,13 +160,15 @@ def _kernel_why_not(chain: Chain, x: torch.Tensor) -> str:
     conv = chain.conv
     if reason := _plane_why_not(chain, x) or kernel_why_not(conv):
         return reason
-    if x.dtype is not conv.weight.dtype and autocast_dtype(x.device.type) is None:
-        return "input and weight differ in dtype"
     if conv.transposed:
         if any(more >= step for more, step in zip(conv.output_padding, conv.stride, strict=True)):
             return "the output padding is not below the stride"
         if min(conv.output_plane(x)) < 1:
             return "the result has no pixels"
+        if chain.norm is not None and (reason := chain.norm.why_refused(x)):
+            return reason
+        if chain.norm is not None and chain.norm.of_batch and len(x) * math.prod(conv.output_plane(x)) == 1:
+            return "one value per channel"
         return conv_transpose_why_not(x, conv.weight, conv.stride, conv.padding, conv.output_padding)
     if not needs_gradient(x):
         return "the input needs no gradient"

@@ -5,13 +5,14 @@ place. It is more than courtesy: `x.view` raises on another layout, and the back
 wrong numbers from a gradient in another layout than its input's.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
 from genai_fast.backends import is_batched
-from genai_fast.fusion.operands import Convolution, memory_format
+from genai_fast.fusion.operands import Chain, Convolution, memory_format
 
 
 class _Relaid(torch.autograd.Function):
@@ -59,6 +60,20 @@ def for_norm(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=suggest_memory_format(x))
 
 
+def keeps_order(x: torch.Tensor) -> bool:
+    """Whether an op's result lies as PyTorch's of an element by itself: of a transposed x PyTorch's is transposed."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 and stride]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    rows = all(a >= b for a, b in itertools.pairwise(strides))
+    return rows or (last is not None and x.is_contiguous(memory_format=last))
+
+
 def of_result(conv: Convolution, given: torch.memory_format) -> torch.memory_format:
     """The layout of PyTorch's result: channels_last if input or weight is."""
     return torch.channels_last if given is torch.channels_last else memory_format(conv.weight)
+
+
+def of_chain(chain: Chain, y: torch.Tensor, given: torch.memory_format) -> torch.memory_format:
+    """The layout of PyTorch's y: its batch norm takes one channel or position for contiguous, whatever its strides."""
+    one = y.size(1) == 1 or y.size(2) == y.size(3) == 1
+    return torch.contiguous_format if chain.norm is not None and one else of_result(chain.conv, given)

@@ -8,8 +8,8 @@ from torch import nn
 
 from genai_fast import ops
 from genai_fast.fusion import thresholds
-from genai_fast.fusion.layout import for_norm
-from genai_fast.fusion.operands import Chain, GroupNorm, Norm, needs_gradient, tensors_are_plain
+from genai_fast.fusion.layout import for_norm, keeps_order
+from genai_fast.fusion.operands import Chain, GroupNorm, Norm, fit, needs_gradient, tensors_are_plain
 
 
 class Implementation(NamedTuple):
@@ -30,6 +30,10 @@ def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "a parameter is of a tensor subclass"
     if any(t is not None and t.shape != (x.size(1),) for t in norm.tensors):
         return "the channels do not match"  # torch's own error comes from the module
+    if reason := norm.why_refused(x):
+        return reason
+    if norm.of_batch and norm.group is None and x.numel() == x.size(1):
+        return "one value per channel"  # torch refuses it in training
     if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
         return ""  # torch's refuses CPU tensors
     return thresholds.norm(norm.training, x)
@@ -60,7 +64,7 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "groups or input do not match"  # or a group has one value: torch's own error comes from the module
     if not norm.eps >= 0.0:
         return "eps is negative"
-    if any(t.shape != (channels,) or t.dtype not in (x.dtype, torch.float32) for t in parameters):
+    if any(t.shape != (channels,) for t in parameters) or not fit(x, *parameters):
         return "the parameters do not match"
     return thresholds.group_norm(norm.groups is None, needs_gradient(x, *parameters), x)
 
@@ -74,8 +78,13 @@ def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
 def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
     if not chain.dropout.training:
         return "evaluation: nothing is dropped"
+    if not torch.compiler.is_compiling() and not keeps_order(x):
+        return "the result would lie otherwise in memory"
     # Of probability 0 it gives the very tensor it was given, as torch's does, and costs nothing.
-    return thresholds.dropout(x) if chain.dropout.p > 0 else "p is 0"
+    try:
+        return thresholds.dropout(x) if 0 < chain.dropout.p <= 1 else f"p is {chain.dropout.p}"
+    except (TypeError, ValueError, RuntimeError):  # the module says so itself
+        return f"p is {chain.dropout.p!r}"
 
 
 def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,18 @@ from torch import nn
 from genai_fast.backends import is_plain
 from genai_fast.fusion.chains import ACTIVATIONS, TRANSPOSED
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def tensors_are_plain(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or is_plain(t) for t in tensors)
+
+
+def fit(x: torch.Tensor, *given: torch.Tensor | None) -> bool:
+    """Whether PyTorch's norms take x with these parameters: on its device, in its dtype, or all wider than a narrow x."""
+    parameters = [t for t in given if t is not None]
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and all(t.dtype is torch.float32 for t in parameters)
+    return all(t.device == x.device and (narrow or t.dtype is x.dtype) for t in parameters)
 
 
 def like(x: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | None:
@@ -60,6 +69,16 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _real(value: Any) -> float:
+    """A number, of the types that torch's functions take for one. Raises: TypeError or ValueError on others."""
+    if isinstance(value, str) or (isinstance(value, torch.Tensor) and (value.dim() or value.requires_grad)):
+        raise TypeError(f"expected a number, got {value!r}")
+    number = float(value)
+    if not abs(number) <= _LARGEST:
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
+
+
 class Convolution(NamedTuple):
     """A convolution or transposed convolution: [N, C, ...] to [N, C_out, ...]."""
 
@@ -88,9 +107,12 @@ class Convolution(NamedTuple):
         if transposed and not isinstance(conv.padding, tuple):
             raise TypeError(f"padding: expected a tuple, got {conv.padding!r}")
         padding = conv.padding if isinstance(conv.padding, str) else sizes(conv.padding)
+        stride, dilation, groups = sizes(conv.stride), sizes(conv.dilation), _whole(conv.groups)
+        if min(*stride, *dilation, groups) < 1:
+            raise ValueError("stride, dilation and groups: expected positive numbers")
         return Convolution(
-            conv, transposed, weight, conv._parameters["bias"], sizes(conv.stride), padding,
-            sizes(conv.output_padding), sizes(conv.dilation), _whole(conv.groups), conv.padding_mode,
+            conv, transposed, weight, conv._parameters["bias"], stride, padding, sizes(conv.output_padding), dilation,
+            groups, conv.padding_mode,
         )  # fmt: skip
 
     @property
@@ -169,9 +191,9 @@ class Norm(NamedTuple):
         elif training:
             mean = var = None
         weight, bias = parameters["weight"], parameters["bias"]
-        momentum = None if norm.momentum is None else float(norm.momentum)
+        momentum = None if norm.momentum is None else _real(norm.momentum)
         group = _process_group(norm) if type(norm) is nn.SyncBatchNorm and training else None
-        return Norm(norm, weight, bias, mean, var, training, momentum, float(norm.eps), group)
+        return Norm(norm, weight, bias, mean, var, training, momentum, _real(norm.eps), group)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -181,6 +203,12 @@ class Norm(NamedTuple):
     def of_batch(self) -> bool:
         """Whether it takes the batch's statistics."""
         return self.training or (self.mean is None and self.var is None)
+
+    def why_refused(self, x: torch.Tensor) -> str:
+        """Why PyTorch does not normalize x with these; "" if it does."""
+        if self.eps < 0 or (self.eps == 0 and self.of_batch):
+            return "eps is not positive"
+        return "" if fit(x, *self.tensors) else "input and norm differ in dtype or device"
 
     def counted(self) -> float:
         """Count the batch as the module does; the share of its statistics in the running ones."""
@@ -217,7 +245,7 @@ class GroupNorm(NamedTuple):
     def of(norm: nn.Module) -> GroupNorm:
         parameters = norm._parameters
         groups = _whole(norm.num_groups) if type(norm) is nn.GroupNorm else None
-        return GroupNorm(norm, parameters["weight"], parameters["bias"], groups, float(norm.eps))
+        return GroupNorm(norm, parameters["weight"], parameters["bias"], groups, _real(norm.eps))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(x)
@@ -241,9 +269,9 @@ class Activation(NamedTuple):
     @staticmethod
     def of(module: nn.Module) -> Activation:
         name = ACTIVATIONS[type(module)]
-        if name == "gelu" and module.approximate == "tanh":
-            name = "gelu_tanh"
-        slope = float(module.negative_slope) if name == "leaky_relu" else 0.0
+        if name == "gelu":
+            name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+        slope = _real(module.negative_slope) if name == "leaky_relu" else 0.0
         return Activation(module, name, slope, bool(module.__dict__.get("inplace")))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -264,7 +292,7 @@ class Chain(NamedTuple):
 
     @staticmethod
     def of(letters: str, modules: Sequence[nn.Module]) -> Chain:
-        """Raises: ValueError or TypeError on settings that are no numbers: a plain call says what is wrong."""
+        """Raises: ValueError, TypeError or KeyError on settings that are none: a plain call says what is wrong."""
         conv = norm = dropout = None
         activation = NO_ACTIVATION
         for kind, module in zip(letters.upper(), modules, strict=True):

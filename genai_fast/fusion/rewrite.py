@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion.chains import global_hooks, letter, spans
+from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.run import run
 from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
+from genai_fast.ops.dispatch import left_to_torch
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
@@ -31,6 +32,7 @@ class Called(NamedTuple):
 
     module: nn.Module
     function: Any
+    method: str
     settings: tuple[Any, ...]
     named: dict[str, Any]
 
@@ -160,12 +162,13 @@ class _Rewriter(ast.NodeTransformer):
         if path and (child := self._child(node.func)) is not None:
             alone = len(node.args) == 1 and not node.keywords
             return _Step(node.args[0], path, child) if alone else None
-        function = self._global(node.func) if node.args else None
+        function, method = (self._global(node.func) if node.args else None), ""
         make = _FUNCTIONS.get(function)
         if make is not None:
             given, settings = node.args[0], node.args[1:]
         elif isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            function, given, settings, make = None, node.func.value, node.args, _METHODS[node.func.attr]
+            function, method, given, settings = None, node.func.attr, node.func.value, node.args
+            make = _METHODS[method]
             before = self._step(given)
             if before is None or letter(before.module) == ".":
                 return None  # it may not be a tensor
@@ -177,7 +180,7 @@ class _Rewriter(ast.NodeTransformer):
             module = make(*constants, **named)
         except (ValueError, TypeError):  # a setting that is no constant, or none of the function
             return None
-        return _Step(given, Called(module, function, constants, named), module)
+        return _Step(given, Called(module, function, method, constants, named), module)
 
     def _named(self, node: ast.expr) -> Any:
         """What a dotted name is in the module of the method; None if it is none."""
@@ -278,16 +281,16 @@ def _call(chain: Chain) -> Callable[..., Any]:
         usual = not (isinstance(x, torch.fx.Proxy) or _watched())
         for step in steps:
             now = step.function if step is not None and step.function is None else next(given)
-            usual &= step is None or now is step.function
+            usual &= step is None or (now is step.function and not obstacle(step.module))
             modules.append(now if step is None else step.module)
         if usual:
             return run(modules, x)
         called = iter(called)
-        for step, module in zip(steps, modules, strict=True):
+        for step in steps:
             if step is None:
                 x = next(called)(x)
             elif step.function is None:
-                x = module.forward(x)
+                x = getattr(x, step.method)(*step.settings, **step.named)
             else:
                 x = next(called)(x, *step.settings, **step.named)
         return x
@@ -295,11 +298,26 @@ def _call(chain: Chain) -> Callable[..., Any]:
     return run_chain
 
 
+def _passed_on(function: types.FunctionType, replacement: Callable[[], Any]) -> Callable[..., Any]:
+    """Calls the replacement as the function was called, which has filled in its defaults."""
+    defaults, named_defaults = function.__defaults__ or (), function.__kwdefaults__ or {}
+    count = function.__code__.co_argcount
+
+    def call(*args: Any, **named: Any) -> Any:
+        while count - len(defaults) < len(args) <= count and args[-1] is defaults[len(args) - count - 1]:
+            args = args[:-1]
+        given = {k: v for k, v in named.items() if k not in named_defaults or v is not named_defaults[k]}
+        return replacement()(*args, **given)
+
+    return call
+
+
 def _watched() -> bool:
-    """Whether the calls are followed: a tracer knows the children, and hooks on all modules see only those."""
+    """Whether the calls are followed: a tracer and a mode know children and functions, and hooks see only those."""
     if torch.compiler.is_compiling():
         return False
-    return global_hooks() or torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
+    tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
+    return global_hooks() or tracing or left_to_torch()
 
 
 class Written(NamedTuple):
@@ -315,9 +333,11 @@ class Written(NamedTuple):
         """Equal for methods of one class that are the same."""
         return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
 
-    def compile(self) -> types.FunctionType:
+    def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
+        """The method; it calls what `replacement` returns in its place, unless that is None."""
         old = self.function
-        calls = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
+        calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
+        calls[f"{self.prefix}_now"], calls[f"{self.prefix}_replacement"] = replacement, _passed_on(old, replacement)
         code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
         closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
@@ -326,6 +346,20 @@ class Written(NamedTuple):
             setattr(new, name, getattr(old, name))
         new.__dict__.update(old.__dict__)
         return new
+
+
+def _look_first(definition: ast.FunctionDef, prefix: str) -> None:
+    """Begin the method with a look at what it has been replaced by on its class."""
+    args = definition.args
+    given = [a.arg for a in (*args.posonlyargs, *args.args)]
+    given += [f"*{args.vararg.arg}"] if args.vararg else []
+    given += [f"{a.arg}={a.arg}" for a in args.kwonlyargs]
+    given += [f"**{args.kwarg.arg}"] if args.kwarg else []
+    yields = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(definition))
+    call = f"{prefix}_replacement({', '.join(given)})"
+    look = ast.parse(f"if {prefix}_now() is not None: return {f'(yield from {call})' if yields else call}").body[0]
+    documented = ast.get_docstring(definition, clean=False) is not None
+    definition.body.insert(documented, ast.increment_lineno(look, definition.lineno - 1))
 
 
 def written(model: nn.Module, function: Any) -> Written:
@@ -337,6 +371,7 @@ def written(model: nn.Module, function: Any) -> Written:
     rewriter = _Rewriter(model, function, source.definition)
     if not rewriter.chains:
         raise NothingFound(NOTHING_HERE)
+    _look_first(source.definition, rewriter.prefix)
     return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
 
 

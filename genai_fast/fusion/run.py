@@ -11,7 +11,7 @@ from torch import nn
 from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
 from genai_fast.fusion.chains import global_hooks, letter, spans
 from genai_fast.fusion.implementations import TORCH, decide
-from genai_fast.fusion.layout import of_result, relaid
+from genai_fast.fusion.layout import of_chain, relaid
 from genai_fast.fusion.operands import Chain, memory_format
 from genai_fast.ops.dispatch import left_to_torch
 
@@ -41,7 +41,7 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
             given = memory_format(x)
         x = implementation.run(chain, x)
         if x.dim() == 4 and given is not None:
-            plain = of_result(chain.conv, given)
+            plain = of_chain(chain, x, given)
             wanted = None if memory_format(x) is plain else plain
     return x if wanted is None else relaid(x, wanted)
 
@@ -55,7 +55,7 @@ def _one_by_one(modules: Iterable[nn.Module], x: Any) -> Any:
 def _chain(letters: str, modules: Sequence[nn.Module]) -> Chain | None:
     try:
         return Chain.of(letters, modules)
-    except (TypeError, ValueError, AttributeError):  # a setting that is no number: the module says so itself
+    except (TypeError, ValueError, AttributeError, LookupError):  # no number, or deleted: the module says so itself
         return None
 
 

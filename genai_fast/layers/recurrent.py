@@ -11,6 +11,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
+from genai_fast.fusion.classes import replaced_forward
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype, without_autocast
 
@@ -27,6 +28,8 @@ class GRU(nn.GRU):
     """
 
     def forward(self, input: Any, hx: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:
+        if (now := replaced_forward(self)) is not None:
+            return now(self, input, hx)
         if not self._is_ours(input, hx):
             return super().forward(input, hx)
         # nn.GRU carries states of one dtype in it under autocast too.
@@ -82,7 +85,8 @@ class GRU(nn.GRU):
         if input.size(-1) != self.input_size:
             return False
         weight = self.weight_hh_l0
-        if input.device != weight.device:
+        own = [p for p in self._parameters.values() if p is not None]
+        if any(not is_plain(p) or p.device != input.device or p.dtype is not weight.dtype for p in (weight, *own)):
             return False
         mixed = autocast_dtype(input.device.type) is not None
         if input.dtype is not weight.dtype and not mixed:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from genai_fast.backends import implementation, select, survey
 
@@ -23,12 +24,21 @@ def observed() -> bool:
 
 
 def left_to_torch() -> bool:
-    """Whether torch's own operators must be called: for torch.export, torch.func, forward derivatives, jit.trace."""
+    """Whether torch's own operators must be called: for torch.export, torch.func, forward derivatives, jit.trace, and
+    a mode, which may count, change or record what is called and knows torch's operators alone."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return bool(
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state()
-    )
+        or torch._C._len_torch_dispatch_stack() or _function_mode()
+    )  # fmt: skip
+
+
+def _function_mode() -> bool:
+    """Whether a mode sees the functions that are called; a default device is not meant."""
+    if not (count := torch._C._len_torch_function_stack()):
+        return False
+    return any(not isinstance(torch._C._get_function_stack_at(k), DeviceContext) for k in range(count))
 
 
 def readable(x: torch.Tensor) -> bool:

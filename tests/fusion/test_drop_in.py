@@ -519,3 +519,132 @@ def test_explain_names_every_leaf_that_costs_time():
     rows = {row.path: row for row in explain(model)}
     assert "one call already" in rows["0"].reason and "PReLU" in rows["1"].reason and "Upsample" in rows["2"].reason
     assert rows["3"].becomes == "group_norm_act" and "5" not in rows
+
+
+# --- what PyTorch refuses or takes, in the same words
+
+
+def _conv_block(norm=nn.BatchNorm2d, act=nn.ReLU):
+    return nn.Sequential(nn.ConvTranspose2d(4, 4, 3, 2, 1), norm(4), act(), nn.Dropout(0.5))
+
+
+NUMBERS = {
+    "stride": (0, (0, 0), (-1, -1)), "dilation": (0, (0, 0)), "groups": (0, 0),
+    "eps": (1, -1e-3, 0.0, float("nan"), "0.1"),
+    "momentum": (1, float("nan"), 1.7, torch.tensor([0.1]), torch.tensor(0.1, requires_grad=True), "0.1"),
+    "negative_slope": (2, float("nan"), float("inf"), 1e39, torch.tensor([0.2]), "0.2"), "approximate": (2, "x", None),
+    "p": (3, 1.5, -1.0, None, "0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "child", "value"), [(name, given[0], v) for name, given in NUMBERS.items() for v in given[1:]], ids=str
+)
+def test_numbers_that_are_none(name, child, value, training, small_is_fused):
+    act = {"negative_slope": nn.LeakyReLU, "approximate": nn.GELU}.get(name, nn.ReLU)
+    results = []
+    for model in pair(lambda: _conv_block(act=act)):
+        setattr(model[child], name, value)
+        results.append(_result(model.train(training), torch.ones(2, 4, 5, 5)))
+    _assert_same_result(*results)
+
+
+def _result(model, x):
+    try:
+        with torch.no_grad():
+            return model(x)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def _assert_same_result(found, expected):
+    if isinstance(expected, tuple):
+        assert found == expected
+    elif isinstance(found, tuple):
+        raise AssertionError(found)
+    else:
+        assert found.shape == expected.shape and found.dtype is expected.dtype
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("child", [0, 1])
+@pytest.mark.parametrize("cast", [torch.float64, torch.float16, "meta"], ids=str)
+def test_a_child_of_another_dtype_or_device(cast, child, kind, training, forced, small_is_fused):
+    results = []
+    for model in pair(lambda: nn.Sequential(kind(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())):
+        model[child].to(cast)
+        results.append(_result(model.train(training), torch.ones(2, 4, 5, 5)))
+    _assert_same_result(*results)
+
+
+@pytest.mark.parametrize("child", [0, 1])
+def test_a_parameter_that_is_deleted(child, small_is_fused):
+    results = []
+    for model in pair(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())):
+        del model[child].bias
+        results.append(_result(model, torch.ones(2, 4, 5, 5)))
+    _assert_same_result(*results)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_one_value_per_channel(kind, forced, small_is_fused):
+    results = [
+        _result(m, torch.ones(1, 4, 1, 1)) for m in pair(lambda: nn.Sequential(kind(4, 4, 1), nn.BatchNorm2d(4)))
+    ]
+    _assert_same_result(*results)
+
+
+@pytest.mark.parametrize("changed", ["bias_ih_l0", "weight_hh_l0"])
+def test_a_gru_with_a_weight_of_another_kind(changed):
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(12, 2, 4)
+    for change in (lambda p: p.double(), lambda p: p.as_subclass(Own)):
+        results = []
+        for model in pair(lambda: nn.GRU(4, 4)):
+            setattr(model, changed, nn.Parameter(change(getattr(model, changed).detach())))
+            results.append(_result(model, x))
+        if isinstance(results[1][0], type):
+            assert results[0] == results[1]
+        else:
+            assert_close(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("norm", [[nn.BatchNorm2d(8)], [nn.BatchNorm2d(8), nn.ReLU()], []], ids=len)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_result_of_one_position_lies_as_pytorchs(forced, training, norm, small_is_fused):
+    """PyTorch's batch norm takes it for contiguous, and so does what follows."""
+    fused, plain = pair(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, (5, 6)), *norm, View(8, 1, 1), nn.ConvTranspose2d(8, 4, 3))
+    )
+    x = torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last)
+    for ours, theirs in ((fused, plain), (fused[:-2], plain[:-2])):
+        with torch.no_grad():
+            found, expected = ours.train(training)(x), theirs.train(training)(x)
+        assert strides(found) == strides(expected)
+        assert found.stride() == expected.stride()
+
+
+def _dropout_inputs():
+    yield "transposed", torch.randn(4, 6, 32).transpose(1, 2)
+    yield "steps first", torch.randn(6, 4, 32).transpose(0, 1)
+    yield "a matrix", torch.randn(8, 96).t()
+    yield "every other", torch.randn(8, 96)[::2].t()
+    yield "a plane", torch.randn(3, 8, 6, 5).transpose(2, 3)
+    yield "channels last", torch.randn(3, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    yield "a volume", torch.randn(3, 8, 6, 5, 4).contiguous(memory_format=torch.channels_last_3d)
+    yield "sliced", torch.randn(8, 6, 64)[..., ::2]
+    yield "expanded", torch.randn(1, 8, 6, 4).expand(3, 8, 6, 4)
+
+
+@pytest.mark.parametrize(("name", "x"), [*_dropout_inputs()], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("act", [[], [nn.Tanh()], [nn.ReLU()]], ids=["", "Tanh", "ReLU"])
+def test_results_of_dropout_lie_as_pytorchs(act, name, x, small_is_fused):
+    """A view of them may be taken, as x.transpose(1, 2).view(n, -1) of a transposed x is."""
+    fused, plain = pair(lambda: nn.Sequential(*act, nn.Dropout(0.5)))
+    for given in (x, x.detach().clone(memory_format=torch.preserve_format).requires_grad_()):
+        found, expected = fused(given), plain(given)
+        assert found.stride() == expected.stride() and found.shape == expected.shape

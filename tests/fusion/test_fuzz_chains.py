@@ -1,5 +1,6 @@
 """Random models run fused as they run plain; the fuzzer finds what it looks for, and says how to see it again."""
 
+import os
 import warnings
 
 import pytest
@@ -108,3 +109,50 @@ def test_a_model_that_magnifies_roundings_is_no_difference():
         return [*fuzz_chains._compared(made, how, x, 0, plain, shifted)]
 
     assert not off_by(5e-6) and off_by(1e-2)
+
+
+def test_a_model_that_ends_the_process_ends_only_its_own(monkeypatch):
+    """PyTorch's own kernels may crash, and then there is nothing to compare."""
+
+    def differences(seed):
+        if seed in (2, 4):
+            os.abort()
+        return ["other"] * (seed == 3)
+
+    def plainly(seed):
+        if seed == 2:
+            os.abort()
+        return []
+
+    monkeypatch.setattr(fuzz_chains, "differences", differences)
+    monkeypatch.setattr(fuzz_chains, "_plainly", plainly)
+    found = dict(fuzz_chains.compared(range(1, 6)))
+    assert found.pop(4) == ["the fused model ends the process, the plain one does not"]
+    assert found == {1: [], 2: [], 3: ["other"], 5: []}
+
+
+def test_what_pytorch_itself_gets_wrong_is_not_compared():
+    torch.manual_seed(0)
+    made = random_models.Model(nn.Linear(4, 4), (2, 4), [], "")
+    how = fuzz_chains.Circumstances(
+        False, "grad", False, torch.float32, "contiguous", True, True, False, "", True, "torch", False, False
+    )
+    x = torch.randn(2, 4)
+    plain = fuzz_chains._run(made.module, made, how, x, 0, False)
+
+    def differs(wrong):
+        theirs = plain._replace(outputs=[y * wrong for y in plain.outputs])
+        return [*fuzz_chains._compared(made, how, x, 0, theirs, plain._replace(outputs=[-y for y in plain.outputs]))]
+
+    assert differs(1.0) and not differs(1e30)
+
+
+def test_an_error_that_comes_later_is_no_difference():
+    made = random_models.Model(nn.ReLU(), (2, 4), [], "")
+    raised = fuzz_chains.Result(("backward 0", "RuntimeError"), [], {}, {}, [], [], torch.zeros(1), [], "")
+
+    def differs(stage, kind="RuntimeError"):
+        return [*fuzz_chains._compared(made, None, None, 0, raised, raised._replace(error=(stage, kind)))]
+
+    assert not differs("backward 2") and not differs("", "")
+    assert differs("backward 2", "TypeError") and differs("prepare")

@@ -85,7 +85,7 @@ def test_errors_are_torchs():
     fused = FusedSequential(nn.BatchNorm2d(3), nn.ReLU())
     with pytest.raises(ValueError, match="expected 4D input"):
         fused(torch.randn(4, 3, 5))
-    with pytest.raises(ValueError, match=r"more than one value per channel"):
+    with pytest.raises(ValueError, match=r"more than 1 value per channel"):
         fused(torch.randn(1, 3, 1, 1))
     with pytest.raises(RuntimeError):
         FusedSequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()(torch.randn(2, 5, 8, 8))

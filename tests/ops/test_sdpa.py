@@ -162,6 +162,31 @@ def test_dropout(dropped, causal):
     torch.testing.assert_close((found[0][3] * along).sum(), (_dropped(q, k, along, causal)).sum(), rtol=1e-4, atol=1e-3)
 
 
+@on_a_cpu
+def test_dropout_of_a_backend_that_is_asked_for(dropped):
+    """And a probability that is none is refused in PyTorch's words."""
+    q, k, v = _inputs()
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):
+        torch.manual_seed(5)
+        expected = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+        with genai_fast.enable_sdpa():
+            torch.manual_seed(5)
+            assert torch.equal(F.scaled_dot_product_attention(q, k, v, dropout_p=0.4), expected)
+    with genai_fast.enable_sdpa(), pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
+        F.scaled_dot_product_attention(q, k, v, dropout_p=2.0)
+    assert not dropped
+
+
+@on_a_cpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_results_of_dropout_lie_as_pytorchs(dropped, causal):
+    q, k, v = (torch.randn(2, 16, 4, 8).transpose(1, 2) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal)
+    with genai_fast.enable_sdpa():
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal)
+    assert dropped and found.stride() == expected.stride()
+
+
 def _dropped(q, k, v, causal):
     """Linear in v: the output for the same draw."""
     torch.manual_seed(5)
