@@ -26,7 +26,7 @@ def tensors_are_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def fit(x: torch.Tensor, *given: torch.Tensor | None) -> bool:
-    """Whether PyTorch's norms take x with these parameters: on its device, in its dtype, or all wider than a narrow x."""
+    """Whether PyTorch's norms take x with these parameters: on its device, in its dtype, or float32 with a narrow x."""
     parameters = [t for t in given if t is not None]
     narrow = x.dtype in (torch.bfloat16, torch.float16) and all(t.dtype is torch.float32 for t in parameters)
     return all(t.device == x.device and (narrow or t.dtype is x.dtype) for t in parameters)
