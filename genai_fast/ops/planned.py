@@ -1,4 +1,4 @@
-"""Which calls are served by a plan: ordinary ones on a GPU, of a signature that has come before."""
+"""Which calls are served by a plan: ordinary ones, of a signature that has come before."""
 
 from __future__ import annotations
 
@@ -62,14 +62,21 @@ def signature(arguments: Sequence[Any], named: dict[str, Any], recorders: int = 
 
 def _circumstances(x: torch.Tensor, recorders: int) -> Any:
     """What else a plan depends on, with x the first of the tensors; None where somebody listens to single steps."""
+    backend, kind, compiled = forced_backend(), "cpu", True
     if x.is_cuda:
         device, kind = torch._C._cuda_getDevice(), "cuda"
         if x.get_device() != device:  # launched there by a change of the device
             return None
-    elif launch.emulated is not None and launch.emulated.plans:
-        device, kind = launch.emulated.current_device(), "cpu"
-    else:
+    elif not x.is_cpu:
         return None
+    elif launch.emulated is not None:
+        if not launch.emulated.plans:
+            return None
+        device = launch.emulated.current_device()
+    elif backend == "triton":  # interpreted
+        return None
+    else:
+        device, compiled = -1, False
     if (
         plans.looked_at
         or torch._C._len_torch_function_stack() != recorders
@@ -77,11 +84,11 @@ def _circumstances(x: torch.Tensor, recorders: int) -> Any:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or _hooked()
+        or (compiled and _hooked())
     ):
         return None
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return forced_backend(), device, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return backend, device, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 @functools.cache

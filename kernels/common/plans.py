@@ -1,7 +1,7 @@
-"""Plans: what a call comes to on a GPU, recorded once for arguments of a signature and then simply done again.
+"""Plans: what a call comes to, recorded once for arguments of a signature and then simply done again.
 
 The Python of a call (checks, the choice of a kernel and its blocks, Triton's binding of arguments) takes several times
-as long as eager PyTorch's. What it comes to, memory and launches, follows from sizes, strides, dtypes, alignments and
+as long as eager PyTorch's. What it comes to, memory and kernels, follows from sizes, strides, dtypes, alignments and
 numbers alone. A Recorder watches the ordinary code run; its Plan is a Python function of the same steps and no more.
 What a Recorder does not know, or what looks at a tensor's values, makes no plan.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ _TELLS = """
     dtype device layout is_cuda is_cpu requires_grad is_nested ndim promote_types _set_grad_enabled
 """
 _MAKING, _TELLING = frozenset(_MAKES.split()), frozenset(_TELLS.split())
+_MAY_BE_GIVEN = frozenset(("contiguous", "to", "float", "flatten", "reshape"))  # what they were called with
 _MADE_EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty"))
 
 _MOST_KEPT = 1024  # signatures of one function
@@ -169,9 +171,12 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
         result = function(*arguments, **named)
-        if watching() is self and not self.refusal:
-            name = function.__name__
-            self._note(function.__self__.__name__ if name == "__get__" else name, function, arguments, named, result)
+        if watching() is not self or self.refusal:
+            return result
+        name = function.__name__
+        if name == "data_ptr":
+            return Address(result, f"{self._expression(arguments[0])}.data_ptr()")
+        self._note(function.__self__.__name__ if name == "__get__" else name, function, arguments, named, result)
         return result
 
     def _note(self, name: str, function: Any, arguments: Any, named: Any, result: Any) -> None:
@@ -180,8 +185,8 @@ class Recorder(TorchFunctionMode):
                 self.refuse(f"{name} may tell values")
         elif name not in _MAKING or (name == "__getitem__" and any(True for _ in _tensors(arguments[1]))):
             self.refuse(f"{name} may make what values say")
-        elif isinstance(result, torch.Tensor) and id(result) in self._names and not name.endswith("_"):
-            return  # .contiguous() of what is
+        elif name in _MAY_BE_GIVEN and id(result) in self._names:
+            return
         elif name in _MADE_EMPTY and _is_plain_memory(result):
             allocate = _ALLOCATORS.get(result.device.type)
             if allocate is None:
@@ -232,7 +237,17 @@ class Recorder(TorchFunctionMode):
         before = ", ".join("stream" if x is _STREAM else self._expression(x) for x in head)
         self._lines.append(f"{self._constant(launch)}({before}, {rest})")
 
+    def called(self, kernel: Callable[..., Any], arguments: Any, threads: Callable[[], int]) -> None:
+        """Note kernel(*arguments, threads()), of a kernel in C++."""
+        self.launches += 1
+        if any(x.__class__ is int and abs(x) >= 1 << 32 for x in arguments):
+            self.refuse("a number may be the address of what is no tensor")
+        given = ", ".join(self._address(x) for x in arguments)
+        self._lines.append(f"{self._constant(kernel)}({given}, {self._constant(threads)}())")
+
     def _address(self, value: Any) -> str:
+        if isinstance(value, Address):
+            return value.expression
         return f"{self._expression(value)}.data_ptr()" if isinstance(value, torch.Tensor) else self._expression(value)
 
     def plan(self, result: Any) -> Plan | None:
@@ -276,6 +291,34 @@ class Recorder(TorchFunctionMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
+
+
+class Address(int):
+    """Where a tensor's data lie, and how a plan finds that. Whoever computes with it has no plan."""
+
+    expression: str
+
+    def __new__(cls, value: int, expression: str) -> Address:
+        made = super().__new__(cls, value)
+        made.expression = expression
+        return made
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    of_int = getattr(int, name)
+
+    def method(self: Address, *other: Any) -> Any:
+        recorder = watching()
+        if recorder is not None:
+            recorder.refuse("an address is computed with")
+        return of_int(self, *other)
+
+    return method
+
+
+_COMPUTING = "eq ne lt le gt ge hash add radd sub rsub mul rmul floordiv mod and rand or xor lshift rshift neg int"
+for _name in _COMPUTING.split():
+    setattr(Address, f"__{_name}__", _refused(f"__{_name}__"))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -349,10 +392,9 @@ def recording(recorder: Recorder) -> Iterator[Recorder | None]:
 @contextlib.contextmanager
 def _launches_reported() -> Iterator[None]:
     """Inside, every launch of a thread that is watched is noted."""
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-    if getattr(run, "reports", False):  # one recorder inside another
+    jit = sys.modules.get("triton.runtime.jit")
+    run = getattr(getattr(jit, "JITFunction", None), "run", None)
+    if run is None or hasattr(run, "reports"):  # nothing is launched, or one recorder is inside another
         yield
         return
 
@@ -365,8 +407,8 @@ def _launches_reported() -> Iterator[None]:
         return compiled
 
     report.reports = True  # type: ignore[attr-defined]
-    JITFunction.run = report  # type: ignore[method-assign]
+    jit.JITFunction.run = report  # type: ignore[union-attr]
     try:
         yield
     finally:
-        JITFunction.run = run  # type: ignore[method-assign]
+        jit.JITFunction.run = run  # type: ignore[union-attr]

@@ -259,9 +259,7 @@ def _sum_splits(partial_ptr, grad_ptr, count, splits, BLOCK: tl.constexpr):
 def _multiplier(x):
     """How tl.dot multiplies: in TF32 only where torch lets cuDNN's convolutions do so."""
     tf32 = compiled(x) and reads(lambda: torch.backends.cudnn.conv.fp32_precision) == "tf32"
-    return dict(
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=interpreting() and x.dtype is torch.bfloat16, num_warps=NUM_WARPS
-    )
+    return dict(PRECISION="tf32" if tf32 else "ieee", UPCAST=interpreting() and x.dtype is torch.bfloat16)
 
 
 def _block(size, most):
