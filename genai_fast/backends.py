@@ -195,7 +195,7 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     """The function that serves a library op on such tensors."""
     backend, reason = choose(name, forced, device, dtype)
     if reason:
-        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=6)  # once: cached
+        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=8)  # once: cached
     function, refuses = implementation(name, backend), LIBRARIES[name].refuses
     if positions := written(LIBRARIES[name].schema):
         function = _counting(name, function, positions)

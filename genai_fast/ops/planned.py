@@ -29,6 +29,7 @@ def signature(arguments: Sequence[Any], named: dict[str, Any], recorders: int = 
         recorders: how many recorders watch this thread.
     """
     parts: list[Any] = []
+    tensors: list[int] = []
     where = None
     try:
         for x in (*arguments, *named.values()) if named else arguments:
@@ -43,6 +44,7 @@ def signature(arguments: Sequence[Any], named: dict[str, Any], recorders: int = 
                 if not address or x.is_neg():
                     return None
                 parts += x.shape, x.stride(), x.dtype, x.get_device(), x.requires_grad, address & 15
+                tensors.append(id(x))
             elif kind in _NUMBERS:
                 if kind is float and x == 0.0 and math.copysign(1.0, x) < 0.0:
                     return None  # equal to 0.0, and not the same
@@ -57,6 +59,8 @@ def signature(arguments: Sequence[Any], named: dict[str, Any], recorders: int = 
         return None
     if named:
         parts.append(tuple(named))
+    if len(set(tensors)) != len(tensors):  # a plan may take one of those that are the same for the other
+        parts.append(tuple(map(tensors.index, tensors)))
     return tuple(parts)
 
 

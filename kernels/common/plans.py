@@ -80,9 +80,8 @@ class Book:
     def record(self, key: Any, body: Callable[[], Any], given: dict[str, torch.Tensor]) -> tuple[Any, Plan | None]:
         """body() and its plan, which is kept."""
         refused = key in self._plans and self._plans[key] is None
-        twice = len(set(map(id, given.values()))) < len(given)  # the plan would take one argument for the other
         capturing = any(x.is_cuda for x in given.values()) and torch.cuda.is_current_stream_capturing()
-        if refused or twice or capturing:
+        if refused or capturing:
             return body(), None
         if len(self._plans) >= _MOST_KEPT:
             self.forget()
@@ -173,7 +172,7 @@ class Recorder(TorchFunctionMode):
         result = function(*arguments, **named)
         if watching() is not self or self.refusal:
             return result
-        name = function.__name__
+        name = getattr(function, "__name__", "")
         if name == "data_ptr":
             return Address(result, f"{self._expression(arguments[0])}.data_ptr()")
         self._note(function.__self__.__name__ if name == "__get__" else name, function, arguments, named, result)
@@ -220,8 +219,9 @@ class Recorder(TorchFunctionMode):
     def launched(self, kernel: Any, arguments: Any, options: Any, grid: Any, compiled: Any) -> None:
         """Note kernel[grid](*arguments, **options) and what Triton compiled for it."""
         self.launches += 1
-        direct = None if compiled is None else _direct(compiled, (*grid, 1, 1)[:3])
-        if direct is None or kernel.pre_run_hooks:
+        known = compiled is not None and isinstance(grid, tuple) and not kernel.pre_run_hooks
+        direct = _direct(compiled, (*grid, 1, 1)[:3]) if known else None
+        if direct is None:
             self.step(_original_run, (kernel, *arguments), None, {**options, "grid": grid, "warmup": False})
             return
         launch, head, in_a_tuple = direct
@@ -360,10 +360,12 @@ def _direct(compiled: Any, grid: tuple[int, ...]) -> tuple[Any, tuple[Any, ...],
     None for what is not known to launch so: a Triton of another version, or a kernel that needs scratch memory.
     """
     import triton
-    from triton.backends.nvidia.driver import CudaLauncher
 
     launcher, version = compiled.run, triton.__version__.split(".")[:2]
-    if launcher.__class__ is not CudaLauncher or launcher.global_scratch_size or launcher.profile_scratch_size:
+    kind = f"{launcher.__class__.__module__}.{launcher.__class__.__name__}"
+    if kind != "triton.backends.nvidia.driver.CudaLauncher":
+        return None
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
     head = (*grid, _STREAM, compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     scratch, metadata = (None, None), compiled.packed_metadata
@@ -398,7 +400,7 @@ def _launches_reported() -> Iterator[None]:
         yield
         return
 
-    def report(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def report(kernel: Any, *arguments: Any, grid: Any = None, warmup: bool = False, **options: Any) -> Any:
         with torch._C.DisableTorchFunction():  # it reads addresses
             compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **options)
         recorder = watching()

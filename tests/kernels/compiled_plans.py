@@ -208,8 +208,9 @@ def test_rows_of_a_process_are_asked_for_at_every_call(gpu):
 
 def test_one_tensor_twice_makes_no_plan_for_two(gpu):
     q, k, v = (torch.randn(1, 2, 32, 16) for _ in range(3))
-    for _ in range(3):
-        ops.causal_attention(q, q, q)
+    for _ in range(4):
+        found, _ = launched(gpu, lambda: ops.causal_attention(q, q, q))
+        assert found[0].parameters[:3] == (q.data_ptr(),) * 3
     found, _ = launched(gpu, lambda: ops.causal_attention(q, k, v))
     assert found[0].parameters[:3] == (q.data_ptr(), k.data_ptr(), v.data_ptr())
     for _ in range(3):
