@@ -11,7 +11,8 @@ import torch
 from torch.autograd import forward_ad
 
 from genai_fast.backends import implementation, select, survey, written
-from genai_fast.kernels.common.plans import Book, Plan, Recorder, watching
+from genai_fast.kernels.common.plans import Book
+from genai_fast.kernels.common.recorder import Plan, Recorder, watching
 from genai_fast.ops.planned import given, signature
 from genai_fast.registry import LIBRARIES
 

@@ -41,7 +41,7 @@ from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import capability, ceil_div, compiled
 from genai_fast.kernels.common.philox import scale as grown
 from genai_fast.kernels.common.philox import threshold
-from genai_fast.kernels.common.plans import reads
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.common.tuned import launch
 
 LOG2_E = 1.4426950408889634

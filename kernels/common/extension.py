@@ -12,7 +12,7 @@ from typing import Any
 import torch  # first: the extension then shares torch's OpenMP runtime
 
 from genai_fast.errors import UsageError
-from genai_fast.kernels.common.plans import watching
+from genai_fast.kernels.common.recorder import watching
 
 
 def interpreting() -> bool:

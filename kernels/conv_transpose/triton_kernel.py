@@ -16,7 +16,7 @@ from genai_fast.kernels.common.dot_triton import dot
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, compiled, next_power_of_2
 from genai_fast.kernels.common.moments_triton import combine_moments
-from genai_fast.kernels.common.plans import reads
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.conv_transpose.few_triton import _few_grad_input, _few_grad_weight, position
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, channels_last, empty_channels_last, output_size

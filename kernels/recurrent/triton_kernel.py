@@ -14,7 +14,7 @@ from genai_fast.kernels.common import launch
 from genai_fast.kernels.common.activations_triton import sigmoid, tanh
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
-from genai_fast.kernels.common.plans import reads
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.recurrent import tiles
 from genai_fast.kernels.recurrent.reference import require
 from genai_fast.kernels.recurrent.sequence_triton import (

@@ -17,7 +17,7 @@ from triton import knobs
 from bench.host_path.calls import calls
 from bench.host_path.stub import stub_gpu
 from genai_fast import ops, use_backend
-from genai_fast.kernels.common import launch, plans, tuned
+from genai_fast.kernels.common import launch, plans, recorder, tuned
 from genai_fast.ops import planned, rows
 from genai_fast.registry import OPS
 from genai_fast.testing import Run, assert_matches_reference, emulated_gpu
@@ -382,7 +382,7 @@ def test_an_error_while_a_plan_is_recorded_leaves_nothing(gpu):
     for _ in range(3):
         with pytest.raises(RuntimeError, match="as always"):
             op(x)
-    assert plans.watching() is None and not torch._C._len_torch_function_stack()
+    assert recorder.watching() is None and not torch._C._len_torch_function_stack()
     from triton.runtime.jit import JITFunction
 
     assert not hasattr(JITFunction.run, "reports")

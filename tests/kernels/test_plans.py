@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genai_fast import ops
-from genai_fast.kernels.common import plans
+from genai_fast.kernels.common import plans, recorder
 from genai_fast.kernels.common.spec import Tensors
 from genai_fast.registry import OPS
 
@@ -65,13 +65,18 @@ def test_a_kernel_gets_the_threads_of_its_call():
     def get():
         return threads[0]
 
-    with plans.recording(plans.Recorder({"a[0]": x})) as recorder:
+    with recorder.recording(recorder.Recorder({"a[0]": x})) as watch:
         y = torch.empty(4)
-        recorder.called(kernel, (x.data_ptr(), y.data_ptr(), 7, 0.5), get)
-    plan = recorder.plan(y)
+        watch.called(kernel, (x.data_ptr(), y.data_ptr(), 7, 0.5), get)
+    plan = watch.plan(y)
     threads[0], other = 2, torch.zeros(4)
     made = plan.run((other,), None)
     assert seen == [(other.data_ptr(), made.data_ptr(), 7, 0.5, 2)]
+
+
+def _inside(block, x):
+    with block:
+        return x.sum()
 
 
 @pytest.mark.parametrize(
@@ -83,24 +88,26 @@ def test_a_kernel_gets_the_threads_of_its_call():
         (lambda x: bool(x.sum() > 0), "may make what values say"),
         (lambda x: x[x > 0], "may make what values say"),
         (lambda x: x.normal_(), "normal_ may make what values say"),
-        (lambda x: plans.watching().called(print, (1 << 40,), print), "the address of what is no tensor"),
-        (lambda x: plans.watching().step(abs, (torch.Tensor(),), None), "a tensor comes from elsewhere"),
+        (lambda x: recorder.watching().called(print, (1 << 40,), print), "the address of what is no tensor"),
+        (lambda x: recorder.watching().step(abs, (torch.Tensor(),), None), "a tensor comes from elsewhere"),
+        (lambda x: _inside(torch.autocast("cpu", torch.bfloat16), x), "autocast is switched on or off"),
+        (lambda x: _inside(torch.no_grad(), x), "gradients are switched on or off"),
         (lambda x: None, "nothing is launched"),
     ],
 )
 def test_what_cannot_be_done_again_makes_no_plan(body, reason):
-    x = torch.ones(4)
-    with plans.recording(plans.Recorder({"a[0]": x})) as recorder:
+    x = torch.ones(4, requires_grad=reason.startswith("gradients"))
+    with recorder.recording(recorder.Recorder({"a[0]": x})) as watch:
         body(x)
-    assert recorder.plan(None) is None and reason in recorder.refusal
+    assert watch.plan(None) is None and reason in watch.refusal
 
 
 def test_a_plan_holds_while_what_it_read_is_the_same():
     x, setting = torch.ones(4), ["a"]
-    with plans.recording(plans.Recorder({"a[0]": x})) as recorder:
-        assert plans.reads(lambda: setting[0]) == "a"
-        recorder.called(lambda *arguments: None, (x.data_ptr(),), lambda: 1)
-    plan = recorder.plan(None)
+    with recorder.recording(recorder.Recorder({"a[0]": x})) as watch:
+        assert recorder.reads(lambda: setting[0]) == "a"
+        watch.called(lambda *arguments: None, (x.data_ptr(),), lambda: 1)
+    plan = watch.plan(None)
     assert plan.holds()
     setting[0] = "b"
     assert not plan.holds()
