@@ -120,9 +120,11 @@ class Recorder(TorchFunctionMode):
             self.refuse(f"{name} may make what values say")
         elif name in _MAY_BE_GIVEN and id(result) in self._names:
             return
-        elif name in _MADE_EMPTY and result.layout is torch.strided and not result.requires_grad:
+        elif name in _MADE_EMPTY and result.layout is torch.strided and result.device.type in _ALLOCATORS:
             allocate = _ALLOCATORS[result.device.type]
             self.step(allocate, (tuple(result.shape), result.stride(), result.dtype), result)
+            if result.requires_grad:
+                self.refuse("memory requires gradients")
         else:
             self.step(function, arguments, result, named)
 
@@ -160,7 +162,7 @@ class Recorder(TorchFunctionMode):
         launch, head, in_a_tuple = direct
         self._constant(compiled)  # kept as long as its function is
         if "stream = " not in self._lines[0]:
-            driver = _driver()
+            driver = sys.modules["triton.runtime.driver"].driver.active
             stream = self._constant(driver.get_current_stream)
             self._lines[0] = f"stream = {stream}({driver.get_current_device()})"
         values = {p.name: p.default for p in kernel.params if p.has_default} | options
@@ -274,12 +276,6 @@ def _allocators() -> dict[str, Callable[..., torch.Tensor]]:
 
 
 _ALLOCATORS = _allocators()
-
-
-def _driver() -> Any:
-    from triton.runtime.driver import driver
-
-    return driver.active
 
 
 def _original_run(kernel: Any, *arguments: Any, **options: Any) -> Any:
