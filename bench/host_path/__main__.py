@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.host_path.calls import calls, liger_like
+from bench.host_path.calls import NAMES, calls, liger_like
 from bench.host_path.stub import stub_gpu
 from genai_fast import use_backend
 
@@ -72,10 +72,12 @@ def measure(only: list[str], rounds: int) -> tuple[Times, Times]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host_path", description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to measure (default: all)")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"what to measure of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--json", action="store_true", help="print the figures with autograd as JSON, as the last line")
     parser.add_argument("--rounds", type=int, default=25, help="turns of each call (default: 25)")
     arguments = parser.parse_args()
+    if unknown := set(arguments.ops) - set(NAMES):
+        parser.error(f"OP: expected some of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     without, kept = measure(arguments.ops, arguments.rounds)
     print(f"{'us a call':34s} {'forward':>9s} {'x liger':>8s} {'+ autograd':>11s} {'x liger':>8s}")

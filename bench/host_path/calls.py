@@ -101,11 +101,13 @@ _ARGUMENTS: dict[str, Callable[[Tensors], tuple[Any, ...]]] = {
 }
 
 
+NAMES = tuple(dict.fromkeys(name for name in (*_ARGUMENTS, *registry.OPS) if name not in _LEFT_OUT))
+
+
 def calls(device: torch.device, only: list[str], grad: bool) -> dict[str, Call]:
     """A call of each op; without `grad` of all ops, with it of those that have gradients."""
-    names = [name for name in (*_ARGUMENTS, *registry.OPS) if name not in _LEFT_OUT]
     found: dict[str, Call] = {}
-    for name in dict.fromkeys(names):
+    for name in NAMES:
         if only and name not in only:
             continue
         tensors = Tensors(torch.bfloat16, device)

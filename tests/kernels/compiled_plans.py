@@ -5,6 +5,7 @@ which Triton compiles.
 import contextlib
 import copy
 import gc
+import json
 import weakref
 
 import pytest
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
+from bench.host_path.__main__ import LIGER, main
 from bench.host_path.calls import calls
 from bench.host_path.stub import stub_gpu
 from genai_fast import ops, use_backend
@@ -419,3 +421,13 @@ def test_a_convolution_is_launched_with_the_warps_that_are_tried(gpu, warps):
     with tuned.tried("conv_transpose/forward", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": warps}):
         found, _ = launched(gpu, call)
     assert [x.threads for x in found] == [32 * warps]
+
+
+def test_figures_are_printed_as_json(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["host_path", "layer_norm", "--json", "--rounds", "1"])
+    main()
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == [LIGER, "layer_norm"]
+    monkeypatch.setattr("sys.argv", ["host_path", "layer_nor"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "got layer_nor" in capsys.readouterr().err
