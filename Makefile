@@ -71,6 +71,7 @@ gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.emulate
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m bench.emulate
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q tests/ops/test_ops.py tests/kernels/test_random.py -k "reference or random"
+	PYTHONPATH=$(OLD_TRITON) TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/kernels/compiled_plans.py
 
 $(OLD_TRITON):
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==3.6.0

@@ -46,7 +46,7 @@ def device_times(
     Events stand around the replay of a captured graph, or around the call itself where it cannot be captured
     (then launch overhead counts if it is the longer). Where a call draws random numbers they stand inside the graphs,
     of all alike: a replay first fills in the generator's state, by kernels that are none of the call's. The L2 cache is
-    flushed before each.
+    flushed before each, by reading: what it then holds need not be written back while the call runs.
 
     Args:
         calls: for each name the same call over several sets of inputs, used in rotation.
@@ -67,7 +67,7 @@ def device_times(
             how[name], ready[name] = "graph", captured
         except Exception:  # whatever the capture of foreign code raises
             torch.cuda.synchronize()
-    flush = _larger_than_the_cache()
+    flush = _flush_of_the_cache()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     waiting: list[tuple[str, Around]] = []
 
@@ -81,7 +81,7 @@ def device_times(
         for name, sets in ready.items():
             call, around = sets[turn % len(sets)]
             start, end = around or _events()
-            flush.zero_()
+            flush()
             if around is None:
                 start.record()
             call()
@@ -94,9 +94,11 @@ def device_times(
     return {name: (statistics.median(seconds), how[name]) for name, seconds in taken.items()}
 
 
-def _larger_than_the_cache() -> torch.Tensor:
+def _flush_of_the_cache() -> Call:
+    """Reads memory of twice the L2 cache's size."""
     size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    memory, most = torch.zeros(size // 4, device="cuda"), torch.empty((), device="cuda")
+    return lambda: torch.amax(memory, dim=0, out=most)
 
 
 def _draws(call: Call) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from genai_fast.kernels.common import launch
+from genai_fast.kernels.common import launch, plans
 from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
 from genai_fast.registry import FOLDERS, LIBRARIES
 from genai_fast.scoped import Scoped
@@ -20,6 +20,7 @@ from genai_fast.scoped import Scoped
 __all__ = [
     "BACKENDS", "FallbackWarning", "choose", "choose_anew", "cpu_kernels", "extension", "forced_backend",
     "implementation", "interpreting", "is_plain", "mapped_openmp", "select", "survey", "unavailable", "use_backend",
+    "written",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -169,7 +170,7 @@ def survey(arguments: Iterable[Any]) -> tuple[str, torch.dtype, bool]:
     return device or "cpu", dtype, special
 
 
-def _written(schema: str) -> list[int]:
+def written(schema: str) -> list[int]:
     """Positions of the arguments that a library op updates; not of running statistics: PyTorch counts none of those."""
     arguments = schema.partition("(")[2].split(", ")
     return [k for k, x in enumerate(arguments) if "!)" in x and "running" not in x]
@@ -194,10 +195,10 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     """The function that serves a library op on such tensors."""
     backend, reason = choose(name, forced, device, dtype)
     if reason:
-        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=6)  # once: cached
+        warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=8)  # once: cached
     function, refuses = implementation(name, backend), LIBRARIES[name].refuses
-    if written := _written(LIBRARIES[name].schema):
-        function = _counting(name, function, written)
+    if positions := written(LIBRARIES[name].schema):
+        function = _counting(name, function, positions)
     if refuses is None or backend == "reference":
         return function
 
@@ -214,6 +215,7 @@ def choose_anew() -> None:
     """Forget which backends serve what: an emulated GPU has come or gone."""
     for function in (unavailable, choose, select):
         function.cache_clear()
+    plans.forget()
 
 
 def mapped_openmp() -> list[str]:

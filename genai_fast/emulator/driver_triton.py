@@ -64,7 +64,7 @@ class EmulatedGPU:
         knobs.cache.dir = os.path.join(knobs.cache.dir, "emulated")
         launch.emulated = SimpleNamespace(
             major=self.arch // 10, minor=self.arch % 10, multi_processor_count=self.device.multiprocessors,
-            shared_memory_per_block_optin=self.device.program_shared_bytes,
+            shared_memory_per_block_optin=self.device.program_shared_bytes, plans=False,
         )  # fmt: skip
         backends.choose_anew()
         return self

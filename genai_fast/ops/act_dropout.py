@@ -5,6 +5,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.ops import checks, rows
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.ops.planned import planned
 
 _OP = "act_dropout"
 
@@ -31,6 +32,7 @@ class _ActDropout(KernelFunction):
         return dict(x=backward_call("act_dropout_backward", *arguments))
 
 
+@planned
 def act_dropout(
     x: torch.Tensor,
     p: float = 0.5,

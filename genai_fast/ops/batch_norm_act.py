@@ -11,6 +11,7 @@ from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, needs_graph
+from genai_fast.ops.planned import planned
 
 _OP = "batch_norm_act"
 
@@ -79,6 +80,7 @@ def _statistics_over_processes(x, running_mean, running_var, momentum, eps, grou
     return mean.to(mine.dtype), torch.rsqrt(squares / total + eps).to(mine.dtype), total.to(mine.dtype)
 
 
+@planned
 def batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,

@@ -7,6 +7,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.ops.planned import planned
 
 _OP = "bias_act"
 
@@ -33,6 +34,7 @@ class _BiasAct(KernelFunction):
         return dict(x=grad_x, bias=grad_bias)
 
 
+@planned
 def bias_act(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -70,6 +72,7 @@ def _call(op, x, bias, activation, slope, save_output):
     return _BiasAct.call(x, wide(bias), activation, slope, from_output, forced_backend())
 
 
+@planned
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
     """y = gelu(x + bias), the bias along the last dimension: `bias_act` of x's rows with "gelu" or "gelu_tanh".
 

@@ -9,6 +9,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.ops import checks, rows
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
 _OP = "causal_attention"
@@ -42,6 +43,7 @@ class _CausalAttention(KernelFunction):
         return dict(q=grad_q, k=grad_k, v=grad_v)
 
 
+@planned
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -14,6 +14,7 @@ from genai_fast.ops import checks
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act
 from genai_fast.ops.dispatch import KernelFunction, backward_call, differentiated_again, library_call
+from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
 Ints = int | tuple[int, ...]
@@ -147,6 +148,7 @@ def _convolve(op, x, weight, bias, settings, activation, slope):
     return _ConvTranspose.call(x, weight, bias, *settings, activation, slope, forced_backend())
 
 
+@planned
 def conv_transpose2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -186,6 +188,7 @@ def conv_transpose2d(
     return _convolve(op, x, weight, bias, settings, activation, slope)
 
 
+@planned
 def conv_transpose1d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -210,6 +213,7 @@ def conv_transpose1d(
     return _convolve(op, x.unsqueeze(2), weight.unsqueeze(2), bias, settings, activation, slope).squeeze(2)
 
 
+@planned
 def upsample_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -245,6 +249,7 @@ def upsample_conv2d(
     return _convolve(op, x, spread, bias, ((2, 2), (1, 1), (0, 0)), activation, slope)
 
 
+@planned
 def conv_transpose2d_batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor,

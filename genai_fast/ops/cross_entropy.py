@@ -10,6 +10,7 @@ from genai_fast.kernels.cross_entropy.layout import writable
 from genai_fast.kernels.cross_entropy.linear import default_chunk
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, observed, readable
+from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
 _OP, _LINEAR = "cross_entropy", "linear_cross_entropy"
@@ -59,6 +60,7 @@ def _over_the_logits(arguments, backend):
     return logits
 
 
+@planned
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,

@@ -8,12 +8,14 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.activations import ACTIVATIONS
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call
+from genai_fast.ops.planned import planned
 from genai_fast.precision import without_autocast
 
 _OP = "decode_linear"
 _SERVED = tuple(name for name in ACTIVATIONS if name != "leaky_relu")  # whose slope would be one more argument
 
 
+@planned
 def decode_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

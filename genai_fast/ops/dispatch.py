@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from genai_fast.backends import implementation, select, survey
+from genai_fast.backends import implementation, select, survey, written
+from genai_fast.kernels.common.plans import Book
+from genai_fast.kernels.common.recorder import Plan, Recorder, watching
+from genai_fast.ops.planned import given, signature
+from genai_fast.registry import LIBRARIES
 
 
 def transformed() -> bool:
@@ -52,18 +57,86 @@ def differentiated_again() -> bool:
 
 
 def library_call(name: str, *arguments: Any) -> Any:
-    """torch.ops.genai_fast.<name>; straight to the implementation if the dispatcher would do nothing (10 us).
+    """torch.ops.genai_fast.<name>; by a plan if there is one, else straight to the implementation if the dispatcher
+    would do nothing (10 us).
 
     It has work to do for a compiler, a transform, a dispatch mode and special tensors.
 
     Args:
         arguments: of the library op; the last one is the backend.
     """
+    backend = arguments[-1]
+    if backend.__class__ is Prepared:
+        return backend.call(name, arguments)
+    recorder = None if torch.compiler.is_compiling() else watching()
+    if recorder is not None:
+        with recorder.unwatched():
+            result, plan = _part(name, arguments)
+        recorder.part(plan, plan and plan.run, (arguments, None), result)
+        return result
+    key = None if torch.compiler.is_compiling() or name in _WRITING else signature(arguments, {})
+    if key is None:
+        return _serve(name, arguments)
+    plan = _book(name).find(key)
+    if plan is not None:
+        return plan.run(arguments, None)
+    return _book(name).call(key, functools.partial(_serve, name, arguments), given(arguments, {}))
+
+
+def _serve(name: str, arguments: Sequence[Any]) -> Any:
+    """The library op the whole way."""
     if not observed():
         device, dtype, special = survey(arguments)
         if not special:
             return select(name, arguments[-1], device, dtype)(*arguments[:-1])
     return getattr(torch.ops.genai_fast, name)(*arguments)
+
+
+# Ops that count a new version of what they write.
+_WRITING = frozenset(name for name, library in LIBRARIES.items() if written(library.schema))
+
+
+@functools.cache
+def _book(name: str) -> Book:
+    return Book()
+
+
+def _part(name: str, arguments: Sequence[Any]) -> tuple[Any, Plan | None]:
+    """What a library op gives, and its plan if it has one; for the plan of the op that calls it."""
+    key = None if name in _WRITING else signature(arguments, {}, recorders=1)
+    if key is None:
+        return _serve(name, arguments), None
+    plan = _book(name).find(key)
+    if plan is not None:
+        return plan.run(arguments, None), plan
+    return _book(name).record(key, functools.partial(_serve, name, arguments), given(arguments, {}))
+
+
+class Prepared(str):
+    """A backend's name, with the plan of the one library op that a Function's forward calls on it."""
+
+    plan: Plan | None = None
+    calls = 0  # while it is recorded
+    ready = False
+
+    def call(self, name: str, arguments: Sequence[Any]) -> Any:
+        """The library op."""
+        if self.ready:
+            return self.plan.run(arguments, None)  # type: ignore[union-attr]  # there is one
+        self.calls += 1
+        result, self.plan = _part(name, (*arguments[:-1], str(self)))
+        return result
+
+
+def _recorded(recorder: Recorder, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """function(*arguments), a Function's `apply` or its forward, as one step of the plan that is being recorded."""
+    prepared = Prepared(arguments[-1])
+    arguments = (*arguments[:-1], prepared)
+    with recorder.unwatched():
+        result = function(*arguments)
+    prepared.ready = prepared.calls == 1 and prepared.plan is not None
+    recorder.part(prepared.plan if prepared.ready else None, function, arguments, result)
+    return result
 
 
 def backward_call(name: str, *arguments: Any) -> Any:
@@ -93,6 +166,8 @@ class KernelFunction(torch.autograd.Function):
         by_name = cls.backward
 
         def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            if getattr(ctx, "backend", None).__class__ is Prepared:
+                ctx.backend = str(ctx.backend)  # its plan is the forward's
             found = {**nothing, **by_name(ctx, *upstream)}.values()
             return tuple([g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True)])
 
@@ -104,9 +179,10 @@ class KernelFunction(torch.autograd.Function):
         # torch.compile can do without it; everything else can start where it ends, or at forward if nothing is kept.
         if transformed():
             return cls.apply(*_once_each(arguments))
-        if forward_ad._current_level >= 0 or needs_graph(arguments):
-            return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]  # from C++
-        return cls.forward(*arguments)
+        kept = forward_ad._current_level >= 0 or needs_graph(arguments)
+        function = super(torch.autograd.Function, cls).apply if kept else cls.forward  # type: ignore[misc]  # from C++
+        recorder = watching()
+        return function(*arguments) if recorder is None else _recorded(recorder, function, arguments)
 
 
 def _once_each(arguments: tuple[Any, ...]) -> list[Any]:

@@ -8,6 +8,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.ops.planned import planned
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -67,6 +68,7 @@ def _call(op: str, x: Any, up: Any, bias: Any, activation: str) -> torch.Tensor:
     return y if len(shape) == 2 else y.view(shape)
 
 
+@planned
 def gated_act(
     x: torch.Tensor, up: torch.Tensor | None = None, bias: torch.Tensor | None = None, activation: str = "silu"
 ) -> torch.Tensor:
@@ -94,6 +96,7 @@ def gated_act(
     return _call("gated_act", x, up, bias, activation)
 
 
+@planned
 def swiglu(x: torch.Tensor, up: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = silu(gate + bias[:D]) * (up + bias[D:]), as in Llama's MLP: `gated_act` with "silu".
 
@@ -105,6 +108,7 @@ def swiglu(x: torch.Tensor, up: torch.Tensor | None = None, bias: torch.Tensor |
     return _call("swiglu", x, up, bias, "silu")
 
 
+@planned
 def geglu(
     x: torch.Tensor, up: torch.Tensor | None = None, bias: torch.Tensor | None = None, approximate: str = "none"
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.layer_norm import reference
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call
+from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
 
@@ -69,6 +70,7 @@ def _autocast(x, residual):
     return x.to(dtype), residual if residual is None else residual.to(dtype)
 
 
+@planned
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -99,6 +101,7 @@ def layer_norm(
     return _call("layer_norm", x, weight, bias, eps, residual, False)
 
 
+@planned
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import torch
 from genai_fast.backends import forced_backend
 from genai_fast.ops import checks, rows
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
+from genai_fast.ops.planned import planned
 
 
 class _Reparameterize(KernelFunction):
@@ -43,6 +44,7 @@ def _call(op, mu, logvar, seed, offset, with_kl):
     return _Reparameterize.call(mu, logvar, seed, offset, with_kl, forced_backend())
 
 
+@planned
 def reparameterize(
     mu: torch.Tensor, logvar: torch.Tensor, *, seed: int | torch.Tensor | None = None, offset: int = 0
 ) -> torch.Tensor:
@@ -67,6 +69,7 @@ def reparameterize(
     return _call("reparameterize", mu, logvar, seed, offset, False)[0]
 
 
+@planned
 def reparameterize_kl(
     mu: torch.Tensor, logvar: torch.Tensor, *, seed: int | torch.Tensor | None = None, offset: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

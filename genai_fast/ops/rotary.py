@@ -9,6 +9,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.rotary import reference
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, readable
+from genai_fast.ops.planned import planned
 
 _OP = "rotary"
 
@@ -101,6 +102,7 @@ def _check_positions(x: torch.Tensor, positions: Any, known: int) -> None:
             )
 
 
+@planned
 def rotary(
     x: torch.Tensor,
     cos: torch.Tensor,

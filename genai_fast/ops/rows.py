@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.scoped import Scoped
 
 
@@ -45,7 +46,7 @@ def having(rows: Rows) -> Iterator[None]:
 
 def offset(elements: int) -> int:
     """The number of elements that other processes have before this one's, of whose tensor it has `elements`."""
-    rows = mine()
+    rows = reads(mine)
     return 0 if rows is None else rows.before * (elements // rows.count)
 
 

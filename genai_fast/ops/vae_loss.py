@@ -10,6 +10,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.vae_loss import reference
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call, transformed
+from genai_fast.ops.planned import planned
 from genai_fast.precision import without_autocast
 
 _OP = "vae_loss"
@@ -87,6 +88,20 @@ def vae_loss(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Kingma & Welling 2013, arXiv:1312.6114; beta: Higgins et al. 2017.
     """
+    losses = _vae_loss(recon, target, mu, logvar, likelihood, beta, reduction, from_logits)
+    if likelihood == "bernoulli" and from_logits and not transformed() and _is_sigmoid(recon.grad_fn):
+        warnings.warn(
+            f"{_OP}: recon: expected logits, got the output of a sigmoid; leave the sigmoid out, or pass"
+            f" from_logits=False",
+            UserWarning,
+            stacklevel=2,
+        )
+    return losses
+
+
+@planned
+def _vae_loss(recon, target, mu, logvar, likelihood, beta, reduction, from_logits):
+    """The op without a look at what made recon."""
     checks.is_floating(_OP, "recon", recon)
     checks.has_batch(_OP, "recon", recon)
     checks.matches(_OP, "target", target, "recon", recon)
@@ -108,13 +123,6 @@ def vae_loss(
         weighted, _, kl = _VAELoss.call(nothing, nothing, mu, logvar, *settings)
         reconstruction = _of_probabilities(recon, target, reduction)
         return VAELoss(reconstruction + weighted, reconstruction, kl)
-    if likelihood == "bernoulli" and not transformed() and _is_sigmoid(recon.grad_fn):
-        warnings.warn(
-            f"{_OP}: recon: expected logits, got the output of a sigmoid; leave the sigmoid out, or pass"
-            f" from_logits=False",
-            UserWarning,
-            stacklevel=2,
-        )
     return VAELoss(*_VAELoss.call(recon, target, mu, logvar, *settings))
 
 

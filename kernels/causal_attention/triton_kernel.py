@@ -41,6 +41,7 @@ from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import capability, ceil_div, compiled
 from genai_fast.kernels.common.philox import scale as grown
 from genai_fast.kernels.common.philox import threshold
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.common.tuned import launch
 
 LOG2_E = 1.4426950408889634
@@ -156,7 +157,7 @@ def _causal_attention_forward(
 
 def _multiplier(x):
     """How tl.dot multiplies: float32 in TF32 only where torch lets its own matrix products do so."""
-    tf32 = compiled(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = compiled(x) and reads(lambda: torch.backends.cuda.matmul.fp32_precision) == "tf32"
     return dict(PRECISION="tf32" if tf32 else "ieee", UPCAST=interpreting() and x.dtype is torch.bfloat16)
 
 

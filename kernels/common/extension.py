@@ -12,6 +12,7 @@ from typing import Any
 import torch  # first: the extension then shares torch's OpenMP runtime
 
 from genai_fast.errors import UsageError
+from genai_fast.kernels.common.recorder import watching
 
 
 def interpreting() -> bool:
@@ -49,6 +50,9 @@ class _Kernels:
 
         def call(*arguments: Any) -> None:
             kernel(*arguments, threads())
+            recorder = watching()
+            if recorder is not None:
+                recorder.called(kernel, arguments, threads)
 
         setattr(self, name, call)  # found at once from now on
         return call

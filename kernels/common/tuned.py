@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from genai_fast.kernels.common import plans
 from genai_fast.kernels.common.launch import capability
 
 KERNELS = Path(__file__).parents[1]
@@ -64,10 +65,12 @@ def _precision(x: torch.Tensor) -> str:
 def tried(name: str, settings: Settings) -> Iterator[None]:
     """Launch the kernel of that name with these settings."""
     _tried[name] = settings
+    plans.forget()
     try:
         yield
     finally:
         del _tried[name]
+        plans.forget()
 
 
 @contextlib.contextmanager
@@ -76,7 +79,8 @@ def asked() -> Iterator[list[Launch]]:
     global _asked
     _asked = []
     try:
-        yield _asked
+        with plans.unused():
+            yield _asked
     finally:
         _asked = None
 
@@ -127,3 +131,4 @@ def reload() -> None:
     """Read the files again."""
     _nearest.cache_clear()
     _entries.cache_clear()
+    plans.forget()

@@ -16,6 +16,7 @@ from genai_fast.kernels.common.dot_triton import dot
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, compiled, next_power_of_2
 from genai_fast.kernels.common.moments_triton import combine_moments
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.common.tuned import launch
 from genai_fast.kernels.conv_transpose.few_triton import _few_grad_input, _few_grad_weight, position
 from genai_fast.kernels.conv_transpose.shapes import FEW_CHANNELS, channels_last, empty_channels_last, output_size
@@ -257,10 +258,8 @@ def _sum_splits(partial_ptr, grad_ptr, count, splits, BLOCK: tl.constexpr):
 
 def _multiplier(x):
     """How tl.dot multiplies: in TF32 only where torch lets cuDNN's convolutions do so."""
-    tf32 = compiled(x) and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return dict(
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=interpreting() and x.dtype is torch.bfloat16, num_warps=NUM_WARPS
-    )
+    tf32 = compiled(x) and reads(lambda: torch.backends.cudnn.conv.fp32_precision) == "tf32"
+    return dict(PRECISION="tf32" if tf32 else "ieee", UPCAST=interpreting() and x.dtype is torch.bfloat16)
 
 
 def _block(size, most):

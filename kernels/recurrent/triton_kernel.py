@@ -14,6 +14,7 @@ from genai_fast.kernels.common import launch
 from genai_fast.kernels.common.activations_triton import sigmoid, tanh
 from genai_fast.kernels.common.extension import interpreting
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
+from genai_fast.kernels.common.recorder import reads
 from genai_fast.kernels.recurrent import tiles
 from genai_fast.kernels.recurrent.reference import require
 from genai_fast.kernels.recurrent.sequence_triton import (
@@ -203,14 +204,14 @@ def _room(device):
     found = launch.properties(device)
     if found is None:
         return 2**20, 2**30, 128  # interpreted: the fewer programs, the better
-    if torch.version.hip is not None or os.environ.get("GENAI_FAST_SEQUENCE", "1") == "0":
+    if torch.version.hip is not None or reads(lambda: os.environ.get("GENAI_FAST_SEQUENCE", "1")) == "0":
         return 0, 0, 0
     return found.multi_processor_count, found.shared_memory_per_block_optin, 0
 
 
 def planned(like, batch, hidden, backward):
     """Grid and constants of one launch for the whole sequence of tensors `like` this, or None."""
-    tf32 = launch.compiled(like) and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = launch.compiled(like) and reads(lambda: torch.backends.cuda.matmul.fp32_precision) == "tf32"
     exact = launch.compiled(like) and like.dtype is torch.float32 and not tf32
     found = tiles.plan(batch, hidden, like.element_size(), backward, exact, *_room(like.device))
     if found is None:

@@ -84,9 +84,7 @@ class Device:
         }  # fmt: skip
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(
-            clock, "_larger_than_the_cache", lambda: SimpleNamespace(zero_=lambda: self.run(self.flush))
-        )
+        monkeypatch.setattr(clock, "_flush_of_the_cache", lambda: lambda: self.run(self.flush))
         monkeypatch.setattr(recording, "side_stream", lambda device: stream("side"))
         monkeypatch.setattr(recording, "_repair_generator", lambda device: self.log.append(f"generator of {device}"))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_in_pool, raising=False)

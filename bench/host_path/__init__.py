@@ -1,0 +1,1 @@
+"""What a call of each op costs the processor that launches it."""
