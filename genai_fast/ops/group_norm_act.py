@@ -9,6 +9,7 @@ from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.group_norm_act import reference
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call
+from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
 
@@ -47,6 +48,7 @@ class _GroupNormAct(KernelFunction):
         return found
 
 
+@planned
 def group_norm_act(
     x: torch.Tensor,
     num_groups: int,
@@ -87,6 +89,7 @@ def group_norm_act(
     return _call("group_norm_act", x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift)
 
 
+@planned
 def instance_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from genai_fast.kernels.common.activations import ACTIVATIONS, activate
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, OpSpec, choices_of
+from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.group_norm_act.schema import LIBRARY
 
 
@@ -228,6 +228,7 @@ GROUP_NORM_ACT = _spec(
     _eager_group,
     cases=_GROUP_CASES,
     error_cases=(*_error_cases(dict(groups=3)), *_GROUP_ERRORS),
+    limits=Limits(_inputs(2, 256, 16, 16, groups=32, activation="silu"), (47.0, 55.0)),
     bench_cases=_bench_cases(("diffusion", 8, 256, 32, 32), ("diffusion", 8, 512, 8, 8), groups=32, activation="silu"),
 )
 INSTANCE_NORM_ACT = _spec(
@@ -238,5 +239,6 @@ INSTANCE_NORM_ACT = _spec(
     _eager_instance,
     cases=tuple(_cases({})),
     error_cases=tuple(_error_cases({})),
+    limits=Limits(_inputs(2, 32, 32, 32, activation="relu"), (28.0, 35.0)),
     bench_cases=_bench_cases(("cyclegan", 4, 128, 64, 64), ("cyclegan", 1, 256, 64, 64), activation="relu"),
 )
