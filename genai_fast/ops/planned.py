@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from types import NoneType
@@ -97,11 +98,9 @@ def _circumstances(x: torch.Tensor, recorders: int) -> Any:
 
 @functools.cache
 def _triton_settings() -> Any:
-    try:
-        from triton import knobs
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return None
-    return knobs.runtime
+    return importlib.import_module("triton.knobs").runtime
 
 
 def _hooked() -> bool:

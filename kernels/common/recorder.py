@@ -288,9 +288,7 @@ def _direct(compiled: Any, grid: tuple[int, ...]) -> tuple[Any, tuple[Any, ...],
 
     None for what is not known to launch so: a Triton of another version, or a kernel that needs scratch memory.
     """
-    import triton
-
-    launcher, version = compiled.run, triton.__version__.split(".")[:2]
+    launcher, version = compiled.run, sys.modules["triton"].__version__.split(".")[:2]
     kind = f"{launcher.__class__.__module__}.{launcher.__class__.__name__}"
     if kind != "triton.backends.nvidia.driver.CudaLauncher":
         return None
