@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.backends import LIBRARIES, choose, forced_backend
-from genai_fast.kernels.conv_transpose.shapes import miscounted, one_pixel_wide
+from genai_fast.kernels.conv_transpose.shapes import convolved, miscounted, one_pixel_wide
 from genai_fast.ops import checks
 from genai_fast.ops.conv_transpose import Ints, cast
 from genai_fast.ops.dispatch import KernelFunction, backward_call
@@ -16,7 +16,10 @@ _OP = "conv2d"
 class _Conv2d(KernelFunction):
     @staticmethod
     def forward(x, weight, bias, stride, padding, backend):
-        return torch.ops.aten.convolution(x, weight, bias, stride, padding, (1, 1), False, (0, 0), 1)
+        narrow = x.dtype
+        if one_pixel_wide(x, convolved(x, weight.shape[2:], stride, padding)):
+            x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+        return torch.ops.aten.convolution(x, weight, bias, stride, padding, (1, 1), False, (0, 0), 1).to(narrow)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -33,7 +36,7 @@ class _Conv2d(KernelFunction):
             grad_x = backward_call("conv_transpose", *arguments, ctx.backend)
         if needed[1] or needed[2]:
             stride, narrow = ctx.stride, x.dtype
-            if one_pixel_wide(x):
+            if one_pixel_wide(x, grad_y.shape[2:]):
                 x, grad_y, weight = x.float(), grad_y.float(), weight.float()
             if x.is_cpu and miscounted(x.size(1), weight.shape[2:], stride) and tuple(ctx.padding) == (0, 0):
                 x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)

@@ -10,7 +10,7 @@ import torch
 from genai_fast.kernels.common import onednn
 from genai_fast.kernels.common.activations import activate
 from genai_fast.kernels.common.moments import statistics
-from genai_fast.kernels.conv_transpose.shapes import channels_last, miscounted, one_pixel_wide
+from genai_fast.kernels.conv_transpose.shapes import channels_last, convolved, miscounted, one_pixel_wide
 
 
 def conv_transpose(x, weight, bias, stride, padding, output_padding, activation, slope):
@@ -44,7 +44,7 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
         (high, wide), (down, right) = x.shape[2:], stride
         grad_y, stride = grad_y[..., ::down, ::right][..., :high, :wide], (1, 1)
     narrow = grad_y.dtype
-    if _widened(grad_y) or one_pixel_wide(grad_y):
+    if _widened(grad_y) or one_pixel_wide(grad_y, x.shape[2:]):
         grad_y, x = grad_y.float(), x.float()
     weight = grad_y.new_empty(1).expand(shape)  # of which only the shape is used
     gradient = torch.ops.aten.convolution_backward(
@@ -56,7 +56,8 @@ def conv_transpose_grad_weight(grad_y, x, kernel_size, stride, padding, as_chann
 
 def _convolution(x, weight, bias, stride, padding, transposed, output_padding):
     narrow = x.dtype
-    if _widened(x):
+    one = not transposed and one_pixel_wide(x, convolved(x, weight.shape[2:], stride, padding))
+    if _widened(x) or one:
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     settings = (stride, padding, (1, 1), transposed, output_padding, 1)
     return torch.ops.aten.convolution(channels_last(x), weight, bias, *settings).to(narrow)

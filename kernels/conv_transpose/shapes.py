@@ -41,12 +41,19 @@ def miscounted(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> b
     return tuple(kernel) == (1, 1) and max(stride) > 1 and channels < 16
 
 
-def one_pixel_wide(x: torch.Tensor) -> bool:
-    """Whether the weight's gradient of a convolution of x must be made in float32.
+def one_pixel_wide(x: torch.Tensor, y: Sequence[int]) -> bool:
+    """Whether a convolution of x to planes of sizes y, or its weight's gradient, must be computed in float32.
 
-    oneDNN's in bfloat16 reads beyond images of one pixel in a dimension: wrong numbers, or NaN.
+    oneDNN's in bfloat16 reads beyond images of one pixel in a dimension, or has columns of garbage in results that are
+    one pixel wide (with AMX and a stride): wrong numbers, or NaN.
     """
-    return x.is_cpu and x.dtype is torch.bfloat16 and 1 in x.shape[2:]
+    return x.is_cpu and x.dtype is torch.bfloat16 and (1 in x.shape[2:] or 1 in y)
+
+
+def convolved(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """The plane's sizes of a convolution's result."""
+    sizes = zip(x.shape[2:], kernel, stride, padding, strict=True)
+    return [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
 
 
 def not_served(
