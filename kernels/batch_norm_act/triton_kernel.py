@@ -34,11 +34,23 @@ def _elements(tile, base, outer, limit, row_stride, across, ROWS: tl.constexpr, 
 
 @triton.jit
 def _summed(tile, base, outer, limit, row_stride, across, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets and mask [PARTS, ROWS, WIDTH] of a tile of the sums, whose columns are PARTS times WIDTH."""
-    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tile % across).to(tl.int64) * (PARTS * WIDTH) + _columns(PARTS, WIDTH)
-    mask = (row < outer)[None, :, None] & (column < limit)[:, None, :]
-    return row[None, :, None] * row_stride + base + column[:, None, :], mask
+    """Offsets and mask [PARTS * ROWS, WIDTH] of a tile of the sums, whose columns are PARTS times WIDTH."""
+    # In two dimensions, since versions of Triton differ in which of three the threads of a warp fill first.
+    both = tl.arange(0, PARTS * ROWS)
+    row = (tile // across).to(tl.int64) * ROWS + both % ROWS
+    column = (tile % across).to(tl.int64) * (PARTS * WIDTH) + (both // ROWS * WIDTH)[:, None] + tl.arange(0, WIDTH)
+    return row[:, None] * row_stride + base + column, (row < outer)[:, None] & (column < limit)
+
+
+@triton.jit
+def _loaded(x_ptr, offs, mask, PARTS: tl.constexpr):
+    """[PARTS, ROWS, WIDTH] in float32."""
+    return _apart(tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32), PARTS)
+
+
+@triton.jit
+def _apart(x, PARTS: tl.constexpr):
+    return tl.reshape(x, [PARTS, x.shape[0] // PARTS, x.shape[1]])
 
 
 @triton.jit
@@ -94,7 +106,7 @@ def _batch_norm_moments(
     """Count, mean and sum of squared deviations over this program's tiles, from sums around the first tile's mean."""
     group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, PARTS, ROWS, WIDTH)
     offs, mask = _summed(begin, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x, mask = _loaded(x_ptr, offs, mask, PARTS), _apart(mask, PARTS)
     if LAST:  # known without a sum
         rows, n = _rows(begin, begin + 1, outer, ROWS), _rows(begin, end, outer, ROWS)
     else:
@@ -106,7 +118,7 @@ def _batch_norm_moments(
     square = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     for tile in range(begin, end):
         offs, mask = _summed(tile, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x, mask = _loaded(x_ptr, offs, mask, PARTS), _apart(mask, PARTS)
         d = tl.where(mask, x - shift[:, None, :], 0.0)
         if not LAST:
             count += mask.to(tl.float32)
@@ -181,8 +193,8 @@ def _batch_norm_act_sums(
     product = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     for tile in range(begin, end):
         offs, mask = _summed(tile, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x, grad = _loaded(x_ptr, offs, mask, PARTS), _loaded(grad_y_ptr, offs, mask, PARTS)
+        mask = _apart(mask, PARTS)
         d = x - mean[:, None, :]
         dz = times_derivative(grad, d * scale[:, None, :] + shift[:, None, :], slope, ACTIVATION)
         dz = tl.where(mask, dz, 0.0)
