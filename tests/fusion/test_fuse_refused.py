@@ -70,8 +70,8 @@ class _Changed(_Base):
 _Changed.forward.__code__ = _Changed.forward.__code__.replace(co_names=("F", "gelu", "bn", "conv"))
 
 REFUSED = {
-    _Loop: "calls no batch norm", _Decorated: "decorated", _Rebinds: "assigns to self", _ByKeyword: "calls no batch",
-    _Handled: "calls no batch norm", _Assigned: "no plain function", _Changed: "its source is not what runs",
+    _Loop: "calls no norm", _Decorated: "decorated", _Rebinds: "assigns to self", _ByKeyword: "calls no norm",
+    _Handled: "calls no norm", _Assigned: "no plain function", _Changed: "its source is not what runs",
 }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_explain_says_what_happens():
     holders = sum(row.path in ("0", "1") for row in rows)  # whose forward only calls its parts
     assert total == f"total: {fused} parts run fused, {len(rows) - fused - holders} left to PyTorch"
     assert list(explain(fuse(model))) == rows
-    assert "calls no batch norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
+    assert "calls no norm" in explain(nn.Sequential(OneNorm(nn.Identity()))).rows[0].reason
 
 
 class _Holder(nn.Module):
