@@ -55,7 +55,7 @@ def _gated_act(x, up=None, bias=None, activation="silu") -> Outputs:
 
 
 def _rotary(x, cos, sin) -> Outputs:
-    """Liger turns queries and keys in one launch: here heads of x, so many that it pads neither to a power of 2."""
+    """Liger turns queries and keys in one launch: here heads of x, a number that needs no padding."""
     heads = next_power_of_2(x.size(1)) // 2
     tables = (torch.cat((table, table), -1).to(x.dtype) for table in (cos, sin))
     return rope.LigerRopeFunction.apply(x[:, :heads], x[:, heads:], *tables)

@@ -17,7 +17,7 @@ from genai_fast.emulator.record import Record
 from genai_fast.kernels.common.spec import OpSpec, Tensors
 
 ARCH = 90
-REMEDY = "remedy: mend the kernel, or raise the limit in the op's spec"
+REMEDY = "remedy: fix the kernel, or raise the limit in the op's spec"
 
 
 def launches(op: OpSpec, gpu: EmulatedGPU) -> tuple[list[Record], int]:

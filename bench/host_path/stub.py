@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
             flags = ("-x", "c", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{target.name}")
             subprocess.run([compiler(), *flags, str(SOURCE), "-o", str(made)], check=True)
             os.replace(made, target)
-    found = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)  # by its name for whoever opens libcuda.so.1 next
+    found = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)  # so that later loads of libcuda.so.1 find it by name
     found.stub_log.restype, found.stub_used.restype = ctypes.c_void_p, ctypes.c_size_t
     found.stub_functions.restype = ctypes.c_ssize_t
     found.stub_declare.argtypes = ctypes.c_ssize_t, ctypes.c_int, ctypes.POINTER(ctypes.c_int)

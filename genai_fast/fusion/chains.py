@@ -26,7 +26,7 @@ _LETTERS |= {nn.Identity: "I", nn.Dropout: "D"}
 STOCK = tuple(_LETTERS)
 _CHAIN = re.compile("[CL]?N[AaI]?|G[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
-# What a plain call of such a module runs: torch's own methods and functions, unless somebody replaces them.
+# What a plain call of such a module runs: torch's own methods and functions, unless they are replaced.
 _METHODS = (
     "__call__", "_call_impl", "forward", "__iter__", "_conv_forward", "_output_padding", "_check_input_dim",
     "_get_no_batch_dim", "_handle_no_batch_input", "_apply_instance_norm",
