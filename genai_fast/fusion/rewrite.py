@@ -20,6 +20,7 @@ from torch import nn
 
 from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
+from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.run import run
 from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
 from genai_fast.ops.dispatch import left_to_torch
@@ -55,6 +56,12 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
 _METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
+def _is_worth(chain: Chain) -> bool:
+    """Whether something of it runs as one; for convolutions alone nothing is replaced."""
+    cut = spans("".join([letter(module) for module in chain.modules]))
+    return any(r.fused and r.letters.strip("CAaI") for r in cut)
+
+
 class _Step(NamedTuple):
     """A call of one module or activation on one value."""
 
@@ -63,7 +70,7 @@ class _Step(NamedTuple):
     module: nn.Module
 
 
-class _Rewriter(ast.NodeTransformer):
+class _Rewriter(ProductFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
@@ -86,7 +93,9 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
+        self.calls, self.notes = {}, []
         self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
+        self.find_held(definition)
         definition.body = self._body(definition.body)
 
     # --- statements in a row become one expression
@@ -141,19 +150,27 @@ class _Rewriter(ast.NodeTransformer):
     # --- a chain becomes a call
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        steps, given = [], node
-        while step := self._step(given):
-            steps.insert(0, (step, given))
-            given = step.given
+        steps, given = self._steps(node)
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
-        cut = spans("".join([letter(module) for module in chain.modules]))
-        if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
+        if not _is_worth(chain):
             return self.generic_visit(node)
         called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
         self.chains.append(chain)
         # What is called is looked up at every call, but for a tensor's methods.
         children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
         return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
+
+    def _steps(self, node: ast.expr) -> tuple[list[tuple[_Step, ast.expr]], ast.expr]:
+        """The steps that end with this call, each with its call, and what the first is given."""
+        steps: list[tuple[_Step, ast.expr]] = []
+        while step := self._step(node):
+            steps.insert(0, (step, node))
+            node = step.given
+        return steps, node
+
+    def _joins(self, node: ast.expr) -> bool:
+        modules = tuple(step.module for step, _ in self._steps(node)[0])
+        return _is_worth(Chain((), modules))
 
     def _step(self, node: ast.expr | None) -> _Step | None:
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
@@ -327,16 +344,20 @@ class Written(NamedTuple):
     source: Source
     prefix: str
     chains: tuple[Chain, ...]
+    others: dict[str, Callable[..., Any]]  # more that is called in the method, by name
+    notes: tuple[tuple[str, str], ...]  # what these were, and what they are now
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for methods of one class that are the same."""
-        return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
+        steps = (repr(chain.steps) for chain in self.chains)
+        return self.function, self.function.__code__, *steps, *self.others, *self.notes
 
     def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
         """The method; it calls what `replacement` returns in its place, unless that is None."""
         old = self.function
         calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
+        calls |= self.others
         calls[f"{self.prefix}_now"], calls[f"{self.prefix}_replacement"] = replacement, _passed_on(old, replacement)
         code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
@@ -369,10 +390,10 @@ def written(model: nn.Module, function: Any) -> Written:
     source = source_of(function)
     source = source._replace(definition=copy.deepcopy(source.definition))
     rewriter = _Rewriter(model, function, source.definition)
-    if not rewriter.chains:
+    if not rewriter.chains and not rewriter.calls:
         raise NothingFound(NOTHING_HERE)
     _look_first(source.definition, rewriter.prefix)
-    return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
+    return Written(function, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes))
 
 
 def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
