@@ -21,11 +21,7 @@ _LANGUAGE = {
         "GPT2Config", "GPT2LMHeadModel",
         dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY),
     ),
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY),
-    ),
-}
+}  # fmt: skip
 LANGUAGE_MODELS = tuple(_LANGUAGE)
 WITH_RMS_NORM = tuple(name for name in _LANGUAGE if name != "gpt2")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.run import run
-from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
+from genai_fast.fusion.source import NothingFound, Refused, Source, remade, source_of, unwrapped, wrapped
 from genai_fast.ops.dispatch import left_to_torch
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
@@ -340,7 +341,8 @@ def _watched() -> bool:
 class Written(NamedTuple):
     """A method made again: its source, and the chains that run as one."""
 
-    function: types.FunctionType
+    function: types.FunctionType  # within its decorators
+    around: list[types.FunctionType]  # their wrappers, from inside out
     source: Source
     prefix: str
     chains: tuple[Chain, ...]
@@ -351,7 +353,7 @@ class Written(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """Equal for methods of one class that are the same."""
         steps = (repr(chain.steps) for chain in self.chains)
-        return self.function, self.function.__code__, *steps, *self.others, *self.notes
+        return *self.around, self.function, self.function.__code__, *steps, *self.others, *self.notes
 
     def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
         """The method; it calls what `replacement` returns in its place, unless that is None."""
@@ -362,11 +364,19 @@ class Written(NamedTuple):
         code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
         closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
-        new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
-        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
-            setattr(new, name, getattr(old, name))
-        new.__dict__.update(old.__dict__)
-        return new
+        new = remade(old, code, closure)
+        return _looking_first(wrapped(new, self.around), replacement) if self.around else new
+
+
+def _looking_first(function: types.FunctionType, replacement: Callable[[], Any]) -> types.FunctionType:
+    """A decorated method that begins with a look at what it has been replaced by on its class."""
+
+    @functools.wraps(function)
+    def look_first(*args: Any, **named: Any) -> Any:
+        now = replacement()
+        return function(*args, **named) if now is None else now(*args, **named)
+
+    return look_first
 
 
 def _look_first(definition: ast.FunctionDef, prefix: str) -> None:
@@ -387,13 +397,15 @@ def written(model: nn.Module, function: Any) -> Written:
     """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
+    function, around = unwrapped(function)
     source = source_of(function)
     source = source._replace(definition=copy.deepcopy(source.definition))
     rewriter = _Rewriter(model, function, source.definition)
     if not rewriter.chains and not rewriter.calls:
         raise NothingFound(NOTHING_HERE)
-    _look_first(source.definition, rewriter.prefix)
-    return Written(function, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes))
+    if not around:
+        _look_first(source.definition, rewriter.prefix)
+    return Written(function, around, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes))
 
 
 def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -2,16 +2,15 @@
 
 import copy
 
+import product_models as classes
 import pytest
 import torch
 import torch.nn.functional as F
+from alike import assert_close, calls_of
 from torch import nn
 
 from genai_fast import explain, fuse, unfuse
 from genai_fast.fusion import thresholds
-from tests.alike import assert_close
-from tests.fusion import product_classes as classes
-from tests.fusion.test_rms_norms import calls_of
 
 named = pytest.mark.parametrize("cls", classes.SPELLINGS, ids=lambda cls: cls.__name__)
 

@@ -1,36 +1,19 @@
 """RMS norms of people's own classes run as one call, and nothing else does."""
 
-import contextlib
 import copy
 import pickle
 
 import pytest
+import rms_norm_models as classes
 import torch
+from alike import assert_close, calls_of
 from torch import nn
 
 import genai_fast
-from genai_fast import explain, fuse, ops, unfuse
+from genai_fast import explain, fuse, unfuse
 from genai_fast.fusion import thresholds
-from tests.alike import assert_close
-from tests.fusion import rms_norm_classes as classes
 
 named = pytest.mark.parametrize("cls", classes.SPELLINGS, ids=lambda cls: cls.__name__)
-
-
-@contextlib.contextmanager
-def calls_of(name):
-    """How often an op is called inside the block."""
-    made, op = [], getattr(ops, name)
-
-    def counted(*args, **kwargs):
-        made.append(args)
-        return op(*args, **kwargs)
-
-    try:
-        setattr(ops, name, counted)
-        yield made
-    finally:
-        setattr(ops, name, op)
 
 
 def _norm(cls, dtype=torch.float32, columns=64, **settings):
