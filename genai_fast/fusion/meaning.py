@@ -128,7 +128,7 @@ class _Reader:
                 if isinstance(found, types.FunctionType):
                     self.dependencies.append(Dependency(function.__globals__, node.id, found))
                 return "constant", found
-            case ast.Tuple():
+            case ast.Tuple() | ast.List():
                 return "tuple", *map(of, node.elts)
             case ast.UnaryOp(op=ast.USub()):
                 return _negative(of(node.operand))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.fusion import rotary_calls
 from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.products import ProductFinder
@@ -151,6 +152,13 @@ class _Rewriter(ProductFinder):
     # --- a chain becomes a call
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        function = self._global(node.func)
+        if rotary_calls.rotary_of(function) is not None:
+            name = f"{self.prefix}_rotary"
+            self.calls[name] = rotary_calls.call
+            self.notes.append((rotary_calls.describe(function), "rotary"))
+            whole = self.generic_visit(node)
+            return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole)
         steps, given = self._steps(node)
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
         if not _is_worth(chain):

@@ -20,6 +20,7 @@ RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
 WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
 GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
+ROTARY = 1 << 16
 GROUP_NORM = {False: (1 << 19, 1 << 19), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
 
 _ignored: ContextVar[bool] = ContextVar("ignored", default=False)
@@ -87,6 +88,11 @@ def gated(activation: str, x: torch.Tensor) -> str:
     if kind == "silu" and gradients and x.dtype is not torch.float32 and not _ignored.get():
         return "PyTorch's backward of a narrow dtype is as fast"
     return _too_small("elements", x.numel(), GATED[kind][gradients])
+
+
+def rotary(x: torch.Tensor) -> str:
+    """The turn of queries or keys as one call, in place of five."""
+    return _too_small("elements", x.numel(), ROTARY) if x.is_cpu else ""
 
 
 def group_norm(instance: bool, gradients: bool, x: torch.Tensor) -> str:
