@@ -158,7 +158,9 @@ class _Rewriter(ProductFinder):
             self.calls[name] = rotary_calls.call
             self.notes.append((rotary_calls.describe(function), "rotary"))
             whole = self.generic_visit(node)
-            return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole)
+            return ast.copy_location(
+                ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole
+            )
         steps, given = self._steps(node)
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
         if not _is_worth(chain):
@@ -413,7 +415,9 @@ def written(model: nn.Module, function: Any) -> Written:
         raise NothingFound(NOTHING_HERE)
     if not around:
         _look_first(source.definition, rewriter.prefix)
-    return Written(function, around, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes))
+    return Written(
+        function, around, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes)
+    )
 
 
 def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,9 @@ from genai_fast.kernels.rotary.schema import LIBRARY
 
 def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0, full=False):
     if full and not interleaved:  # Hugging Face's words
-        cos, sin = (table[offset : offset + x.size(2)] if positions is None else table[positions] for table in (cos, sin))
+        cos, sin = (
+            table[offset : offset + x.size(2)] if positions is None else table[positions] for table in (cos, sin)
+        )
         cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (wide(cos), wide(sin)))
         turned, kept = wide(x).split((cos.size(-1), x.size(-1) - cos.size(-1)), -1)
         a, b = turned.chunk(2, -1)

@@ -9,11 +9,11 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers", reason="pip install .[huggingface]")
 
-from alike import assert_close, assert_gradients_close, calls_of  # noqa: E402
-from hugging_face_models import LANGUAGE_MODELS, WITH_RMS_NORM, language_model, tokens  # noqa: E402
+from alike import assert_close, assert_gradients_close, calls_of
+from hugging_face_models import LANGUAGE_MODELS, WITH_RMS_NORM, language_model, tokens
 
-from genai_fast import explain, fuse, unfuse  # noqa: E402
-from genai_fast.fusion.classes import original  # noqa: E402
+from genai_fast import explain, fuse, unfuse
+from genai_fast.fusion.classes import original
 
 pytestmark = pytest.mark.usefixtures("small_is_fused")
 every = pytest.mark.parametrize("name", LANGUAGE_MODELS)
