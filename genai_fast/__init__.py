@@ -28,8 +28,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "FallbackWarning", "__version__", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers", "lazy_logits", "models", "ops",
-    "optim", "profiling", "training", "tune_cpu", "unfuse", "use_backend",
+    "FallbackWarning", "__version__", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers", "lazy_logits",
+    "models", "ops", "optim", "profiling", "training", "tune_cpu", "unfuse", "use_backend",
 ]  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from genai_fast.fusion.operands import Convolution
 from genai_fast.layers import GRU, FusedSequential, RMSNorm
 
 if TYPE_CHECKING:
-    from genai_fast.fusion.rewrite import Written
     from genai_fast.fusion.rms_norms import RMS
+    from genai_fast.fusion.written import Written
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 

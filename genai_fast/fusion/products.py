@@ -101,7 +101,7 @@ class ProductFinder(ast.NodeTransformer):
                 factors |= {side.id for side in (node.left, node.right) if isinstance(side, ast.Name)}
         once = {n for n in self.variables - self.parameters if self.uses[n] == 2}
         gates = {n for n in once & factors & stored.keys() if self._is_gate(stored[n])}
-        self.held = {n for n in gates if self._is_new(stored[n].args[0])}  # type: ignore[attr-defined]
+        self.held = {n for n in gates if self._is_new(stored[n].args[0])}
 
     def _is_gate(self, node: ast.expr) -> bool:
         """Whether a call is of such an activation now."""
@@ -128,10 +128,10 @@ class ProductFinder(ast.NodeTransformer):
 
     def _now(self, node: ast.expr) -> Any:
         """What self.a, self.a.b or a global name is at present."""
-        path = self._path(node)  # type: ignore[attr-defined]
+        path = self._path(node)
         if not path:
-            return self._global(node)  # type: ignore[attr-defined]
-        child = self._child(node)  # type: ignore[attr-defined]
+            return self._global(node)
+        child = self._child(node)
         return vars(self.model).get(path) if child is None else child
 
     def _wait(self, node: ast.Call) -> ast.expr:
@@ -154,7 +154,7 @@ class ProductFinder(ast.NodeTransformer):
                 other = sides[1 - k]
                 if self._is_gate(side) and not (k == 0 and self._may_change(side, other)) and not self._joins(side):
                     waits[k] = True
-                    sides[k] = self._wait(side)  # type: ignore[arg-type]
+                    sides[k] = self._wait(side)
                     sides[1 - k] = self.visit(other)
                     break
         else:
@@ -168,7 +168,7 @@ class ProductFinder(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         target = node.targets[0]
         if len(node.targets) == 1 and isinstance(target, ast.Name) and target.id in self.held:
-            node.value = self._wait(node.value)  # type: ignore[arg-type]
+            node.value = self._wait(node.value)
             return node
         return self.generic_visit(node)
 
@@ -183,7 +183,7 @@ def _settings(node: ast.Call) -> dict[str, Any] | None:
         found = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
     except (ValueError, TypeError):
         return None
-    return None if None in found else found  # type: ignore[return-value]
+    return None if None in found else found
 
 
 def _plain_nodes(node: ast.AST) -> list[ast.AST]:

@@ -144,7 +144,7 @@ def members(cls: type[nn.Module], rms: RMS) -> dict[str, Any]:
     def holds() -> bool:
         return rms.meaning.holds()
 
-    holds._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does it
+    holds._dynamo_marked_constant = True  # as assume_constant_result does it
 
     @functools.wraps(theirs)
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:

@@ -68,12 +68,12 @@ def _rotary_of(function: types.FunctionType, code: types.CodeType, defaults: Any
     found = [_match(part) for part in (read.expression[1:] if pair else [read.expression])]
     if not found or None in found or len({(f["cos"], f["sin"], f["partial"]) for f in found if f}) != 1:
         return None
-    at = {name: found[0][name] for name in ("cos", "sin")}  # type: ignore[index]
-    turned = [f["x"] for f in found]  # type: ignore[index]
+    at = {name: found[0][name] for name in ("cos", "sin")}
+    turned = [f["x"] for f in found]
     if any(x[0] != "argument" for x in (*at.values(), *turned)):
         return None
-    contiguous = tuple(f["contiguous"] for f in found)  # type: ignore[index]
-    partial = found[0]["partial"]  # type: ignore[index]
+    contiguous = tuple(f["contiguous"] for f in found)
+    partial = found[0]["partial"]
     return Rotary(read, tuple(x[1] for x in turned), at["cos"][1], at["sin"][1], partial, contiguous, pair)
 
 

@@ -133,7 +133,8 @@ def rotary(
 
     Returns: y, shape and dtype of x, without holes: [B, T, H, D] in memory where x's heads lie inside its tokens, else
         contiguous. Computed in float32 and rounded once.
-    Gradients: x, to any order: the rotation by the opposite angle (the transpose), by the same kernel. None for cos and sin.
+    Gradients: x, to any order: the rotation by the opposite angle (the transpose), by the same kernel. None for
+        cos and sin.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Positions in a CPU tensor
         that the tables lack are refused. On CUDA, where looking at them would wait for the device, and in a compiled

@@ -10,9 +10,9 @@ def operands(x, cos, sin, positions, full):
     place = x.device
     rotated = 0 if cos.dim() != 2 else cos.size(1) if full else 2 * cos.size(1)
     if x.dim() != 4 or rotated % 2 or not 0 < rotated <= x.size(3):
+        tables = "[T_max, D_rot]" if full else "[T_max, D_rot / 2]"
         raise ValueError(
-            f"genai_fast: expected [B, H, T, D] and tables [T_max, D_rot{'' if full else ' / 2'}], got {tuple(x.shape)} and"
-            f" {tuple(cos.shape)}"
+            f"genai_fast: expected [B, H, T, D] and tables {tables}, got {tuple(x.shape)} and {tuple(cos.shape)}"
         )
     if sin.shape != cos.shape or sin.dtype is not cos.dtype or sin.device != place or cos.device != place:
         raise ValueError(

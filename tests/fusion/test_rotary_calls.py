@@ -84,7 +84,7 @@ def test_a_near_miss_is_left_alone(function, monkeypatch):
 
 def test_it_is_explained_and_taken_back():
     model = models.Attention()
-    assert [(row.found, row.becomes) for row in explain(model)][0] == ("apply_rotary_pos_emb(q, k, ...)", "rotary")
+    assert next((row.found, row.becomes) for row in explain(model)) == ("apply_rotary_pos_emb(q, k, ...)", "rotary")
     assert type(fuse(model)) is not models.Attention
     assert type(unfuse(model)) is models.Attention
 
@@ -101,7 +101,7 @@ def test_what_is_replaced_later_is_called(monkeypatch):
 
 
 def test_what_the_kernel_does_not_take():
-    """Tables that need gradients, of another dtype, of a batch that broadcasts: the function itself gives the result."""
+    """Tables that need gradients, of another dtype, of a batch that broadcasts: the function itself serves."""
     plain = models.Attention()
     fused, x = fuse(copy.deepcopy(plain)), torch.randn(2, 9, 64)
     cos, sin = _tables()

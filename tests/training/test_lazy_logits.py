@@ -176,7 +176,7 @@ def test_it_is_the_same_module_and_taken_back():
 
 
 def test_hooks_see_logits():
-    plain, lazy, x, target = _pair()
+    plain, lazy, x, _ = _pair()
     for head in (plain, lazy):
         head.register_forward_hook(lambda module, given, logits: logits + 1.0)
     assert_close(lazy(x), plain(x))
