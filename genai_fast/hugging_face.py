@@ -24,8 +24,8 @@ def register_attention() -> str:
     """Add ops.causal_attention to transformers' attention implementations: model.set_attn_implementation("genai_fast").
 
     Causal attention, whole or in a sliding window (Mistral, Gemma), with grouped keys and with a soft cap of the scores
-    (Gemma 2), is one kernel without a mask in memory. Batches with padding, other masks, position biases, sinks and what
-    has no kernel are computed as transformers does, by PyTorch's attention, or by its formula where that has no soft cap.
+    (Gemma 2), is one kernel without a mask in memory. Batches with padding, other masks, position biases, sinks and
+    what has no kernel are computed as by transformers: by PyTorch's attention, or by the formula with a soft cap.
     Dropout draws other numbers than PyTorch's. `genai_fast.enable_sdpa` serves models that stay with "sdpa", as far as
     these call PyTorch's attention without a mask.
 
@@ -54,13 +54,17 @@ def _mask(
     window = _window_of(mask_function, masking_utils)
     ends = type(q_offset) is type(kv_offset) is int and q_offset + q_length == kv_offset + kv_length
     whole = ends and (q_length in (1, kv_length)) and allow_is_causal_skip
-    if window is not None and whole and _is_served(settings.get("device"), settings.get("dtype")):
-        if attention_mask is None or (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
-            return None
+    served = window is not None and whole and _is_served(settings.get("device"), settings.get("dtype"))
+    if served and not _is_padded(attention_mask, kv_length):
+        return None
     return masking_utils.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         allow_is_causal_skip=allow_is_causal_skip, **settings,
     )  # fmt: skip
+
+
+def _is_padded(attention_mask: torch.Tensor | None, kv_length: int) -> bool:
+    return attention_mask is not None and (attention_mask.shape[-1] != kv_length or not bool(attention_mask.all()))
 
 
 def _window_of(mask_function: Any, utils: Any) -> int | None:
@@ -83,7 +87,7 @@ def _variables(function: Any, maker: Any) -> dict[str, Any]:
 
 
 def _is_served(device: Any, dtype: torch.dtype | None) -> bool:
-    """Whether ours is the faster one for tensors like these: a CPU multiplies narrow types by instructions of its own."""
+    """Whether ours is the faster one for tensors like these: a CPU has instructions for narrow types."""
     kind = torch.device(device or "cpu").type
     narrow = dtype in (torch.float16, torch.bfloat16)
     return not choose("causal_attention", forced_backend(), kind, dtype or torch.float32)[1] and (

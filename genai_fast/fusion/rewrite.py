@@ -23,6 +23,7 @@ from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import NothingFound, Refused, source_of, unwrapped
+from genai_fast.fusion.sums import SumFinder
 from genai_fast.fusion.written import Called, Chain, Written, look_first
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
@@ -50,7 +51,7 @@ class _Step(NamedTuple):
     module: nn.Module
 
 
-class _Rewriter(ProductFinder):
+class _Rewriter(ProductFinder, SumFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
@@ -84,12 +85,31 @@ class _Rewriter(ProductFinder):
         if self.swallows:
             return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
-        for statement in statements:
+        for statement in self._sums(statements):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
                 joined.append(statement)
-        return [self.visit(statement) for statement in joined]
+        return [self.visit(statement) for statement in self._pushed(joined)]
+
+    def _pushed(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """What activates the norm that a branch ends with, moved to the ends of all branches: it runs after either."""
+        found: list[ast.stmt] = []
+        for statement in statements:
+            before = found[-1] if found else None
+            if isinstance(before, ast.If) and any(self._activates(statement, end) for end in _ends(before)):
+                _append(before, statement)
+            else:
+                found.append(statement)
+        return found
+
+    def _activates(self, statement: ast.stmt, end: ast.stmt) -> bool:
+        step = self._step(end.value) if _target(end) in self.variables else None
+        if step is None or letter(step.module) not in "NG" or self._joined(end, copy.deepcopy(statement)) is None:
+            return False
+        after = self._first(statement.value, _target(end))
+        calls = (self._step(node) for node in ast.walk(statement.value))
+        return any(s is not None and s.given is after and letter(s.module) == "A" for s in calls)
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
@@ -256,6 +276,22 @@ class _Rewriter(ProductFinder):
         return node  # its arguments may hide self
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda = visit_FunctionDef
+
+
+def _ends(node: ast.If) -> list[ast.stmt]:
+    """The last statements of its branches, and of those of the ifs that end them."""
+    found: list[ast.stmt] = []
+    for body in (node.body, node.orelse):
+        if body:
+            found += _ends(body[-1]) if isinstance(body[-1], ast.If) else [body[-1]]
+    return found
+
+
+def _append(node: ast.If, statement: ast.stmt) -> None:
+    """Let the statement follow each branch that comes to its end."""
+    for body in (node.body, node.orelse):
+        if not body or not isinstance(body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+            body.append(copy.deepcopy(statement))
 
 
 class _Replace(ast.NodeTransformer):
