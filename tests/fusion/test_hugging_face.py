@@ -52,11 +52,13 @@ def test_logits_loss_and_gradients(name):
 def test_every_norm_product_and_turn_is_served(name):
     plain, fused = _pair(name)
     norms = sum("RMSNorm" in type(module).__name__ for module in plain.modules())
-    rows = [row.becomes.split(" ")[0] for row in explain(plain)]
-    assert rows.count("rms_norm") == norms and rows.count("gated_act") == rows.count("rotary") == 2
-    with calls_of("rms_norm") as normed, calls_of("gated_act") as gated, calls_of("rotary") as turned:
+    rows = [row.becomes.partition(" (")[0] for row in explain(plain)]
+    assert rows.count("rms_norm") == norms
+    assert [rows.count(name) for name in ("rms_norm with its sum", "gated_act", "rotary")] == [2, 2, 2]
+    with calls_of("rms_norm", named=True) as normed, calls_of("gated_act") as gated, calls_of("rotary") as turned:
         fused(tokens())
     assert (len(normed), len(gated), len(turned)) == (norms, 2, 4)
+    assert sum("residual" in named for named in normed) == 2
 
 
 @every
