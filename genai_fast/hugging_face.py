@@ -102,15 +102,18 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(attention [B, T, H, D], None), as transformers' own functions."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = sliding_window if causal and sliding_window and sliding_window < key.shape[2] else None
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # The first step of a static cache, where transformers leaves the mask out: later places hold nothing yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if attention_mask is None and window and query.shape[2] == 1:  # then the window is a part of the keys
+        key, value, window = key[:, :, -window:], value[:, :, -window:], None
     special = any(others.get(name) is not None for name in _OTHERS)
-    window = sliding_window if causal and sliding_window and sliding_window < key.shape[2] else None
     if attention_mask is not None or special or not _fits(query, key, value):
         kernel = False
     else:
-        kernel = bool(window or softcap) or _is_served(query.device, query.dtype)
+        several = query.shape[2] > 1  # of one query PyTorch's attention is as fast
+        kernel = bool(window or softcap) or (several and _is_served(query.device, query.dtype))
     if kernel:
         settings = dict(scale=scaling, window=window, softcap=softcap, causal=bool(causal), dropout=dropout)
         out = ops.causal_attention(query, key, value, **settings)  # type: ignore[arg-type]
