@@ -85,7 +85,16 @@ class ByFunction(_Norm):
         return self.weight * normalized(x.to(dtype=torch.float32), self.eps).to(x.dtype)
 
 
-SPELLINGS = (Llama, Meta, Gemma, Plain, Square, Weightless, ByFunction)
+POWER = 2
+
+
+class ByConstant(_Norm):
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(torch.pow(h, POWER).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+SPELLINGS = (Llama, Meta, Gemma, Plain, Square, Weightless, ByFunction, ByConstant)
 
 
 class Centred(_Norm):

@@ -125,8 +125,7 @@ class _Reader:
                 return values[node.id]
             case ast.Name() if node.id not in function.__code__.co_freevars:
                 found = function.__globals__.get(node.id)
-                if isinstance(found, types.FunctionType):
-                    self.dependencies.append(Dependency(function.__globals__, node.id, found))
+                self.dependencies.append(Dependency(function.__globals__, node.id, found))
                 return "constant", found
             case ast.Tuple() | ast.List():
                 return "tuple", *map(of, node.elts)

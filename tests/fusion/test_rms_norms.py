@@ -151,6 +151,10 @@ def test_what_is_replaced_later_is_called(monkeypatch):
         assert norm(x) is x
     norm._norm = lambda h: h
     assert torch.equal(norm(x), x * norm.weight)
+    norm = fuse(_norm(classes.ByConstant))
+    expected = norm(x)
+    monkeypatch.setattr(classes, "POWER", 4)
+    assert (norm(x) - expected).abs().max() > 0.1
     norm = fuse(_norm(classes.ByFunction))
     monkeypatch.setattr(classes, "normalized", lambda h, eps: h)
     assert torch.equal(norm(x), x * norm.weight)
