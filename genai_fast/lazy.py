@@ -191,6 +191,7 @@ def lazy_logits(model: nn.Module) -> nn.Module:
     whatever else is done computes the logits then, with their gradient. In evaluation and without gradients nothing
     changes. It is not part of `fuse`, since outputs change: `output.logits` is of another class, its first look costs a
     matrix product of its own, and a look after the optimizer's step is refused, as the weights are others then.
+    DistributedDataParallel with find_unused_parameters looks at all outputs, and so computes them.
 
     Args:
         model: a model of transformers (its `get_output_embeddings()` is taken), or the head itself, an nn.Linear.
