@@ -20,9 +20,12 @@ from genai_fast.fusion import implementations
 from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, replaced, spans
 from genai_fast.fusion.classes import original, replacement, subclass
 from genai_fast.fusion.explanation import Explanation, Row
+from genai_fast.fusion.functions import SERVED
 from genai_fast.fusion.implementations import Decision
+from genai_fast.fusion.latents import NAMES
 from genai_fast.fusion.operands import Convolution
-from genai_fast.layers import GRU, FusedSequential, RMSNorm
+from genai_fast.layers import GRU, CrossEntropyLoss, FusedSequential, RMSNorm
+from genai_fast.ops import checks
 
 if TYPE_CHECKING:
     from genai_fast.fusion.rewrite import Written
@@ -32,8 +35,15 @@ __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
+# What methods worth reading name, apart from their children: noise, and functions that an op serves.
+_NAMED = NAMES | {function.__name__ for function in SERVED}
+
 # Modules that become a layer of ours as they are.
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GRU: GRU,
+    nn.RMSNorm: RMSNorm,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+}
 
 
 def _is_sequential(cls: type) -> bool:
@@ -68,6 +78,12 @@ def _is_written(cls: type) -> bool:
     return not made_in.startswith(("torch.", "genai_fast."))
 
 
+def _names_more(cls: type) -> bool:
+    """Whether a method of user code, of a module without children, is worth reading."""
+    methods = [f for base in cls.__mro__ if not base.__module__.startswith("torch.") for f in vars(base).values()]
+    return any(not _NAMED.isdisjoint(getattr(getattr(f, "__code__", None), "co_names", ())) for f in methods)
+
+
 class Plan(NamedTuple):
     """What fuse does to a module: a layer's forward, recompiled methods, or nothing; and why."""
 
@@ -75,9 +91,10 @@ class Plan(NamedTuple):
     methods: dict[str, Written] = {}  # noqa: RUF012
     reasons: tuple[str, ...] = ()  # why the module, or a method of it, is left as it is
     chains: tuple[tuple[tuple[str, ...], tuple[nn.Module, ...]], ...] = ()  # names and modules that follow each other
+    calls: tuple[tuple[str, str], ...] = ()  # what else methods do in one call, and by which op
 
 
-def _plan(module: nn.Module) -> Plan:
+def _plan(module: nn.Module, random: bool = True) -> Plan:
     cls = original(type(module))
     if wrapper := _wrapper(module):
         return Plan(reasons=(f"{wrapper}: fuse before wrapping",))
@@ -85,8 +102,10 @@ def _plan(module: nn.Module) -> Plan:
         return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
         reason = obstacle(module) if "forward" in module.__dict__ else replaced(cls)
+        if not random and getattr(module, "dropout", 0):
+            reason = "it draws random numbers"
         return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
-    written = bool(module._modules) and _is_written(cls)
+    written = _is_written(cls) and (module._modules or _names_more(cls))
     if not written and not _is_sequential(cls):
         return Plan()
     if reason := _asks_for_its_class(cls):
@@ -98,17 +117,17 @@ def _plan(module: nn.Module) -> Plan:
             return Plan(reasons=(reason,))
         chains = ((tuple(module._modules), tuple(module._modules.values())),)
         return Plan(FusedSequential, chains=chains)
-    return _plan_of_methods(module, cls)
+    return _plan_of_methods(module, cls, random)
 
 
-def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
+def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> Plan:
     from genai_fast.fusion.rewrite import methods, written  # not needed to import this package
     from genai_fast.fusion.source import NothingFound, Refused
 
     found, refused = {}, {}
-    for name, function in methods(module, cls):
+    for name, function in methods(module, cls, _NAMED):
         try:
-            found[name] = written(module, function)
+            found[name] = written(module, function, random)
         except Refused as reason:
             refused[name] = reason
         except Exception as error:  # unforeseen construct: leave the method unchanged
@@ -119,18 +138,18 @@ def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
         if not (isinstance(why, NothingFound) and (found or name != "forward"))
     )
     chains = tuple((tuple(map(str, c.steps)), c.modules) for method in found.values() for c in method.chains)
-    return Plan(None, found, reasons, chains)
+    return Plan(None, found, reasons, chains, tuple(call for method in found.values() for call in method.calls))
 
 
-def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+def _fused_class(module: nn.Module, random: bool) -> type[nn.Module] | None:
     """The class that a module gets; None if it keeps its own."""
     cls = type(module)
     if original(cls) is not cls or issubclass(cls, FusedSequential):
         return None
-    plan = _plan(module)
+    plan = _plan(module, random)
     base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
     if plan.layer is not None:
-        return subclass(cls, base, (), lambda: _members(cls, plan.layer))
+        return subclass(cls, base, (random,), lambda: _members(cls, plan.layer) | {"_random": random})
     if not plan.methods:
         return None
     key = tuple((name, *method.key) for name, method in plan.methods.items())
@@ -161,8 +180,8 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
             )
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Run a model's convolutions, norms, activations, dropout and GRUs as fused calls, in place.
+def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
+    """Run a model's convolutions, norms, activations, dropout, GRUs and sampled latents as fused calls, in place.
 
     nn.GRU and nn.RMSNorm become their counterparts in `layers`; nn.Sequential at any depth becomes a
     `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass with these
@@ -175,12 +194,15 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
+        random: whether dropout and the sampling of latents may draw other random numbers than PyTorch's own, of the
+            same distribution; torch.manual_seed reproduces them.
 
     Returns: The same object. Fusing a fused model changes nothing.
     Raises TypeError: the model is not a module, or is wrapped or compiled already, or contains such a module.
     """
     _check("fuse", model)
-    for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
+    random = checks.flag("fuse", "random", random)
+    for module, cls in [(module, _fused_class(module, random)) for module in model.modules()]:
         if cls is not None:
             object.__setattr__(module, "__class__", cls)
     return model
@@ -225,6 +247,8 @@ def _rows(path: str, module: nn.Module, covered: set[int]) -> Iterator[Row]:
         yield Row(path, found, "", reason)
     if plan.layer in _LAYERS.values():
         yield Row(path, found, f"layers.{found}", "")
+    for call, op in plan.calls:
+        yield Row(path, call, op, "")
     for names, modules in plan.chains:
         yield from _chain_rows(path, names, modules, covered)
     left = not module._modules and id(module) not in covered and not plan.reasons and plan.layer is None

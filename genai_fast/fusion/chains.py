@@ -33,8 +33,9 @@ _METHODS = (
 )  # fmt: skip
 _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
-    nn.Dropout: ((F, "dropout"),), nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
-    nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    nn.CrossEntropyLoss: ((F, "cross_entropy"),), nn.Dropout: ((F, "dropout"),),
+    nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),), nn.SiLU: ((F, "silu"),),
+    nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
     **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
     nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
     **dict.fromkeys(INSTANCE_NORMS, ((F, "instance_norm"), (torch, "instance_norm"))),
@@ -42,7 +43,7 @@ _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     **{cls: ((F, f"conv_transpose{dims}d"),) for dims, cls in enumerate(TRANSPOSED, 1)},
 }  # fmt: skip
 # Classes whose parameters are read past a call, and those whose forward fuse replaces.
-_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.Sequential)
+_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.CrossEntropyLoss, nn.Sequential)
 _OWN = {
     cls: [
         (owner, name, getattr(owner, name))
@@ -98,14 +99,15 @@ def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
     return type(module) is cls and not obstacle(module) and not global_hooks()
 
 
-def letter(child: nn.Module) -> str:
+def letter(child: nn.Module, random: bool = True) -> str:
     """What a child counts as: C (convolution), L (Linear), N (batch norm), G (group or instance norm), A (activation),
     I (Identity, which returns the very tensor it was given), D (Dropout), or "." (other).
 
-    Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
+    Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything. Dropout does not
+    where the random numbers must be PyTorch's (not `random`).
     """
     found = _LETTERS.get(type(child), ".")
-    if found == "." or obstacle(child):
+    if found == "." or (found == "D" and not random) or obstacle(child):
         return "."
     return found.lower() if child.__dict__.get("inplace") else found
 

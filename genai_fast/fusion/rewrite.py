@@ -11,15 +11,17 @@ import ast
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.fusion import latents
 from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
+from genai_fast.fusion.functions import SERVED
 from genai_fast.fusion.run import run
 from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
 from genai_fast.ops.dispatch import left_to_torch
@@ -66,11 +68,14 @@ class _Step(NamedTuple):
 class _Rewriter(ast.NodeTransformer):
     """Puts one call in the place of each chain that holds something to run as one."""
 
-    def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
+    def __init__(
+        self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef, random: bool
+    ) -> None:
         arguments = definition.args.posonlyargs + definition.args.args
         if not arguments:
             raise Refused("it takes no self")
         self.model, self.self, self.globals = model, arguments[0].arg, function.__globals__
+        self.random = random
         code = function.__code__
         names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
         self.bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
@@ -86,6 +91,9 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
+        self.samplings: list[latents.Sampling] = []
+        self.functions: list[Callable[..., Any]] = []
+        self.kept: set[ast.stmt] = set()  # what a sampling falls back on
         self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
         definition.body = self._body(definition.body)
 
@@ -95,12 +103,28 @@ class _Rewriter(ast.NodeTransformer):
         if self.swallows:
             return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
-        for statement in statements:
+        for statement in self._drawn(statements):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
                 joined.append(statement)
         return [self.visit(statement) for statement in joined]
+
+    def _drawn(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """The statements, with a call before those that sample latents."""
+        made: list[ast.stmt] = []
+        for statement in statements:
+            made.append(statement)
+            if statement in self.kept or not self.random:
+                continue
+            found = latents.find(made, self._named, lambda name: self.uses.get(name, 0))
+            if found is not None:
+                length, sampling, z = found
+                call = f"{self.prefix}_sample_{len(self.samplings)}"
+                self.samplings.append(sampling)
+                self.kept |= set(made[-length:])
+                made[-length:] = latents.rewritten(made[-length:], sampling, z, call)
+        return made
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
@@ -146,14 +170,24 @@ class _Rewriter(ast.NodeTransformer):
             steps.insert(0, (step, given))
             given = step.given
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
-        cut = spans("".join([letter(module) for module in chain.modules]))
+        cut = spans("".join([letter(module, self.random) for module in chain.modules]))
         if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
-            return self.generic_visit(node)
+            return self._served(node)
         called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
         self.chains.append(chain)
         # What is called is looked up at every call, but for a tensor's methods.
         children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
         return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
+
+    def _served(self, node: ast.Call) -> ast.AST:
+        """A function that an op serves is handed to what decides, at every call."""
+        served = SERVED.get(self._global(node.func))
+        node = self.generic_visit(node)
+        if served is None:
+            return node
+        call = f"{self.prefix}_function_{len(self.functions)}"
+        self.functions.append(served)
+        return ast.copy_location(ast.Call(ast.Name(call, ast.Load()), [node.func, *node.args], node.keywords), node)
 
     def _step(self, node: ast.expr | None) -> _Step | None:
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
@@ -271,7 +305,7 @@ def _loads(statement: ast.stmt, name: str) -> int:
     return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
 
 
-def _call(chain: Chain) -> Callable[..., Any]:
+def _call(chain: Chain, random: bool) -> Callable[..., Any]:
     """run on the chain; what it calls comes along, as it is looked up at every call."""
     steps = tuple(None if isinstance(step, str) else step for step in chain.steps)
 
@@ -284,7 +318,7 @@ def _call(chain: Chain) -> Callable[..., Any]:
             usual &= step is None or (now is step.function and not obstacle(step.module))
             modules.append(now if step is None else step.module)
         if usual:
-            return run(modules, x)
+            return run(modules, x, random)
         called = iter(called)
         for step in steps:
             if step is None:
@@ -296,6 +330,16 @@ def _call(chain: Chain) -> Callable[..., Any]:
         return x
 
     return run_chain
+
+
+def _instead(served: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls it in the place of the function that it serves, unless that has been replaced."""
+    own = next(function for function, serves in SERVED.items() if serves is served)
+
+    def call(now: Any, *args: Any, **named: Any) -> Any:
+        return (served if now is own and not _watched() else now)(*args, **named)
+
+    return call
 
 
 def _passed_on(function: types.FunctionType, replacement: Callable[[], Any]) -> Callable[..., Any]:
@@ -327,16 +371,28 @@ class Written(NamedTuple):
     source: Source
     prefix: str
     chains: tuple[Chain, ...]
+    samplings: tuple[latents.Sampling, ...]
+    functions: tuple[Callable[..., Any], ...]  # that serve those which it calls
+    random: bool  # whether it may draw other numbers than PyTorch's
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for methods of one class that are the same."""
-        return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
+        chains = (repr(chain.steps) for chain in self.chains)
+        return self.function, self.function.__code__, self.random, *chains, len(self.samplings), *self.functions
+
+    @property
+    def calls(self) -> list[tuple[str, str]]:
+        """What it does in one call beside the chains, and by which op."""
+        served = [(f.__name__, f"{f.__name__} where it is faster") for f in self.functions]
+        return [*((str(s), "reparameterize") for s in self.samplings), *served]
 
     def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
         """The method; it calls what `replacement` returns in its place, unless that is None."""
         old = self.function
-        calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
+        calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain, self.random) for k, chain in enumerate(self.chains)}
+        calls |= {f"{self.prefix}_sample_{k}": latents.call(s, _watched) for k, s in enumerate(self.samplings)}
+        calls |= {f"{self.prefix}_function_{k}": _instead(f) for k, f in enumerate(self.functions)}
         calls[f"{self.prefix}_now"], calls[f"{self.prefix}_replacement"] = replacement, _passed_on(old, replacement)
         code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
@@ -362,21 +418,22 @@ def _look_first(definition: ast.FunctionDef, prefix: str) -> None:
     definition.body.insert(documented, ast.increment_lineno(look, definition.lineno - 1))
 
 
-def written(model: nn.Module, function: Any) -> Written:
+def written(model: nn.Module, function: Any, random: bool = True) -> Written:
     """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
     source = source_of(function)
     source = source._replace(definition=copy.deepcopy(source.definition))
-    rewriter = _Rewriter(model, function, source.definition)
-    if not rewriter.chains:
+    rewriter = _Rewriter(model, function, source.definition, random)
+    if not (rewriter.chains or rewriter.samplings or rewriter.functions):
         raise NothingFound(NOTHING_HERE)
     _look_first(source.definition, rewriter.prefix)
-    return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
+    found = tuple(rewriter.chains), tuple(rewriter.samplings), tuple(rewriter.functions)
+    return Written(function, source, rewriter.prefix, *found, random)
 
 
-def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """forward, and the other methods of the model's class that name one of its children."""
+def methods(model: nn.Module, cls: type[nn.Module], named: Set[str]) -> Iterator[tuple[str, Any]]:
+    """forward, and the other methods of the model's class that name one of its children, or one of these."""
     yield "forward", cls.forward
     for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
         function = inspect.getattr_static(cls, name)
@@ -387,5 +444,5 @@ def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]
         if (function.__module__ or "").startswith(("torch.", "genai_fast.")):
             continue
         code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None and not model._modules.keys().isdisjoint(code.co_names):
+        if code is not None and not (model._modules.keys() | named).isdisjoint(code.co_names):
             yield name, function

@@ -16,12 +16,12 @@ from genai_fast.fusion.operands import Chain, memory_format
 from genai_fast.ops.dispatch import left_to_torch
 
 
-def run(modules: Sequence[nn.Module], x: Any) -> Any:
-    """What calling the modules one after another gives."""
+def run(modules: Sequence[nn.Module], x: Any, random: bool = True) -> Any:
+    """What calling the modules one after another gives. Not `random`: dropout is PyTorch's, with its numbers."""
     if global_hooks() or left_to_torch():
         return _one_by_one(modules, x)
     wanted = None  # the layout that PyTorch's x would have here, if x has another
-    for start, stop, letters, fused in spans("".join([letter(module) for module in modules])):
+    for start, stop, letters, fused in spans("".join([letter(module, random) for module in modules])):
         here = modules[start:stop]
         # What is not torch's own may ask for the layout, as x.view does; a Linear has its result in another one.
         if letters[0] in ".L" and wanted is not None:

@@ -18,6 +18,7 @@ FOLD = 1 << 21
 CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
+CROSS_ENTROPY = 1 << 17
 GROUP_NORM = {False: (1 << 19, 1 << 19), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
 
 _ignored: ContextVar[bool] = ContextVar("ignored", default=False)
@@ -70,6 +71,15 @@ def recurrence(x: torch.Tensor, steps: int) -> str:
 def rms_norm(x: torch.Tensor) -> str:
     """RMS norm of x as one call, which PyTorch's is not."""
     return _too_small("elements", x.numel(), RMS_NORM) if x.is_cpu else ""
+
+
+def cross_entropy(logits: torch.Tensor) -> str:
+    """Cross-entropy as one call each way."""
+    return (
+        ""
+        if not logits.is_cpu or torch.compiler.is_compiling()
+        else _too_small("logits", logits.numel(), CROSS_ENTROPY)
+    )
 
 
 def group_norm(instance: bool, gradients: bool, x: torch.Tensor) -> str:

@@ -24,6 +24,8 @@ class FusedSequential(nn.Sequential):
     called one by one. Dropout draws different numbers than torch's; torch.manual_seed reproduces them.
     """
 
+    _random = True  # whether dropout may draw other numbers than PyTorch's: `fuse(model, random=False)`
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             for module in self:
@@ -32,4 +34,4 @@ class FusedSequential(nn.Sequential):
         now = replaced_forward(self)
         if now is not None:
             return now(self, input)
-        return run(list(self._modules.values()), input)
+        return run(list(self._modules.values()), input, self._random)
