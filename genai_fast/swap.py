@@ -8,6 +8,7 @@ subclass of the original. `genai_fast.fusion` decides at each call whether a cha
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -333,17 +334,29 @@ _WITHOUT_PARAMETERS = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What runs inside leaves the model's buffers and the random state as they are."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
 def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     """Run the model once; report what served each chain and leaf."""
     paths = {id(module): path for path, module in model.named_modules()}
     decisions: list[tuple[Sequence[nn.Module], Decision]] = []
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    buffers = [(b, b.clone()) for b in model.buffers()]
     was_fused = any(original(type(m)) is not type(m) for m in model.modules())
-    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
     try:
-        with torch.random.fork_rng(devices):
+        with undisturbed(model):
             if not was_fused and not _wrapper(model):
                 fuse(model)
             model(*arguments)
@@ -351,9 +364,6 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
         implementations.listener.reset(token)
         if not was_fused and not _wrapper(model):
             unfuse(model)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     covered: set[int] = set()
     for modules, decision in decisions:
         names = [paths.get(id(m), f"{type(m).__name__}()") for m in modules]
