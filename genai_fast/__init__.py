@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from genai_fast.acceleration import accelerate
     from genai_fast.backends import FallbackWarning, use_backend
     from genai_fast.cpu import tune_cpu
+    from genai_fast.lazy import lazy_logits
     from genai_fast.sdpa import enable_sdpa
     from genai_fast.swap import explain, fuse, unfuse
 
 _HOMES = {
     "accelerate": "acceleration", "FallbackWarning": "backends", "use_backend": "backends", "tune_cpu": "cpu",
-    "enable_sdpa": "sdpa", "explain": "swap", "fuse": "swap", "unfuse": "swap",
+    "enable_sdpa": "sdpa", "lazy_logits": "lazy", "explain": "swap", "fuse": "swap", "unfuse": "swap",
 }  # fmt: skip
 
 __all__ = [
     "FallbackWarning", "__version__", "accelerate", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers",
-    "models", "ops", "optim", "profiling", "training", "tune_cpu", "unfuse", "use_backend",
+    "lazy_logits", "models", "ops", "optim", "profiling", "training", "tune_cpu", "unfuse", "use_backend",
 ]  # fmt: skip
 
 

@@ -29,7 +29,8 @@ from genai_fast.layers import GRU, CrossEntropyLoss, FusedSequential, RMSNorm
 from genai_fast.ops import checks
 
 if TYPE_CHECKING:
-    from genai_fast.fusion.rewrite import Written
+    from genai_fast.fusion.rms_norms import RMS
+    from genai_fast.fusion.written import Written
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
@@ -92,7 +93,7 @@ class Plan(NamedTuple):
     methods: dict[str, Written] = {}  # noqa: RUF012
     reasons: tuple[str, ...] = ()  # why the module, or a method of it, is left as it is
     chains: tuple[tuple[tuple[str, ...], tuple[nn.Module, ...]], ...] = ()  # names and modules that follow each other
-    calls: tuple[tuple[str, str], ...] = ()  # what else methods do in one call, and by which op
+    rms: RMS | None = None  # the RMS norm that a class of the user's own computes
 
 
 def _plan(module: nn.Module, random: bool = True) -> Plan:
@@ -106,6 +107,8 @@ def _plan(module: nn.Module, random: bool = True) -> Plan:
         if not random and getattr(module, "dropout", 0):
             reason = "it draws random numbers"
         return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
+    if not module._modules and _is_written(cls) and (plan := _plan_of_leaf(module, cls)):
+        return plan
     written = _is_written(cls) and (module._modules or _names_more(cls))
     if not written and not _is_sequential(cls):
         return Plan()
@@ -119,6 +122,17 @@ def _plan(module: nn.Module, random: bool = True) -> Plan:
         chains = ((tuple(module._modules), tuple(module._modules.values())),)
         return Plan(FusedSequential, chains=chains)
     return _plan_of_methods(module, cls, random)
+
+
+def _plan_of_leaf(module: nn.Module, cls: type[nn.Module]) -> Plan | None:
+    from genai_fast.fusion.rms_norms import rms_of, why_not  # not needed to import this package
+
+    rms = rms_of(cls)
+    if rms is None:
+        return None
+    reason = "its forward is replaced" if "forward" in module.__dict__ else why_not(rms, module)
+    reason = reason or _asks_for_its_class(cls)
+    return Plan(reasons=(reason,)) if reason else Plan(rms=rms)
 
 
 def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> Plan:
@@ -139,7 +153,7 @@ def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> P
         if not (isinstance(why, NothingFound) and (found or name != "forward"))
     )
     chains = tuple((tuple(map(str, c.steps)), c.modules) for method in found.values() for c in method.chains)
-    return Plan(None, found, reasons, chains, tuple(call for method in found.values() for call in method.calls))
+    return Plan(None, found, reasons, chains)
 
 
 def _fused_class(module: nn.Module, random: bool) -> type[nn.Module] | None:
@@ -151,6 +165,11 @@ def _fused_class(module: nn.Module, random: bool) -> type[nn.Module] | None:
     base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
     if plan.layer is not None:
         return subclass(cls, base, (random,), lambda: _members(cls, plan.layer) | {"_random": random})
+    if plan.rms is not None:
+        from genai_fast.fusion.rms_norms import members
+
+        key = (cls.forward, cls.forward.__code__, plan.rms.weight, plan.rms.eps)
+        return subclass(cls, cls, key, lambda: members(cls, plan.rms))
     if not plan.methods:
         return None
     key = tuple((name, *method.key) for name, method in plan.methods.items())
@@ -246,13 +265,15 @@ def _rows(path: str, module: nn.Module, covered: set[int]) -> Iterator[Row]:
     plan, found = _plan(module), type(module).__name__
     for reason in plan.reasons:
         yield Row(path, found, "", reason)
+    if plan.rms is not None:
+        yield Row(path, found, "rms_norm", "")
     if plan.layer in _LAYERS.values():
         yield Row(path, found, f"layers.{found}", "")
-    for call, op in plan.calls:
-        yield Row(path, call, op, "")
+    for method in plan.methods.values():
+        yield from (Row(path, found, becomes, "") for found, becomes in method.notes)
     for names, modules in plan.chains:
         yield from _chain_rows(path, names, modules, covered)
-    left = not module._modules and id(module) not in covered and not plan.reasons and plan.layer is None
+    left = not module._modules and id(module) not in covered and not plan.reasons and plan.layer is plan.rms is None
     if left and (reason := _why_left(module)):
         yield Row(path, found, "", reason)
 

@@ -42,6 +42,24 @@ def norm_calls():
             setattr(ops, name, op)
 
 
+@contextlib.contextmanager
+def calls_of(name):
+    """How often an op is called inside the block."""
+    from genai_fast import ops
+
+    made, op = [], getattr(ops, name)
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return op(*args, **kwargs)
+
+    try:
+        setattr(ops, name, counted)
+        yield made
+    finally:
+        setattr(ops, name, op)
+
+
 def assert_close(found, expected, tolerance=2e-5, scale=None, what=""):
     """The largest error beside the largest value, so that rounding near 0 does not count."""
     assert found.dtype == expected.dtype and found.shape == expected.shape, what

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _globals
 
+from genai_fast.ops.dispatch import left_to_torch
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -92,6 +94,14 @@ def global_hooks() -> bool:
     """Whether hooks are registered on every module."""
     forward = _globals._global_forward_hooks or _globals._global_forward_pre_hooks
     return bool(forward or _globals._global_backward_hooks or _globals._global_backward_pre_hooks)
+
+
+def watched() -> bool:
+    """Whether the calls are followed: a tracer and a mode know children and functions, and hooks see only those."""
+    if torch.compiler.is_compiling():
+        return False
+    tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
+    return global_hooks() or tracing or left_to_torch()
 
 
 def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:

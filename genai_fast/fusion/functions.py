@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
+from genai_fast.fusion.chains import watched
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype
 
@@ -40,6 +41,16 @@ _cross_entropy = F.cross_entropy
 
 # What serves a function that a method calls by its name.
 SERVED: dict[Any, Callable[..., Any]] = {F.cross_entropy: cross_entropy}
+
+
+def instead_of(function: Any) -> Callable[..., Any]:
+    """Calls what serves it, unless it is handed another function, or calls are followed."""
+    served = SERVED[function]
+
+    def call(now: Any, *args: Any, **named: Any) -> Any:
+        return (served if now is function and not watched() else now)(*args, **named)
+
+    return call
 
 
 def _usual(ignore_index: Any, label_smoothing: Any, reduction: Any) -> bool:

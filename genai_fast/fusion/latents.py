@@ -15,6 +15,7 @@ import torch
 
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
+from genai_fast.fusion.chains import watched
 
 NAMES = frozenset(("randn", "randn_like", "rsample"))  # one of which such a method's code has
 
@@ -270,7 +271,7 @@ class _Put(ast.NodeTransformer):
         return changed
 
 
-def call(sampling: Sampling, watched: Callable[[], bool]) -> Callable[..., torch.Tensor | None]:
+def call(sampling: Sampling) -> Callable[..., torch.Tensor | None]:
     """Draws z, or None where the statements have to."""
 
     def draw(mu: Any, logvar: Any, *called: Any) -> torch.Tensor | None:

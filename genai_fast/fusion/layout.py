@@ -68,6 +68,12 @@ def keeps_order(x: torch.Tensor) -> bool:
     return rows or (last is not None and x.is_contiguous(memory_format=last))
 
 
+def dense_order(x: torch.Tensor) -> list[int] | None:
+    """The order of dimensions in which x is contiguous, if that leaves the last one last; else None."""
+    order = [*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1]
+    return order if x.permute(order).is_contiguous() else None
+
+
 def of_result(conv: Convolution, given: torch.memory_format) -> torch.memory_format:
     """The layout of PyTorch's result: channels_last if input or weight is."""
     return torch.channels_last if given is torch.channels_last else memory_format(conv.weight)

@@ -18,35 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion import latents
-from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
+from genai_fast.fusion import functions, latents, rotary_calls
+from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
-from genai_fast.fusion.functions import SERVED
-from genai_fast.fusion.run import run
-from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
-from genai_fast.ops.dispatch import left_to_torch
+from genai_fast.fusion.products import ProductFinder
+from genai_fast.fusion.source import NothingFound, Refused, source_of, unwrapped
+from genai_fast.fusion.written import Called, Chain, Written, look_first
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
-
-
-class Called(NamedTuple):
-    """An activation that is called as a function, or as a method of a tensor (function is None then)."""
-
-    module: nn.Module
-    function: Any
-    method: str
-    settings: tuple[Any, ...]
-    named: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{type(self.module).__name__}()"
-
-
-class Chain(NamedTuple):
-    """Steps that follow each other: paths of children, and activations."""
-
-    steps: tuple[str | Called, ...]
-    modules: tuple[nn.Module, ...]
 
 
 # The constructors take what the functions do, except for torch.relu.
@@ -57,6 +36,12 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
 _METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
+def _is_worth(chain: Chain, random: bool) -> bool:
+    """Whether something of it runs as one; for convolutions alone nothing is replaced."""
+    cut = spans("".join([letter(module, random) for module in chain.modules]))
+    return any(r.fused and r.letters.strip("CAaI") for r in cut)
+
+
 class _Step(NamedTuple):
     """A call of one module or activation on one value."""
 
@@ -65,7 +50,7 @@ class _Step(NamedTuple):
     module: nn.Module
 
 
-class _Rewriter(ast.NodeTransformer):
+class _Rewriter(ProductFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(
@@ -91,10 +76,10 @@ class _Rewriter(ast.NodeTransformer):
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
         self.chains: list[Chain] = []
-        self.samplings: list[latents.Sampling] = []
-        self.functions: list[Callable[..., Any]] = []
-        self.kept: set[ast.stmt] = set()  # what a sampling falls back on
+        self.calls, self.notes = {}, []
+        self.kept: set[ast.stmt] = set()  # what a call before them falls back on
         self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
+        self.find_held(definition)
         definition.body = self._body(definition.body)
 
     # --- statements in a row become one expression
@@ -120,10 +105,11 @@ class _Rewriter(ast.NodeTransformer):
             found = latents.find(made, self._named, lambda name: self.uses.get(name, 0))
             if found is not None:
                 length, sampling, z = found
-                call = f"{self.prefix}_sample_{len(self.samplings)}"
-                self.samplings.append(sampling)
+                name = f"{self.prefix}_sample_{len(self.calls)}"
+                self.calls[name] = latents.call(sampling)
+                self.notes.append((str(sampling), "reparameterize"))
                 self.kept |= set(made[-length:])
-                made[-length:] = latents.rewritten(made[-length:], sampling, z, call)
+                made[-length:] = latents.rewritten(made[-length:], sampling, z, name)
         return made
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
@@ -165,29 +151,41 @@ class _Rewriter(ast.NodeTransformer):
     # --- a chain becomes a call
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        steps, given = [], node
-        while step := self._step(given):
-            steps.insert(0, (step, given))
-            given = step.given
+        function = self._global(node.func)
+        if rotary_calls.rotary_of(function) is not None:
+            return self._handed(node, "rotary", rotary_calls.call, (rotary_calls.describe(function), "rotary"))
+        if function in functions.SERVED:
+            note = (f"{function.__name__}()", f"{function.__name__} where it is faster")
+            return self._handed(node, function.__name__, functions.instead_of(function), note)
+        steps, given = self._steps(node)
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
-        cut = spans("".join([letter(module, self.random) for module in chain.modules]))
-        if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
-            return self._served(node)
+        if not _is_worth(chain, self.random):
+            return self.generic_visit(node)
         called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
         self.chains.append(chain)
         # What is called is looked up at every call, but for a tensor's methods.
         children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
         return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
 
-    def _served(self, node: ast.Call) -> ast.AST:
-        """A function that an op serves is handed to what decides, at every call."""
-        served = SERVED.get(self._global(node.func))
-        node = self.generic_visit(node)
-        if served is None:
-            return node
-        call = f"{self.prefix}_function_{len(self.functions)}"
-        self.functions.append(served)
-        return ast.copy_location(ast.Call(ast.Name(call, ast.Load()), [node.func, *node.args], node.keywords), node)
+    def _handed(self, node: ast.Call, name: str, call: Callable[..., Any], note: tuple[str, str]) -> ast.AST:
+        """A function is handed, with its arguments, to what decides at every call."""
+        name = f"{self.prefix}_{name}"
+        self.calls[name] = call
+        self.notes.append(note)
+        whole = self.generic_visit(node)
+        return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole)
+
+    def _steps(self, node: ast.expr) -> tuple[list[tuple[_Step, ast.expr]], ast.expr]:
+        """The steps that end with this call, each with its call, and what the first is given."""
+        steps: list[tuple[_Step, ast.expr]] = []
+        while step := self._step(node):
+            steps.insert(0, (step, node))
+            node = step.given
+        return steps, node
+
+    def _joins(self, node: ast.expr) -> bool:
+        modules = tuple(step.module for step, _ in self._steps(node)[0])
+        return _is_worth(Chain((), modules), self.random)
 
     def _step(self, node: ast.expr | None) -> _Step | None:
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
@@ -305,131 +303,21 @@ def _loads(statement: ast.stmt, name: str) -> int:
     return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
 
 
-def _call(chain: Chain, random: bool) -> Callable[..., Any]:
-    """run on the chain; what it calls comes along, as it is looked up at every call."""
-    steps = tuple(None if isinstance(step, str) else step for step in chain.steps)
-
-    def run_chain(x: Any, *called: Any) -> Any:
-        given = iter(called)
-        modules = []
-        usual = not (isinstance(x, torch.fx.Proxy) or _watched())
-        for step in steps:
-            now = step.function if step is not None and step.function is None else next(given)
-            usual &= step is None or (now is step.function and not obstacle(step.module))
-            modules.append(now if step is None else step.module)
-        if usual:
-            return run(modules, x, random)
-        called = iter(called)
-        for step in steps:
-            if step is None:
-                x = next(called)(x)
-            elif step.function is None:
-                x = getattr(x, step.method)(*step.settings, **step.named)
-            else:
-                x = next(called)(x, *step.settings, **step.named)
-        return x
-
-    return run_chain
-
-
-def _instead(served: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls it in the place of the function that it serves, unless that has been replaced."""
-    own = next(function for function, serves in SERVED.items() if serves is served)
-
-    def call(now: Any, *args: Any, **named: Any) -> Any:
-        return (served if now is own and not _watched() else now)(*args, **named)
-
-    return call
-
-
-def _passed_on(function: types.FunctionType, replacement: Callable[[], Any]) -> Callable[..., Any]:
-    """Calls the replacement as the function was called, which has filled in its defaults."""
-    defaults, named_defaults = function.__defaults__ or (), function.__kwdefaults__ or {}
-    count = function.__code__.co_argcount
-
-    def call(*args: Any, **named: Any) -> Any:
-        while count - len(defaults) < len(args) <= count and args[-1] is defaults[len(args) - count - 1]:
-            args = args[:-1]
-        given = {k: v for k, v in named.items() if k not in named_defaults or v is not named_defaults[k]}
-        return replacement()(*args, **given)
-
-    return call
-
-
-def _watched() -> bool:
-    """Whether the calls are followed: a tracer and a mode know children and functions, and hooks see only those."""
-    if torch.compiler.is_compiling():
-        return False
-    tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
-    return global_hooks() or tracing or left_to_torch()
-
-
-class Written(NamedTuple):
-    """A method made again: its source, and the chains that run as one."""
-
-    function: types.FunctionType
-    source: Source
-    prefix: str
-    chains: tuple[Chain, ...]
-    samplings: tuple[latents.Sampling, ...]
-    functions: tuple[Callable[..., Any], ...]  # that serve those which it calls
-    random: bool  # whether it may draw other numbers than PyTorch's
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for methods of one class that are the same."""
-        chains = (repr(chain.steps) for chain in self.chains)
-        return self.function, self.function.__code__, self.random, *chains, len(self.samplings), *self.functions
-
-    @property
-    def calls(self) -> list[tuple[str, str]]:
-        """What it does in one call beside the chains, and by which op."""
-        served = [(f.__name__, f"{f.__name__} where it is faster") for f in self.functions]
-        return [*((str(s), "reparameterize") for s in self.samplings), *served]
-
-    def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
-        """The method; it calls what `replacement` returns in its place, unless that is None."""
-        old = self.function
-        calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain, self.random) for k, chain in enumerate(self.chains)}
-        calls |= {f"{self.prefix}_sample_{k}": latents.call(s, _watched) for k, s in enumerate(self.samplings)}
-        calls |= {f"{self.prefix}_function_{k}": _instead(f) for k, f in enumerate(self.functions)}
-        calls[f"{self.prefix}_now"], calls[f"{self.prefix}_replacement"] = replacement, _passed_on(old, replacement)
-        code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
-        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
-        closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
-        new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
-        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
-            setattr(new, name, getattr(old, name))
-        new.__dict__.update(old.__dict__)
-        return new
-
-
-def _look_first(definition: ast.FunctionDef, prefix: str) -> None:
-    """Begin the method with a look at what it has been replaced by on its class."""
-    args = definition.args
-    given = [a.arg for a in (*args.posonlyargs, *args.args)]
-    given += [f"*{args.vararg.arg}"] if args.vararg else []
-    given += [f"{a.arg}={a.arg}" for a in args.kwonlyargs]
-    given += [f"**{args.kwarg.arg}"] if args.kwarg else []
-    yields = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(definition))
-    call = f"{prefix}_replacement({', '.join(given)})"
-    look = ast.parse(f"if {prefix}_now() is not None: return {f'(yield from {call})' if yields else call}").body[0]
-    documented = ast.get_docstring(definition, clean=False) is not None
-    definition.body.insert(documented, ast.increment_lineno(look, definition.lineno - 1))
-
-
 def written(model: nn.Module, function: Any, random: bool = True) -> Written:
     """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
     if not isinstance(function, types.FunctionType):
         raise Refused("it is no plain function")
+    function, around = unwrapped(function)
     source = source_of(function)
     source = source._replace(definition=copy.deepcopy(source.definition))
     rewriter = _Rewriter(model, function, source.definition, random)
-    if not (rewriter.chains or rewriter.samplings or rewriter.functions):
+    if not rewriter.chains and not rewriter.calls:
         raise NothingFound(NOTHING_HERE)
-    _look_first(source.definition, rewriter.prefix)
-    found = tuple(rewriter.chains), tuple(rewriter.samplings), tuple(rewriter.functions)
-    return Written(function, source, rewriter.prefix, *found, random)
+    if not around:
+        look_first(source.definition, rewriter.prefix)
+    return Written(
+        function, around, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes), random
+    )
 
 
 def methods(model: nn.Module, cls: type[nn.Module], named: Set[str]) -> Iterator[tuple[str, Any]]:

@@ -43,11 +43,53 @@ def source_of(function: types.FunctionType) -> Source:
     return found
 
 
+def unwrapped(function: types.FunctionType) -> tuple[types.FunctionType, list[types.FunctionType]]:
+    """What a decorated function calls in the end, and the functions around it from inside out.
+
+    Raises Refused: a decorator keeps what it wraps elsewhere than in one variable of its wrapper.
+    """
+    around: list[types.FunctionType] = []
+    while hasattr(function, "__wrapped__"):
+        inside = function.__wrapped__
+        plain = isinstance(function, types.FunctionType) and isinstance(inside, types.FunctionType)
+        if not plain or sum(_holds(cell, inside) for cell in function.__closure__ or ()) != 1:
+            raise Refused("it is decorated")
+        around.insert(0, function)
+        function = inside
+    return function, around
+
+
+def wrapped(function: types.FunctionType, around: list[types.FunctionType]) -> types.FunctionType:
+    """Another function in the same wrappers, which share what else they know with the first ones."""
+    for old in around:
+        closure = tuple(
+            types.CellType(function) if _holds(cell, old.__wrapped__) else cell for cell in old.__closure__ or ()
+        )
+        function = remade(old, old.__code__, closure, __wrapped__=function)
+    return function
+
+
+def remade(old: types.FunctionType, code: types.CodeType, closure: tuple[types.CellType, ...], **more: Any) -> Any:
+    """A function like another one, of other code or with other variables around it."""
+    new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
+        setattr(new, name, getattr(old, name))
+    new.__dict__.update({**old.__dict__, **more})
+    return new
+
+
+def _holds(cell: types.CellType, function: types.FunctionType) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # it is empty yet
+        return False
+
+
 @functools.lru_cache(256)
 def _read(function: types.FunctionType, code: types.CodeType) -> Source | Refused:
     """The source of a method that has this code now, or why there is none."""
     if hasattr(function, "__wrapped__"):
-        return Refused("it is decorated")
+        return Refused("it is decorated")  # what it wraps may be read, by itself
     try:
         file, _ = inspect.findsource(function)
         lines, first = inspect.getsourcelines(function)
@@ -56,8 +98,7 @@ def _read(function: types.FunctionType, code: types.CodeType) -> Source | Refuse
         definition = (tree.body[0] if indented else tree).body[0]
         if not isinstance(definition, ast.FunctionDef):
             return Refused("it is no plain function")
-        if definition.decorator_list:
-            return Refused("it is decorated")
+        definition.decorator_list = []  # with none that wraps it: what they made of it is the code that is compared
         source = Source(ast.increment_lineno(definition, first - 1 - indented), _imports_of("".join(file)))
         same = _same(source.compile(function), code)
     except (OSError, TypeError, ValueError, SyntaxError, tokenize.TokenError, RecursionError, StopIteration):

@@ -19,6 +19,9 @@ CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
 CROSS_ENTROPY = 1 << 17
+WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
+GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
+ROTARY = 1 << 16
 GROUP_NORM = {False: (1 << 19, 1 << 19), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
 
 _ignored: ContextVar[bool] = ContextVar("ignored", default=False)
@@ -75,11 +78,29 @@ def rms_norm(x: torch.Tensor) -> str:
 
 def cross_entropy(logits: torch.Tensor) -> str:
     """Cross-entropy as one call each way."""
-    return (
-        ""
-        if not logits.is_cpu or torch.compiler.is_compiling()
-        else _too_small("logits", logits.numel(), CROSS_ENTROPY)
-    )
+    if not logits.is_cpu or torch.compiler.is_compiling():
+        return ""
+    return _too_small("logits", logits.numel(), CROSS_ENTROPY)
+
+
+def written_rms_norm(x: torch.Tensor) -> str:
+    """RMS norm of x as one call, in place of a class that composes it of six."""
+    return _too_small("elements", x.numel(), WRITTEN_RMS_NORM[torch.is_grad_enabled()]) if x.is_cpu else ""
+
+
+def gated(activation: str, x: torch.Tensor) -> str:
+    """An activation of x times another tensor as one call, in place of two."""
+    if not x.is_cpu:
+        return ""
+    gradients, kind = torch.is_grad_enabled(), activation.partition("_")[0]
+    if kind == "silu" and gradients and x.dtype is not torch.float32 and not _ignored.get():
+        return "PyTorch's backward of a narrow dtype is as fast"
+    return _too_small("elements", x.numel(), GATED[kind][gradients])
+
+
+def rotary(x: torch.Tensor) -> str:
+    """The turn of queries or keys as one call, in place of five."""
+    return _too_small("elements", x.numel(), ROTARY) if x.is_cpu else ""
 
 
 def group_norm(instance: bool, gradients: bool, x: torch.Tensor) -> str:

@@ -45,7 +45,7 @@ class _LayerNorm(KernelFunction):
         return dict(x=grad_x, residual=grad_x, weight=grad_weight, bias=grad_bias)
 
 
-def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool) -> Any:
+def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool, offset: Any = 0.0) -> Any:
     checks.is_floating(op, "x", x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(
@@ -59,7 +59,10 @@ def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms:
     if rms and eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     eps = checks.real(op, "eps", eps, "a finite float >= 0", 0.0)
-    y, h, _, _ = _LayerNorm.call(x, residual, wide(weight), wide(bias), rms, eps, forced_backend())
+    weight = wide(weight)
+    if offset != 0.0:
+        weight = weight + checks.real(op, "offset", offset, "a finite float")
+    y, h, _, _ = _LayerNorm.call(x, residual, weight, wide(bias), rms, eps, forced_backend())
     return y if residual is None else (y, h)
 
 
@@ -103,9 +106,13 @@ def layer_norm(
 
 @planned
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """y = h / sqrt(mean(h^2) + eps) * weight, h = x + residual; the mean over the last dimension.
+    """y = h / sqrt(mean(h^2) + eps) * (offset + weight), h = x + residual; the mean over the last dimension.
 
     With a residual h is returned too, as by `layer_norm`.
 
@@ -114,8 +121,13 @@ def rms_norm(
         weight: [D] or None for 1; the dtype of x, or float32.
         eps: added to the mean square; None: that of float32's (float64's) precision, 1.2e-7, as F.rms_norm.
         residual: shape and dtype of x, or None for 0.
+        offset: added to the weight, in float32: 1 in Gemma, whose weights are learned as deviations from 1.
+
+    y is rounded once, from float32. Llama's norm in bfloat16 or float16 rounds before it multiplies by the weight too.
 
     Returns, Gradients, Backends, Raises: as `layer_norm`.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    return _call("rms_norm", x, weight, None, eps, residual, True)
+    if weight is None and offset != 0.0:
+        raise ValueError(f"rms_norm: offset: expected 0 without a weight, got {offset!r}; it is added to the weight")
+    return _call("rms_norm", x, weight, None, eps, residual, True, offset)

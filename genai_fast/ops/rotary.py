@@ -16,18 +16,19 @@ _OP = "rotary"
 
 class _Rotary(KernelFunction):
     @staticmethod
-    def forward(x, cos, sin, positions, offset, interleaved, inverse, backend):
-        return library_call("rotary", x, cos, sin, positions, offset, interleaved, inverse, backend)
+    def forward(x, cos, sin, positions, offset, interleaved, inverse, full, backend):
+        return library_call("rotary", x, cos, sin, positions, offset, interleaved, inverse, full, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse, ctx.backend = inputs
+        _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse, ctx.full, ctx.backend = inputs
         ctx.save_for_backward(cos, sin, positions)
 
     @staticmethod
     def backward(ctx, grad_y):
         """The rotation by the opposite angle, which has derivatives of its own."""
-        arguments = (grad_y, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
+        settings = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.full, ctx.backend)
+        arguments = (grad_y, *ctx.saved_tensors, *settings)
         grad_x = _Rotary.call(*arguments) if differentiated_again() else library_call("rotary", *arguments)
         return dict(x=grad_x)
 
@@ -61,7 +62,7 @@ def rotary_tables(
     return reference.tables(positions_max, dim, base, torch.get_default_device() if device is None else device, dtype)
 
 
-def _check_tables(x: torch.Tensor, cos: Any, sin: Any) -> None:
+def _check_tables(x: torch.Tensor, cos: Any, sin: Any, full: bool) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         checks.is_floating(_OP, name, table)
         checks.same_device(_OP, name, table, "x", x)
@@ -71,10 +72,12 @@ def _check_tables(x: torch.Tensor, cos: Any, sin: Any) -> None:
             )
         if table.dtype is not x.dtype and table.dtype is not torch.float32:
             raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x has, or torch.float32, got {table.dtype}")
-    if cos.dim() != 2 or not 0 < 2 * cos.size(1) <= x.size(3):
+    rotated = 0 if cos.dim() != 2 else cos.size(1) if full else 2 * cos.size(1)
+    if rotated % 2 or not 0 < rotated <= x.size(3):
+        expected = "[T_max, D_rot] with an even D_rot" if full else "[T_max, D_rot / 2] with D_rot"
         raise ValueError(
-            f"{_OP}: cos: expected [T_max, D_rot / 2] with D_rot <= D = {x.size(3)}, got shape {tuple(cos.shape)};"
-            f" rotary_tables makes it"
+            f"{_OP}: cos: expected {expected} <= D = {x.size(3)}, got shape {tuple(cos.shape)};"
+            f" {'full=False takes' if full else 'rotary_tables makes'} it"
         )
     if sin.shape != cos.shape or sin.dtype is not cos.dtype:
         raise ValueError(
@@ -111,6 +114,7 @@ def rotary(
     interleaved: bool = False,
     positions: torch.Tensor | None = None,
     offset: int = 0,
+    full: bool = False,
 ) -> torch.Tensor:
     """y = (a cos[p] - b sin[p], b cos[p] + a sin[p]) for each pair (a, b) of a token's channels, p its position.
 
@@ -124,10 +128,13 @@ def rotary(
             GPT-NeoX and Hugging Face's Llama.
         positions: int64 [T] or [B, T], or None for offset .. offset + T - 1.
         offset: the first token's position (those in a cache before it); 0 beside positions.
+        full: cos and sin are [T_max, D_rot], a column for each channel, as models of Hugging Face have them: a is
+            multiplied by its own columns, and so is b. Those of a pair need not be equal.
 
     Returns: y, shape and dtype of x, without holes: [B, T, H, D] in memory where x's heads lie inside its tokens, else
         contiguous. Computed in float32 and rounded once.
-    Gradients: x, to any order: the rotation by the opposite angle, by the same kernel. None for cos and sin.
+    Gradients: x, to any order: the rotation by the opposite angle (the transpose), by the same kernel. None for
+        cos and sin.
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Positions in a CPU tensor
         that the tables lack are refused. On CUDA, where looking at them would wait for the device, and in a compiled
@@ -137,7 +144,8 @@ def rotary(
     checks.is_floating(_OP, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x: expected [B, H, T, D], got shape {tuple(x.shape)}; heads come second")
-    _check_tables(x, cos, sin)
+    full = checks.flag(_OP, "full", full)
+    _check_tables(x, cos, sin, full)
     offset = checks.integer(_OP, "offset", offset, None, "an int, the first token's position")
     interleaved = checks.flag(_OP, "interleaved", interleaved)
     if positions is not None:
@@ -149,4 +157,4 @@ def rotary(
             f"{_OP}: offset: expected positions in 0 .. {cos.size(0) - 1}, the rows of cos and sin, got {offset} and"
             f" {x.size(2)} tokens; make longer tables"
         )
-    return _Rotary.call(x, cos, sin, positions, offset, interleaved, False, forced_backend())
+    return _Rotary.call(x, cos, sin, positions, offset, interleaved, False, full, forced_backend())

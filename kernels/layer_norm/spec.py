@@ -19,10 +19,11 @@ def _layer_norm_reference(x, weight=None, bias=None, eps=1e-5, residual=None):
     return y if residual is None else (y, h)
 
 
-def _rms_norm_reference(x, weight=None, eps=None, residual=None):
+def _rms_norm_reference(x, weight=None, eps=None, residual=None, offset=0.0):
     """F.rms_norm in float32 or wider, of the sum in x's dtype."""
     h = x if residual is None else x + residual
-    y = F.rms_norm(wide(h), h.shape[-1:], *_wide(weight), eps).to(x.dtype)
+    weight = weight if weight is None else wide(weight) + offset
+    y = F.rms_norm(wide(h), h.shape[-1:], weight, eps).to(x.dtype)
     return y if residual is None else (y, h)
 
 
@@ -33,9 +34,9 @@ def _eager_layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
     return y if residual is None else (y, h)
 
 
-def _eager_rms_norm(x, weight=None, eps=None, residual=None):
+def _eager_rms_norm(x, weight=None, eps=None, residual=None, offset=0.0):
     h = x if residual is None else x + residual
-    y = F.rms_norm(h, h.shape[-1:], weight, eps)
+    y = F.rms_norm(h, h.shape[-1:], weight + offset if offset else weight, eps)
     return y if residual is None else (y, h)
 
 
@@ -166,6 +167,15 @@ _BIAS_DTYPE = ErrorCase(
 )
 
 
+_OFFSETS = (
+    ErrorCase("offset_alone", lambda t: dict(x=t.normal(4, 6), offset=1.0), ValueError, r"offset.*without a weight"),
+    ErrorCase("offset", lambda t: {**_inputs(4, 6, bias=False)(t), "offset": float("nan")}, ValueError,
+              r"offset.*finite.*got nan"),
+    ErrorCase("offset_type", lambda t: {**_inputs(4, 6, bias=False)(t), "offset": "1"}, ValueError,
+              r"offset.*finite.*got '1'"),
+)  # fmt: skip
+
+
 def _compile_cases(bias):
     """Rows that need more warps than those of the bench cases, and rows in blocks."""
     for columns in (4096, 8192, 65536) if bias else (8192, 65536):
@@ -203,12 +213,12 @@ LAYER_NORM = OpSpec(
 RMS_NORM = OpSpec(
     name="rms_norm",
     folder="layer_norm",
-    formula="h / sqrt(mean(h^2) + eps) weight and h = x + residual, by row of the last dimension",
+    formula="h / sqrt(mean(h^2) + eps) (offset + weight) and h = x + residual, by row of the last dimension",
     source="Zhang & Sennrich 2019, arXiv:1910.07467",
     library=LIBRARY,
     reference=_rms_norm_reference,
-    cases=tuple(_cases(False)),
-    error_cases=tuple(_error_cases(False)),
+    cases=(*_cases(False), Case("gemma", _inputs(3, 7, 48, bias=False, residual=False, eps=1e-6, offset=1.0))),
+    error_cases=(*_error_cases(False), *_OFFSETS),
     bench_cases=_bench_cases(("llama", 2, 1024, 4096), bias=False),
     peers={"eager": _eager_rms_norm},
     limits=Limits(_inputs(64, 4096, bias=False), (16.1, 32.6, 17.2), 1.05, 1.6),

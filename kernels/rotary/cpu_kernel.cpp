@@ -7,35 +7,46 @@
 
 namespace {
 
-// Pair i of a row is (2 i, 2 i + 1) if Interleaved, else (i, pairs + i).
-template <bool Interleaved>
-void rotate(const float* x, const float* cosine, const float* sine, float sign, int64_t pairs, float* y) {
-  constexpr int64_t kStep = Interleaved ? 2 : 1;
-  const int64_t apart = Interleaved ? 1 : pairs;
+// Pair i of a row is (2 i, 2 i + 1) if Interleaved, else (i, pairs + i). Full: so are its cosines and sines; the inverse
+// is the transpose.
+template <bool Interleaved, bool Full>
+void rotate(const float* x, const float* cosine, const float* sine, bool inverse, int64_t pairs, float* y) {
+  constexpr int64_t kStep = Interleaved ? 2 : 1, kTable = Full ? kStep : 1;
+  const int64_t apart = Interleaved ? 1 : pairs, other = Full ? apart : 0;
+  const float *const sine_a = sine + (inverse ? other : 0), *const sine_b = sine + (inverse ? 0 : other);
+  const float sign = inverse ? -1.0f : 1.0f;
 #pragma omp simd
   for (int64_t i = 0; i < pairs; ++i) {
-    const float a = x[kStep * i], b = x[kStep * i + apart], c = cosine[i], s = sign * sine[i];
-    y[kStep * i] = a * c - b * s;
-    y[kStep * i + apart] = b * c + a * s;
+    const float a = x[kStep * i], b = x[kStep * i + apart];
+    y[kStep * i] = a * cosine[kTable * i] - b * (sign * sine_a[kTable * i]);
+    y[kStep * i + apart] = b * cosine[kTable * i + other] + a * (sign * sine_b[kTable * i]);
   }
 }
 
-// The tables are [known, rotated / 2]; a token's position is offset + its index, or what `positions` says. One that the
+template <bool Interleaved>
+void rotate(const float* x, const float* cosine, const float* sine, bool inverse, bool full, int64_t pairs, float* y) {
+  if (full) {
+    rotate<Interleaved, true>(x, cosine, sine, inverse, pairs, y);
+  } else {
+    rotate<Interleaved, false>(x, cosine, sine, inverse, pairs, y);
+  }
+}
+
+// The tables are [known, rotated], or [known, rotated / 2] unless full; a token's position is offset + its index, or what `positions` says. One that the
 // tables lack gives NaN. Tokens are second if by_token, else third.
 void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, int dtype, const void* cosine,
             int64_t cosine_stride, const void* sine, int64_t sine_stride, int table_dtype, int64_t known,
             const int64_t* positions, int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second,
             int64_t third, int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse,
-            int threads) {
+            bool full, int threads) {
   const Rows in{x, 0, dtype}, cosines{cosine, cosine_stride, table_dtype}, sines{sine, sine_stride, table_dtype};
   const DenseOut out{y, columns, dtype};
-  const int64_t rows = batch * second * third, pairs = rotated / 2;
+  const int64_t rows = batch * second * third, pairs = rotated / 2, angles_each = full ? rotated : pairs;
   const int64_t each = columns > 0 && columns < kPiece ? kPiece / columns : 1;
-  const float sign = inverse ? -1.0f : 1.0f;
   const bool parallel = rows * columns >= kParallel;
   constexpr int64_t kFar = int64_t(1) << 62;  // beyond any table, and no sum with an index overflows
   offset = offset > kFar ? kFar : offset < -kFar ? -kFar : offset;
-  const Scratch scratch(3 * columns, parallel, threads);
+  const Scratch scratch(4 * columns, parallel, threads);
 #pragma omp parallel num_threads(threads) if (parallel)
   {
     float* const room = scratch.mine();
@@ -54,14 +65,14 @@ void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, i
           for (int64_t k = 0; k < rotated; ++k) w[k] = __builtin_nanf("");
         } else {
           if (position != held) {
-            const Piece angle{position, 1, 0, pairs};
-            c = cosines.read(angle, angles), s = sines.read(angle, angles + pairs);
+            const Piece angle{position, 1, 0, angles_each};
+            c = cosines.read(angle, angles), s = sines.read(angle, angles + angles_each);
             held = position;
           }
           if (interleaved) {
-            rotate<true>(v, c, s, sign, pairs, w);
+            rotate<true>(v, c, s, inverse, full, pairs, w);
           } else {
-            rotate<false>(v, c, s, sign, pairs, w);
+            rotate<false>(v, c, s, inverse, full, pairs, w);
           }
         }
         for (int64_t k = rotated; k < columns; ++k) w[k] = v[k];

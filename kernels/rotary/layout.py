@@ -5,13 +5,14 @@ import torch
 from genai_fast.kernels.rotary.reference import with_unit_stride
 
 
-def operands(x, cos, sin, positions):
-    """The same with rows side by side; raises on what would read foreign memory."""
+def operands(x, cos, sin, positions, full):
+    """(x, cos, sin, positions, channels that turn) with rows side by side; raises on what would read foreign memory."""
     place = x.device
-    if x.dim() != 4 or cos.dim() != 2 or not 0 < 2 * cos.size(1) <= x.size(3):
+    rotated = 0 if cos.dim() != 2 else cos.size(1) if full else 2 * cos.size(1)
+    if x.dim() != 4 or rotated % 2 or not 0 < rotated <= x.size(3):
+        tables = "[T_max, D_rot]" if full else "[T_max, D_rot / 2]"
         raise ValueError(
-            f"genai_fast: expected [B, H, T, D] and tables [T_max, D_rot / 2], got {tuple(x.shape)} and"
-            f" {tuple(cos.shape)}"
+            f"genai_fast: expected [B, H, T, D] and tables {tables}, got {tuple(x.shape)} and {tuple(cos.shape)}"
         )
     if sin.shape != cos.shape or sin.dtype is not cos.dtype or sin.device != place or cos.device != place:
         raise ValueError(
@@ -31,7 +32,7 @@ def operands(x, cos, sin, positions):
         if tokens > 1 and positions.stride(-1) != 1:
             positions = positions.contiguous()
     cos, sin = (t if t.size(1) < 2 or t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
-    return with_unit_stride(x), cos, sin, positions
+    return with_unit_stride(x), cos, sin, positions, rotated
 
 
 def between_samples(positions: torch.Tensor | None) -> int:

@@ -40,18 +40,26 @@ def _looked_up(table: torch.Tensor, positions: torch.Tensor | None, offset: int,
     return rows.unsqueeze(1) if positions.dim() == 2 else rows
 
 
-def rotated(x, cos, sin, positions, offset, interleaved, inverse):
-    """y = (a cos - b sin, b cos + a sin) for each pair (a, b) of channels; the others as they are."""
-    rotary = 2 * cos.size(1)
+def rotated(x, cos, sin, positions, offset, interleaved, inverse, full=False):
+    """y = (a cos - b sin, b cos + a sin) for each pair (a, b) of channels; the others as they are.
+
+    full: a and b have a cosine and a sine each; the inverse is then the transpose.
+    """
+    rotary = cos.size(1) if full else 2 * cos.size(1)
     first = wide(x[..., :rotary])
-    a, b = (first[..., ::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
+
+    def halves(t):
+        return (t[..., ::2], t[..., 1::2]) if interleaved else t.chunk(2, -1)
+
+    a, b = halves(first)
     c, s = (_looked_up(table, positions, offset, x.size(2)).to(first.dtype) for table in (cos, sin))
-    s = -s if inverse else s
-    pairs = a * c - b * s, b * c + a * s
+    (c, c_b), (s, s_b) = (halves(c), halves(s)) if full else ((c, c), (s, s))
+    s, s_b = (-s_b, -s) if inverse else (s, s_b)
+    pairs = a * c - b * s, b * c_b + a * s_b
     y = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat((y.to(x.dtype), x[..., rotary:]), -1)
 
 
-def rotary(x, cos, sin, positions, offset, interleaved, inverse):
+def rotary(x, cos, sin, positions, offset, interleaved, inverse, full=False):
     x = with_unit_stride(x)
-    return in_order_of(x).copy_(rotated(x, cos, sin, positions, offset, interleaved, inverse))
+    return in_order_of(x).copy_(rotated(x, cos, sin, positions, offset, interleaved, inverse, full))

@@ -2,13 +2,22 @@
 
 import torch
 
+from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec
 from genai_fast.kernels.rotary import reference
 from genai_fast.kernels.rotary.schema import LIBRARY
 
 
-def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0):
-    return reference.rotated(x, cos, sin, positions, offset, interleaved, False)
+def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0, full=False):
+    if full and not interleaved:  # Hugging Face's words
+        cos, sin = (
+            table[offset : offset + x.size(2)] if positions is None else table[positions] for table in (cos, sin)
+        )
+        cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (wide(cos), wide(sin)))
+        turned, kept = wide(x).split((cos.size(-1), x.size(-1) - cos.size(-1)), -1)
+        a, b = turned.chunk(2, -1)
+        return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, kept), -1).to(x.dtype)
+    return reference.rotated(x, cos, sin, positions, offset, interleaved, False, full)
 
 
 def _eager(x, cos, sin, *, interleaved=False, positions=None, offset=0):
@@ -77,6 +86,17 @@ def _inputs(*shape, layout="contiguous", rotary=None, more=0, narrow=False, at=N
     return make
 
 
+def _full(*shape, rotary=None, **settings):
+    """A column for each channel, those of a pair not alike."""
+    make = _inputs(*shape, **{**settings, "rotary": 2 * (rotary or shape[-1])})
+
+    def with_tables(t):
+        tables = _tables(t, shape[2] + settings.get("more", 0) + settings.get("offset", 0), 2 * (rotary or shape[-1]))
+        return {**make(t), **tables, "full": True}
+
+    return with_tables
+
+
 def _shared_positions(t):
     """Of a batch, by expansion; tables with rows apart, as every second one of longer tables."""
     tables = {name: table[::2] for name, table in _tables(t, 40, 16).items()}
@@ -117,6 +137,12 @@ CASES = (
     Case("strided", _inputs(2, 3, 7, 16, layout="strided", interleaved=True)),
     Case("many_rows", _inputs(3, 5, 70, 64, layout="packed", more=1)),
     Case("wide_head", _inputs(1, 2, 3, 2600, rotary=2400)),
+    Case("full", _full(2, 3, 7, 32, layout="packed")),
+    Case("full_partial", _full(2, 3, 5, 24, rotary=10, offset=3)),
+    Case("full_interleaved", _full(2, 3, 5, 16, interleaved=True, layout="by_token")),
+    Case("full_positions", _full(3, 2, 7, 16, at="BT", more=9)),
+    Case("full_narrow", _full(2, 3, 7, 32, narrow=True)),
+    Case("full_second_order", _full(1, 2, 3, 6, rotary=4)),
     Case("empty_batch", _inputs(0, 2, 3, 8)),
     Case("no_tokens", _inputs(2, 2, 0, 8, at="T", more=3)),
     Case("special_values", _special(False)),
@@ -148,6 +174,9 @@ ERROR_CASES = (
               r"cos: expected \[T_max, D_rot / 2\] with D_rot <= D = 6, got shape \(5, 4\)"),
     ErrorCase("table_dimensions", _with(cos=lambda t, cos: cos[None]), ValueError,
               r"cos: expected \[T_max, D_rot / 2\].*got shape \(1, 5, 4\)"),
+    ErrorCase("full_odd", lambda t: {**_GOOD(t), **{n: torch.ones(5, 7) for n in ("cos", "sin")}, "full": True},
+              ValueError, r"cos: expected \[T_max, D_rot\] with an even D_rot <= D = 8, got shape \(5, 7\)"),
+    ErrorCase("full_flag", _with(full=lambda t, _: "yes"), TypeError, r"full"),
     ErrorCase("tables_differ", _with(sin=lambda t, sin: sin[:4]), ValueError,
               r"sin: expected torch\.float32 \(5, 4\) as cos is, got torch\.float32 \(4, 4\)"),
     ErrorCase("table_dtype", _with(cos=lambda t, cos: cos.half()), TypeError,
@@ -181,6 +210,7 @@ BENCH_CASES = (
 
 _COMPILE_CASES = (
     CompileCase("pairs", _inputs(1, 32, 2048, 64, layout="by_token", interleaved=True), ("fp32", "bf16")),
+    CompileCase("full", _full(1, 32, 2048, 64, layout="by_token"), ("fp32", "bf16")),
     CompileCase("at_positions", _inputs(1, 32, 2048, 64, layout="by_token", at="BT", narrow=True)),
 )
 _EXPECTED = {"_rotary": Expected((), lambda c: c["ROWS"] * (2 * c["BLOCK"] + c["COLUMNS"] - 2 * c["HALF"]), 40)}

@@ -15,15 +15,17 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["offset"])
 def _rotary(
-    x_ptr, cos_ptr, sin_ptr,                 # [batch, second, third, COLUMNS], [known, COLUMNS_ROTATED / 2] twice
+    x_ptr, cos_ptr, sin_ptr,                 # [batch, second, third, COLUMNS], [known, 2 HALF if FULL else HALF] twice
     positions_ptr, y_ptr,                    # [batch or 1, tokens] or None; x's shape, dense
     second, third, x_batch, x_second, x_third, cos_stride, sin_stride, known, positions_stride, offset, sign, blocks,
-    BY_TOKEN: tl.constexpr, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    BY_TOKEN: tl.constexpr, INTERLEAVED: tl.constexpr, FULL: tl.constexpr, SWAPPED: tl.constexpr,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """y = (a cos - b sin, b cos + a sin) for the HALF pairs (a, b) of each row; a position beyond the table gives NaN.
 
-    Tokens are the second dimension if BY_TOKEN, else the third. BLOCK holds HALF, and REST the channels that stay.
+    Tokens are the second dimension if BY_TOKEN, else the third. FULL: a and b have a cosine and a sine each, the sines
+    SWAPPED in the transpose. BLOCK holds HALF, and REST the channels that stay.
     """
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
@@ -42,34 +44,42 @@ def _rotary(
     mask = inside[:, None] & (pair < HALF)
     looked_up = mask & ((position >= 0) & (position < known))[:, None]
     position = position[:, None]
-    c = tl.load(cos_ptr + position * cos_stride + pair, mask=looked_up, other=float("nan")).to(tl.float32)
-    s = tl.load(sin_ptr + position * sin_stride + pair, mask=looked_up, other=float("nan")).to(tl.float32) * sign
+    apart: tl.constexpr = (1 if INTERLEAVED else HALF) if FULL else 0
+    column = 2 * pair if FULL and INTERLEAVED else pair
+    cos_ptr += position * cos_stride + column
+    sin_ptr += position * sin_stride + column
+    c = tl.load(cos_ptr, mask=looked_up, other=float("nan")).to(tl.float32)
+    s = tl.load(sin_ptr + (apart if SWAPPED else 0), mask=looked_up, other=float("nan")).to(tl.float32) * sign
+    c_b, s_b = c, s
+    if FULL:
+        c_b = tl.load(cos_ptr + apart, mask=looked_up, other=float("nan")).to(tl.float32)
+        s_b = tl.load(sin_ptr + (0 if SWAPPED else apart), mask=looked_up, other=float("nan")).to(tl.float32) * sign
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK)[None, :]
         mask = inside[:, None] & (both < 2 * HALF)
         x = tl.load(x_ptr + both, mask=mask, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(x, [ROWS, BLOCK, 2]))
-        y = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [ROWS, 2 * BLOCK])
+        y = tl.reshape(tl.join(a * c - b * s, b * c_b + a * s_b), [ROWS, 2 * BLOCK])
         tl.store(y_ptr + both, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         a = tl.load(x_ptr + pair, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_ptr + HALF + pair, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + pair, (a * c - b * s).to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_ptr + HALF + pair, (b * c + a * s).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + HALF + pair, (b * c_b + a * s_b).to(y_ptr.dtype.element_ty), mask=mask)
     if REST:
         more = 2 * HALF + tl.arange(0, REST)[None, :]
         mask = inside[:, None] & (more < COLUMNS)
         tl.store(y_ptr + more, tl.load(x_ptr + more, mask=mask), mask=mask)
 
 
-def rotary(x, cos, sin, positions, offset, interleaved, inverse):
-    x, cos, sin, positions = operands(x, cos, sin, positions)
+def rotary(x, cos, sin, positions, offset, interleaved, inverse, full=False):
+    x, cos, sin, positions, rotated = operands(x, cos, sin, positions, full)
     y, by_token = in_order_of(x), heads_inside(x)
     if not y.numel():
         return y
     given = x.transpose(1, 2) if by_token else x
     batch, second, third, columns = given.shape
-    half = cos.size(1)
+    half = rotated // 2
     block = next_power_of_2(half)
     tile = max(PAIRS // block, 1)
     blocks = ceil_div(second * third, tile)
@@ -77,7 +87,7 @@ def rotary(x, cos, sin, positions, offset, interleaved, inverse):
     _rotary[(batch * blocks,)](
         x, cos, sin, positions, y, second, third, *given.stride()[:3], cos.stride(0), sin.stride(0), cos.size(0),
         between_samples(positions), offset, -1.0 if inverse else 1.0, blocks,
-        BY_TOKEN=by_token, INTERLEAVED=interleaved, COLUMNS=columns, HALF=half, ROWS=tile, BLOCK=block,
-        REST=next_power_of_2(rest) if rest else 0, num_warps=NUM_WARPS,
+        BY_TOKEN=by_token, INTERLEAVED=interleaved, FULL=full, SWAPPED=full and inverse, COLUMNS=columns, HALF=half,
+        ROWS=tile, BLOCK=block, REST=next_power_of_2(rest) if rest else 0, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y
