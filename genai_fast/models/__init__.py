@@ -17,6 +17,8 @@ _HOMES = {
     "registry": "MODELS",
     "seq2seq.model": "Seq2Seq",
     "text_vae.model": "TextVAE",
+    "translation.model": "CycleGAN ImagePool Pix2Pix",
+    "translation.networks": "PatchCritic ResNetGenerator UNetGenerator",
     "vae.model": "MLPVAE",
     "vrnn.model": "VRNN",
 }

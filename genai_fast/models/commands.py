@@ -11,6 +11,7 @@ FAMILIES = (
     "conv_vae",
     "autoencoder",
     "gan",
+    "translation",
     "gpt",
     "lstm",
     "seq2seq",

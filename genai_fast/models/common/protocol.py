@@ -36,6 +36,20 @@ class Inpaints(Protocol):
         """Images [B, C, H, W] repaired where mask [B, 1, H, W] is True."""
 
 
+class Translates(Protocol):
+    """Images of one set as they would be in another; `targets` names the sets that it can make, the first by default.
+
+    translator(to): the network that does it.
+    """
+
+    targets: tuple[str, ...]
+
+    def translate(self, x: torch.Tensor, to: str = "b") -> torch.Tensor:
+        """Images [N, C, H, W] as the model has them -> the same number and shape, of set `to`."""
+
+    def translator(self, to: str) -> torch.nn.Module: ...
+
+
 class Request(NamedTuple):
     """A text that is asked for."""
 
