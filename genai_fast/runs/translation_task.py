@@ -43,8 +43,8 @@ class TranslationTask(ImageTask):
         a, b = sets
         if a.shape != b.shape:
             raise UsageError(
-                f"{name}: expected both sets of one size, got {a.name} of {_pixels(a)} and {b.name} of {_pixels(b)}"
-                f" pixels; remedy: --size PIXELS"
+                f"{name}: expected both sets of one size, got {settings.data} of {_pixels(a)} and"
+                f" {settings.data_b} of {_pixels(b)} pixels; remedy: --size PIXELS"
             )
         if self.pairs:
             a, b = paired(a, b)
