@@ -1,4 +1,4 @@
-"""The commands that draw pictures: sample, interpolate, inpaint, reconstruct, translate."""
+"""The commands that draw pictures: sample, interpolate, inpaint, reconstruct, translate, upscale."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from genai_fast import data
 from genai_fast.cli.checks import at_least, check_parent, check_png, check_seed, free_path, opened, replaced_note
-from genai_fast.data.picture import read_light
+from genai_fast.data.picture import read_light, read_picture
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates, Upscales
 from genai_fast.runs import pictures
 from genai_fast.runs.image_evaluation import decode, generate, shown
 from genai_fast.runs.run import Opened
@@ -134,6 +134,18 @@ def run_translate(options: argparse.Namespace) -> int:
                 pictures.single(image, path)
         what = "translated"
     print(f"{options.out}{replaced}: {count} images of {images.name} {what}, to {options.to} by {run.folder}")
+    return 0
+
+
+def run_upscale(options: argparse.Namespace) -> int:
+    options.out = free_path(options.out, "upscaled.png")
+    check_png(options.out)
+    run, replaced = opened(options, "upscale", Upscales), replaced_note(options.out)
+    x = torch.from_numpy(read_picture(options.picture, grey=run.shape[0] == 1))[None].float() / 255
+    made = shown(run.model, run.model.upscale(x * 2 - 1))[0]
+    pictures.single(made, options.out)
+    sizes = " to ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (x, made))
+    print(f"{options.out}{replaced}: {options.picture} enlarged from {sizes} pixels by {run.folder}")
     return 0
 
 

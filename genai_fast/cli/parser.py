@@ -198,6 +198,10 @@ def parser_of() -> argparse.ArgumentParser:
         help="a new folder for one file per picture, or a PNG file for a grid of pictures and translations; default:"
         " translated, or a free number",
     )
+    what = "enlarge a picture by a run of srresnet or srgan"
+    upscale = _of_a_run(commands, "upscale", what, draws=False)
+    upscale.add_argument("picture", type=Path, metavar="PICTURE", help="a picture of any size")
+    upscale.add_argument("--out", type=Path, help="PNG file; default: upscaled.png, or a free number")
     generate = _of_a_run(commands, "generate", "continue a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: none")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with one prompt per line")

@@ -19,6 +19,8 @@ MEANINGS = {
     "l1": "mean distance of pixels to the partner's, in [0, 1]; lower is better",
     "psnr": "dB between images and what they should be; higher is better",
     "ssim": "structural similarity to what they should be; 1 is best",
+    "psnr_bicubic": "that of bicubic interpolation",
+    "ssim_bicubic": "that of bicubic interpolation",
     "nats": "per text; lower is better",
     "tokens": "per text",
     "perplexity": "number of equally likely next tokens; lower is better",

@@ -12,6 +12,7 @@ FAMILIES = (
     "autoencoder",
     "gan",
     "translation",
+    "srgan",
     "gpt",
     "lstm",
     "seq2seq",

@@ -17,7 +17,7 @@ from torch import nn
 from genai_fast import __version__, atomic_files
 from genai_fast.contract import image_traits, offers
 from genai_fast.errors import UsageError, require
-from genai_fast.models.common.protocol import Draws, Translates
+from genai_fast.models.common.protocol import Draws, Translates, Upscales
 from genai_fast.models.common.recipe import Graph, Values
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import export_template
@@ -88,6 +88,9 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     elif offers(run.model, Translates):
         command, use = export_template.translate, {"shape": run.shape}
         call = f"translate(load(), {_arguments(use)})"
+    elif offers(run.model, Upscales):
+        command, use = export_template.upscale, {"channels": run.shape[0]}
+        call = f"upscale(load(), {_arguments(use)})"
     else:
         command, use = export_template.reconstruct, {"shape": run.shape}
         call = f"reconstruct(load(), {_arguments(use)})"

@@ -34,8 +34,8 @@ def save_images(images: torch.Tensor, path: Path, columns: int) -> None:
     Image.frombytes("L" if channels == 1 else "RGB", (columns * width, rows * height), pixels).save(path)
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The centre square of a picture as an image [C, H, W] in [-1, 1]."""
+def read_image(path: Path, channels: int, sides: tuple[int, int] | None = None) -> torch.Tensor:
+    """A picture as an image [C, H, W] in [-1, 1]; of these sides (H, W), the middle is taken."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -43,14 +43,15 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     Image.init()
     known = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for PostScript Pillow starts a program
     formats = [name for name in known if name in Image.OPEN]
-    channels, height, width = shape
     try:
         with Image.open(path, formats=formats) as picture:
             picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow raises all kinds on broken files
         raise SystemExit(f"{path}: expected a picture, got {error}") from None
-    pixels = torch.tensor(list(ImageOps.fit(picture, (width, height)).tobytes()), dtype=torch.float32)
-    return pixels.view(height, width, channels).permute(2, 0, 1) / 127.5 - 1
+    if sides:
+        picture = ImageOps.fit(picture, sides[::-1])
+    pixels = torch.tensor(list(picture.tobytes()), dtype=torch.float32)
+    return pixels.view(picture.height, picture.width, channels).permute(2, 0, 1) / 127.5 - 1
 
 
 def draw(model: nn.Module, shape: tuple[int, int, int], latent: int, classes: tuple[str, ...], signed: bool) -> None:
@@ -90,7 +91,7 @@ def reconstruct(model: nn.Module, shape: tuple[int, int, int]) -> None:
         help="a picture, or a .pt file of [2 N, C, H, W] in [0, 1]; default: %(default)s",
     )
     options = parser.parse_args()
-    x = torch.stack([read_image(path, shape) for path in options.pictures])
+    x = torch.stack([read_image(path, shape[0], shape[1:]) for path in options.pictures])
     with torch.no_grad():
         x = torch.cat([x, model(x)])
     save_images((x * 0.5 + 0.5).clamp(0, 1), options.out, len(options.pictures))
@@ -108,7 +109,21 @@ def translate(model: nn.Module, shape: tuple[int, int, int]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.pictures:
         with torch.no_grad():
-            made = model(read_image(path, shape)[None])
+            made = model(read_image(path, shape[0], shape[1:])[None])
+        save_images((made * 0.5 + 0.5).clamp(0, 1), options.out / f"{path.stem}.png", 1)
+    print(f"{options.out}: {len(options.pictures)} pictures")
+
+
+def upscale(model: nn.Module, channels: int) -> None:
+    """The command line of a network that enlarges images [C, H, W] in [-1, 1] of any size: each becomes a file."""
+    parser = argparse.ArgumentParser(description="Enlarge pictures.")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    parser.add_argument("--out", type=Path, default=Path("enlarged"), help="folder for them; default: %(default)s")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.pictures:
+        with torch.no_grad():
+            made = model(read_image(path, channels)[None])
         save_images((made * 0.5 + 0.5).clamp(0, 1), options.out / f"{path.stem}.png", 1)
     print(f"{options.out}: {len(options.pictures)} pictures")
 

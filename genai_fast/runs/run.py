@@ -221,7 +221,12 @@ def _begin_with(name: str, source: Path, model: nn.Module) -> None:
             say(text)
         return
     path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
-    taken, left = checkpoint.load_matching(path, model)
+    try:
+        taken, left = checkpoint.load_matching(path, model)
+    except checkpoint.CheckpointError:  # nothing fits; an exported network does into that which is exported
+        if (network := RECIPES[name].network(model)) is model:
+            raise
+        taken, left = checkpoint.load_matching(path, network)
     text = f"{path}: {taken} tensors taken"
     if left:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")

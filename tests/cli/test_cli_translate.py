@@ -197,10 +197,10 @@ def test_mistakes_of_train_leave_nothing(here, mistake, capsys):
 
 def test_a_run_resumes_on_its_own_data_alone(here, folders, trained, capsys):
     place = here / "copy"
-    shutil.copytree(folders / "digits", here / "digits")
-    words = ["train", "cyclegan", "--data", folders / "mnist", "--data-b", "digits", *SMALL["cyclegan"], *QUICK]
+    shutil.copytree(folders / "digits", here / "own")
+    words = ["train", "cyclegan", "--data", folders / "mnist", "--data-b", "own", *SMALL["cyclegan"], *QUICK]
     assert call(*words, "--quality-every", "0", "--epochs", "1", "--out", place, "--run", "r") == 0
-    victim = next((here / "digits").rglob("*.png"))
+    victim = next((here / "own").rglob("*.png"))
     Image.fromarray(255 - picture(victim)).save(victim)
     assert call("train", "cyclegan", "--out", place, "--run", "r", "--resume", "--epochs", "2") == 2
     assert "got as many samples with other contents" in capsys.readouterr().err

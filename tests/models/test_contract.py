@@ -14,7 +14,7 @@ from genai_fast.contract import HasNetworks, HasTrainingStep, InTurns, image_tra
 from genai_fast.data import text
 from genai_fast.models import Sampler
 from genai_fast.models.common.plain_vae import PlainVAE
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request, Translates
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request, Translates, Upscales
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.systems import System, of_recipe
 from genai_fast.runs import export, image_evaluation, text_generation, translation_evaluation
@@ -104,7 +104,7 @@ def test_it_draws_or_writes(run, system):
         assert "".join(text_generation.write(model, TOKENIZER, "ab", style)) is not None
         assert isinstance(model.continues, bool)
         return
-    assert offers(model, Draws) or offers(model, Reconstructs) or offers(model, Translates)
+    assert offers(model, Draws) or offers(model, Reconstructs) or offers(model, Translates) or offers(model, Upscales)
     if offers(model, Draws):
         images = [image_evaluation.generate(model, run.shape, 5, seed=3) for _ in range(2)]
         assert torch.equal(*images) and images[0].shape == (5, *run.shape)
@@ -114,6 +114,12 @@ def test_it_draws_or_writes(run, system):
     for to in model.targets if offers(model, Translates) else ():
         images = [translation_evaluation.translate(model, x / 2 + 0.5, to) for _ in range(2)]
         assert torch.equal(*images) and images[0].shape == x.shape and 0 <= images[0].min() < images[0].max() <= 1
+    if offers(model, Upscales):
+        small = model.lower(x)
+        assert small.shape[2:] == tuple(side // model.scale for side in x.shape[2:])
+        assert (
+            model.upscale(small).shape == x.shape and model.upscale(small[..., 1:]).shape[3] == x.shape[3] - model.scale
+        )
     if offers(model, Reconstructs):
         assert model.reconstruct(x, *labels).shape == x.shape
     if offers(model, Inpaints):
@@ -185,6 +191,9 @@ def test_it_is_exported(run, system, tmp_path):
     elif offers(run.model, Translates):
         x, _ = system.inputs("cpu")
         assert_close(net(x), run.model.translate(x))
+    elif offers(run.model, Upscales):
+        x = run.model.lower(*system.inputs("cpu"))
+        assert_close(net(x), run.model.upscale(x))
     else:
         x, *labels = system.inputs("cpu")
         assert_close(net(x, *labels), run.model.reconstruct(x, *labels))

@@ -212,6 +212,19 @@ def test_networks_are_those_of_plain_pytorch(name, layout):
     assert_close(x[0].grad, x[1].grad, 1e-3)
 
 
+def test_keys_are_those_of_the_authors_checkpoints():
+    def layers(network):
+        return [key.removesuffix(".weight") for key in network.state_dict() if key.endswith(".weight")]
+
+    blocks = [f"model.{k}.conv_block.{n}" for k in range(10, 19) for n in (1, 5)]
+    expected = ["model.1", "model.4", "model.7", *blocks, "model.19", "model.22", "model.26"]
+    with torch.device("meta"):
+        assert layers(ResNetGenerator()) == expected
+        assert layers(PatchCritic()) == [f"model.{k}" for k in (0, 2, 5, 8, 11)]
+        assert sum(p.numel() for p in ResNetGenerator().parameters()) == 11_378_179  # as their program prints
+        assert sum(p.numel() for p in PatchCritic().parameters()) == 2_764_737
+
+
 def test_a_patch_of_a_critic_has_its_size():
     for layers, side in ((3, 70), (2, 34), (1, 16)):
         critic = PatchCritic(1, width=2, critic_layers=layers).eval()

@@ -50,6 +50,18 @@ class Translates(Protocol):
     def translator(self, to: str) -> torch.nn.Module: ...
 
 
+class Upscales(Protocol):
+    """Larger images of small ones."""
+
+    scale: int  # by which sides grow
+
+    def lower(self, x: torch.Tensor) -> torch.Tensor:
+        """Large images [N, C, H, W] as the small ones that the model learns to enlarge."""
+
+    def upscale(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] of any size -> [N, C, scale H, scale W]."""
+
+
 class Request(NamedTuple):
     """A text that is asked for."""
 
