@@ -22,8 +22,8 @@ from genai_fast.runs.run import Opened
 from genai_fast.training import Step, checkpoint, make_optimizer
 
 TINY = {
-    "hidden": 16, "latent": 4, "width": 8, "embedding": 8, "layers": 1, "heads": 2, "block": 16, "n_critic": 2,
-    "dropout": 0.0, "word_dropout": 0.0, "annealing": 10, "clip": 0.0, "warmup": 0, "decay": "none",
+    "hidden": 16, "latent": 4, "width": 8, "embedding": 8, "layers": 1, "blocks": 2, "heads": 2, "block": 16,
+    "n_critic": 2, "dropout": 0.0, "word_dropout": 0.0, "annealing": 10, "clip": 0.0, "warmup": 0, "decay": "none",
     "weight_decay": 0.0, "beta2": 0.999,
 }  # fmt: skip
 NETWORKS = {f"dcgan {kind}": ("dcgan", {"network": kind}) for kind in ("dense", "dense-k4")}
@@ -117,9 +117,8 @@ def test_it_draws_or_writes(run, system):
     if offers(model, Upscales):
         small = model.lower(x)
         assert small.shape[2:] == tuple(side // model.scale for side in x.shape[2:])
-        assert (
-            model.upscale(small).shape == x.shape and model.upscale(small[..., 1:]).shape[3] == x.shape[3] - model.scale
-        )
+        assert model.upscale(small).shape == x.shape
+        assert model.upscale(small[..., 1:]).shape[3] == x.shape[3] - model.scale
     if offers(model, Reconstructs):
         assert model.reconstruct(x, *labels).shape == x.shape
     if offers(model, Inpaints):
