@@ -64,8 +64,9 @@ class TranslationWatch:
     """Called at the end of an epoch: writes grids/epoch-<n>.png, to a board too; gives figures on held-out images.
 
     For each target, named by it: Fréchet distance between translated and real images; if both sets have the same
-    classes, the accuracy of a classifier of real images on translated ones and, beside it, on real ones; the difference
-    of images that went there and back. Of pairs: L1, PSNR and SSIM to the partner.
+    classes, the accuracy of a classifier, trained on the target's real images, on translated images, on the same before
+    they were translated, and on real ones; the difference of images that went there and back. Of pairs: L1, PSNR and
+    SSIM to the partner.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class TranslationWatch:
             figures[f"frechet_distance_{to}"] = quality["frechet_distance"]
             said["diversity"] = quality.get("diversity")
         if sides.labelled and finite:
-            judge, accuracy = self._judge(to)
+            judge, of_real = self._judge(to)
             figures[f"accuracy_{to}"] = judge.accuracy(made, given.labels[: len(x)])
-            figures[f"accuracy_{to}_untranslated"] = accuracy
+            figures[f"accuracy_{to}_untranslated"] = judge.accuracy(x, given.labels[: len(x)])
+            figures[f"accuracy_{to}_real"] = of_real
         if sides.pairs:
             figures |= {"l1": float((made - real).abs().mean()), "psnr": psnr(made, real), "ssim": ssim(made, real)}
         elif _FROM[to] in model.targets:

@@ -54,9 +54,22 @@ def picture(path):
     return np.asarray(Image.open(path))
 
 
-OF_BOTH = {f"{name}_{to}{end}" for to in "ab" for name, end in (("accuracy", ""), ("accuracy", "_untranslated"))}
+OF_BOTH = {
+    f"{name}_{to}{end}"
+    for to in "ab"
+    for name, end in (("accuracy", ""), ("accuracy", "_untranslated"), ("accuracy", "_real"))
+}
 OF_BOTH |= {f"{name}_{to}" for to in "ab" for name in ("cycle", "frechet_distance")} | {"frechet_distance"}
-OF_PAIRS = {"frechet_distance", "frechet_distance_b", "l1", "psnr", "ssim", "accuracy_b", "accuracy_b_untranslated"}
+OF_PAIRS = {
+    "frechet_distance",
+    "frechet_distance_b",
+    "l1",
+    "psnr",
+    "ssim",
+    "accuracy_b",
+    "accuracy_b_untranslated",
+    "accuracy_b_real",
+}
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -65,10 +78,10 @@ def test_it_trains_and_goes_on_exactly(here, folders, recipe, capsys):
     words = ["train", recipe, "--data", folders / "mnist", "--data-b", other, *SMALL[recipe], *QUICK]
     assert call(*words, "--epochs", "2", "--run", "straight") == 0
     said, run = capsys.readouterr().out, here / "runs" / "straight"
-    assert re.search(r"accuracy in B +\d", said) and "translate runs/straight --to b --data" in said
+    assert re.search(r"accuracy of A as B +\d", said) and "translate runs/straight --to b --data" in said
     steps, epochs = records(run, "step"), records(run, "epoch")
     assert len(epochs) == 2 and set(epochs[-1]["validation"]) == (OF_PAIRS if recipe == "pix2pix" else OF_BOTH)
-    assert epochs[-1]["validation"]["accuracy_b_untranslated"] > 0.5
+    assert epochs[-1]["validation"]["accuracy_b_real"] > 0.5
     assert {"generator", "critic"} < steps[-1].keys() and len(steps) == 2 * (90 // 8)
     targets = RECIPES[recipe].model.targets
     cell = 32 + 2
@@ -77,7 +90,8 @@ def test_it_trains_and_goes_on_exactly(here, folders, recipe, capsys):
         assert height == 3 * len(targets) * cell + 2 and width % cell == 2
     assert picture(run / "curves.png").shape[2] == 4
 
-    assert call(*words, "--epochs", "2", "--checkpoint-every", "3", "--keep", "99", "--run", "again") == 0
+    stopped = ["--epochs", "2", "--quality-every", "0", "--checkpoint-every", "3", "--keep", "99", "--run", "again"]
+    assert call(*words, *stopped) == 0
     again = here / "runs" / "again"
     for newer in checkpoint.found(again)[:-3]:  # as if it had been stopped after step 9
         shutil.rmtree(newer)

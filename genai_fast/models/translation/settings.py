@@ -42,7 +42,7 @@ CYCLEGAN = Command(
     CycleGANConfig,
     (
         "genai-fast train cyclegan --data HORSES --data-b ZEBRAS --size 128",
-        "genai-fast train cyclegan --data mnist --data-b digits --size 32 --width 16 --batch-size 8",
+        "genai-fast train cyclegan --data mnist --data-b digits --size 32 --width 12 --blocks 2 --epochs 9",
     ),
 )
 PIX2PIX = Command(
