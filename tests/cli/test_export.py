@@ -43,6 +43,8 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "wgan-gp": ("wgan-gp", {"latent": 4, "width": 4}, ((3, 64, 64), 0)),
     "cyclegan": ("cyclegan", {"width": 4, "blocks": 1}, ((3, 32, 32), 0)),
     "pix2pix": ("pix2pix", {"width": 4}, ((1, 32, 32), 0)),
+    "srresnet": ("srresnet", {"width": 4, "blocks": 1, "scale": 4}, ((3, 32, 32), 0)),
+    "srgan": ("srgan", {"width": 4, "blocks": 1, "scale": 2}, ((1, 32, 32), 0)),
     "gpt": ("gpt", {**SMALL, "layers": 2, "block": 16}, "bpe"),
     "lstm": ("lstm", {"layers": 2, "embedding": 8, "hidden": 16}, "char"),
     "seq2seq": ("seq2seq", {**SMALL, "block": 32}, "byte"),
@@ -51,7 +53,8 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
 }
 TEXT = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].feed]
 TRANSLATING = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].translates]
-DRAWING = [name for name in RUNS if name not in (*TEXT, *TRANSLATING, "autoencoder")]
+ENLARGING = ["srresnet", "srgan"]
+DRAWING = [name for name in RUNS if name not in (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder")]
 
 
 def make_run(folder, name):
@@ -105,9 +108,9 @@ for folder in folders:
         sys.argv = ["model.py", "--count", "5", "--seed", "3", "--out", out]
         if "reconstruct" in model_py:
             sys.argv[1:5] = [folder + "/../picture.png"]
-        if "translate" in model_py:
+        if not {"draw", "reconstruct"} & model_py.keys():
             sys.argv[1:] = [folder + "/../wide.png", "--out", folder + "/made"]
-        command = next(model_py[k] for k in ("draw", "reconstruct", "translate") if k in model_py)
+        command = next(model_py[k] for k in ("draw", "reconstruct", "translate", "upscale") if k in model_py)
         runpy.run_path(folder + "/model.py", run_name="__main__")
         continue
     tokenizer = model_py["Tokenizer"](model_py["FOLDER"] / "tokenizer.json")
@@ -134,7 +137,9 @@ def elsewhere(exported):
     Image.fromarray(wide).save(place / "wide.png")
     done = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, WORDS[:20], *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(folder / "out.pt") for name, (_, folder) in exported.items() if name not in TRANSLATING}
+    return {
+        name: torch.load(folder / "out.pt") for name, (_, folder) in exported.items() if (folder / "out.pt").exists()
+    }
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -163,6 +168,16 @@ def test_a_script_translates_the_centre_square(exported, elsewhere, name):
     assert expected.std() > 0.01 and (torch.from_numpy(made) - expected * 255).abs().max() <= 0.51
 
 
+@pytest.mark.parametrize("name", ENLARGING)
+def test_a_script_enlarges_the_whole_picture(exported, elsewhere, name):
+    run, folder = exported[name]
+    x = torch.from_numpy(np.array(Image.open(folder.parent / "wide.png").convert("RGB" if run.shape[0] == 3 else "L")))
+    scale, x = run.model.scale, x.view(32, 48, -1).permute(2, 0, 1)[None] / 127.5 - 1
+    made = np.array(Image.open(folder / "made" / "wide.png")).reshape(32 * scale, 48 * scale, -1)
+    expected = image_evaluation.shown(run.model, run.model.upscale(x))[0].permute(1, 2, 0)
+    assert expected.std() > 0.01 and (torch.from_numpy(made) - expected * 255).abs().max() <= 0.51
+
+
 def test_of_a_cyclegan_either_generator_is_exported(exported, tmp_path):
     run, _ = exported["cyclegan"]
     for to in run.model.targets:
@@ -176,11 +191,13 @@ def test_of_a_cyclegan_either_generator_is_exported(exported, tmp_path):
 
 
 @torch.no_grad()
-def test_onnx_of_a_translation(exported, tmp_path):
-    for name in TRANSLATING:
+def test_onnx_of_images_to_images(exported, tmp_path):
+    for name in (*TRANSLATING, *ENLARGING):
         run, _ = exported[name]
         graph, x = graph_of(run, tmp_path / name), torch.rand(3, *run.shape) * 2 - 1
-        assert_close(graph(images=x)[0], run.model.translate(x), 1e-4)
+        x = run.model.lower(x) if name in ENLARGING else x
+        expected = run.model.upscale(x) if name in ENLARGING else run.model.translate(x)
+        assert_close(graph(images=x)[0], expected, 1e-4)
 
 
 def test_a_script_starts_no_program_for_postscript(exported, tmp_path):
