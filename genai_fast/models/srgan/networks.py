@@ -9,6 +9,8 @@ from genai_fast.models.common import checks
 from genai_fast.models.common.networks import ImageNetwork, fused
 from genai_fast.models.srgan import plain
 
+_LITTLE = 0.01  # what the last weights are multiplied by where their result is added to an image
+
 
 class _Block(ImageNetwork):
     """x + main(x): the layers of a plain block, fused."""
@@ -25,13 +27,15 @@ class Enlarger(nn.Module):
     """Image [B, channels, H, W] in [-1, 1] -> [B, channels, scale H, scale W], of any size; values may exceed [-1, 1].
 
     Conv k9, `blocks` residual blocks with batch norm and PReLU, a skip around all of them, a convolution and a pixel
-    shuffle for each doubling, Conv k9.
+    shuffle for each doubling, Conv k9. Its keys do not depend on `residual`.
 
     Args:
         scale: 2 or 4.
         channels: of the images.
         width: channels of the feature maps.
         blocks: residual blocks.
+        residual: what the layers make is added to the bicubically enlarged image, and is little at first: training then
+            begins near bicubic interpolation rather than far below it. The authors' network has no such path.
 
     Raises: ValueError on another scale, a size below 1, and images of other channels.
     Source: Ledig et al. 2017, arXiv:1609.04802; pixel shuffle: Shi et al. 2016, arXiv:1609.05158.
@@ -39,14 +43,20 @@ class Enlarger(nn.Module):
 
     signed: ClassVar[bool] = True
 
-    def __init__(self, *, scale: int = 4, channels: int = 3, width: int = 64, blocks: int = 16) -> None:
+    def __init__(
+        self, *, scale: int = 4, channels: int = 3, width: int = 64, blocks: int = 16, residual: bool = True
+    ) -> None:
         super().__init__()
         owner = type(self).__name__
         checks.positive(owner, channels=channels, width=width, blocks=blocks)
         if scale not in (2, 4):
             raise ValueError(f"{owner}: scale: expected 2 or 4, got {scale}")
         layers = plain.PlainEnlarger(scale, channels, width, blocks)
-        self.scale, self.channels = scale, channels
+        if residual:
+            with torch.no_grad():
+                layers.last[-1].weight.mul_(_LITTLE)
+                layers.last[-1].bias.zero_()
+        self.scale, self.channels, self.residual = scale, channels, residual
         self.first, self.last = fused(layers.first), fused(layers.last)
         inner = (_Block(m) if isinstance(m, plain.PlainSRBlock) else m for m in layers.blocks)
         self.blocks = fused(nn.Sequential(*inner))
@@ -56,8 +66,9 @@ class Enlarger(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected images [B, {self.channels}, H, W], got {tuple(x.shape)}; convert them"
             )
-        x = self.first(x)
-        return self.last(x + self.blocks(x))
+        h = self.first(x)
+        y = self.last(h + self.blocks(h))
+        return y + plain.enlarged(x, self.scale) if self.residual else y
 
     @torch.no_grad()
     def upscale(self, x: torch.Tensor) -> torch.Tensor:

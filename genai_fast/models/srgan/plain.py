@@ -17,6 +17,11 @@ def lowered(x: torch.Tensor, scale: int) -> torch.Tensor:
     return F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def enlarged(x: torch.Tensor, scale: int) -> torch.Tensor:
+    """Images [B, C, H, W] enlarged bicubically: [B, C, scale H, scale W]."""
+    return F.interpolate(x, scale_factor=float(scale), mode="bicubic", align_corners=False)
+
+
 class PlainSRBlock(nn.Module):
     """x [B, width, H, W] plus two normed convolutions of it."""
 
@@ -32,11 +37,16 @@ class PlainSRBlock(nn.Module):
 
 
 class PlainEnlarger(nn.Module):
-    """SRResNet's generator: [B, channels, H, W] -> [B, channels, scale H, scale W]; scale is 2 or 4."""
+    """SRResNet's generator: [B, channels, H, W] -> [B, channels, scale H, scale W]; scale is 2 or 4.
 
-    def __init__(self, scale: int = 4, channels: int = 3, width: int = 64, blocks: int = 16) -> None:
+    residual: it makes the difference from the bicubically enlarged image.
+    """
+
+    def __init__(
+        self, scale: int = 4, channels: int = 3, width: int = 64, blocks: int = 16, residual: bool = True
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.residual = scale, residual
         self.first = nn.Sequential(nn.Conv2d(channels, width, 9, 1, 4), nn.PReLU())
         self.blocks = nn.Sequential(
             *(PlainSRBlock(width) for _ in range(blocks)),
@@ -48,8 +58,9 @@ class PlainEnlarger(nn.Module):
         self.last = nn.Sequential(*layers, nn.Conv2d(width, channels, 9, 1, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        return self.last(x + self.blocks(x))
+        h = self.first(x)
+        y = self.last(h + self.blocks(h))
+        return y + enlarged(x, self.scale) if self.residual else y
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         """The mean squared error of large images made of small ones."""

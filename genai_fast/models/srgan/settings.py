@@ -16,6 +16,9 @@ class SRResNetConfig(ImageConfig):
     scale: int = setting(4, "factor by which pictures are enlarged, 2 or 4", low=2, high=4)
     width: int = setting(64, "channels of the feature maps", low=1)
     blocks: int = setting(16, "residual blocks of the generator", low=1)
+    residual: bool = setting(
+        True, "learn the difference from the bicubic image, which takes a fraction of the time; the authors do without"
+    )
 
 
 @dataclass(frozen=True)
