@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion import functions, latents, rotary_calls
+from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
 from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.products import ProductFinder
@@ -88,29 +88,44 @@ class _Rewriter(ProductFinder):
         if self.swallows:
             return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
-        for statement in self._drawn(statements):
+        for statement in self._found(statements):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
                 joined.append(statement)
         return [self.visit(statement) for statement in joined]
 
-    def _drawn(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        """The statements, with a call before those that sample latents."""
+    def _found(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """The statements, with a call before those in a row that an op does at once."""
         made: list[ast.stmt] = []
         for statement in statements:
             made.append(statement)
-            if statement in self.kept or not self.random:
+            if statement in self.kept:
                 continue
-            found = latents.find(made, self._named, lambda name: self.uses.get(name, 0))
-            if found is not None:
-                length, sampling, z = found
-                name = f"{self.prefix}_sample_{len(self.calls)}"
+            name = f"{self.prefix}_whole_{len(self.calls)}"
+            if self.random and (sampled := latents.find(made, self._named, self._uses)):
+                length, sampling, z = sampled
+                found, becomes = latents.rewritten(made[-length:], sampling, z, name), (str(sampling), "reparameterize")
                 self.calls[name] = latents.call(sampling)
-                self.notes.append((str(sampling), "reparameterize"))
-                self.kept |= set(made[-length:])
-                made[-length:] = latents.rewritten(made[-length:], sampling, z, name)
+            elif attended := attention_calls.find(made, self._named, self._module, self._uses):
+                length, attention = attended
+                found = attention_calls.rewritten(made[-length:], attention, name)
+                becomes = (str(attention), "causal_attention")
+                self.calls[name] = attention_calls.call(attention, self.random)
+                self.calls[f"{name}_ready"] = attention_calls.ready
+            else:
+                continue
+            self.notes.append(becomes)
+            self.kept |= set(made[-length:])
+            made[-length:] = found
         return made
+
+    def _uses(self, name: str) -> int:
+        return self.uses.get(name, 0)
+
+    def _module(self, node: ast.expr) -> nn.Module | None:
+        """The child that self.a is now."""
+        return self._child(node) if self._path(node) else None
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
