@@ -19,18 +19,21 @@ if TYPE_CHECKING:
     from genai_fast.acceleration import accelerate
     from genai_fast.backends import FallbackWarning, use_backend
     from genai_fast.cpu import tune_cpu
+    from genai_fast.hugging_face import register_attention
     from genai_fast.lazy import lazy_logits
     from genai_fast.sdpa import enable_sdpa
     from genai_fast.swap import explain, fuse, unfuse
 
 _HOMES = {
     "accelerate": "acceleration", "FallbackWarning": "backends", "use_backend": "backends", "tune_cpu": "cpu",
-    "enable_sdpa": "sdpa", "lazy_logits": "lazy", "explain": "swap", "fuse": "swap", "unfuse": "swap",
+    "enable_sdpa": "sdpa", "lazy_logits": "lazy", "register_attention": "hugging_face",
+    "explain": "swap", "fuse": "swap", "unfuse": "swap",
 }  # fmt: skip
 
 __all__ = [
     "FallbackWarning", "__version__", "accelerate", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers",
-    "lazy_logits", "models", "ops", "optim", "profiling", "training", "tune_cpu", "unfuse", "use_backend",
+    "lazy_logits", "models", "ops", "optim", "profiling", "register_attention", "training", "tune_cpu", "unfuse",
+    "use_backend",
 ]  # fmt: skip
 
 

@@ -45,3 +45,26 @@ def language_model(name: str, **settings):
 
 def tokens(batch: int = 2, seed: int = 1):
     return torch.randint(3, VOCABULARY, (batch, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def autoencoder():
+    """diffusers' AutoencoderKL, of two levels."""
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=16,
+    ).train()  # fmt: skip
+
+
+def unet(**settings):
+    """diffusers' UNet2DModel, of two levels, one with attention."""
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8, **settings,
+    ).train()  # fmt: skip
