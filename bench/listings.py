@@ -1,10 +1,17 @@
-"""Models as textbooks print them: MLP GAN, MLP VAE, LSTM language model, a small GPT with attention by hand."""
+"""Models as textbooks print them (MLP GAN, MLP VAE, LSTM language model, a small GPT with attention written out), and
+what `fuse` makes of a training step of each: python -m bench.listings.
+"""
 
+import copy
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from genai_fast import explain, fuse
+from genai_fast.profiling import compare
 
 
 class Generator(nn.Module):
@@ -144,3 +151,84 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+def gan_step(models: list[nn.Module]) -> Callable[[], float]:
+    generator, discriminator = models
+    criterion = nn.BCELoss()
+    for_g, for_d = (torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999)) for m in models)
+
+    def step() -> float:
+        real, z = torch.rand(64, 1, 28, 28) * 2 - 1, torch.randn(64, 100)
+        fake = generator(z)
+        d_loss = criterion(discriminator(real), torch.ones(64, 1))
+        d_loss = d_loss + criterion(discriminator(fake.detach()), torch.zeros(64, 1))
+        for_d.zero_grad()
+        d_loss.backward()
+        for_d.step()
+        g_loss = criterion(discriminator(fake), torch.ones(64, 1))
+        for_g.zero_grad()
+        g_loss.backward()
+        for_g.step()
+        return d_loss.item() + g_loss.item()
+
+    return step
+
+
+def _supervised(
+    loss_of_a_batch: Callable[[nn.Module], torch.Tensor],
+) -> Callable[[list[nn.Module]], Callable[[], float]]:
+    def make(models: list[nn.Module]) -> Callable[[], float]:
+        (model,) = models
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+        def step() -> float:
+            loss = loss_of_a_batch(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    return make
+
+
+def _vae_batch(model: nn.Module) -> torch.Tensor:
+    x = torch.rand(128, 1, 28, 28)
+    recon, mu, logvar = model(x)
+    return vae_loss(recon, x, mu, logvar)
+
+
+def _language_batch(model: nn.Module) -> torch.Tensor:
+    tokens = torch.randint(0, 8, (32, 65))
+    found = model(tokens[:, :-1], tokens[:, 1:].contiguous())
+    return found[1] if isinstance(found, tuple) else found
+
+
+# Name -> its networks, and what makes a training step of them.
+LISTINGS: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[list[nn.Module]], Callable[[], float]]]] = {
+    "MLP GAN": (lambda: [Generator(), Discriminator()], gan_step),
+    "MLP VAE": (lambda: [VAE()], _supervised(_vae_batch)),
+    "LSTM language model": (lambda: [LanguageModel()], _supervised(_language_batch)),
+    "GPT": (lambda: [GPT()], _supervised(_language_batch)),
+}
+
+
+def rows() -> Iterator[str]:
+    """A line for each: how many times as fast a step is fused, with the process settings of this process."""
+    for name, (make, step) in LISTINGS.items():
+        torch.manual_seed(0)
+        plain = make()
+        fused = [fuse(copy.deepcopy(model)) for model in plain]
+        served = {row.becomes for model in fused for row in explain(model) if row.becomes}
+        found = compare({"eager": step(plain), "fused": step(fused)}, rounds=21, seconds=4.0)
+        times = {k: 1e3 * t.median for k, t in found.timings.items()}
+        ratio = times["eager"] / times["fused"]
+        yield f"{name:20} {times['eager']:8.2f} ms {times['fused']:8.2f} ms {ratio:6.2f} x  {', '.join(sorted(served))}"
+
+
+if __name__ == "__main__":
+    print(f"{'training step':20} {'eager':>11} {'fused':>11} {'ratio':>8}  served by", flush=True)
+    for row in rows():
+        print(row, flush=True)
