@@ -1,76 +1,33 @@
-"""Hand-written methods: chains of calls in their source are found, and compiled again as one call each.
+"""Chains of calls in the source of a method, and the source with one call in the place of each.
 
-Everything else of a method stays what it was: its branches, loops, flags and names are compiled from the same source
-into the same code, so nothing is frozen. A chain is what calls children and activations on one another's results:
-nested in one expression, or by statements in a row, where nothing else can see what is in between.
+A chain is what calls children and activations on one another's results: nested in one expression, or by statements in a
+row, where nothing else can see what is in between. A residual that is added to a norm's result is part of the chain;
+what computes the residual runs between the two halves of it.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import inspect
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion.chains import global_hooks, letter, obstacle, spans
-from genai_fast.fusion.explanation import NOTHING_HERE
-from genai_fast.fusion.run import run
-from genai_fast.fusion.source import NothingFound, Refused, Source, source_of
-from genai_fast.ops.dispatch import left_to_torch
+from genai_fast.fusion.chains import letter, spans
+from genai_fast.fusion.source import Refused
+from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-class Called(NamedTuple):
-    """An activation that is called as a function, or as a method of a tensor (function is None then)."""
-
-    module: nn.Module
-    function: Any
-    method: str
-    settings: tuple[Any, ...]
-    named: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{type(self.module).__name__}()"
-
-
-class Chain(NamedTuple):
-    """Steps that follow each other: paths of children, and activations."""
-
-    steps: tuple[str | Called, ...]
-    modules: tuple[nn.Module, ...]
-
-
-# The constructors take what the functions do, except for torch.relu.
-_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
-    F.relu: nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.silu: nn.SiLU, F.gelu: nn.GELU, torch.relu: lambda: nn.ReLU(),
-    **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
-}  # fmt: skip
-_METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-
-
-class _Step(NamedTuple):
-    """A call of one module or activation on one value."""
-
-    given: ast.expr
-    name: str | Called
-    module: nn.Module
-
-
-class _Rewriter(ast.NodeTransformer):
+class Rewriter(Reader, ast.NodeTransformer):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
         arguments = definition.args.posonlyargs + definition.args.args
         if not arguments:
             raise Refused("it takes no self")
-        self.model, self.self, self.globals = model, arguments[0].arg, function.__globals__
+        super().__init__(model, arguments[0].arg, function.__globals__)
         code = function.__code__
         names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
         self.bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
@@ -78,7 +35,6 @@ class _Rewriter(ast.NodeTransformer):
         self.bound |= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         if any(node.id == self.self and not isinstance(node.ctx, ast.Load) for node in names):
             raise Refused(f"it assigns to {self.self}")
-        # Variables of this method alone, that no function inside it sees.
         self.variables = set() if _SEE_ALL & set(code.co_names) else set(code.co_varnames) - set(code.co_cellvars)
         self.parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
         self.uses = {name: sum(node.id == name for node in names) for name in self.variables}
@@ -99,124 +55,175 @@ class _Rewriter(ast.NodeTransformer):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
-                joined.append(statement)
+                joined.append(self._begun(joined, statement) or statement)
         return [self.visit(statement) for statement in joined]
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
         name = _target(first)
-        if name not in self.variables or self._step(first.value) is None or _loads(second, name) != 1:
+        if name not in self.variables:
             return None
-        rebound = _target(second) == name or isinstance(second, ast.Return)
-        if not rebound and (self.uses[name] != 2 or name in self.parameters or _target(second) is None):
+        norm = self.norm(first.value)
+        if isinstance(second, ast.AugAssign):
+            whole = _plain_sum(second, name, first.value) if norm is not None else None
+            return whole if whole is not None and self.summed(whole.value) is not None else None
+        if self.step(first.value) is None and self.summed(first.value) is None:
             return None
-        slot = self._first(second.value, name)
+        if not self._consumes(second, name):
+            return None
+        slot = self._first(second.value, name, norm is not None)
         if slot is None:
             return None
         whole = copy.copy(second)
         whole.value = _Replace(slot, first.value).visit(second.value)
         return whole
 
-    def _first(self, node: ast.expr | None, name: str, within: bool = False) -> ast.Name | None:
-        """The variable, where it is a step's input and nothing but plain reads is evaluated before."""
+    def _consumes(self, statement: ast.stmt, name: str) -> bool:
+        """Whether the statement reads the variable once, and nothing else reads what it holds."""
+        if _loads(statement, name) != 1:
+            return False
+        if _target(statement) == name or isinstance(statement, ast.Return):
+            return True
+        return self.uses[name] == 2 and name not in self.parameters and _target(statement) is not None
+
+    def _first(self, node: ast.expr | None, name: str, summed: bool, within: bool = False) -> ast.Name | None:
+        """The variable, where it is a step's input and nothing but plain reads is evaluated before.
+
+        `summed`: or where it is the first to be computed of a sum.
+        """
         if isinstance(node, ast.Name):
             return node if within and node.id == name else None
-        if step := self._step(node):
-            return self._first(step.given, name, True)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            return self._first(node.func.value, name, True)
+        if step := self.step(node):
+            return self._first(step.given, name, summed, True)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            return self._first(node.func.value, name, summed, True)
         parts: list[ast.expr] = []
         if isinstance(node, ast.BinOp):
             parts = [node.left, node.right]
+            if summed and isinstance(node.op, ast.Add):
+                if _is_read(node.left, name):
+                    return node.left
+                if _is_read(node.right, name) and self.quiet(node.left):
+                    return node.right
         elif isinstance(node, (ast.Tuple, ast.List)):
             parts = node.elts
-        elif isinstance(node, ast.Call) and self._global(node.func) is not None:
+        elif isinstance(node, ast.Call) and self.function(node.func) is not None:
             parts = node.args
         for part in parts:
-            variable = isinstance(part, ast.Name) and part.id in self.variables  # others may see a global one change
-            if not variable and not isinstance(part, ast.Constant):
-                return self._first(part, name)
+            if not self.quiet(part):  # a global name may change
+                return self._first(part, name, summed)
         return None
+
+    # --- a norm waits for its residual
+
+    def _begun(self, joined: list[ast.stmt], statement: ast.stmt) -> ast.stmt | None:
+        """The statement, if it adds a residual to what an earlier one computed, and nothing in between sees that."""
+        for at in reversed(range(len(joined) - 1)):
+            name = _target(joined[at])
+            norm = self.norm(joined[at].value) if name in self.variables else None
+            if norm is not None and _names(statement, name):
+                break
+        else:
+            return None
+        if not all(self._passes(s, name, norm) for s in joined[at + 1 :]):
+            return None
+        if isinstance(statement, ast.AugAssign):
+            whole = _plain_sum(statement, name, ast.copy_location(ast.Name(name, ast.Load()), statement))
+            slot = whole and whole.value.left
+        else:
+            whole = statement if self._consumes(statement, name) else None
+            slot = whole and self._first(statement.value, name, True)
+        if slot is None or _sum_of(whole.value, slot) is None:
+            return None
+        slot.begun = begun = Begun(norm)
+        if self.summed(_sum_of(whole.value, slot)) is None:
+            del slot.begun
+            return None
+        joined[at].value.begun = begun
+        return whole
+
+    def _passes(self, statement: ast.stmt, name: str, norm: nn.Module) -> bool:
+        """Whether the statement computes something beside a variable and a norm: assignments, perhaps under an if."""
+        if _names(statement, name):
+            return False
+        if isinstance(statement, ast.If):
+            calls = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+            return not any(isinstance(n, calls) for n in ast.walk(statement.test)) and all(
+                self._passes(s, name, norm) for s in (*statement.body, *statement.orelse)
+            )
+        return _target(statement) is not None and self.harmless(statement.value, norm)
 
     # --- a chain becomes a call
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def _gathered(self, node: ast.expr) -> tuple[list[tuple[Step, ast.Call]], ast.expr]:
+        """Steps from the first to the last, with their calls, and what they begin with, rewritten."""
         steps, given = [], node
-        while step := self._step(given):
+        while step := self.step(given):
             steps.insert(0, (step, given))
             given = step.given
+        total = self.summed(given)
+        if total is None:
+            return steps, self.visit(given)
+        act = steps.pop(0) if steps and letter(steps[0][0].module) in ("A", "a", "I") else None
+        whole = self._sum(total, act)
+        if steps:
+            _put(*steps[0], whole)
+        return steps, whole
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if begun := getattr(node, "begun", None):
+            return self._begin(node, False, begun)
+        if self.step(node) is None:
+            return self.generic_visit(node)
+        steps, given = self._gathered(node)
+        if not steps:
+            return given
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
         cut = spans("".join([letter(module) for module in chain.modules]))
         if not any(r.fused and r.letters.strip("CAaI") for r in cut):  # for convolutions alone nothing is replaced
-            return self.generic_visit(node)
-        called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
+            _put(*steps[0], given)
+            return node
         self.chains.append(chain)
+        return self._called(node, len(self.chains) - 1, "", [given], steps)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        total = self.summed(node)
+        return self.generic_visit(node) if total is None else self._sum(total, None)
+
+    def _begin(self, node: ast.expr, quiet: bool, begun: Begun) -> ast.Call:
+        """A call of the steps up to a norm, which may wait."""
+        steps, given = self._gathered(node)
+        begun.chain = len(self.chains)
+        names, modules = (step.name for step, _ in steps), (step.module for step, _ in steps)
+        self.chains.append(Chain((*names,), (*modules,), quiet))
+        return self._called(node, begun.chain, "_begin", [given], steps)
+
+    def _sum(self, total: Summed, act: tuple[Step, ast.Call] | None) -> ast.Call:
+        """A call of a sum and the activation after it, if any."""
+        begun, given = total.begun, total.given
+        if begun is None:
+            begun = Begun(None)
+            residual = self.visit(total.residual) if total.how.left else None
+            given = self._begin(given, total.how.left or self.quiet(total.residual), begun)
+        else:
+            residual = None
+        residual = self.visit(total.residual) if residual is None else residual
+        after = [] if act is None else [act]
+        chain = self.chains[begun.chain]
+        self.chains[begun.chain] = chain._replace(
+            steps=(*chain.steps, total.how, *(step.name for step, _ in after)),
+            modules=(*chain.modules, RESIDUAL, *(step.module for step, _ in after)),
+        )
+        operands = [residual, given] if total.how.left else [given, residual]
+        return self._called(total.given, begun.chain, "_end", operands, after)
+
+    def _called(
+        self, at: ast.expr, chain: int, part: str, given: list[ast.expr], steps: list[tuple[Step, ast.Call]]
+    ) -> ast.Call:
         # What is called is looked up at every call, but for a tensor's methods.
         children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
-        return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
-
-    def _step(self, node: ast.expr | None) -> _Step | None:
-        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
-            return None
-        path = self._path(node.func)
-        if path and (child := self._child(node.func)) is not None:
-            alone = len(node.args) == 1 and not node.keywords
-            return _Step(node.args[0], path, child) if alone else None
-        function, method = (self._global(node.func) if node.args else None), ""
-        make = _FUNCTIONS.get(function)
-        if make is not None:
-            given, settings = node.args[0], node.args[1:]
-        elif isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            function, method, given, settings = None, node.func.attr, node.func.value, node.args
-            make = _METHODS[method]
-            before = self._step(given)
-            if before is None or letter(before.module) == ".":
-                return None  # it may not be a tensor
-        else:
-            return None
-        try:
-            constants = tuple(map(ast.literal_eval, settings))
-            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-            module = make(*constants, **named)
-        except (ValueError, TypeError):  # a setting that is no constant, or none of the function
-            return None
-        return _Step(given, Called(module, function, method, constants, named), module)
-
-    def _named(self, node: ast.expr) -> Any:
-        """What a dotted name is in the module of the method; None if it is none."""
-        if isinstance(node, ast.Name):
-            return None if node.id in self.bound else self.globals.get(node.id)
-        owner = self._named(node.value) if isinstance(node, ast.Attribute) else None
-        return vars(owner).get(node.attr) if isinstance(owner, types.ModuleType) else None
-
-    def _global(self, node: ast.expr) -> Any:
-        """The function that a dotted name is; None if it is none."""
-        found = self._named(node)
-        return found if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) else None
-
-    def _path(self, node: ast.expr) -> str:
-        """a.0.b of self.a[0].b; "" of anything else."""
-        parts: list[str] = []
-        while not isinstance(node, ast.Name):
-            if isinstance(node, ast.Attribute):
-                parts.append(node.attr)
-            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                parts.append(str(node.slice.value))
-            else:
-                return ""
-            node = node.value
-        return ".".join(reversed(parts)) if node.id == self.self else ""
-
-    def _child(self, node: ast.expr) -> nn.Module | None:
-        """The module that self.a, self.a[0] or self.a.b is now."""
-        if isinstance(node, ast.Name):
-            return self.model
-        owner = self._child(node.value)
-        if isinstance(node, ast.Attribute):
-            return None if owner is None else owner._modules.get(node.attr)
-        if type(owner) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            return None
-        return owner._modules.get(str(node.slice.value))
+        function = ast.Name(f"{self.prefix}_{chain}{part}", ast.Load())
+        return ast.copy_location(ast.Call(function, [*given, *children], []), at)
 
     # --- where statements are, and where nothing is looked for
 
@@ -234,7 +241,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_With(self, node: ast.With) -> ast.AST:
         before = self.swallows
         opened = (item.context_expr for item in node.items)
-        managers = (self._named(x.func) if isinstance(x, ast.Call) else None for x in opened)
+        managers = (self.named(x.func) if isinstance(x, ast.Call) else None for x in opened)
         self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
         try:
             return self.visit_If(node)
@@ -260,6 +267,40 @@ class _Replace(ast.NodeTransformer):
         return self.new if node is self.old else node
 
 
+def _put(step: Step, call: ast.Call, given: ast.expr) -> None:
+    """Let a step's call be of something else."""
+    if isinstance(call.func, ast.Attribute) and call.func.value is step.given:
+        call.func.value = given
+    else:
+        call.args[0] = given
+
+
+def _is_read(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _plain_sum(statement: ast.AugAssign, name: str, given: ast.expr) -> ast.Assign | None:
+    """`name = given + residual`, which changes what is given, for `name += residual`."""
+    if not isinstance(statement.op, ast.Add) or not isinstance(statement.target, ast.Name):
+        return None
+    if statement.target.id != name or _loads(statement, name):
+        return None
+    total = ast.copy_location(ast.BinOp(given, ast.Add(), statement.value), statement)
+    total.inplace = True
+    return ast.copy_location(ast.Assign([statement.target], total), statement)
+
+
+def _names(statement: ast.stmt, name: str) -> bool:
+    """Whether the variable is in the statement."""
+    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(statement))
+
+
+def _sum_of(node: ast.expr, slot: ast.expr) -> ast.BinOp | None:
+    """The sum of which the variable is a part."""
+    sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
+    return next((n for n in sums if n.left is slot or n.right is slot), None)
+
+
 def _target(statement: ast.stmt) -> str | None:
     """The one variable that the statement assigns to."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
@@ -269,123 +310,3 @@ def _target(statement: ast.stmt) -> str | None:
 
 def _loads(statement: ast.stmt, name: str) -> int:
     return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
-
-
-def _call(chain: Chain) -> Callable[..., Any]:
-    """run on the chain; what it calls comes along, as it is looked up at every call."""
-    steps = tuple(None if isinstance(step, str) else step for step in chain.steps)
-
-    def run_chain(x: Any, *called: Any) -> Any:
-        given = iter(called)
-        modules = []
-        usual = not (isinstance(x, torch.fx.Proxy) or _watched())
-        for step in steps:
-            now = step.function if step is not None and step.function is None else next(given)
-            usual &= step is None or (now is step.function and not obstacle(step.module))
-            modules.append(now if step is None else step.module)
-        if usual:
-            return run(modules, x)
-        called = iter(called)
-        for step in steps:
-            if step is None:
-                x = next(called)(x)
-            elif step.function is None:
-                x = getattr(x, step.method)(*step.settings, **step.named)
-            else:
-                x = next(called)(x, *step.settings, **step.named)
-        return x
-
-    return run_chain
-
-
-def _passed_on(function: types.FunctionType, replacement: Callable[[], Any]) -> Callable[..., Any]:
-    """Calls the replacement as the function was called, which has filled in its defaults."""
-    defaults, named_defaults = function.__defaults__ or (), function.__kwdefaults__ or {}
-    count = function.__code__.co_argcount
-
-    def call(*args: Any, **named: Any) -> Any:
-        while count - len(defaults) < len(args) <= count and args[-1] is defaults[len(args) - count - 1]:
-            args = args[:-1]
-        given = {k: v for k, v in named.items() if k not in named_defaults or v is not named_defaults[k]}
-        return replacement()(*args, **given)
-
-    return call
-
-
-def _watched() -> bool:
-    """Whether the calls are followed: a tracer and a mode know children and functions, and hooks see only those."""
-    if torch.compiler.is_compiling():
-        return False
-    tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
-    return global_hooks() or tracing or left_to_torch()
-
-
-class Written(NamedTuple):
-    """A method made again: its source, and the chains that run as one."""
-
-    function: types.FunctionType
-    source: Source
-    prefix: str
-    chains: tuple[Chain, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for methods of one class that are the same."""
-        return self.function, self.function.__code__, *(repr(chain.steps) for chain in self.chains)
-
-    def compile(self, replacement: Callable[[], Any]) -> types.FunctionType:
-        """The method; it calls what `replacement` returns in its place, unless that is None."""
-        old = self.function
-        calls: dict[str, Any] = {f"{self.prefix}_{k}": _call(chain) for k, chain in enumerate(self.chains)}
-        calls[f"{self.prefix}_now"], calls[f"{self.prefix}_replacement"] = replacement, _passed_on(old, replacement)
-        code = self.source.compile(old, *calls).replace(co_qualname=old.__code__.co_qualname)
-        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
-        closure = tuple(cells[n] if n in cells else types.CellType(calls[n]) for n in code.co_freevars)
-        new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
-        for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
-            setattr(new, name, getattr(old, name))
-        new.__dict__.update(old.__dict__)
-        return new
-
-
-def _look_first(definition: ast.FunctionDef, prefix: str) -> None:
-    """Begin the method with a look at what it has been replaced by on its class."""
-    args = definition.args
-    given = [a.arg for a in (*args.posonlyargs, *args.args)]
-    given += [f"*{args.vararg.arg}"] if args.vararg else []
-    given += [f"{a.arg}={a.arg}" for a in args.kwonlyargs]
-    given += [f"**{args.kwarg.arg}"] if args.kwarg else []
-    yields = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(definition))
-    call = f"{prefix}_replacement({', '.join(given)})"
-    look = ast.parse(f"if {prefix}_now() is not None: return {f'(yield from {call})' if yields else call}").body[0]
-    documented = ast.get_docstring(definition, clean=False) is not None
-    definition.body.insert(documented, ast.increment_lineno(look, definition.lineno - 1))
-
-
-def written(model: nn.Module, function: Any) -> Written:
-    """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
-    if not isinstance(function, types.FunctionType):
-        raise Refused("it is no plain function")
-    source = source_of(function)
-    source = source._replace(definition=copy.deepcopy(source.definition))
-    rewriter = _Rewriter(model, function, source.definition)
-    if not rewriter.chains:
-        raise NothingFound(NOTHING_HERE)
-    _look_first(source.definition, rewriter.prefix)
-    return Written(function, source, rewriter.prefix, tuple(rewriter.chains))
-
-
-def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """forward, and the other methods of the model's class that name one of its children."""
-    yield "forward", cls.forward
-    for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
-        function = inspect.getattr_static(cls, name)
-        if name == "forward" or name.startswith("__") or name in model.__dict__:
-            continue
-        if not isinstance(function, types.FunctionType):
-            continue
-        if (function.__module__ or "").startswith(("torch.", "genai_fast.")):
-            continue
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None and not model._modules.keys().isdisjoint(code.co_names):
-            yield name, function
