@@ -73,7 +73,7 @@ void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t
   const OfBatch of(channels, tiles.shape.last() ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const Memory<float> partial(2 * tiles.partials());
   const Beside kind = !beside ? kNothing : from_output ? kOutput : kResidual;
-  gradient_sums(
+  gradient_sums<false>(
       grad_y, x, beside, kind, dtype, tiles, of.get(), activation, float(negative_slope), partial, dz, threads,
       [&](int64_t c, double total) { sum_dz[c] = float(total); },
       [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });

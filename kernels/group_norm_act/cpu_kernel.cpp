@@ -116,7 +116,7 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
     float *const linear = work + 3 * channels, *const constant = linear + channels;
     float *const sums = sum_dz + n * channels, *const products = sum_dz_x_hat + n * channels;
     void* const waiting = waits ? g.at(beside ? dz : grad_x, n) : nullptr;
-    gradient_sums(
+    gradient_sums<true>(
         g.at(grad_y, n), g.at(x, n), beside ? g.at(beside, n) : nullptr, kind, dtype, tiles, of, activation, slope,
         work + in_lines(5 * channels), waiting, mine, [&](int64_t c, double total) { sums[c] = float(total); },
         [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
