@@ -136,8 +136,8 @@ def _plan_of_leaf(module: nn.Module, cls: type[nn.Module]) -> Plan | None:
 
 
 def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> Plan:
-    from genai_fast.fusion.rewrite import methods, written  # not needed to import this package
     from genai_fast.fusion.source import NothingFound, Refused
+    from genai_fast.fusion.written import methods, written  # not needed to import this package
 
     found, refused = {}, {}
     for name, function in methods(module, cls, _NAMED):
@@ -299,13 +299,17 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     if letters[-1] in "Dd":
         return "act_dropout in training"
     parts = []
+    inside = ["residual"] * ("R" in letters) + [type(modules[-1]).__name__] * (letters[-1] in "Aa")
+    said = f" ({', '.join(inside)})" if inside else ""
     if "N" in letters:
-        parts.append("batch_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+        parts.append(f"batch_norm_act{said}")
     if letters[0] == "G":
-        parts.append("group_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+        parts.append(f"group_norm_act{said}")
     if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
         conv = Convolution.of(modules[0])
         names = [option.name for option in implementations.CONVOLUTIONS]
+        if "R" in letters:  # the norm waits for the residual
+            names = [name for name in names if "folded" not in name]
         reason = implementations.kernel_why_not(conv)
         if reason:
             names.remove("kernel")
@@ -332,6 +336,7 @@ def _why_not(module: nn.Module) -> str:
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
     ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
+    ((nn.PReLU,), "there is no fused PReLU; a batch norm before it runs as one call by itself"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
     ((nn.Linear, nn.Bilinear), "PyTorch's matmul; genai_fast.tune_cpu() speeds it up if oneDNN is faster"),
 )
@@ -350,7 +355,7 @@ def _why_left(module: nn.Module) -> str:
 
 _WITHOUT_PARAMETERS = (
     nn.Upsample, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.AlphaDropout, nn.ELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Softplus, nn.ReLU6, nn.Softmax, nn.LogSoftmax,
+    nn.AlphaDropout, nn.CELU, nn.Softmax, nn.LogSoftmax,
     nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
 )  # fmt: skip
 

@@ -18,15 +18,21 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 GROUP_NORMS = (nn.GroupNorm, *INSTANCE_NORMS)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu", nn.GELU: "gelu",
+    nn.SiLU: "silu", nn.GELU: "gelu", nn.ELU: "elu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Hardswish: "hardswish",
+    nn.Softplus: "softplus", nn.Mish: "mish",
 }  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Stands in a chain for the sum with a residual."""
+
 
 # One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C") | {nn.Linear: "L"}
 _LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(GROUP_NORMS, "G") | dict.fromkeys(ACTIVATIONS, "A")
-_LETTERS |= {nn.Identity: "I", nn.Dropout: "D"}
+_LETTERS |= {nn.Identity: "I", nn.Dropout: "D", Residual: "R"}
 STOCK = tuple(_LETTERS)
-_CHAIN = re.compile("[CL]?N[AaI]?|G[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("[CL]?NR?[AaI]?|GR?[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs: torch's own methods and functions, unless they are replaced.
 _METHODS = (
@@ -36,8 +42,10 @@ _METHODS = (
 _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
     nn.CrossEntropyLoss: ((F, "cross_entropy"),), nn.Dropout: ((F, "dropout"),),
-    nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),), nn.SiLU: ((F, "silu"),),
-    nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
+    nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    nn.ELU: ((F, "elu"),), nn.ReLU6: ((F, "hardtanh"),), nn.SELU: ((F, "selu"), (torch, "selu")),
+    nn.Hardswish: ((F, "hardswish"),), nn.Softplus: ((F, "softplus"),), nn.Mish: ((F, "mish"),),
     **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
     nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
     **dict.fromkeys(INSTANCE_NORMS, ((F, "instance_norm"), (torch, "instance_norm"))),
@@ -111,7 +119,7 @@ def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 def letter(child: nn.Module, random: bool = True) -> str:
     """What a child counts as: C (convolution), L (Linear), N (batch norm), G (group or instance norm), A (activation),
-    I (Identity, which returns the very tensor it was given), D (Dropout), or "." (other).
+    I (Identity, which returns the very tensor it was given), D (Dropout), R (a residual's sum), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything. Dropout does not
     where the random numbers must be PyTorch's (not `random`).
@@ -128,7 +136,7 @@ def _spans(word: str) -> tuple[Span, ...]:
     for match in _CHAIN.finditer(word):
         letters = match.group()
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets rely on it.
-        fused = letters not in ("L", "A", "a", "I", ".") and (owned or letters[0] not in "ad")
+        fused = letters not in ("L", "A", "a", "I", "R", ".") and (owned or letters[0] not in "ad")
         found.append(Span(match.start(), match.end(), letters, fused))
         owned = letters[0] in "CLNG" or (owned and letters != ".")
     return tuple(found)
