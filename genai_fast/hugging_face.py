@@ -24,8 +24,8 @@ def register_attention() -> str:
     """Add ops.causal_attention to transformers' attention implementations: model.set_attn_implementation("genai_fast").
 
     Causal attention, whole or in a sliding window (Mistral, Gemma), with grouped keys and with a soft cap of the scores
-    (Gemma 2), is one kernel without a mask in memory. Batches with padding, other masks, position biases, sinks and what
-    has no kernel are computed as transformers does, by PyTorch's attention, or by its formula where that has no soft cap.
+    (Gemma 2), is one kernel without a mask in memory. Batches with padding, other masks, position biases, sinks and
+    what has no kernel are computed as by transformers: by PyTorch's attention, or by the formula with a soft cap.
     Dropout draws other numbers than PyTorch's. `genai_fast.enable_sdpa` serves models that stay with "sdpa", as far as
     these call PyTorch's attention without a mask.
 
@@ -54,13 +54,17 @@ def _mask(
     window = _window_of(mask_function, masking_utils)
     ends = type(q_offset) is type(kv_offset) is int and q_offset + q_length == kv_offset + kv_length
     whole = ends and (q_length in (1, kv_length)) and allow_is_causal_skip
-    if window is not None and whole and _is_served(settings.get("device"), settings.get("dtype")):
-        if attention_mask is None or (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
-            return None
+    served = window is not None and whole and _is_served(settings.get("device"), settings.get("dtype"))
+    if served and not _is_padded(attention_mask, kv_length):
+        return None
     return masking_utils.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         allow_is_causal_skip=allow_is_causal_skip, **settings,
     )  # fmt: skip
+
+
+def _is_padded(attention_mask: torch.Tensor | None, kv_length: int) -> bool:
+    return attention_mask is not None and (attention_mask.shape[-1] != kv_length or not bool(attention_mask.all()))
 
 
 def _window_of(mask_function: Any, utils: Any) -> int | None:
@@ -83,7 +87,7 @@ def _variables(function: Any, maker: Any) -> dict[str, Any]:
 
 
 def _is_served(device: Any, dtype: torch.dtype | None) -> bool:
-    """Whether ours is the faster one for tensors like these: a CPU multiplies narrow types by instructions of its own."""
+    """Whether ours is the faster one for tensors like these: a CPU has instructions for narrow types."""
     kind = torch.device(device or "cpu").type
     narrow = dtype in (torch.float16, torch.bfloat16)
     return not choose("causal_attention", forced_backend(), kind, dtype or torch.float32)[1] and (
@@ -98,15 +102,18 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """(attention [B, T, H, D], None), as transformers' own functions."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = sliding_window if causal and sliding_window and sliding_window < key.shape[2] else None
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # The first step of a static cache, where transformers leaves the mask out: later places hold nothing yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if attention_mask is None and window and query.shape[2] == 1:  # then the window is a part of the keys
+        key, value, window = key[:, :, -window:], value[:, :, -window:], None
     special = any(others.get(name) is not None for name in _OTHERS)
-    window = sliding_window if causal and sliding_window and sliding_window < key.shape[2] else None
     if attention_mask is not None or special or not _fits(query, key, value):
         kernel = False
     else:
-        kernel = bool(window or softcap) or _is_served(query.device, query.dtype)
+        several = query.shape[2] > 1  # of one query PyTorch's attention is as fast
+        kernel = bool(window or softcap) or (several and _is_served(query.device, query.dtype))
     if kernel:
         settings = dict(scale=scaling, window=window, softcap=softcap, causal=bool(causal), dropout=dropout)
         out = ops.causal_attention(query, key, value, **settings)  # type: ignore[arg-type]

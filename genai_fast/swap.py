@@ -152,8 +152,8 @@ def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> P
         for name, why in refused.items()
         if not (isinstance(why, NothingFound) and (found or name != "forward"))
     )
-    chains = tuple((tuple(map(str, c.steps)), c.modules) for method in found.values() for c in method.chains)
-    return Plan(None, found, reasons, chains)
+    chains = ((tuple(map(str, c.steps)), c.modules) for method in found.values() for c in method.chains)
+    return Plan(None, found, reasons, tuple(dict.fromkeys(chains)))  # the branches of a method may have one each
 
 
 def _fused_class(module: nn.Module, random: bool) -> type[nn.Module] | None:

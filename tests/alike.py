@@ -43,14 +43,14 @@ def norm_calls():
 
 
 @contextlib.contextmanager
-def calls_of(name):
-    """How often an op is called inside the block."""
+def calls_of(name, named=False):
+    """The arguments that an op is called with inside the block: by position, or those that are named."""
     from genai_fast import ops
 
     made, op = [], getattr(ops, name)
 
     def counted(*args, **kwargs):
-        made.append(args)
+        made.append(kwargs if named else args)
         return op(*args, **kwargs)
 
     try:

@@ -20,11 +20,12 @@ from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import Refused
 from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed
+from genai_fast.fusion.sums import SumFinder
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-class Rewriter(Reader, ProductFinder):
+class Rewriter(Reader, ProductFinder, SumFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(
@@ -61,12 +62,33 @@ class Rewriter(Reader, ProductFinder):
         if self.swallows:
             return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
-        for statement in self._found(statements):
+        for statement in self._sums(self._found(statements)):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
                 joined.append(self._begun(joined, statement) or statement)
-        return [self.visit(statement) for statement in joined]
+        return [self.visit(statement) for statement in self._pushed(joined)]
+
+    def _pushed(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """What activates the norm that a branch ends with, moved to the ends of all branches: it runs after either."""
+        found: list[ast.stmt] = []
+        for statement in statements:
+            before = found[-1] if found else None
+            if isinstance(before, ast.If) and any(self._activates(statement, end) for end in _ends(before)):
+                _append(before, statement)
+            else:
+                found.append(statement)
+        return found
+
+    def _activates(self, statement: ast.stmt, end: ast.stmt) -> bool:
+        step = self.step(end.value) if _target(end) in self.variables else None
+        if step is None or letter(step.module) not in "NG" or any(hasattr(n, "begun") for n in ast.walk(statement)):
+            return False
+        if self._joined(end, copy.deepcopy(statement)) is None:
+            return False
+        after = self._first(statement.value, _target(end), False)
+        calls = (self.step(node) for node in ast.walk(statement.value))
+        return any(s is not None and s.given is after and letter(s.module) == "A" for s in calls)
 
     def _found(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         """The statements, with a call before those in a row that an op does at once."""
@@ -324,6 +346,22 @@ class Rewriter(Reader, ProductFinder):
         return node  # its arguments may hide self
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda = visit_FunctionDef
+
+
+def _ends(node: ast.If) -> list[ast.stmt]:
+    """The last statements of its branches, and of those of the ifs that end them."""
+    found: list[ast.stmt] = []
+    for body in (node.body, node.orelse):
+        if body:
+            found += _ends(body[-1]) if isinstance(body[-1], ast.If) else [body[-1]]
+    return found
+
+
+def _append(node: ast.If, statement: ast.stmt) -> None:
+    """Let the statement follow each branch that comes to its end."""
+    for body in (node.body, node.orelse):
+        if not body or not isinstance(body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+            body.append(copy.deepcopy(statement))
 
 
 class _Replace(ast.NodeTransformer):

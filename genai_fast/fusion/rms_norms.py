@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
+from genai_fast.fusion.chains import global_hooks, obstacle
 from genai_fast.fusion.classes import replacement
 from genai_fast.fusion.layout import dense_order
 from genai_fast.fusion.meaning import Meaning, matches, meaning
@@ -66,6 +68,13 @@ class RMS(NamedTuple):
     eps: str
     meaning: Meaning
     parameter: str  # the name of forward's x
+
+
+class Fused(NamedTuple):
+    """What a fused class keeps of its norm: the computation, and whether it still is that."""
+
+    rms: RMS
+    holds: Callable[[], bool]
 
 
 def rms_of(cls: type[nn.Module]) -> RMS | None:
@@ -155,4 +164,35 @@ def members(cls: type[nn.Module], rms: RMS) -> dict[str, Any]:
         found = _settings(rms, self, x) if serves else None
         return theirs(self, *given, **named) if found is None else _normalize(rms, x, *found)
 
-    return {"forward": forward}
+    return {"forward": forward, "_rms_norm": Fused(rms, lambda: now() is None and holds())}
+
+
+def fused(norm: Any) -> Fused | None:
+    """What is known of a norm that runs as one call; None of other modules."""
+    return vars(type(norm)).get("_rms_norm")
+
+
+def sum_and_norm(a: Any, b: Any, norm: Any, sums: int) -> tuple[Any, ...]:
+    """a + b, `sums` times, and its norm."""
+    known = fused(norm)
+    found = None if known is None or torch.compiler.is_compiling() else _of_sum(known, a, b, norm)
+    if found is None:
+        total = a + b
+        return (*[total] * sums, norm(total))
+    y, total = found
+    return (*[total] * sums, y)
+
+
+def _of_sum(known: Fused, a: Any, b: Any, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(norm(a + b), a + b) in one call; None if the op does not compute both as they would be."""
+    if not _serves(a) or not is_plain(b) or a.shape != b.shape or a.dtype is not b.dtype or a.device != b.device:
+        return None
+    if a.dtype is not torch.float32 and torch.is_grad_enabled():
+        return None  # of a narrow sum such a norm keeps a copy, so that the sum may be changed in place
+    if not a.is_contiguous() or not b.is_contiguous() or obstacle(norm) or global_hooks() or not known.holds():
+        return None
+    settings = _settings(known.rms, norm, a)
+    if settings is None:
+        return None
+    with without_autocast(a.device.type):
+        return ops.rms_norm(a, *settings, residual=b, offset=known.rms.kind.offset)

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers", reason="pip install .[huggingface]")
 
 from alike import assert_close, assert_gradients_close, calls_of
-from hugging_face_models import LANGUAGE_MODELS, WITH_RMS_NORM, language_model, tokens
+from hugging_face_models import LANGUAGE_MODELS, WITH_RMS_NORM, autoencoder, language_model, tokens, unet
 
 from genai_fast import explain, fuse, unfuse
 from genai_fast.fusion.classes import original
@@ -52,11 +52,13 @@ def test_logits_loss_and_gradients(name):
 def test_every_norm_product_and_turn_is_served(name):
     plain, fused = _pair(name)
     norms = sum("RMSNorm" in type(module).__name__ for module in plain.modules())
-    rows = [row.becomes.split(" ")[0] for row in explain(plain)]
-    assert rows.count("rms_norm") == norms and rows.count("gated_act") == rows.count("rotary") == 2
-    with calls_of("rms_norm") as normed, calls_of("gated_act") as gated, calls_of("rotary") as turned:
+    rows = [row.becomes.partition(" (")[0] for row in explain(plain)]
+    assert rows.count("rms_norm") == norms
+    assert [rows.count(name) for name in ("rms_norm with its sum", "gated_act", "rotary")] == [2, 2, 2]
+    with calls_of("rms_norm", named=True) as normed, calls_of("gated_act") as gated, calls_of("rotary") as turned:
         fused(tokens())
     assert (len(normed), len(gated), len(turned)) == (norms, 2, 4)
+    assert sum("residual" in named for named in normed) == 2
 
 
 @every
@@ -160,3 +162,25 @@ def test_hooks_and_hidden_states(name):
             if path.endswith(("mlp.act_fn", "norm", "layernorm")):
                 module.register_forward_hook(lambda module, given, y: 0.9 * y)
     _assert_alike(fused, plain)
+
+
+@pytest.mark.parametrize("make", (autoencoder, unet), ids=lambda make: make.__name__)
+def test_networks_of_diffusers(make):
+    pytest.importorskip("diffusers", reason="pip install .[huggingface]")
+    plain = make()
+    fused = fuse(copy.deepcopy(plain))
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    results = []
+    for model in (plain, fused):
+        with calls_of("group_norm_act") as made:
+            y = (model(noise) if make is autoencoder else model(noise, torch.tensor([3, 7]))).sample
+        y.square().mean().backward()
+        results.append((y, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    norms = sum(".norm2" in n or ".norm1" in n or "conv_norm_out" in n for n, _ in plain.named_parameters()) // 2
+    assert [args[5] for args in made].count("silu") == norms
+    assert_close(results[1][0], results[0][0], 1e-4)
+    assert_gradients_close(results[1][1], results[0][1])
+    with torch.no_grad():
+        expected, found = (m(noise) if make is autoencoder else m(noise, 3) for m in (plain.eval(), fused.eval()))
+    assert_close(found.sample, expected.sample, 1e-4)
+    assert [type(m) for m in unfuse(fused).modules()] == [type(m) for m in plain.modules()]
