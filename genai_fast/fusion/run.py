@@ -61,10 +61,17 @@ _SUM = Residual()
 def flat(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The modules, with its children in the place of each nn.Sequential that does nothing but call them."""
     for module in modules:
-        if original(type(module)) is nn.Sequential and not obstacle(module) and not replaced(nn.Sequential):
+        if isinstance(module, nn.Sequential) and _only_calls(module):
             yield from flat(module._modules.values())
         else:
             yield module
+
+
+def _only_calls(module: nn.Sequential) -> bool:
+    cls = original(type(module))
+    methods = ("forward", "__iter__", "__call__", "_call_impl")
+    own = all(getattr(cls, name) is getattr(nn.Sequential, name) for name in methods)
+    return own and not obstacle(module) and not replaced(nn.Sequential)
 
 
 def begin(modules: Iterable[nn.Module], x: Any, quiet: bool, random: bool = True) -> Any:
