@@ -117,6 +117,7 @@ def _attention(
     if kernel:
         settings = dict(scale=scaling, window=window, softcap=softcap, causal=bool(causal), dropout=dropout)
         out = ops.causal_attention(query, key, value, **settings)  # type: ignore[arg-type]
+        assert isinstance(out, torch.Tensor)
         return out.transpose(1, 2).contiguous(), None
     if attention_mask is None and window:
         attention_mask = _windowed(query, key, window)

@@ -77,7 +77,7 @@ class LazyLogits(torch.Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """What is done with the numbers; gradients are recorded before this."""
         args, kwargs = tree_map(lambda x: x.value() if isinstance(x, LazyLogits) else x, (args, kwargs or {}))
         return function(*args, **kwargs)

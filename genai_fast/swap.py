@@ -201,12 +201,15 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
 
 
 def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
-    """Run a model's convolutions, norms, activations, dropout, GRUs and sampled latents as fused calls, in place.
+    """Run a model's norms, activations, gates, attention, dropout, latents, losses and GRUs as fused calls, in place.
 
     nn.GRU and nn.RMSNorm become their counterparts in `layers`; nn.Sequential at any depth becomes a
     `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass with these
-    methods recompiled. Parameters, buffers, keys, hooks, copies and optimizers do not change; a pickle holds the
-    original classes. `explain` reports what happens to each module and why.
+    methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`, calls
+    F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
+    `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
+    Under torch.compile such calls are left to the compiler. Parameters, buffers, keys, hooks, copies and optimizers do
+    not change; a pickle holds the original classes. `explain` reports what happens to each module and why.
 
     Tools that look up a module's very class in a table pass a fused one by without a word, such as
     torch.ao.quantization.quantize_dynamic(model, {nn.GRU}): quantize first and then fuse, or `unfuse` before.

@@ -152,7 +152,9 @@ class ProductFinder(ast.NodeTransformer):
         if not any(waits):
             for k, side in enumerate(sides):
                 other = sides[1 - k]
-                if self._is_gate(side) and not (k == 0 and self._may_change(side, other)) and not self._joins(side):
+                if isinstance(other, ast.Constant) or not self._is_gate(side):
+                    continue
+                if not (k == 0 and self._may_change(side, other)) and not self._joins(side):
                     waits[k] = True
                     sides[k] = self._wait(side)
                     sides[1 - k] = self.visit(other)

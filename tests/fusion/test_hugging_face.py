@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="pip install .[huggingface]")
 from alike import assert_close, assert_gradients_close, calls_of
 from hugging_face_models import LANGUAGE_MODELS, WITH_RMS_NORM, autoencoder, language_model, tokens, unet
 
-from genai_fast import explain, fuse, unfuse
+from genai_fast import explain, fuse, lazy_logits, unfuse
 from genai_fast.fusion.classes import original
 
 pytestmark = pytest.mark.usefixtures("small_is_fused")
@@ -184,3 +184,37 @@ def test_networks_of_diffusers(make):
         expected, found = (m(noise) if make is autoencoder else m(noise, 3) for m in (plain.eval(), fused.eval()))
     assert_close(found.sample, expected.sample, 1e-4)
     assert [type(m) for m in unfuse(fused).modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("fused_first", (False, True))
+def test_dispatched_by_accelerate(fused_first):
+    """As device_map does: its hooks replace the forward of every module."""
+    accelerate = pytest.importorskip("accelerate", reason="pip install .[huggingface]")
+    plain = language_model("llama")
+    model = copy.deepcopy(plain)
+    model = fuse(model) if fused_first else model
+    model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    model = model if fused_first else fuse(model)
+    with calls_of("rms_norm") as made:
+        _assert_alike(model, plain)
+    assert bool(made) is fused_first
+
+
+def test_the_trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="pip install .[huggingface]")
+    import transformers
+
+    results = []
+    for prepare in (lambda model: model, lambda model: lazy_logits(fuse(model))):
+        model = prepare(language_model("llama"))
+        settings = dict(max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3)
+        more = dict(use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=3)
+        arguments = transformers.TrainingArguments(str(tmp_path), **settings, **more)
+        data = [dict(input_ids=row, labels=row) for row in tokens(8)]
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        results.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        evaluated = trainer.evaluate(data)["eval_loss"]
+        results[-1].append(evaluated)
+    assert len(results[0]) == 5
+    assert_close(torch.tensor(results[1]), torch.tensor(results[0]), 1e-3)
