@@ -64,8 +64,8 @@ def _say(recipe: str, result: Trained) -> None:
     """What has come of it, and what can be done with it."""
     folder = result.folder
     figures = result.record.get("validation", {})
-    held_out = f"on held-out data:\n{key.as_text(figures)}" if figures else "all epochs were already done"
-    say(f"{folder}: {held_out}", sys.stdout)
+    done = "trained" if result.record else "all epochs were already done"
+    say(f"{folder}: " + (f"on held-out data:\n{key.as_text(figures)}" if figures else done), sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)

@@ -15,7 +15,7 @@ from genai_fast.models import slerp
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates, Upscales
 from genai_fast.runs import pictures
-from genai_fast.runs.image_evaluation import decode, generate, shown
+from genai_fast.runs.image_evaluation import decode, generate, shown, upscaled
 from genai_fast.runs.run import Opened
 from genai_fast.runs.translation_evaluation import translate
 from genai_fast.training.batches import batch_for
@@ -141,8 +141,8 @@ def run_upscale(options: argparse.Namespace) -> int:
     options.out = free_path(options.out, "upscaled.png")
     check_png(options.out)
     run, replaced = opened(options, "upscale", Upscales), replaced_note(options.out)
-    x = torch.from_numpy(read_picture(options.picture, grey=run.shape[0] == 1))[None].float() / 255
-    made = shown(run.model, run.model.upscale(x * 2 - 1))[0]
+    x = torch.from_numpy(read_picture(options.picture, grey=run.shape[0] == 1)).float() / 255
+    made = upscaled(run.model, x)
     pictures.single(made, options.out)
     sizes = " to ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (x, made))
     print(f"{options.out}{replaced}: {options.picture} enlarged from {sizes} pixels by {run.folder}")

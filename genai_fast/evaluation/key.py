@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-NAMES = {"frechet_distance": "Fréchet distance", "kl": "KL", "bits_per_dim": "bits per dimension"}
+NAMES = {
+    "frechet_distance": "Fréchet distance", "kl": "KL", "bits_per_dim": "bits per dimension", "l1": "L1",
+    "psnr": "PSNR", "ssim": "SSIM", "psnr_bicubic": "PSNR of bicubic", "ssim_bicubic": "SSIM of bicubic",
+}  # fmt: skip
 MEANINGS = {
     "loss": "what training minimizes; lower is better",
     "reconstruction": "nats per sample to describe it given its latent; lower is better",
@@ -26,18 +29,31 @@ MEANINGS = {
     "perplexity": "number of equally likely next tokens; lower is better",
     "bits_per_byte": "of text, whatever the tokenizer; lower is better",
 }
-for _to, _from in (("b", "a"), ("a", "b")):  # of recipes that translate, for each set
-    _TO, _FROM = _to.upper(), _from.upper()
-    NAMES |= {f"frechet_distance_{_to}": f"Fréchet distance to {_TO}", f"cycle_{_from}": f"cycle error of {_FROM}"}
-    NAMES |= {f"accuracy_{_to}": f"accuracy as {_TO}", f"accuracy_{_to}_real": f"accuracy of {_TO}"}
-    NAMES[f"accuracy_{_to}_untranslated"] = f"accuracy of {_FROM} as {_TO}"
-    MEANINGS |= {
-        f"frechet_distance_{_to}": f"of images translated to {_TO} to held-out ones of {_TO}; lower is better",
-        f"accuracy_{_to}": f"share of images translated to {_TO} that a classifier of {_TO} takes for what they show",
-        f"accuracy_{_to}_untranslated": f"that share of {_FROM}'s images as they are",
-        f"accuracy_{_to}_real": f"that share of {_TO}'s own held-out images",
-        f"cycle_{_from}": f"distance of {_FROM}'s pixels from themselves after there and back, in [0, 1]",
+
+
+def _of_set(to: str, other: str) -> dict[str, tuple[str, str]]:
+    """Name and meaning of what recipes that translate say of the set `to`, A or B."""
+    k = to.lower()
+    return {
+        f"frechet_distance_{k}": (
+            f"Fréchet distance to {to}",
+            f"of images translated to {to} to held-out ones of {to}; lower is better",
+        ),
+        f"accuracy_{k}": (
+            f"accuracy as {to}",
+            f"share of images translated to {to} that a classifier of {to} takes for what they show",
+        ),
+        f"accuracy_{k}_untranslated": (f"accuracy of {other} as {to}", f"that share of {other}'s images as they are"),
+        f"accuracy_{k}_real": (f"accuracy of {to}", f"that share of {to}'s own held-out images"),
+        f"cycle_{k}": (
+            f"cycle error of {to}",
+            f"mean distance of {to}'s pixels from themselves after there and back, in [0, 1]; lower is better",
+        ),
     }
+
+
+for _figure, (_name, _meaning) in (_of_set("B", "A") | _of_set("A", "B")).items():
+    NAMES[_figure], MEANINGS[_figure] = _name, _meaning
 _NARROW = ("precision", "recall", "density", "coverage")
 
 

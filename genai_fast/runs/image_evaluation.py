@@ -100,6 +100,24 @@ def enlarged(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torc
     return small, large, made
 
 
+def upscaled(model: nn.Module, x: torch.Tensor, tile: int = 256) -> torch.Tensor:
+    """An image [C, H, W] in [0, 1], on the CPU -> enlarged by the model, likewise, in tiles of so many pixels a side.
+
+    Each tile is computed with as much around it as it depends on, so seams do not show.
+    """
+    device, scale, around = next(model.parameters()).device, model.scale, model.reach
+    channels, height, width = x.shape
+    made = torch.empty(channels, scale * height, scale * width)
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            above, before = min(top, around), min(left, around)
+            rows, columns = slice(top - above, top + tile + around), slice(left - before, left + tile + around)
+            part = shown(model, model.upscale((x[None, :, rows, columns] * 2 - 1).to(device)))[0].cpu()
+            part = part[:, scale * above :, scale * before :][:, : scale * tile, : scale * tile]
+            made[:, scale * top :, scale * left :][:, : part.shape[1], : part.shape[2]] = part
+    return made
+
+
 def _enlargements(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
     """Small images with visible pixels; enlarged bicubically; by the model; the originals."""
     x = images.batch(slice(0, 12))

@@ -93,9 +93,11 @@ class TranslationWatch:
                 found, said = self._look(to)
                 figures |= found
                 warnings += [message for message in said if message not in warnings]
-            distances = [figures[k] for k in figures if k.startswith("frechet_distance")]
+            distances = [figures[k] for k in figures if k.startswith("frechet_distance_")]
             if distances:
                 figures = {"frechet_distance": sum(distances) / len(distances), **figures}
+            if len(self._model.targets) == 1:
+                figures.pop(f"frechet_distance_{self._model.targets[0]}", None)
         return Look(figures, warnings)
 
     def _look(self, to: str) -> tuple[dict[str, float], list[str]]:

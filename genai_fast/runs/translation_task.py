@@ -64,11 +64,11 @@ class TranslationTask(ImageTask):
 
     def feeds(self, model: nn.Module) -> tuple[Feed, Feed]:
         """For training and for validation."""
-        size, smallest = self.settings.batch_size, max(len(self.train), len(self.train_b))
-        if smallest < size:
+        size, most = self.settings.batch_size, max(len(self.train), len(self.train_b))
+        if most < size:
             raise UsageError(
                 f"{self.settings.data}, {self.settings.data_b}: expected at least {size} images for training, a batch,"
-                f" in one of them, got {smallest}; remedy: more images, or a smaller --batch-size"
+                f" in one of them, got {most}; remedy: more images, or a smaller --batch-size"
             )
         sets = (self.train, self.train_b), (self.validation, self.validation_b)
         return tuple(TranslationFeed(model, *s, self.settings, pairs=self.pairs) for s in sets)

@@ -260,7 +260,7 @@ def test_scripts_are_plain(exported):
         assert roots - {*sys.stdlib_module_names} <= {"torch", "safetensors", "PIL", "tokenizers"}, name
         assert not re.search(r"\bPlain", source) and str(folder.parent) not in source
         expected = {"model.py", "weights.safetensors"} | ({"tokenizer.json"} if name in TEXT else set())
-        assert {p.name for p in folder.iterdir()} - {"out.pt", "__pycache__"} == expected
+        assert {p.name for p in folder.iterdir()} - {"out.pt", "made", "__pycache__"} == expected
 
 
 def test_the_command(exported, tmp_path, capsys, monkeypatch):
@@ -287,7 +287,7 @@ def test_the_command(exported, tmp_path, capsys, monkeypatch):
 
 
 def test_half_an_export_leaves_nothing(exported, tmp_path, monkeypatch):
-    def break_down(run, path):
+    def break_down(run, path, to):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 

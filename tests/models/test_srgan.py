@@ -18,7 +18,7 @@ from genai_fast.models import SRGAN, Enlarger, SRCritic, SRResNet
 from genai_fast.models.registry import make
 from genai_fast.models.srgan import plain
 from genai_fast.models.srgan.settings import SRGANConfig, SRResNetConfig
-from genai_fast.runs.image_evaluation import enlarged, shown
+from genai_fast.runs.image_evaluation import enlarged, shown, upscaled
 from genai_fast.runs.run import open_run
 from genai_fast.training import Step, checkpoint, make_optimizer
 
@@ -93,6 +93,25 @@ def test_it_learns_to_beat_bicubic_on_stripes():
     small, large, made = enlarged(network, x)
     assert small.shape == (2, 1, 8, 8) and large.shape == made.shape == x.shape
     assert psnr(made, x) > psnr(large, x) + 3
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_tiles_leave_no_seams(scale):
+    network = Enlarger(scale=scale, channels=1, width=4, blocks=2, residual=False).eval()
+    for m in network.modules():  # so that what is far away would show
+        if isinstance(m, nn.Conv2d):
+            nn.init.constant_(m.weight, 1 / m.weight[0].numel())
+    x = torch.rand(1, 61, 47)
+    assert network.reach < 16
+    whole = shown(network, network.upscale(x[None] * 2 - 1))[0]
+    assert whole.std() > 0.01
+    assert_close(upscaled(network, x, tile=16), whole, 1e-5)
+    network.reach = 2
+    assert (upscaled(network, x, tile=16) - whole).abs().max() > 1e-3
+    near = x.clone()
+    near[0, 30, 20] += 0.5  # what a pixel changes is not further away than is said
+    changed = (network.upscale(near[None]) - network.upscale(x[None]))[0, 0].abs().gt(0).nonzero() // scale
+    assert (changed - torch.tensor([30, 20])).abs().max() <= 2 * 2 + 10
 
 
 MISTAKES = {

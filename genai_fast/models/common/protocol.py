@@ -54,6 +54,7 @@ class Upscales(Protocol):
     """Larger images of small ones."""
 
     scale: int  # by which sides grow
+    reach: int  # pixels of a small image on each side of one that what becomes of it may depend on
 
     def lower(self, x: torch.Tensor) -> torch.Tensor:
         """Large images [N, C, H, W] as the small ones that the model learns to enlarge."""

@@ -60,7 +60,7 @@ class SRGAN(nn.Module):
         if not adversarial >= 0:
             raise ValueError(f"SRGAN: adversarial: expected at least 0, got {adversarial}")
         self.generator, self.critic, self.adversarial = generator, critic, adversarial
-        self.scale = generator.scale
+        self.scale, self.reach = generator.scale, generator.reach
 
     def networks(self) -> dict[str, nn.Module]:
         """What is trained, in the order of the turns."""

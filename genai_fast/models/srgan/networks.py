@@ -57,6 +57,7 @@ class Enlarger(nn.Module):
                 layers.last[-1].weight.mul_(_LITTLE)
                 layers.last[-1].bias.zero_()
         self.scale, self.channels, self.residual = scale, channels, residual
+        self.reach = 2 * blocks + 10  # 4 of the first kernel, 1 of each other, less of those on what is enlarged
         self.first, self.last = fused(layers.first), fused(layers.last)
         inner = (_Block(m) if isinstance(m, plain.PlainSRBlock) else m for m in layers.blocks)
         self.blocks = fused(nn.Sequential(*inner))

@@ -4,7 +4,6 @@ from collections.abc import Generator, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -69,24 +68,24 @@ class ImagePool(nn.Module):
         return given.to(x.dtype)
 
     def carried(self) -> dict[str, torch.Tensor]:
-        """Copies: images [1, size, C, H, W] and their count [1, 1]."""
-        return {"images": self.images[None, : self.size].clone(), "count": self.count.view(1, 1).clone()}
+        """Copies: images [size, 1, C, H, W] and their count [1, 1]; of several processes joined, a column of each."""
+        return {"images": self.images[: self.size, None].clone(), "count": self.count.view(1, 1).clone()}
 
     def load_carried(self, state: Mapping[str, torch.Tensor]) -> None:
-        """What `carried` gave, or of several processes that joined along the second dimension.
+        """What `carried` gave: the first column, or of none an empty pool, as of a process that joins others.
 
         Raises: ValueError on another shape.
         """
         images, count = state.get("images"), state.get("count")
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        wanted = self.size, *self.images.shape[1:]
-        if images is None or count is None or images.shape != (1, count.numel() * wanted[0], *wanted[1:]):
+        wanted, columns = (self.size, *self.images.shape[1:]), 0 if count is None else count.numel()
+        if images is None or count is None or images.shape != (wanted[0], columns, *wanted[1:]):
             got = "nothing" if images is None or count is None else f"{tuple(images.shape)} and {tuple(count.shape)}"
-            raise ValueError(f"load_carried: expected images [1, N x {wanted[0]}, ...] and counts [1, N], got {got}")
-        # With another number of processes each begins with the first one's.
-        own = dist.get_rank() if processes > 1 and count.numel() == processes else 0
-        self.images[: self.size].copy_(images[0, own * self.size : (own + 1) * self.size])
-        self.count.copy_(count[0, own])
+            raise ValueError(f"load_carried: expected images [{wanted[0]}, N, ...] and counts [1, N], got {got}")
+        if not columns:
+            self.count.zero_()
+            return
+        self.images[: self.size].copy_(images[:, 0])
+        self.count.copy_(count[0, 0])
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
