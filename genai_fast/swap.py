@@ -205,8 +205,8 @@ def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
 
     nn.GRU and nn.RMSNorm become their counterparts in `layers`; nn.Sequential at any depth becomes a
     `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass with these
-    methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`, calls
-    F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
+    methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`,
+    calls F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
     `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
     Under torch.compile such calls are left to the compiler. Parameters, buffers, keys, hooks, copies and optimizers do
     not change; a pickle holds the original classes. `explain` reports what happens to each module and why.
