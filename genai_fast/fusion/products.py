@@ -43,11 +43,11 @@ class _Waiting:
 
 
 def _serves(gate: Any) -> bool:
-    if torch.compiler.is_compiling() or not is_plain(gate) or gate.dim() < 2:  # a compiler joins the two itself
+    if torch.compiler.is_compiling() or not is_plain(gate):  # a compiler joins the two itself
+        return False
+    if thresholds.gated("gelu", gate) or gate.dim() < 2:  # SiLU's threshold is higher
         return False
     if gate.dtype is torch.float64 or not gate.is_floating_point():
-        return False
-    if thresholds.gated("gelu", gate):  # first: it costs least, and SiLU's is higher
         return False
     if left_to_torch() or global_hooks() or not keeps_order(gate):
         return False

@@ -113,12 +113,11 @@ def why_not(rms: RMS, norm: nn.Module) -> str:
 
 def _serves(x: Any) -> bool:
     """Whether a kernel takes this input and is worth its call."""
-    if torch.compiler.is_compiling() or not is_plain(x):  # a compiler makes one kernel of them itself
+    if torch.compiler.is_compiling() or not is_plain(x) or thresholds.written_rms_norm(x):  # a compiler fuses it itself
         return False
     if x.dtype is torch.float64 or x.dim() == 0 or x.size(-1) == 0:  # of float64 they have statistics in float32
         return False
-    small = thresholds.written_rms_norm(x)  # first: it is what costs least
-    return not (small or left_to_torch() or choose("layer_norm", forced_backend(), x.device.type, x.dtype)[1])
+    return not (left_to_torch() or choose("layer_norm", forced_backend(), x.device.type, x.dtype)[1])
 
 
 def _settings(rms: RMS, norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, float] | None:
@@ -157,12 +156,11 @@ def members(cls: type[nn.Module], rms: RMS) -> dict[str, Any]:
 
     @functools.wraps(theirs)
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
-        if (other := now()) is not None:
-            return other(self, *given, **named)
-        x = given[0] if len(given) == 1 and not named else named.get(rms.parameter) if not given else None
-        serves = len(given) + len(named) == 1 and _serves(x) and holds()
-        found = _settings(rms, self, x) if serves else None
-        return theirs(self, *given, **named) if found is None else _normalize(rms, x, *found)
+        x = given[0] if given else named.get(rms.parameter)
+        if not _serves(x) or len(given) + len(named) != 1 or now() is not None or not holds():
+            return cls.forward(self, *given, **named)  # as it is now
+        found = _settings(rms, self, x)
+        return theirs(self, x) if found is None else _normalize(rms, x, *found)
 
     return {"forward": forward, "_rms_norm": Fused(rms, lambda: now() is None and holds())}
 

@@ -98,7 +98,7 @@ def gated(activation: str, x: torch.Tensor) -> str:
     """An activation of x times another tensor as one call, in place of two."""
     if not x.is_cpu:
         return ""
-    gradients, kind = torch.is_grad_enabled(), activation.partition("_")[0]
+    gradients, kind = torch.is_grad_enabled(), activation[:4]
     if kind == "silu" and gradients and x.dtype is not torch.float32 and not _ignored.get():
         return "PyTorch's backward of a narrow dtype is as fast"
     return _too_small("elements", x.numel(), GATED[kind][gradients])
