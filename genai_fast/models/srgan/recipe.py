@@ -44,12 +44,12 @@ RECIPES = (
     Recipe(
         settings.SRRESNET, SRResNet, plain.PlainEnlarger,
         build=_srresnet, derived=_derived, graph=_GRAPH,
-        benches=(Bench("srresnet_32", 4, (3, 32, 32)), Bench("srresnet_96", 16, (3, 96, 96), gpu=True)),
+        benches=(Bench("srresnet_64", 4, (3, 64, 64)), Bench("srresnet_96", 16, (3, 96, 96), gpu=True)),
     ),
     Recipe(
         settings.SRGAN, SRGAN,
         lambda values: {"generator": plain.PlainEnlarger, "critic": plain.PlainSRCritic},
         build=_srgan, derived=_derived, network=lambda model: model.generator, loop=_loop, graph=_GRAPH,
-        benches=(Bench("srgan_32", 4, (3, 32, 32)), Bench("srgan_96", 16, (3, 96, 96), gpu=True)),
+        benches=(Bench("srgan_64", 4, (3, 64, 64)), Bench("srgan_96", 16, (3, 96, 96), gpu=True)),
     ),
 )  # fmt: skip
