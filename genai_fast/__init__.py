@@ -16,6 +16,7 @@ from genai_fast.versions import __version__
 
 if TYPE_CHECKING:
     from genai_fast import data, evaluation, layers, models, ops, optim, profiling, training
+    from genai_fast.acceleration import accelerate
     from genai_fast.backends import FallbackWarning, use_backend
     from genai_fast.cpu import tune_cpu
     from genai_fast.hugging_face import register_attention
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from genai_fast.swap import explain, fuse, unfuse
 
 _HOMES = {
-    "FallbackWarning": "backends", "use_backend": "backends", "tune_cpu": "cpu", "enable_sdpa": "sdpa",
-    "lazy_logits": "lazy", "register_attention": "hugging_face",
+    "accelerate": "acceleration", "FallbackWarning": "backends", "use_backend": "backends", "tune_cpu": "cpu",
+    "enable_sdpa": "sdpa", "lazy_logits": "lazy", "register_attention": "hugging_face",
     "explain": "swap", "fuse": "swap", "unfuse": "swap",
 }  # fmt: skip
 
 __all__ = [
-    "FallbackWarning", "__version__", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers", "lazy_logits",
-    "models", "ops", "optim", "profiling", "register_attention", "training", "tune_cpu", "unfuse", "use_backend",
+    "FallbackWarning", "__version__", "accelerate", "data", "enable_sdpa", "evaluation", "explain", "fuse", "layers",
+    "lazy_logits", "models", "ops", "optim", "profiling", "register_attention", "training", "tune_cpu", "unfuse",
+    "use_backend",
 ]  # fmt: skip
 
 

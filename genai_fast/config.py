@@ -42,7 +42,11 @@ class Config:
     batch_size: int = setting(128, "samples per step, over all processes", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", above=0)
     warmup: int = setting(0, "steps of linear learning-rate warm-up, at most a tenth of the run", low=0)
-    decay: str = setting("none", "learning-rate schedule; cosine ends at a tenth of --lr", choices=("none", "cosine"))
+    decay: str = setting(
+        "none",
+        "learning-rate schedule; cosine ends at a tenth of --lr, linear falls to 0 over the second half of the run",
+        choices=("none", "cosine", "linear"),
+    )
     beta1: float = setting(0.9, "decay of Adam's first moment", low=0, high=0.9999)
     beta2: float = setting(0.999, "decay of Adam's second moment", low=0, high=0.999999)
     weight_decay: float = setting(0.0, "decoupled weight decay (AdamW), for matrices only", low=0)
@@ -83,6 +87,16 @@ class ImageConfig(Config):
     grid_every: int = setting(1, "epochs between grids of samples in grids/; 0: none", low=0)
     quality_every: int = setting(
         1, "epochs between comparisons of samples with held-out images (at least 6); 0: none", low=0
+    )
+
+
+@dataclass(frozen=True)
+class TranslationConfig(ImageConfig):
+    """Settings of every recipe that translates between two sets of images."""
+
+    data: str = setting("", "pictures of set A, in any form that other recipes for images take")
+    data_b: str = setting(
+        "", "pictures of set B; for pix2pix the partners of A's by file name, or by order where there are no names"
     )
 
 

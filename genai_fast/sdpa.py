@@ -76,6 +76,11 @@ def enable_sdpa() -> SDPASwitch:
     return _active
 
 
+def active() -> SDPASwitch | None:
+    """What `enable_sdpa` did in this process and has not been removed."""
+    return _active
+
+
 def _register() -> SDPASwitch:
     global _active
     library = torch.library.Library("aten", "IMPL")

@@ -8,6 +8,7 @@ subclass of the original. `genai_fast.fusion` decides at each call whether a cha
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,12 @@ from genai_fast.fusion import implementations
 from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, replaced, spans
 from genai_fast.fusion.classes import original, replacement, subclass
 from genai_fast.fusion.explanation import Explanation, Row
+from genai_fast.fusion.functions import SERVED
 from genai_fast.fusion.implementations import Decision
+from genai_fast.fusion.latents import NAMES
 from genai_fast.fusion.operands import Convolution
-from genai_fast.layers import GRU, FusedSequential, RMSNorm
+from genai_fast.layers import GRU, CrossEntropyLoss, FusedSequential, RMSNorm
+from genai_fast.ops import checks
 
 if TYPE_CHECKING:
     from genai_fast.fusion.rms_norms import RMS
@@ -33,8 +37,15 @@ __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
 _OWN_CLASS = re.compile(r"super\(\s*(type\(\s*\w+\s*\)|\w+\.__class__)\s*,")
 
+# What methods worth reading name, apart from their children: noise, and functions that an op serves.
+_NAMED = NAMES | {function.__name__ for function in SERVED}
+
 # Modules that become a layer of ours as they are.
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.GRU: GRU, nn.RMSNorm: RMSNorm}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GRU: GRU,
+    nn.RMSNorm: RMSNorm,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+}
 
 
 def _is_sequential(cls: type) -> bool:
@@ -69,6 +80,12 @@ def _is_written(cls: type) -> bool:
     return not made_in.startswith(("torch.", "genai_fast."))
 
 
+def _names_more(cls: type) -> bool:
+    """Whether a method of user code, of a module without children, is worth reading."""
+    methods = [f for base in cls.__mro__ if not base.__module__.startswith("torch.") for f in vars(base).values()]
+    return any(not _NAMED.isdisjoint(getattr(getattr(f, "__code__", None), "co_names", ())) for f in methods)
+
+
 class Plan(NamedTuple):
     """What fuse does to a module: a layer's forward, recompiled methods, or nothing; and why."""
 
@@ -79,7 +96,7 @@ class Plan(NamedTuple):
     rms: RMS | None = None  # the RMS norm that a class of the user's own computes
 
 
-def _plan(module: nn.Module) -> Plan:
+def _plan(module: nn.Module, random: bool = True) -> Plan:
     cls = original(type(module))
     if wrapper := _wrapper(module):
         return Plan(reasons=(f"{wrapper}: fuse before wrapping",))
@@ -87,10 +104,12 @@ def _plan(module: nn.Module) -> Plan:
         return Plan(reasons=("its forward is generated code",) if module._modules else ())
     if cls in _LAYERS:
         reason = obstacle(module) if "forward" in module.__dict__ else replaced(cls)
+        if not random and getattr(module, "dropout", 0):
+            reason = "it draws random numbers"
         return Plan(reasons=(reason,)) if reason else Plan(_LAYERS[cls])
-    if not module._modules and _is_written(cls):
-        return _plan_of_leaf(module, cls)
-    written = bool(module._modules) and _is_written(cls)
+    if not module._modules and _is_written(cls) and (plan := _plan_of_leaf(module, cls)):
+        return plan
+    written = _is_written(cls) and (module._modules or _names_more(cls))
     if not written and not _is_sequential(cls):
         return Plan()
     if reason := _asks_for_its_class(cls):
@@ -102,28 +121,28 @@ def _plan(module: nn.Module) -> Plan:
             return Plan(reasons=(reason,))
         chains = ((tuple(module._modules), tuple(module._modules.values())),)
         return Plan(FusedSequential, chains=chains)
-    return _plan_of_methods(module, cls)
+    return _plan_of_methods(module, cls, random)
 
 
-def _plan_of_leaf(module: nn.Module, cls: type[nn.Module]) -> Plan:
+def _plan_of_leaf(module: nn.Module, cls: type[nn.Module]) -> Plan | None:
     from genai_fast.fusion.rms_norms import rms_of, why_not  # not needed to import this package
 
     rms = rms_of(cls)
     if rms is None:
-        return Plan()
+        return None
     reason = "its forward is replaced" if "forward" in module.__dict__ else why_not(rms, module)
     reason = reason or _asks_for_its_class(cls)
     return Plan(reasons=(reason,)) if reason else Plan(rms=rms)
 
 
-def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
-    from genai_fast.fusion.rewrite import methods, written  # not needed to import this package
+def _plan_of_methods(module: nn.Module, cls: type[nn.Module], random: bool) -> Plan:
     from genai_fast.fusion.source import NothingFound, Refused
+    from genai_fast.fusion.written import methods, written  # not needed to import this package
 
     found, refused = {}, {}
-    for name, function in methods(module, cls):
+    for name, function in methods(module, cls, _NAMED):
         try:
-            found[name] = written(module, function)
+            found[name] = written(module, function, random)
         except Refused as reason:
             refused[name] = reason
         except Exception as error:  # unforeseen construct: leave the method unchanged
@@ -137,15 +156,15 @@ def _plan_of_methods(module: nn.Module, cls: type[nn.Module]) -> Plan:
     return Plan(None, found, reasons, tuple(dict.fromkeys(chains)))  # the branches of a method may have one each
 
 
-def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+def _fused_class(module: nn.Module, random: bool) -> type[nn.Module] | None:
     """The class that a module gets; None if it keeps its own."""
     cls = type(module)
     if original(cls) is not cls or issubclass(cls, FusedSequential):
         return None
-    plan = _plan(module)
+    plan = _plan(module, random)
     base = {nn.Sequential: FusedSequential, **_LAYERS}.get(cls, cls)
     if plan.layer is not None:
-        return subclass(cls, base, (), lambda: _members(cls, plan.layer))
+        return subclass(cls, base, (random,), lambda: _members(cls, plan.layer) | {"_random": random})
     if plan.rms is not None:
         from genai_fast.fusion.rms_norms import members
 
@@ -181,13 +200,14 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
             )
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Run a model's convolutions, norms, activations, gates, rotary embeddings, dropout and GRUs fused, in place.
+def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
+    """Run a model's norms, activations, gates, attention, dropout, latents, losses and GRUs as fused calls, in place.
 
     nn.GRU and nn.RMSNorm become their counterparts in `layers`; nn.Sequential at any depth becomes a
     `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass with these
-    methods recompiled, and so does one that multiplies SiLU or GELU of a gate by another tensor, turns queries and
-    keys by `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
+    methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`,
+    calls F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
+    `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
     Under torch.compile such calls are left to the compiler. Parameters, buffers, keys, hooks, copies and optimizers do
     not change; a pickle holds the original classes. `explain` reports what happens to each module and why.
 
@@ -197,12 +217,15 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module, before DistributedDataParallel, fully_shard or torch.compile.
+        random: whether dropout and the sampling of latents may draw other random numbers than PyTorch's own, of the
+            same distribution; torch.manual_seed reproduces them.
 
     Returns: The same object. Fusing a fused model changes nothing.
     Raises TypeError: the model is not a module, or is wrapped or compiled already, or contains such a module.
     """
     _check("fuse", model)
-    for module, cls in [(module, _fused_class(module)) for module in model.modules()]:
+    random = checks.flag("fuse", "random", random)
+    for module, cls in [(module, _fused_class(module, random)) for module in model.modules()]:
         if cls is not None:
             object.__setattr__(module, "__class__", cls)
     return model
@@ -279,13 +302,17 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     if letters[-1] in "Dd":
         return "act_dropout in training"
     parts = []
+    inside = ["residual"] * ("R" in letters) + [type(modules[-1]).__name__] * (letters[-1] in "Aa")
+    said = f" ({', '.join(inside)})" if inside else ""
     if "N" in letters:
-        parts.append("batch_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+        parts.append(f"batch_norm_act{said}")
     if letters[0] == "G":
-        parts.append("group_norm_act" + (f" ({type(modules[-1]).__name__})" if letters[-1] in "Aa" else ""))
+        parts.append(f"group_norm_act{said}")
     if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
         conv = Convolution.of(modules[0])
         names = [option.name for option in implementations.CONVOLUTIONS]
+        if "R" in letters:  # the norm waits for the residual
+            names = [name for name in names if "folded" not in name]
         reason = implementations.kernel_why_not(conv)
         if reason:
             names.remove("kernel")
@@ -312,6 +339,7 @@ def _why_not(module: nn.Module) -> str:
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
     ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
+    ((nn.PReLU,), "there is no fused PReLU; a batch norm before it runs as one call by itself"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
     ((nn.Linear, nn.Bilinear), "PyTorch's matmul; genai_fast.tune_cpu() speeds it up if oneDNN is faster"),
 )
@@ -330,9 +358,23 @@ def _why_left(module: nn.Module) -> str:
 
 _WITHOUT_PARAMETERS = (
     nn.Upsample, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.AlphaDropout, nn.ELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Softplus, nn.ReLU6, nn.Softmax, nn.LogSoftmax,
+    nn.AlphaDropout, nn.CELU, nn.Softmax, nn.LogSoftmax,
     nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What runs inside leaves the model's buffers and the random state as they are."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
@@ -340,12 +382,10 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     paths = {id(module): path for path, module in model.named_modules()}
     decisions: list[tuple[Sequence[nn.Module], Decision]] = []
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    buffers = [(b, b.clone()) for b in model.buffers()]
     was_fused = any(original(type(m)) is not type(m) for m in model.modules())
-    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
     try:
-        with torch.random.fork_rng(devices):
+        with undisturbed(model):
             if not was_fused and not _wrapper(model):
                 fuse(model)
             model(*arguments)
@@ -353,9 +393,6 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
         implementations.listener.reset(token)
         if not was_fused and not _wrapper(model):
             unfuse(model)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     covered: set[int] = set()
     for modules, decision in decisions:
         names = [paths.get(id(m), f"{type(m).__name__}()") for m in modules]

@@ -26,6 +26,7 @@ from genai_fast.training.batches import ImageFeed
 COMMON = {"log_every": 1, "threads": 1, "epochs": 1}
 IMAGES = {**COMMON, "data": "small.npz", "validation": 0.05, "grid_every": 0, "quality_every": 0}
 WIDE = {**IMAGES, "data": "wide.npz", "batch_size": 32, "sync_bn": True}
+BOTH = {**IMAGES, "data": "wide.npz", "data_b": "wide.npz", "batch_size": 32, "width": 4}
 TEXT = {
     **COMMON, "data": "words.txt", "tokenizer": "byte", "block": 16, "batch_size": 32, "sample_every": 0,
     "warmup": 0, "validation": 0.4,
@@ -43,6 +44,8 @@ SAME = {
     "dcgan": ("dcgan", {**WIDE, "latent": 8, "width": 4, "clip": 1.0}),
     "cgan": ("cgan", {**WIDE, "latent": 8, "width": 4}),
     "wgan-gp": ("wgan-gp", {**WIDE, "latent": 8, "width": 4, "n_critic": 2, "batch_size": 16}),
+    "cyclegan": ("cyclegan", {**BOTH, "blocks": 1, "pool": 96}),  # which is not full before the end
+    "pix2pix": ("pix2pix", {**BOTH, "dropout": 0.0}),
     "gpt": ("gpt", {**GPT, **RESUMED}),
     "lstm": ("lstm", {**LSTM, **RESUMED}),
     "seq2seq": ("seq2seq", {**TEXT, "layers": 1, "heads": 2, "width": 16, "dropout": 0.0, "batch_size": 4}),
@@ -53,6 +56,7 @@ SHARDED = {"sharded": "gpt"}
 # Those that need not be the same: other noise, or other arithmetic.
 OTHER = {
     "vrnn": ("vrnn", {**TEXT, "embedding": 8, "hidden": 16, "latent": 4}),
+    "history": ("cyclegan", {**BOTH, "blocks": 1, "pool": 20}),
     "local-bn": ("dcgan", {**WIDE, "latent": 8, "width": 4, "sync_bn": False}),
     "bfloat16": ("gpt", {**GPT, "precision": "bfloat16", "shard": True}),
 }

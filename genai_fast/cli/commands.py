@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from genai_fast import atomic_files, config
 from genai_fast.cli.checks import at_least, check_parent, check_seed, opened, replaced_note
-from genai_fast.cli.images import run_inpaint, run_interpolate, run_reconstruct, run_sample  # noqa: F401
+from genai_fast.cli.images import run_inpaint, run_interpolate, run_reconstruct, run_sample, run_translate, run_upscale  # noqa: F401
 from genai_fast.contract import offers
 from genai_fast.cpu import tune_cpu
 from genai_fast.data.text import cleaning
 from genai_fast.errors import UsageError
 from genai_fast.evaluation import key
-from genai_fast.models.common.protocol import Draws, Reconstructs
+from genai_fast.models.common.protocol import Draws, Reconstructs, Translates, Upscales
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import text_generation
 from genai_fast.runs.run import CONFIG, Trained, new_folder, saved_settings, train
@@ -64,8 +64,8 @@ def _say(recipe: str, result: Trained) -> None:
     """What has come of it, and what can be done with it."""
     folder = result.folder
     figures = result.record.get("validation", {})
-    held_out = f"on held-out data:\n{key.as_text(figures)}" if figures else "all epochs were already done"
-    say(f"{folder}: {held_out}", sys.stdout)
+    done = "trained" if result.record else "all epochs were already done"
+    say(f"{folder}: " + (f"on held-out data:\n{key.as_text(figures)}" if figures else done), sys.stdout)
     best = result.record.get("best")
     if best and best != result.record["step"]:
         say(f"best on held-out data after step {best}: kept; --best selects it in the command below", sys.stdout)
@@ -76,6 +76,11 @@ def _say(recipe: str, result: Trained) -> None:
         say(f"next: {command('sample', folder, '--count', 64, '--seed', 1, '--out', 'grid.png')}", sys.stdout)
     elif offers(result.model, Reconstructs):
         say(f"next: {command('reconstruct', folder, '--count', 12, '--out', 'reconstructed.png')}", sys.stdout)
+    elif offers(result.model, Upscales):
+        say(f"next: {command('upscale', folder, 'PICTURE', '--out', 'upscaled.png')}", sys.stdout)
+    elif offers(result.model, Translates):
+        source = result.config.data
+        say(f"next: {command('translate', folder, '--to', 'b', '--data', source, '--out', 'translated')}", sys.stdout)
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -145,12 +150,12 @@ def run_export(options: argparse.Namespace) -> int:
     if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
     run, replaced = opened(options), replaced_note(options.out)
-    network = export.network_of(run)
+    network = export.network_of(run, options.to)
     if one_file:
-        export.write_weights(run, options.out)
+        export.write_weights(run, options.out, options.to)
         use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
     else:
-        export.write_folder(run, options.out, onnx=options.onnx)
+        export.write_folder(run, options.out, onnx=options.onnx, to=options.to)
         use = f"next: {shlex.join([sys.executable, str(options.out / export.SCRIPT), '--help'])}"
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{options.out}{replaced}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")

@@ -10,6 +10,9 @@ genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out between.png
 genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32
 genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png
 genai-fast reconstruct runs/autoencoder-PHOTOS --count 8
+genai-fast translate runs/cyclegan-HORSES --to b --data PHOTOS --out ZEBRAS
+genai-fast translate runs/cyclegan-mnist --to a --data digits --count 12 --out digits.png
+genai-fast upscale runs/srgan-PHOTOS photo.png --out large.png
 genai-fast generate runs/gpt-BOOK --prompt "It was" --max-tokens 300
 genai-fast generate runs/gpt-BOOK --prompt "It was" --temperature 0 --stop "."
 genai-fast generate runs/seq2seq-PAIRS --prompts questions.txt --out answers.jsonl

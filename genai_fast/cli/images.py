@@ -1,23 +1,26 @@
-"""The commands that draw pictures: sample, interpolate, inpaint, reconstruct."""
+"""The commands that draw pictures: sample, interpolate, inpaint, reconstruct, translate, upscale."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from genai_fast import data
 from genai_fast.cli.checks import at_least, check_parent, check_png, check_seed, free_path, opened, replaced_note
-from genai_fast.data.picture import read_light
+from genai_fast.data.picture import read_light, read_picture
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates, Upscales
 from genai_fast.runs import pictures
-from genai_fast.runs.image_evaluation import decode, generate, shown
+from genai_fast.runs.image_evaluation import decode, generate, shown, upscaled
 from genai_fast.runs.run import Opened
+from genai_fast.runs.translation_evaluation import translate
 from genai_fast.training.batches import batch_for
+
+_AT_ONCE = 100  # images that are read and written at a time
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -95,6 +98,54 @@ def run_reconstruct(options: argparse.Namespace) -> int:
     pictures.grid(shown(run.model, pair), options.out, columns=len(batch[0]))
     what = f"{len(batch[0])} images of {images.name} and their reconstructions"
     print(f"{options.out}{replaced}: {what} by {run.folder}, one row each")
+    return 0
+
+
+def run_translate(options: argparse.Namespace) -> int:
+    if options.count is not None:
+        at_least("--count", options.count, 1)
+    options.out = free_path(options.out, "translated")
+    check_parent(options.out)
+    picture = options.out.suffix.lower() == ".png"
+    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UsageError(
+            f"--out: expected a PNG file, or a new or empty folder, got {options.out}; remedy: another name"
+        )
+    run, replaced = opened(options, "translate", Translates), replaced_note(options.out)
+    if options.to not in run.model.targets:
+        raise UsageError(f"--to: expected {' or '.join(run.model.targets)} for {run.recipe}, got {options.to}")
+    images = data.load(options.data, run.shape[1])
+    images = images.in_colour() if run.shape[0] == 3 else images
+    if images.shape != run.shape:
+        raise UsageError(f"--data: expected images of shape {run.shape} as {run.folder} takes, got {images.shape}")
+    count = min(options.count or len(images), len(images))
+    if picture:
+        x = images.batch(slice(0, count))
+        pictures.grid(torch.cat([x, translate(run.model, x, options.to)]), options.out, columns=count)
+        what = "and their translations, one row each"
+    else:
+        names = [PurePosixPath(name).with_suffix(".png") for name in images.names[:count]]
+        if len(set(names)) < count:  # not known, or several that differ in their suffix alone
+            names = [PurePosixPath(f"{k:06d}.png") for k in range(count)]
+        for part in torch.arange(count).split(_AT_ONCE):
+            for k, image in zip(part.tolist(), translate(run.model, images.batch(part), options.to), strict=True):
+                path = options.out / names[k]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pictures.single(image, path)
+        what = "translated"
+    print(f"{options.out}{replaced}: {count} images of {images.name} {what}, to {options.to} by {run.folder}")
+    return 0
+
+
+def run_upscale(options: argparse.Namespace) -> int:
+    options.out = free_path(options.out, "upscaled.png")
+    check_png(options.out)
+    run, replaced = opened(options, "upscale", Upscales), replaced_note(options.out)
+    x = torch.from_numpy(read_picture(options.picture, grey=run.shape[0] == 1)).float() / 255
+    made = upscaled(run.model, x)
+    pictures.single(made, options.out)
+    sizes = " to ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in (x, made))
+    print(f"{options.out}{replaced}: {options.picture} enlarged from {sizes} pixels by {run.folder}")
     return 0
 
 

@@ -37,7 +37,7 @@ The file sees sys.argv as under `python FILE.py`; arguments for it come last, af
 
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
-    "data": "data strict validation size flip crop rotate jitter tokenizer vocabulary block",
+    "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block",
     "model": "init",
     "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate seed",
     "machine": "device threads precision tf32 sync_bn shard",
@@ -183,6 +183,25 @@ def parser_of() -> argparse.ArgumentParser:
     )
     reconstruct.add_argument("--count", type=int, default=12, help="number of pictures; default: %(default)s")
     reconstruct.add_argument("--out", type=Path, help="PNG file; default: reconstructed.png, or a free number")
+    what = "translate pictures by a run of cyclegan or pix2pix"
+    translate = _of_a_run(commands, "translate", what, draws=False)
+    translate.add_argument(
+        "--data", required=True, metavar="DATA", help="pictures to translate, in any form that `train` reads"
+    )
+    translate.add_argument(
+        "--to", default="b", choices=("a", "b"), help="the set that they are to be of; default: %(default)s"
+    )
+    translate.add_argument("--count", type=int, help="number of pictures, the first ones; default: all")
+    translate.add_argument(
+        "--out",
+        type=Path,
+        help="a new folder for one file per picture, or a PNG file for a grid of pictures and translations; default:"
+        " translated, or a free number",
+    )
+    what = "enlarge a picture by a run of srresnet or srgan"
+    upscale = _of_a_run(commands, "upscale", what, draws=False)
+    upscale.add_argument("picture", type=Path, metavar="PICTURE", help="a picture of any size")
+    upscale.add_argument("--out", type=Path, help="PNG file; default: upscaled.png, or a free number")
     generate = _of_a_run(commands, "generate", "continue a prompt", draws=False)
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue; default: none")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="or: a text file with one prompt per line")
@@ -207,6 +226,9 @@ def parser_of() -> argparse.ArgumentParser:
     export = _of_a_run(commands, "export", "export the weights for plain PyTorch", draws=False)
     what = "a .safetensors file, or a new folder for weights and a plain PyTorch script"
     export.add_default("--out", Path("weights.safetensors"), what)
+    export.add_argument(
+        "--to", default="b", choices=("a", "b"), help="of a CycleGAN, the generator of this set; default: %(default)s"
+    )
     export.add_argument("--onnx", action="store_true", help="also write ONNX into that folder")
 
     tune = commands.add_parser(

@@ -125,7 +125,8 @@ def load_pictures(path: Path, size: int | None, *, strict: bool, cache: bool | s
         _report(source.path, broken, len(source.arranged.names), strict)
     labels, classes = _classes(source.arranged.names, broken)
     skipped = tuple(map(printable, broken))
-    return Images(path.name, torch.from_numpy(pixels), labels, classes, skipped, content=content)
+    names = tuple(name for name in source.arranged.names if name not in broken)
+    return Images(path.name, torch.from_numpy(pixels), labels, classes, skipped, content=content, names=names)
 
 
 def _check_arranged(path: Path, arranged: _Arranged, strict: bool) -> None:

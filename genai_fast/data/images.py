@@ -30,6 +30,7 @@ class Images:
     skipped: the names of files that were left out because they are broken.
     index: [N] int64, the rows of `stored` that make up the set, in order; None: all of them (N = M).
     content: array_digest of `stored` if it is known.
+    names: of the files that the set's images are from, in their order, as paths below its folder; (): not known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Images:
     skipped: tuple[str, ...] = ()
     index: torch.Tensor | None = None
     content: str = ""
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.stored if self.index is None else self.index)
@@ -76,7 +78,14 @@ class Images:
     def subset(self, index: torch.Tensor) -> Images:
         """The images of these numbers, in this order; shares `stored`, so a mapped file stays one."""
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, labels=labels, index=index if self.index is None else self.index[index])
+        names = tuple(self.names[k] for k in index.tolist()) if self.names else ()
+        return replace(self, labels=labels, names=names, index=index if self.index is None else self.index[index])
+
+    def in_colour(self) -> Images:
+        """The same in RGB; grey images get three equal channels."""
+        if self.shape[0] == 3:
+            return self
+        return replace(self, stored=self.pixels.expand(-1, 3, -1, -1).contiguous(), index=None, content="")
 
     def resized(self, size: int) -> Images:
         """The centre square of each image scaled to `size` x `size`, in memory; bilinear, antialiased."""

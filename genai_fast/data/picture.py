@@ -103,6 +103,17 @@ def read_pixels(file: BinaryIO, form: Form, size: int | None) -> np.ndarray:
     return np.asarray(plain.convert("RGB")).transpose(2, 0, 1)
 
 
+def read_picture(path: str | os.PathLike[str], grey: bool) -> np.ndarray:
+    """A picture file, upright, [C, H, W] uint8, C 1 if `grey`, else 3.
+
+    Raises DataError: it is no picture that can be read.
+    """
+    with parsing(path, "a picture", "another picture"), open_regular(path) as file, opened(file) as picture:
+        _pillow()[1].exif_transpose(picture, in_place=True)
+        plain = _plain(picture).convert("L" if grey else "RGB")
+        return np.array(plain)[None] if grey else np.array(plain).transpose(2, 0, 1).copy()
+
+
 def read_light(path: str | os.PathLike[str], width: int, height: int) -> np.ndarray:
     """The luminance of a picture file, upright, scaled to [height, width], uint8.
 

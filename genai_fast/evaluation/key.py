@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-NAMES = {"frechet_distance": "Fréchet distance", "kl": "KL", "bits_per_dim": "bits per dimension"}
+NAMES = {
+    "frechet_distance": "Fréchet distance", "kl": "KL", "bits_per_dim": "bits per dimension", "l1": "L1",
+    "psnr": "PSNR", "ssim": "SSIM", "psnr_bicubic": "PSNR of bicubic", "ssim_bicubic": "SSIM of bicubic",
+}  # fmt: skip
 MEANINGS = {
     "loss": "what training minimizes; lower is better",
     "reconstruction": "nats per sample to describe it given its latent; lower is better",
@@ -16,11 +19,41 @@ MEANINGS = {
     "density": "neighbourhoods of real images that a sample is in; 1 as real images are",
     "coverage": "share of real images with a sample near by; 1 is best",
     "diversity": "distance between samples over that between real images; 1 is best",
+    "l1": "mean distance of pixels to the partner's, in [0, 1]; lower is better",
+    "psnr": "dB between images and what they should be; higher is better",
+    "ssim": "structural similarity to what they should be; 1 is best",
+    "psnr_bicubic": "that of bicubic interpolation",
+    "ssim_bicubic": "that of bicubic interpolation",
     "nats": "per text; lower is better",
     "tokens": "per text",
     "perplexity": "number of equally likely next tokens; lower is better",
     "bits_per_byte": "of text, whatever the tokenizer; lower is better",
 }
+
+
+def _of_set(to: str, other: str) -> dict[str, tuple[str, str]]:
+    """Name and meaning of what recipes that translate say of the set `to`, A or B."""
+    k = to.lower()
+    return {
+        f"frechet_distance_{k}": (
+            f"Fréchet distance to {to}",
+            f"of images translated to {to} to held-out ones of {to}; lower is better",
+        ),
+        f"accuracy_{k}": (
+            f"accuracy as {to}",
+            f"share of images translated to {to} that a classifier of {to} takes for what they show",
+        ),
+        f"accuracy_{k}_untranslated": (f"accuracy of {other} as {to}", f"that share of {other}'s images as they are"),
+        f"accuracy_{k}_real": (f"accuracy of {to}", f"that share of {to}'s own held-out images"),
+        f"cycle_{k}": (
+            f"cycle error of {to}",
+            f"mean distance of {to}'s pixels from themselves after there and back, in [0, 1]; lower is better",
+        ),
+    }
+
+
+for _figure, (_name, _meaning) in (_of_set("B", "A") | _of_set("A", "B")).items():
+    NAMES[_figure], MEANINGS[_figure] = _name, _meaning
 _NARROW = ("precision", "recall", "density", "coverage")
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _globals
 
+from genai_fast.ops.dispatch import left_to_torch
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -16,15 +18,21 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 GROUP_NORMS = (nn.GroupNorm, *INSTANCE_NORMS)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu", nn.GELU: "gelu",
+    nn.SiLU: "silu", nn.GELU: "gelu", nn.ELU: "elu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Hardswish: "hardswish",
+    nn.Softplus: "softplus", nn.Mish: "mish",
 }  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Stands in a chain for the sum with a residual."""
+
 
 # One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C") | {nn.Linear: "L"}
 _LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(GROUP_NORMS, "G") | dict.fromkeys(ACTIVATIONS, "A")
-_LETTERS |= {nn.Identity: "I", nn.Dropout: "D"}
+_LETTERS |= {nn.Identity: "I", nn.Dropout: "D", Residual: "R"}
 STOCK = tuple(_LETTERS)
-_CHAIN = re.compile("[CL]?N[AaI]?|G[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("[CL]?NR?[AaI]?|GR?[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs: torch's own methods and functions, unless they are replaced.
 _METHODS = (
@@ -33,8 +41,11 @@ _METHODS = (
 )  # fmt: skip
 _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
-    nn.Dropout: ((F, "dropout"),), nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
+    nn.CrossEntropyLoss: ((F, "cross_entropy"),), nn.Dropout: ((F, "dropout"),),
+    nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
     nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
+    nn.ELU: ((F, "elu"),), nn.ReLU6: ((F, "hardtanh"),), nn.SELU: ((F, "selu"), (torch, "selu")),
+    nn.Hardswish: ((F, "hardswish"),), nn.Softplus: ((F, "softplus"),), nn.Mish: ((F, "mish"),),
     **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
     nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
     **dict.fromkeys(INSTANCE_NORMS, ((F, "instance_norm"), (torch, "instance_norm"))),
@@ -42,7 +53,7 @@ _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     **{cls: ((F, f"conv_transpose{dims}d"),) for dims, cls in enumerate(TRANSPOSED, 1)},
 }  # fmt: skip
 # Classes whose parameters are read past a call, and those whose forward fuse replaces.
-_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.Sequential)
+_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.CrossEntropyLoss, nn.Sequential)
 _OWN = {
     cls: [
         (owner, name, getattr(owner, name))
@@ -93,19 +104,28 @@ def global_hooks() -> bool:
     return bool(forward or _globals._global_backward_hooks or _globals._global_backward_pre_hooks)
 
 
+def watched() -> bool:
+    """Whether the calls are followed: a tracer and a mode know children and functions, and hooks see only those."""
+    if torch.compiler.is_compiling():
+        return False
+    tracing = torch.fx._symbolic_trace.is_fx_symbolic_tracing()  # is_fx_tracing() logs a warning
+    return global_hooks() or tracing or left_to_torch()
+
+
 def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call runs this class's own forward with the module's own parameters, and nothing else."""
     return type(module) is cls and not obstacle(module) and not global_hooks()
 
 
-def letter(child: nn.Module) -> str:
+def letter(child: nn.Module, random: bool = True) -> str:
     """What a child counts as: C (convolution), L (Linear), N (batch norm), G (group or instance norm), A (activation),
-    I (Identity, which returns the very tensor it was given), D (Dropout), or "." (other).
+    I (Identity, which returns the very tensor it was given), D (Dropout), R (a residual's sum), or "." (other).
 
-    Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything.
+    Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything. Dropout does not
+    where the random numbers must be PyTorch's (not `random`).
     """
     found = _LETTERS.get(type(child), ".")
-    if found == "." or obstacle(child):
+    if found == "." or (found == "D" and not random) or obstacle(child):
         return "."
     return found.lower() if child.__dict__.get("inplace") else found
 
@@ -116,7 +136,7 @@ def _spans(word: str) -> tuple[Span, ...]:
     for match in _CHAIN.finditer(word):
         letters = match.group()
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets rely on it.
-        fused = letters not in ("L", "A", "a", "I", ".") and (owned or letters[0] not in "ad")
+        fused = letters not in ("L", "A", "a", "I", "R", ".") and (owned or letters[0] not in "ad")
         found.append(Span(match.start(), match.end(), letters, fused))
         owned = letters[0] in "CLNG" or (owned and letters != ".")
     return tuple(found)

@@ -7,6 +7,7 @@ stale.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ from genai_fast.kernels.common.activations import activate
 from genai_fast.precision import autocast_dtype
 
 _NAMES = {"none": "none", "leaky_relu": "leaky_relu", "tanh": "tanh", "silu": "swish"}
+# In place on oneDNN's result.
+_AFTER: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "relu": lambda y, slope: y.relu_(), "sigmoid": lambda y, slope: y.sigmoid_(), "leaky_relu": F.leaky_relu_,
+    "elu": F.elu_, "selu": lambda y, slope: torch.selu_(y), "relu6": lambda y, slope: F.relu6(y, inplace=True),
+    "hardswish": lambda y, slope: F.hardswish(y, inplace=True), "mish": lambda y, slope: F.mish(y, inplace=True),
+}  # fmt: skip
 
 
 @functools.cache
@@ -101,8 +108,4 @@ def run(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)
     if not after:
         return y
-    if activation == "sigmoid":
-        return y.sigmoid_()
-    if activation in ("gelu", "gelu_tanh"):
-        return activate(y, activation, slope)
-    return y.relu_() if activation == "relu" else F.leaky_relu_(y, slope)
+    return _AFTER[activation](y, slope) if activation in _AFTER else activate(y, activation, slope)

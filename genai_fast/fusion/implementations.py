@@ -21,7 +21,6 @@ from genai_fast.fusion import conv_bn_folding, im2col, thresholds
 from genai_fast.fusion.layout import guarded, of_result, relaid
 from genai_fast.fusion.norms import NORMS, WITHOUT_CONVOLUTION, Implementation
 from genai_fast.fusion.operands import (
-    Activation,
     Chain,
     Convolution,
     like,
@@ -184,7 +183,7 @@ def _kernel(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         return _after(chain, ops.conv2d(x, conv.weight, conv.bias, *settings))
     settings = (*settings, conv.output_padding)
     if norm is None:
-        if not _result_may_be_kept(act) and needs_gradient(x, conv.weight, conv.bias):
+        if not act.keeps_result and needs_gradient(x, conv.weight, conv.bias):
             return act(ops.conv_transpose2d(x, conv.weight, conv.bias, *settings))
         return ops.conv_transpose2d(x, conv.weight, conv.bias, *settings, act.name, act.slope)
     if norm.group is None and norm.of_batch:
@@ -199,11 +198,6 @@ def _kernel(chain: Chain, x: torch.Tensor) -> torch.Tensor:
             norm.module._check_input_dim(x)
         return ops.conv_transpose2d(x, *conv_bn_folding.folded(conv, norm), *settings, act.name, act.slope)
     return _after(chain, ops.conv_transpose2d(x, conv.weight, conv.bias, *settings))
-
-
-def _result_may_be_kept(activation: Activation) -> bool:
-    """Whether PyTorch keeps the activation's result for backward too, so that a program does not change it."""
-    return activation.inplace or activation.name in ("none", "relu", "tanh", "sigmoid")
 
 
 TORCH = Implementation("torch", _torch_why_not, _torch)

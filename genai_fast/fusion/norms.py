@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.backends import is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.layout import for_norm, keeps_order
 from genai_fast.fusion.operands import Chain, GroupNorm, Norm, fit, needs_gradient, tensors_are_plain
+from genai_fast.kernels.common.activations import output_gives_derivative
 
 
 class Implementation(NamedTuple):
@@ -34,6 +36,8 @@ def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return reason
     if norm.of_batch and norm.group is None and x.numel() == x.size(1):
         return "one value per channel"  # torch refuses it in training
+    if reason := _residual_why_not(chain, x):
+        return reason
     if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
         return ""  # torch's refuses CPU tensors
     return thresholds.norm(norm.training, x)
@@ -46,14 +50,34 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         norm.module._check_input_dim(x)
     momentum = norm.counted()
     return ops.batch_norm_act(
-        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, process_group=norm.group
-    )
+        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, _added(chain),
+        process_group=norm.group,
+    )  # fmt: skip
+
+
+def _added(chain: Chain) -> torch.Tensor | None:
+    return None if chain.residual is None else chain.residual.tensor
+
+
+def _residual_why_not(chain: Chain, x: torch.Tensor) -> str:
+    """Why the residual, if there is one, is not added in the norm's call."""
+    if chain.residual is None:
+        return ""
+    residual, act = chain.residual.tensor, chain.activation
+    if not is_plain(residual) or residual.shape != x.shape or residual.dtype is not x.dtype:
+        return "the residual does not match"
+    if residual.device != x.device or residual.stride() != x.stride() or for_norm(x).stride() != x.stride():
+        return "the residual lies otherwise in memory"
+    kept = act.keeps_result and output_gives_derivative(act.name, act.slope)
+    if not kept and needs_gradient(x, residual, chain.norm.weight, chain.norm.bias):
+        return "backward would keep the residual, which a program may change"  # PyTorch keeps the sum
+    return ""
 
 
 def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
     norm, dims = chain.norm, _BATCHED.get(type(chain.norm.module))
     parameters = [t for t in (norm.weight, norm.bias) if t is not None]
-    if norm.groups and chain.activation.name == "none" and x.is_cpu:
+    if norm.groups and chain.activation.name == "none" and x.is_cpu and chain.residual is None:
         return "PyTorch's group norm is one call too, and no slower"
     if x.dim() < 2 or (dims is not None and x.dim() != dims):
         return "the input is no batch"
@@ -66,13 +90,18 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "eps is negative"
     if any(t.shape != (channels,) for t in parameters) or not fit(x, *parameters):
         return "the parameters do not match"
+    if not (norm.groups and x.is_cpu) and chain.residual is not None and not x.is_contiguous():
+        return "the residual lies otherwise in memory"  # the result is contiguous
+    if reason := _residual_why_not(chain, x):
+        return reason
     return thresholds.group_norm(norm.groups is None, needs_gradient(x, *parameters), x)
 
 
 def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     norm, (_, activation, slope, _) = chain.norm, chain.activation
     x = for_norm(x if norm.groups and x.is_cpu else x.contiguous())  # as PyTorch's norms lay out their results
-    return ops.group_norm_act(x, norm.groups or x.size(1), norm.weight, norm.bias, norm.eps, activation, slope)
+    groups = norm.groups or x.size(1)
+    return ops.group_norm_act(x, groups, norm.weight, norm.bias, norm.eps, activation, slope, _added(chain))
 
 
 def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:
@@ -97,11 +126,11 @@ def _always(chain: Chain, x: torch.Tensor) -> str:
 
 NORMS = (
     Implementation("batch_norm_act", _norm_why_not, _norm_act),
-    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
+    Implementation("modules", _always, Chain.by_modules),
 )
 GROUP_NORMS = (
     Implementation("group_norm_act", _group_norm_why_not, _group_norm_act),
-    Implementation("modules", _always, lambda chain, x: chain.activation(chain.norm(x))),
+    Implementation("modules", _always, Chain.by_modules),
 )
 DROPOUTS = (
     Implementation("act_dropout", _dropout_why_not, _act_dropout),

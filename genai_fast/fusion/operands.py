@@ -7,7 +7,7 @@ that converts is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -258,6 +258,11 @@ def _process_group(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+_SLOPES = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}  # by what torch calls them
+# What the ops have no argument for.
+_FIXED: dict[str, dict[str, float]] = {"softplus": {"threshold": 20.0}, "relu6": {"min_val": 0.0, "max_val": 6.0}}
+
+
 class Activation(NamedTuple):
     """An activation by the name that ops know it by."""
 
@@ -271,8 +276,16 @@ class Activation(NamedTuple):
         name = ACTIVATIONS[type(module)]
         if name == "gelu":
             name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
-        slope = _real(module.negative_slope) if name == "leaky_relu" else 0.0
+        slope = _real(getattr(module, _SLOPES[name])) if name in _SLOPES else 0.0
+        for setting, value in _FIXED.get(name, {}).items():
+            if _real(getattr(module, setting)) != value:
+                raise ValueError(f"{setting}: expected {value}")
         return Activation(module, name, slope, bool(module.__dict__.get("inplace")))
+
+    @property
+    def keeps_result(self) -> bool:
+        """Whether PyTorch keeps the result for backward too, so that a program does not change it."""
+        return self.inplace or self.name in ("none", "relu", "tanh", "sigmoid")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(x)
@@ -281,14 +294,22 @@ class Activation(NamedTuple):
 NO_ACTIVATION = Activation(nn.Identity(), "none", 0.0, False)
 
 
+class Residual(NamedTuple):
+    """What is added to a norm's result, and how the program adds it."""
+
+    tensor: Any
+    add: Callable[[Any, Any], Any]  # of the norm's result and the tensor
+
+
 class Chain(NamedTuple):
-    """A convolution, a norm, an activation and a dropout in a row, each of which may be missing."""
+    """A convolution, a norm, a residual's sum, an activation and a dropout in a row, each of which may be missing."""
 
     letters: str
     conv: Convolution | None
     norm: Norm | GroupNorm | None  # the latter never after a convolution
     activation: Activation
     dropout: nn.Module | None
+    residual: Residual | None = None  # never after a convolution
 
     @staticmethod
     def of(letters: str, modules: Sequence[nn.Module]) -> Chain:
@@ -304,9 +325,14 @@ class Chain(NamedTuple):
                 norm = GroupNorm.of(module)
             elif kind == "D":
                 dropout = module
-            else:
+            elif kind != "R":
                 activation = Activation.of(module)
         return Chain(letters, conv, norm, activation, dropout)
+
+    def by_modules(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm, sum and activation one by one."""
+        y = self.norm(x)
+        return self.activation(y if self.residual is None else self.residual.add(y, self.residual.tensor))
 
     def made_up(self, generator: torch.Generator) -> Chain:
         """The same on tensors that belong to no module: with no hooks, no buffers of the user's and no collectives."""

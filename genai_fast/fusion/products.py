@@ -130,7 +130,7 @@ class ProductFinder(ast.NodeTransformer):
         """What self.a, self.a.b or a global name is at present."""
         path = self._path(node)
         if not path:
-            return self._global(node)
+            return self.function(node)
         child = self._child(node)
         return vars(self.model).get(path) if child is None else child
 

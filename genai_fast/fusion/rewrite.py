@@ -1,64 +1,40 @@
-"""Hand-written methods: chains of calls in their source are found, and compiled again as one call each.
+"""Chains of calls in the source of a method, and the source with one call in the place of each.
 
-Everything else of a method stays what it was: its branches, loops, flags and names are compiled from the same source
-into the same code, so nothing is frozen. A chain is what calls children and activations on one another's results:
-nested in one expression, or by statements in a row, where nothing else can see what is in between.
+A chain is what calls children and activations on one another's results: nested in one expression, or by statements in a
+row, where nothing else can see what is in between. A residual that is added to a norm's result is part of the chain;
+what computes the residual runs between the two halves of it.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import inspect
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion import rotary_calls
+from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
 from genai_fast.fusion.chains import letter, spans
-from genai_fast.fusion.explanation import NOTHING_HERE
 from genai_fast.fusion.products import ProductFinder
-from genai_fast.fusion.source import NothingFound, Refused, source_of, unwrapped
+from genai_fast.fusion.source import Refused
+from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed
 from genai_fast.fusion.sums import SumFinder
-from genai_fast.fusion.written import Called, Chain, Written, look_first
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-# The constructors take what the functions do, except for torch.relu.
-_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
-    F.relu: nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.silu: nn.SiLU, F.gelu: nn.GELU, torch.relu: lambda: nn.ReLU(),
-    **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
-}  # fmt: skip
-_METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-
-
-def _is_worth(chain: Chain) -> bool:
-    """Whether something of it runs as one; for convolutions alone nothing is replaced."""
-    cut = spans("".join([letter(module) for module in chain.modules]))
-    return any(r.fused and r.letters.strip("CAaI") for r in cut)
-
-
-class _Step(NamedTuple):
-    """A call of one module or activation on one value."""
-
-    given: ast.expr
-    name: str | Called
-    module: nn.Module
-
-
-class _Rewriter(ProductFinder, SumFinder):
+class Rewriter(Reader, ProductFinder, SumFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
-    def __init__(self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef) -> None:
+    def __init__(
+        self, model: nn.Module, function: types.FunctionType, definition: ast.FunctionDef, random: bool
+    ) -> None:
         arguments = definition.args.posonlyargs + definition.args.args
         if not arguments:
             raise Refused("it takes no self")
-        self.model, self.self, self.globals = model, arguments[0].arg, function.__globals__
+        super().__init__(model, arguments[0].arg, function.__globals__)
         code = function.__code__
         names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
         self.bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
@@ -66,15 +42,16 @@ class _Rewriter(ProductFinder, SumFinder):
         self.bound |= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         if any(node.id == self.self and not isinstance(node.ctx, ast.Load) for node in names):
             raise Refused(f"it assigns to {self.self}")
-        # Variables of this method alone, that no function inside it sees.
         self.variables = set() if _SEE_ALL & set(code.co_names) else set(code.co_varnames) - set(code.co_cellvars)
         self.parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
         self.uses = {name: sum(node.id == name for node in names) for name in self.variables}
         self.prefix = "chain"
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):
             self.prefix = f"_{self.prefix}"
+        self.random = random
         self.chains: list[Chain] = []
         self.calls, self.notes = {}, []
+        self.kept: set[ast.stmt] = set()  # what a call before them falls back on
         self.swallows = False  # whether exceptions may be caught here, so that later code sees intermediate values
         self.find_held(definition)
         definition.body = self._body(definition.body)
@@ -85,11 +62,11 @@ class _Rewriter(ProductFinder, SumFinder):
         if self.swallows:
             return [self.visit(statement) for statement in statements]
         joined: list[ast.stmt] = []
-        for statement in self._sums(statements):
+        for statement in self._sums(self._found(statements)):
             if joined and (whole := self._joined(joined[-1], statement)):
                 joined[-1] = whole
             else:
-                joined.append(statement)
+                joined.append(self._begun(joined, statement) or statement)
         return [self.visit(statement) for statement in self._pushed(joined)]
 
     def _pushed(self, statements: list[ast.stmt]) -> list[ast.stmt]:
@@ -104,145 +81,238 @@ class _Rewriter(ProductFinder, SumFinder):
         return found
 
     def _activates(self, statement: ast.stmt, end: ast.stmt) -> bool:
-        step = self._step(end.value) if _target(end) in self.variables else None
-        if step is None or letter(step.module) not in "NG" or self._joined(end, copy.deepcopy(statement)) is None:
+        step = self.step(end.value) if _target(end) in self.variables else None
+        if step is None or letter(step.module) not in "NG" or any(hasattr(n, "begun") for n in ast.walk(statement)):
             return False
-        after = self._first(statement.value, _target(end))
-        calls = (self._step(node) for node in ast.walk(statement.value))
+        if self._joined(end, copy.deepcopy(statement)) is None:
+            return False
+        after = self._first(statement.value, _target(end), False)
+        calls = (self.step(node) for node in ast.walk(statement.value))
         return any(s is not None and s.given is after and letter(s.module) == "A" for s in calls)
+
+    def _found(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """The statements, with a call before those in a row that an op does at once."""
+        made: list[ast.stmt] = []
+        for statement in statements:
+            made.append(statement)
+            if statement in self.kept:
+                continue
+            name = f"{self.prefix}_whole_{len(self.calls)}"
+            if self.random and (sampled := latents.find(made, self.named, self._uses)):
+                length, sampling, z = sampled
+                found, becomes = latents.rewritten(made[-length:], sampling, z, name), (str(sampling), "reparameterize")
+                self.calls[name] = latents.call(sampling)
+            elif attended := attention_calls.find(made, self.named, self._module, self._uses):
+                length, attention = attended
+                found = attention_calls.rewritten(made[-length:], attention, name)
+                becomes = (str(attention), "causal_attention")
+                self.calls[name] = attention_calls.call(attention, self.random)
+                self.calls[f"{name}_ready"] = attention_calls.ready
+            else:
+                continue
+            self.notes.append(becomes)
+            self.kept |= set(made[-length:])
+            made[-length:] = found
+        return made
+
+    def _uses(self, name: str) -> int:
+        return self.uses.get(name, 0)
+
+    def _module(self, node: ast.expr) -> nn.Module | None:
+        """The child that self.a is now."""
+        return self._child(node) if self._path(node) else None
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
         name = _target(first)
-        if name not in self.variables or self._step(first.value) is None or _loads(second, name) != 1:
+        if name not in self.variables:
             return None
-        rebound = _target(second) == name or isinstance(second, ast.Return)
-        if not rebound and (self.uses[name] != 2 or name in self.parameters or _target(second) is None):
+        norm = self.norm(first.value)
+        if isinstance(second, ast.AugAssign):
+            whole = _plain_sum(second, name, first.value) if norm is not None else None
+            return whole if whole is not None and self.summed(whole.value) is not None else None
+        if self.step(first.value) is None and self.summed(first.value) is None:
             return None
-        slot = self._first(second.value, name)
+        if not self._consumes(second, name):
+            return None
+        slot = self._first(second.value, name, norm is not None)
         if slot is None:
             return None
         whole = copy.copy(second)
         whole.value = _Replace(slot, first.value).visit(second.value)
         return whole
 
-    def _first(self, node: ast.expr | None, name: str, within: bool = False) -> ast.Name | None:
-        """The variable, where it is a step's input and nothing but plain reads is evaluated before."""
+    def _consumes(self, statement: ast.stmt, name: str) -> bool:
+        """Whether the statement reads the variable once, and nothing else reads what it holds."""
+        if _loads(statement, name) != 1:
+            return False
+        if _target(statement) == name or isinstance(statement, ast.Return):
+            return True
+        return self.uses[name] == 2 and name not in self.parameters and _target(statement) is not None
+
+    def _first(self, node: ast.expr | None, name: str, summed: bool, within: bool = False) -> ast.Name | None:
+        """The variable, where it is a step's input and nothing but plain reads is evaluated before.
+
+        `summed`: or where it is the first to be computed of a sum.
+        """
         if isinstance(node, ast.Name):
             return node if within and node.id == name else None
-        if step := self._step(node):
-            return self._first(step.given, name, True)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            return self._first(node.func.value, name, True)
+        if step := self.step(node):
+            return self._first(step.given, name, summed, True)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            return self._first(node.func.value, name, summed, True)
         parts: list[ast.expr] = []
         if isinstance(node, ast.BinOp):
             parts = [node.left, node.right]
+            if summed and isinstance(node.op, ast.Add):
+                if _is_read(node.left, name):
+                    return node.left
+                if _is_read(node.right, name) and self.quiet(node.left):
+                    return node.right
         elif isinstance(node, (ast.Tuple, ast.List)):
             parts = node.elts
-        elif isinstance(node, ast.Call) and self._global(node.func) is not None:
+        elif isinstance(node, ast.Call) and self.function(node.func) is not None:
             parts = node.args
         for part in parts:
-            variable = isinstance(part, ast.Name) and part.id in self.variables  # others may see a global one change
-            if not variable and not isinstance(part, ast.Constant):
-                return self._first(part, name)
+            if not self.quiet(part):  # a global name may change
+                return self._first(part, name, summed)
         return None
+
+    # --- a norm waits for its residual
+
+    def _begun(self, joined: list[ast.stmt], statement: ast.stmt) -> ast.stmt | None:
+        """The statement, if it adds a residual to what an earlier one computed, and nothing in between sees that."""
+        for at in reversed(range(len(joined) - 1)):
+            name = _target(joined[at])
+            norm = self.norm(joined[at].value) if name in self.variables else None
+            if norm is not None and _names(statement, name):
+                break
+        else:
+            return None
+        if not all(self._passes(s, name, norm) for s in joined[at + 1 :]):
+            return None
+        if isinstance(statement, ast.AugAssign):
+            whole = _plain_sum(statement, name, ast.copy_location(ast.Name(name, ast.Load()), statement))
+            slot = whole and whole.value.left
+        else:
+            whole = statement if self._consumes(statement, name) else None
+            slot = whole and self._first(statement.value, name, True)
+        if slot is None or _sum_of(whole.value, slot) is None:
+            return None
+        slot.begun = begun = Begun(norm)
+        if self.summed(_sum_of(whole.value, slot)) is None:
+            del slot.begun
+            return None
+        joined[at].value.begun = begun
+        return whole
+
+    def _passes(self, statement: ast.stmt, name: str, norm: nn.Module) -> bool:
+        """Whether the statement computes something beside a variable and a norm: assignments, perhaps under an if."""
+        if _names(statement, name):
+            return False
+        if isinstance(statement, ast.If):
+            calls = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+            return not any(isinstance(n, calls) for n in ast.walk(statement.test)) and all(
+                self._passes(s, name, norm) for s in (*statement.body, *statement.orelse)
+            )
+        return _target(statement) is not None and self.harmless(statement.value, norm)
 
     # --- a chain becomes a call
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        function = self._global(node.func)
-        if rotary_calls.rotary_of(function) is not None:
-            name = f"{self.prefix}_rotary"
-            self.calls[name] = rotary_calls.call
-            self.notes.append((rotary_calls.describe(function), "rotary"))
-            whole = self.generic_visit(node)
-            return ast.copy_location(
-                ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole
-            )
-        steps, given = self._steps(node)
-        chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
-        if not _is_worth(chain):
-            return self.generic_visit(node)
-        called = ast.Name(f"{self.prefix}_{len(self.chains)}", ast.Load())
-        self.chains.append(chain)
-        # What is called is looked up at every call, but for a tensor's methods.
-        children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
-        return ast.copy_location(ast.Call(called, [self.visit(given), *children], []), node)
+    def _gathered(self, node: ast.expr) -> tuple[list[tuple[Step, ast.Call]], ast.expr]:
+        """Steps from the first to the last, with their calls, and what they begin with, rewritten."""
+        steps, given = [], node
+        while step := self.step(given):
+            steps.insert(0, (step, given))
+            given = step.given
+        total = self.summed(given)
+        if total is None:
+            return steps, self.visit(given)
+        act = steps.pop(0) if steps and letter(steps[0][0].module) in ("A", "a", "I") else None
+        whole = self._sum(total, act)
+        if steps:
+            _put(*steps[0], whole)
+        return steps, whole
 
-    def _steps(self, node: ast.expr) -> tuple[list[tuple[_Step, ast.expr]], ast.expr]:
-        """The steps that end with this call, each with its call, and what the first is given."""
-        steps: list[tuple[_Step, ast.expr]] = []
-        while step := self._step(node):
-            steps.insert(0, (step, node))
-            node = step.given
-        return steps, node
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if begun := getattr(node, "begun", None):
+            return self._begin(node, False, begun)
+        function = self.function(node.func)
+        if rotary_calls.rotary_of(function) is not None:
+            return self._handed(node, "rotary", rotary_calls.call, (rotary_calls.describe(function), "rotary"))
+        if function in functions.SERVED:
+            note = (f"{function.__name__}()", f"{function.__name__} where it is faster")
+            return self._handed(node, function.__name__, functions.instead_of(function), note)
+        if self.step(node) is None:
+            return self.generic_visit(node)
+        steps, given = self._gathered(node)
+        if not steps:
+            return given
+        chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
+        if not self._is_worth(chain.modules):
+            _put(*steps[0], given)
+            return node
+        self.chains.append(chain)
+        return self._called(node, len(self.chains) - 1, "", [given], steps)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        total = self.summed(node)
+        return super().visit_BinOp(node) if total is None else self._sum(total, None)
+
+    def _handed(self, node: ast.Call, name: str, call: Callable[..., Any], note: tuple[str, str]) -> ast.AST:
+        """A function is handed, with its arguments, to what decides at every call."""
+        name = f"{self.prefix}_{name}"
+        self.calls[name] = call
+        self.notes.append(note)
+        whole = self.generic_visit(node)
+        return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node.func, *node.args], node.keywords), whole)
+
+    def _is_worth(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether something of a chain runs as one; for convolutions alone nothing is replaced."""
+        cut = spans("".join([letter(module, self.random) for module in modules]))
+        return any(r.fused and r.letters.strip("CAaI") for r in cut)
 
     def _joins(self, node: ast.expr) -> bool:
-        modules = tuple(step.module for step, _ in self._steps(node)[0])
-        return _is_worth(Chain((), modules))
+        modules = []
+        while step := self.step(node):
+            modules.insert(0, step.module)
+            node = step.given
+        return self._is_worth(modules) or self.summed(node) is not None
 
-    def _step(self, node: ast.expr | None) -> _Step | None:
-        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
-            return None
-        path = self._path(node.func)
-        if path and (child := self._child(node.func)) is not None:
-            alone = len(node.args) == 1 and not node.keywords
-            return _Step(node.args[0], path, child) if alone else None
-        function, method = (self._global(node.func) if node.args else None), ""
-        make = _FUNCTIONS.get(function)
-        if make is not None:
-            given, settings = node.args[0], node.args[1:]
-        elif isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
-            function, method, given, settings = None, node.func.attr, node.func.value, node.args
-            make = _METHODS[method]
-            before = self._step(given)
-            if before is None or letter(before.module) == ".":
-                return None  # it may not be a tensor
+    def _begin(self, node: ast.expr, quiet: bool, begun: Begun) -> ast.Call:
+        """A call of the steps up to a norm, which may wait."""
+        steps, given = self._gathered(node)
+        begun.chain = len(self.chains)
+        names, modules = (step.name for step, _ in steps), (step.module for step, _ in steps)
+        self.chains.append(Chain((*names,), (*modules,), quiet))
+        return self._called(node, begun.chain, "_begin", [given], steps)
+
+    def _sum(self, total: Summed, act: tuple[Step, ast.Call] | None) -> ast.Call:
+        """A call of a sum and the activation after it, if any."""
+        begun, given = total.begun, total.given
+        if begun is None:
+            begun = Begun(None)
+            residual = self.visit(total.residual) if total.how.left else None
+            given = self._begin(given, total.how.left or self.quiet(total.residual), begun)
         else:
-            return None
-        try:
-            constants = tuple(map(ast.literal_eval, settings))
-            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-            module = make(*constants, **named)
-        except (ValueError, TypeError):  # a setting that is no constant, or none of the function
-            return None
-        return _Step(given, Called(module, function, method, constants, named), module)
+            residual = None
+        residual = self.visit(total.residual) if residual is None else residual
+        after = [] if act is None else [act]
+        chain = self.chains[begun.chain]
+        self.chains[begun.chain] = chain._replace(
+            steps=(*chain.steps, total.how, *(step.name for step, _ in after)),
+            modules=(*chain.modules, RESIDUAL, *(step.module for step, _ in after)),
+        )
+        operands = [residual, given] if total.how.left else [given, residual]
+        return self._called(total.given, begun.chain, "_end", operands, after)
 
-    def _named(self, node: ast.expr) -> Any:
-        """What a dotted name is in the module of the method; None if it is none."""
-        if isinstance(node, ast.Name):
-            return None if node.id in self.bound else self.globals.get(node.id)
-        owner = self._named(node.value) if isinstance(node, ast.Attribute) else None
-        return vars(owner).get(node.attr) if isinstance(owner, types.ModuleType) else None
-
-    def _global(self, node: ast.expr) -> Any:
-        """The function that a dotted name is; None if it is none."""
-        found = self._named(node)
-        return found if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) else None
-
-    def _path(self, node: ast.expr) -> str:
-        """a.0.b of self.a[0].b; "" of anything else."""
-        parts: list[str] = []
-        while not isinstance(node, ast.Name):
-            if isinstance(node, ast.Attribute):
-                parts.append(node.attr)
-            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                parts.append(str(node.slice.value))
-            else:
-                return ""
-            node = node.value
-        return ".".join(reversed(parts)) if node.id == self.self else ""
-
-    def _child(self, node: ast.expr) -> nn.Module | None:
-        """The module that self.a, self.a[0] or self.a.b is now."""
-        if isinstance(node, ast.Name):
-            return self.model
-        owner = self._child(node.value)
-        if isinstance(node, ast.Attribute):
-            return None if owner is None else owner._modules.get(node.attr)
-        if type(owner) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            return None
-        return owner._modules.get(str(node.slice.value))
+    def _called(
+        self, at: ast.expr, chain: int, part: str, given: list[ast.expr], steps: list[tuple[Step, ast.Call]]
+    ) -> ast.Call:
+        # What is called is looked up at every call, but for a tensor's methods.
+        children = [call.func for step, call in steps if isinstance(step.name, str) or step.name.function]
+        function = ast.Name(f"{self.prefix}_{chain}{part}", ast.Load())
+        return ast.copy_location(ast.Call(function, [*given, *children], []), at)
 
     # --- where statements are, and where nothing is looked for
 
@@ -260,7 +330,7 @@ class _Rewriter(ProductFinder, SumFinder):
     def visit_With(self, node: ast.With) -> ast.AST:
         before = self.swallows
         opened = (item.context_expr for item in node.items)
-        managers = (self._named(x.func) if isinstance(x, ast.Call) else None for x in opened)
+        managers = (self.named(x.func) if isinstance(x, ast.Call) else None for x in opened)
         self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
         try:
             return self.visit_If(node)
@@ -302,6 +372,40 @@ class _Replace(ast.NodeTransformer):
         return self.new if node is self.old else node
 
 
+def _put(step: Step, call: ast.Call, given: ast.expr) -> None:
+    """Let a step's call be of something else."""
+    if isinstance(call.func, ast.Attribute) and call.func.value is step.given:
+        call.func.value = given
+    else:
+        call.args[0] = given
+
+
+def _is_read(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _plain_sum(statement: ast.AugAssign, name: str, given: ast.expr) -> ast.Assign | None:
+    """`name = given + residual`, which changes what is given, for `name += residual`."""
+    if not isinstance(statement.op, ast.Add) or not isinstance(statement.target, ast.Name):
+        return None
+    if statement.target.id != name or _loads(statement, name):
+        return None
+    total = ast.copy_location(ast.BinOp(given, ast.Add(), statement.value), statement)
+    total.inplace = True
+    return ast.copy_location(ast.Assign([statement.target], total), statement)
+
+
+def _names(statement: ast.stmt, name: str) -> bool:
+    """Whether the variable is in the statement."""
+    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(statement))
+
+
+def _sum_of(node: ast.expr, slot: ast.expr) -> ast.BinOp | None:
+    """The sum of which the variable is a part."""
+    sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
+    return next((n for n in sums if n.left is slot or n.right is slot), None)
+
+
 def _target(statement: ast.stmt) -> str | None:
     """The one variable that the statement assigns to."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
@@ -311,36 +415,3 @@ def _target(statement: ast.stmt) -> str | None:
 
 def _loads(statement: ast.stmt, name: str) -> int:
     return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
-
-
-def written(model: nn.Module, function: Any) -> Written:
-    """A method of the model's class, with its chains as calls. Raises Refused: why it stays as it is."""
-    if not isinstance(function, types.FunctionType):
-        raise Refused("it is no plain function")
-    function, around = unwrapped(function)
-    source = source_of(function)
-    source = source._replace(definition=copy.deepcopy(source.definition))
-    rewriter = _Rewriter(model, function, source.definition)
-    if not rewriter.chains and not rewriter.calls:
-        raise NothingFound(NOTHING_HERE)
-    if not around:
-        look_first(source.definition, rewriter.prefix)
-    return Written(
-        function, around, source, rewriter.prefix, tuple(rewriter.chains), rewriter.calls, tuple(rewriter.notes)
-    )
-
-
-def methods(model: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """forward, and the other methods of the model's class that name one of its children."""
-    yield "forward", cls.forward
-    for name in dict.fromkeys(name for base in cls.__mro__ for name in vars(base)):
-        function = inspect.getattr_static(cls, name)
-        if name == "forward" or name.startswith("__") or name in model.__dict__:
-            continue
-        if not isinstance(function, types.FunctionType):
-            continue
-        if (function.__module__ or "").startswith(("torch.", "genai_fast.")):
-            continue
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is not None and not model._modules.keys().isdisjoint(code.co_names):
-            yield name, function

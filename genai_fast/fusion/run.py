@@ -2,26 +2,28 @@
 
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
-from genai_fast.fusion.chains import global_hooks, letter, spans
+from genai_fast.fusion.chains import Residual, global_hooks, letter, obstacle, replaced, spans
+from genai_fast.fusion.classes import original
 from genai_fast.fusion.implementations import TORCH, decide
 from genai_fast.fusion.layout import of_chain, relaid
 from genai_fast.fusion.operands import Chain, memory_format
+from genai_fast.fusion.operands import Residual as Added
 from genai_fast.ops.dispatch import left_to_torch
 
 
-def run(modules: Sequence[nn.Module], x: Any) -> Any:
-    """What calling the modules one after another gives."""
+def run(modules: Sequence[nn.Module], x: Any, random: bool = True) -> Any:
+    """What calling the modules one after another gives. Not `random`: dropout is PyTorch's, with its numbers."""
     if global_hooks() or left_to_torch():
         return _one_by_one(modules, x)
     wanted = None  # the layout that PyTorch's x would have here, if x has another
-    for start, stop, letters, fused in spans("".join([letter(module) for module in modules])):
+    for start, stop, letters, fused in spans("".join([letter(module, random) for module in modules])):
         here = modules[start:stop]
         # What is not torch's own may ask for the layout, as x.view does; a Linear has its result in another one.
         if letters[0] in ".L" and wanted is not None:
@@ -44,6 +46,62 @@ def run(modules: Sequence[nn.Module], x: Any) -> Any:
             plain = of_chain(chain, x, given)
             wanted = None if memory_format(x) is plain else plain
     return x if wanted is None else relaid(x, wanted)
+
+
+class Pending(NamedTuple):
+    """A norm that waits for the residual to be added to its result, and its input."""
+
+    norm: nn.Module
+    x: torch.Tensor
+
+
+_SUM = Residual()
+
+
+def flat(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, with its children in the place of each nn.Sequential that does nothing but call them."""
+    for module in modules:
+        if isinstance(module, nn.Sequential) and _only_calls(module):
+            yield from flat(module._modules.values())
+        else:
+            yield module
+
+
+def _only_calls(module: nn.Sequential) -> bool:
+    cls = original(type(module))
+    methods = ("forward", "__iter__", "__call__", "_call_impl")
+    own = all(getattr(cls, name) is getattr(nn.Sequential, name) for name in methods)
+    return own and not obstacle(module) and not replaced(nn.Sequential)
+
+
+def begin(modules: Iterable[nn.Module], x: Any, quiet: bool, random: bool = True) -> Any:
+    """What calling the modules one after another gives; or a Pending of the last one, if it is a norm that can wait.
+
+    Args:
+        quiet: whether nothing is computed until `end`; else the norm only waits if its input was made here, so that
+            nothing can change it.
+        random: as of `run`.
+    """
+    modules = list(flat(modules))
+    if not modules or letter(modules[-1]) not in "NG" or global_hooks() or left_to_torch():
+        return run(modules, x, random)
+    if not quiet and (len(modules) < 2 or letter(modules[-2]) not in "CLNG"):
+        return run(modules, x, random)
+    return Pending(modules[-1], run(modules[:-1], x, random))
+
+
+def end(pending: Pending, residual: Any, add: Callable[[Any, Any], Any], act: nn.Module | None) -> Any:
+    """act(add(norm(x), residual)); without an act the sum itself."""
+    norm, x = pending
+    modules = [norm, _SUM] if act is None else [norm, _SUM, act]
+    (span, *others) = spans("".join([letter(module) for module in modules]))
+    chain = _chain(span.letters, modules[: span.stop]) if span.letters[1:2] == "R" and _fits(x) else None
+    if chain is None:
+        y = add(run([norm], x), residual)
+        return y if act is None else act(y)
+    chain = chain._replace(residual=Added(residual, add))
+    y = decide(modules[: span.stop], chain, x).run(chain, x)
+    return act(y) if others else y
 
 
 def _one_by_one(modules: Iterable[nn.Module], x: Any) -> Any:

@@ -18,6 +18,8 @@ FOLD = 1 << 21
 CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
+CROSS_ENTROPY = 1 << 17
+ATTENTION = 1 << 17  # scores
 WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
 GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
 ROTARY = 1 << 16
@@ -73,6 +75,18 @@ def recurrence(x: torch.Tensor, steps: int) -> str:
 def rms_norm(x: torch.Tensor) -> str:
     """RMS norm of x as one call, which PyTorch's is not."""
     return _too_small("elements", x.numel(), RMS_NORM) if x.is_cpu else ""
+
+
+def attention(q: torch.Tensor, k: torch.Tensor) -> str:
+    """Attention in one call, in place of products and a softmax."""
+    return _too_small("scores", q.numel() // q.size(3) * k.size(2), ATTENTION) if q.is_cpu else ""
+
+
+def cross_entropy(logits: torch.Tensor) -> str:
+    """Cross-entropy as one call each way."""
+    if not logits.is_cpu or torch.compiler.is_compiling():
+        return ""
+    return _too_small("logits", logits.numel(), CROSS_ENTROPY)
 
 
 def written_rms_norm(x: torch.Tensor) -> str:

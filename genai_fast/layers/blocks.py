@@ -8,29 +8,30 @@ from typing import Any
 from torch import nn
 
 from genai_fast.fusion.chains import ACTIVATIONS, CONVS, NORMS, TRANSPOSED
+from genai_fast.kernels.common.activations import DEFAULT_SLOPE
 from genai_fast.layers.sequential import FusedSequential
 from genai_fast.ops import checks
 
-_MODULES: dict[str, Callable[[], nn.Module]] = {name: module for module, name in ACTIVATIONS.items()}
+_MODULES: dict[str, Callable[..., nn.Module]] = {name: module for module, name in ACTIVATIONS.items()}
 _MODULES["gelu_tanh"] = functools.partial(nn.GELU, approximate="tanh")
 _Size = int | tuple[int, ...]
 
 
-def _activation(block: str, activation: str | nn.Module | None, negative_slope: float) -> list[nn.Module]:
+def _activation(block: str, activation: str | nn.Module | None, negative_slope: float | None) -> list[nn.Module]:
     if isinstance(activation, nn.Module):
         return [activation]
     if activation is None:
         return []
-    checks.activation(block, activation, negative_slope)
+    slope = checks.activation(block, activation, negative_slope)
     if activation == "none":
         return []
-    return [nn.LeakyReLU(negative_slope) if activation == "leaky_relu" else _MODULES[activation]()]
+    return [_MODULES[activation](*((slope,) if activation in DEFAULT_SLOPE else ()))]
 
 
 class _Block(FusedSequential):
     def __init__(
         self, convs: tuple[type[nn.Module], ...], sizes: tuple[Any, ...], options: dict[str, Any], dims: int,
-        norm: dict[str, Any], activation: str | nn.Module | None, negative_slope: float, device: Any, dtype: Any,
+        norm: dict[str, Any], activation: str | nn.Module | None, negative_slope: float | None, device: Any, dtype: Any,
     ) -> None:  # fmt: skip
         block = type(self).__name__
         if dims not in (1, 2, 3):
@@ -55,8 +56,7 @@ class ConvBNAct(_Block):
             nn.Conv1d, 2d or 3d; no bias by default, since the norm has one.
         dims: number of spatial dimensions, 1 to 3.
         eps, momentum, affine, track_running_stats: as for nn.BatchNorm1d, 2d or 3d.
-        activation: "leaky_relu", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", a module, or None.
-        negative_slope: of leaky_relu.
+        activation: a module, None, or a name as for `ops.bias_act`, with negative_slope.
 
     Raises ValueError: unknown activation or number of dimensions.
     """
@@ -65,7 +65,7 @@ class ConvBNAct(_Block):
         self, in_channels: int, out_channels: int, kernel_size: _Size, stride: _Size = 1, padding: _Size | str = 0, *,
         dilation: _Size = 1, groups: int = 1, bias: bool = False, padding_mode: str = "zeros", dims: int = 2,
         eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-        activation: str | nn.Module | None = "leaky_relu", negative_slope: float = 0.2, device: Any = None,
+        activation: str | nn.Module | None = "leaky_relu", negative_slope: float | None = None, device: Any = None,
         dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -83,7 +83,7 @@ class ConvTransposeBNAct(_Block):
         self, in_channels: int, out_channels: int, kernel_size: _Size, stride: _Size = 1, padding: _Size = 0,
         output_padding: _Size = 0, *, dilation: _Size = 1, groups: int = 1, bias: bool = False, dims: int = 2,
         eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-        activation: str | nn.Module | None = "leaky_relu", negative_slope: float = 0.2, device: Any = None,
+        activation: str | nn.Module | None = "leaky_relu", negative_slope: float | None = None, device: Any = None,
         dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(

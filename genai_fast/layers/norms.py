@@ -81,7 +81,7 @@ class GroupNormAct(nn.GroupNorm):
 
     def __init__(
         self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
-        activation: str = "none", negative_slope: float = 0.2, device: Any = None, dtype: Any = None,
+        activation: str = "none", negative_slope: float | None = None, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         name = type(self).__name__
         if num_groups < 1 or num_channels % num_groups:
@@ -126,7 +126,7 @@ class InstanceNormAct(GroupNormAct):
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, affine: bool = False, *, activation: str = "none",
-        negative_slope: float = 0.2, device: Any = None, dtype: Any = None,
+        negative_slope: float | None = None, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         more = dict(activation=activation, negative_slope=negative_slope, device=device, dtype=dtype)
         super().__init__(num_features, num_features, eps, affine, **more)

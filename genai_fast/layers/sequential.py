@@ -16,13 +16,16 @@ class FusedSequential(nn.Sequential):
     - [activation,] Dropout in training, whose mask is regenerated in backward instead of stored;
     - Conv2d or ConvTranspose2d, with what follows it, by the fastest implementation (`genai_fast.autotune`);
 
-    and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU. A child
-    counts if it is of torch's own class, with no hooks, no parametrization and no forward of its own. In evaluation on
-    the CPU, if no gradient is needed, convolution, norm and activation are one oneDNN call.
+    and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU, ELU,
+    ReLU6, SELU, Hardswish, Softplus, Mish. A child counts if it is of torch's own class, with no hooks, no
+    parametrization and no forward of its own. In evaluation on the CPU, if no gradient is needed, convolution, norm and
+    activation are one oneDNN call.
 
     Under torch.export, torch.jit, torch.fx and torch.func, and for whatever the ops do not serve, the children are
     called one by one. Dropout draws different numbers than torch's; torch.manual_seed reproduces them.
     """
+
+    _random = True  # whether dropout may draw other numbers than PyTorch's: `fuse(model, random=False)`
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -32,4 +35,4 @@ class FusedSequential(nn.Sequential):
         now = replaced_forward(self)
         if now is not None:
             return now(self, input)
-        return run(list(self._modules.values()), input)
+        return run(list(self._modules.values()), input, self._random)

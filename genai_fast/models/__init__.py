@@ -16,7 +16,11 @@ _HOMES = {
     "lstm.model": "LSTMLanguageModel",
     "registry": "MODELS",
     "seq2seq.model": "Seq2Seq",
+    "srgan.model": "SRGAN SRResNet",
+    "srgan.networks": "Enlarger SRCritic",
     "text_vae.model": "TextVAE",
+    "translation.model": "CycleGAN ImagePool Pix2Pix",
+    "translation.networks": "PatchCritic ResNetGenerator UNetGenerator",
     "vae.model": "MLPVAE",
     "vrnn.model": "VRNN",
 }

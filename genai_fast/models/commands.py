@@ -11,6 +11,8 @@ FAMILIES = (
     "conv_vae",
     "autoencoder",
     "gan",
+    "translation",
+    "srgan",
     "gpt",
     "lstm",
     "seq2seq",

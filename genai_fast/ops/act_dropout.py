@@ -38,7 +38,7 @@ def act_dropout(
     p: float = 0.5,
     training: bool = True,
     activation: str = "leaky_relu",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
     *,
     seed: int | torch.Tensor | None = None,
     offset: int = 0,
@@ -53,8 +53,7 @@ def act_dropout(
             channels-last x.
         p: share of the elements that are dropped, in [0, 1], as multiples of 2**-32.
         training: whether any are.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
-        negative_slope: of leaky_relu.
+        activation, negative_slope: as in `bias_act`.
         seed: an int or a 0-d int64 tensor on x's device, or None to draw one from that device's default generator
             (so that torch.manual_seed makes it reproducible, and each replay of a CUDA graph draws again). None is
             drawn out of training, nor for p = 0.
@@ -62,7 +61,7 @@ def act_dropout(
             contiguous or channels-last x (row-major for other strides), uses position offset + i of the seed's stream.
         save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh, sigmoid and
-            leaky_relu with a slope above 0 can; silu and the GELUs cannot.
+            leaky_relu with a slope above 0 can; the others cannot.
 
     Returns: y, shape and dtype of x.
     Gradients: x, to any order (the second and higher through plain PyTorch; torch.compile refuses those).

@@ -10,7 +10,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.batch_norm_act import reference
 from genai_fast.kernels.common.channels import wide
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, needs_graph
+from genai_fast.ops.dispatch import KernelFunction, beside_input, differentiated_again, library_call, needs_graph
 from genai_fast.ops.planned import planned
 
 _OP = "batch_norm_act"
@@ -18,38 +18,46 @@ _OP = "batch_norm_act"
 
 class _BatchNormAct(KernelFunction):
     @staticmethod
-    def forward(x, weight, bias, mean, rstd, batch_statistics, eps, activation, slope, total, group, backend):
-        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, activation, slope, backend)
+    def forward(
+        x, weight, bias, mean, rstd, residual, batch_statistics, eps, activation, slope, total, group, backend
+    ):  # fmt: skip
+        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, residual, activation, slope, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, mean, rstd, ctx.batch_statistics, *ctx.settings, ctx.total, ctx.group, ctx.backend = inputs
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        *tensors, residual, ctx.batch_statistics, ctx.eps, activation, slope, ctx.total, ctx.group, ctx.backend = inputs
+        ctx.settings = activation, slope
+        beside, ctx.from_output = beside_input(residual, output, activation, slope)
+        ctx.save_for_backward(*tensors, beside)
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        eps, activation, slope = ctx.settings
-        arguments = (grad_y, x, weight, bias, mean, rstd)
+        *tensors, beside = ctx.saved_tensors
+        x, arguments, settings = tensors[0], (grad_y, *tensors), ctx.settings
         if differentiated_again():
             if ctx.group is not None:
                 raise NotImplementedError(
                     f"{_OP}: expected one backward through statistics of several processes, got create_graph=True;"
                     f" use BatchNorm without synchronization if a gradient is differentiated"
                 )
-            grads = reference.gradients(*arguments, ctx.batch_statistics, eps, activation, slope)
-            return dict(zip(("x", "weight", "bias"), grads, strict=True))
+            more = (beside, ctx.from_output, ctx.batch_statistics, ctx.eps)
+            return reference.gradients(*arguments, *more, *settings)
         grad_x = sum_dz = sum_dz_x_hat = None
-        if ctx.batch_statistics or any(ctx.needs_input_grad[1:3]):
-            sum_dz, sum_dz_x_hat = library_call("batch_norm_act_reduce", *arguments, activation, slope, ctx.backend)
+        dz = grad_y  # the residual's gradient, if it is added to the result itself
+        if beside is not None or ctx.batch_statistics or any(ctx.needs_input_grad[1:3]):
+            given = (*arguments, beside, ctx.from_output, *settings, ctx.backend)
+            sum_dz, sum_dz_x_hat, derived = library_call("batch_norm_act_reduce", *given)
+            if beside is not None:
+                dz, settings = derived, ("none", 0.0)
         if ctx.needs_input_grad[0]:
             used, count = (sum_dz, sum_dz_x_hat), x.numel() // max(x.size(1), 1)
             if not ctx.batch_statistics:
                 used = (None, None)
             elif ctx.group is not None:
                 used, count = _sum_over_processes(used, ctx.total, ctx.group), 1
-            grad_x = library_call("batch_norm_act_grad", *arguments, *used, count, activation, slope, ctx.backend)
-        return dict(x=grad_x, weight=sum_dz_x_hat, bias=sum_dz)
+            given = (dz, *tensors, *used, count, *settings, ctx.backend)
+            grad_x = library_call("batch_norm_act_grad", *given)
+        return dict(x=grad_x, weight=sum_dz_x_hat, bias=sum_dz, residual=dz)
 
 
 def _sum_over_processes(sums, total, group):
@@ -91,15 +99,17 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "leaky_relu",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
+    residual: torch.Tensor | None = None,
     *,
     process_group: Any = None,
 ) -> torch.Tensor:
-    """y = activation((x - mean) / sqrt(var + eps) * weight + bias), mean and var by channel.
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var by channel.
 
     In training mean and (biased) var are the batch's, over all dimensions but the second, and running_mean and
     running_var move by momentum towards the batch's mean and unbiased variance; else they are the running ones.
-    Only x is kept for backward: x-hat and the activation's derivative are computed again.
+    Only x is kept for backward, and beside a residual y, or the residual if y does not give the activation's
+    derivative: x-hat and the derivative are computed again.
 
     Args:
         x: [N, C] or [N, C, ...], float32, bfloat16, float16 or float64, any strides; results keep the layout of a
@@ -110,14 +120,14 @@ def batch_norm_act(
         training: whether the batch's statistics are used.
         momentum: share of the new value in the running statistics; cumulative averages pass 1 / batches seen.
         eps: added to the variance.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
-        negative_slope: of leaky_relu.
+        activation, negative_slope: as in `bias_act`.
+        residual: shape and dtype of x, or None for 0.
         process_group: in training, take the statistics over the batches of all its processes, which must all call
             (torch.distributed.group.WORLD or a group; None: this process alone).
 
     Returns: y, shape and dtype of x.
-    Gradients: x, weight, bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
-        those, and so do statistics of several processes).
+    Gradients: x, weight, bias, residual, to any order (the second and higher through plain PyTorch; torch.compile
+        refuses those, and so do statistics of several processes).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are means and squared
         deviations of tiles combined in a fixed order: accurate at any mean, and bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
@@ -126,6 +136,9 @@ def batch_norm_act(
     checks.has_channels(_OP, x)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     checks.per_channel(_OP, parameters, x)
+    if residual is not None:
+        checks.matches(_OP, "residual", residual, "x", x)
+        checks.same_dtype(_OP, "residual", residual, "x", x)
     training = checks.flag(_OP, "training", training)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
@@ -152,8 +165,8 @@ def batch_norm_act(
     elif running_mean is not None and running_var is not None:
         original = running_mean.detach()
         mean, rstd = wide(original), torch.rsqrt(wide(running_var.detach()) + eps)
-        if mean is original and needs_graph((x, weight, bias)):
+        if mean is original and needs_graph((x, weight, bias, residual)):
             mean = mean.clone()  # a later forward in training moves the original, and backward needs this one
     return _BatchNormAct.call(
-        x, weight, bias, mean, rstd, training, eps, activation, slope, total, process_group, backend
+        x, weight, bias, mean, rstd, residual, training, eps, activation, slope, total, process_group, backend
     )

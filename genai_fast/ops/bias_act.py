@@ -39,7 +39,7 @@ def bias_act(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "leaky_relu",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
     *,
     save_output: bool = False,
 ) -> torch.Tensor:
@@ -49,11 +49,12 @@ def bias_act(
         x: [N, C] or [N, C, ...], float32, bfloat16, float16 or float64, any strides; results keep the layout of a
             contiguous or channels-last x.
         bias: [C] or None for 0; the dtype of x, or float32.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
-        negative_slope: of leaky_relu.
+        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "elu", "relu6",
+            "selu", "hardswish", "softplus" (of threshold 20) or "mish": PyTorch's functions of these names.
+        negative_slope: of leaky_relu; alpha of elu; beta of softplus. None: 0.2, 1 and 1.
         save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh and sigmoid
-            always keep y; leaky_relu can where its slope is above 0; silu and the GELUs cannot.
+            always keep y; leaky_relu can where its slope is above 0; the others cannot.
 
     Returns: y, shape and dtype of x.
     Gradients: x and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from genai_fast.backends import is_plain
-from genai_fast.kernels.common.activations import ACTIVATIONS, output_gives_derivative
+from genai_fast.kernels.common.activations import ACTIVATIONS, output_gives_derivative, slope_of
 from genai_fast.ops.dispatch import readable
 from genai_fast.precision import autocast_dtype
 
@@ -171,9 +171,9 @@ def _parameter(
 
 
 def activation(op: str, name: Any, slope: Any) -> float:
-    """The slope, once both are known to fit."""
+    """The slope, for None the activation's own, once both are known to fit."""
     one_of(op, "activation", name, ACTIVATIONS)
-    return real(op, "negative_slope", slope, "a finite float")
+    return real(op, "negative_slope", slope_of(name, slope), "a finite float")
 
 
 def saves_output(op: str, activation: str, slope: float, asked: Any, always: tuple[str, ...]) -> bool:

@@ -62,7 +62,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         x, weight, bias, bn_weight, bn_bias, y, mean, rstd, stride, padding, output_padding, eps, activation, slope,
         backend,
     ):  # fmt: skip
-        return library_call("batch_norm_act_apply", y, bn_weight, bn_bias, mean, rstd, activation, slope, backend)
+        return library_call("batch_norm_act_apply", y, bn_weight, bn_bias, mean, rstd, None, activation, slope, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -76,12 +76,13 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         if differentiated_again():
             settings = (ctx.stride, ctx.padding, ctx.output_padding, "none", 0.0)
             y = reference.conv_transpose(x, weight, bias, *settings)  # again: the saved one carries no graph
-            grad_y, grad_bn_weight, grad_bn_bias = batch_norm_reference.gradients(
-                grad_out, y, bn_weight, bn_bias, mean, rstd, True, ctx.eps, *activation
+            norm = batch_norm_reference.gradients(
+                grad_out, y, bn_weight, bn_bias, mean, rstd, None, False, True, ctx.eps, *activation
             )
+            grad_y, grad_bn_weight, grad_bn_bias = norm["x"], norm["weight"], norm["bias"]
         else:
             arguments = (grad_out, y, bn_weight, bn_bias, mean, rstd)
-            sums = library_call("batch_norm_act_reduce", *arguments, *activation, ctx.backend)
+            *sums, _ = library_call("batch_norm_act_reduce", *arguments, None, False, *activation, ctx.backend)
             count = y.numel() // y.size(1)
             grad_y = library_call("batch_norm_act_grad", *arguments, *sums, count, *activation, ctx.backend)
             grad_bn_bias, grad_bn_weight = sums
@@ -157,7 +158,7 @@ def conv_transpose2d(
     padding: Ints = 0,
     output_padding: Ints = 0,
     activation: str = "none",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
 ) -> torch.Tensor:
     """y = activation(conv_transpose2d(x, weight) + bias): F.conv_transpose2d with groups and dilation 1.
 
@@ -169,14 +170,14 @@ def conv_transpose2d(
         weight: [C, C_out, KH, KW], dtype of x; a model in channels_last (.to(memory_format=...)) needs no copy.
         bias: [C_out] or None for 0; the dtype of x, or float32.
         stride, padding, output_padding: ints or pairs, for H and W.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
-        negative_slope: of leaky_relu.
+        activation, negative_slope: as in `bias_act`.
 
     Returns: y [N, C_out, OH, OW], dtype of x, always in channels_last memory. Under autocast x and weight are cast, as
         with PyTorch's convolutions.
     Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses
-        those). y is kept for the activation's derivative, so it must stay as it is until backward; silu, the
-        GELUs, and leaky_relu with a slope of 0 or less run as an op of their own where gradients are recorded.
+        those). y is kept for the activation's derivative, so it must stay as it is until backward; activations whose
+        result does not give it (all but relu, tanh, sigmoid, and leaky_relu with a slope above 0) run as an op of their
+        own where gradients are recorded.
     Backends: Triton (CUDA; strides 1 and 2, kernels 1 to 6: `serves` says why a call is not served), PyTorch (CPU and
         all else). float32 is multiplied in TF32 where torch.backends.cudnn.conv allows it. Bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
@@ -197,7 +198,7 @@ def conv_transpose1d(
     padding: Ints = 0,
     output_padding: Ints = 0,
     activation: str = "none",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
 ) -> torch.Tensor:
     """y = activation(conv_transpose1d(x, weight) + bias): conv_transpose2d of planes with one line.
 
@@ -219,7 +220,7 @@ def upsample_conv2d(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "none",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
 ) -> torch.Tensor:
     """y = activation(conv2d(upsample(x), weight, padding=1) + bias): nearest neighbour, twice the size, then 3 x 3.
 
@@ -264,7 +265,7 @@ def conv_transpose2d_batch_norm_act(
     padding: Ints = 0,
     output_padding: Ints = 0,
     activation: str = "leaky_relu",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
 ) -> torch.Tensor:
     """A generator's block in training: activation(batch_norm(conv_transpose2d(x, weight) + bias)).
 

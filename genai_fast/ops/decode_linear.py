@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from genai_fast.backends import forced_backend
-from genai_fast.kernels.common.activations import ACTIVATIONS
+from genai_fast.kernels.common.activations import ACTIVATIONS, DEFAULT_SLOPE
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call
 from genai_fast.ops.planned import planned
 from genai_fast.precision import without_autocast
 
 _OP = "decode_linear"
-_SERVED = tuple(name for name in ACTIVATIONS if name != "leaky_relu")  # whose slope would be one more argument
+_SERVED = tuple(name for name in ACTIVATIONS if name not in DEFAULT_SLOPE)  # a slope would be one more argument
 
 
 @planned
@@ -37,7 +37,7 @@ def decode_linear(
         bias: [N] or None for 0.
         norm_weight, norm_bias: [K], of the layer norm over x's last dimension; no norm_weight: no norm.
         eps: added to the norm's variance.
-        activation: "none", "relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
+        activation: as in `bias_act`, but those with a slope.
         residual: [..., N] or None for 0.
 
     All tensors have x's dtype and device; autocast changes nothing.

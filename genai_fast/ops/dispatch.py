@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from genai_fast.backends import implementation, select, survey, written
+from genai_fast.kernels.common.activations import output_gives_derivative
 from genai_fast.kernels.common.plans import Book
 from genai_fast.kernels.common.recorder import Plan, Recorder, watching
 from genai_fast.ops.planned import given, signature
@@ -153,6 +154,20 @@ def needs_graph(arguments: Iterable[Any]) -> bool:
             if isinstance(x, torch.Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def beside_input(
+    residual: torch.Tensor | None, y: torch.Tensor, activation: str, slope: float
+) -> tuple[torch.Tensor | None, bool]:
+    """What the backward of y = activate(norm(x) + residual) keeps besides x, and whether it is y.
+
+    y is what PyTorch keeps too, so that a program may change the residual afterwards. None without a residual, or if
+    the derivative is 1.
+    """
+    if residual is None or activation == "none":
+        return None, False
+    from_output = output_gives_derivative(activation, slope)
+    return (y if from_output else residual), from_output
 
 
 class KernelFunction(torch.autograd.Function):

@@ -6,11 +6,11 @@ import torch
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
+from genai_fast.kernels.gated_act.layout import ACTIVATIONS
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, backward_call, library_call
 from genai_fast.ops.planned import planned
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -92,7 +92,7 @@ def gated_act(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Shazeer 2020, arXiv:2002.05202; Dauphin et al. 2017, arXiv:1612.08083.
     """
-    checks.one_of("gated_act", "activation", activation, _ACTIVATIONS)
+    checks.one_of("gated_act", "activation", activation, ACTIVATIONS)
     return _call("gated_act", x, up, bias, activation)
 
 

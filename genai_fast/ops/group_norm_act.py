@@ -8,7 +8,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.group_norm_act import reference
 from genai_fast.ops import checks
-from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call
+from genai_fast.ops.dispatch import KernelFunction, beside_input, differentiated_again, library_call
 from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
@@ -22,22 +22,24 @@ class _GroupNormAct(KernelFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.groups, *tensors, ctx.eps, ctx.activation, ctx.slope, ctx.backend = inputs
-        _, mean, rstd = output
+        x, ctx.groups, *parameters, residual, ctx.eps, ctx.activation, ctx.slope, ctx.backend = inputs
+        y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x, *tensors, mean, rstd)
+        beside, ctx.from_output = beside_input(residual, y, ctx.activation, ctx.slope)
+        ctx.save_for_backward(x, *parameters, beside, mean, rstd)
 
     @staticmethod
     def backward(ctx, grad_y, grad_mean, grad_rstd):
-        x, weight, bias, scale, shift, residual, mean, rstd = ctx.saved_tensors
-        arguments = (grad_y, x, ctx.groups, weight, bias, scale, shift, residual)
+        x, weight, bias, scale, shift, beside, mean, rstd = ctx.saved_tensors
+        arguments = (grad_y, x, ctx.groups, weight, bias, scale, shift, beside, ctx.from_output)
         settings = (ctx.activation, ctx.slope)
         if differentiated_again():
             results = reference.gradients(*arguments, ctx.eps, *settings)
         else:
             results = library_call("group_norm_act_backward", *arguments, mean, rstd, *settings, ctx.backend)
         grad_x, dz, sum_dz, sum_dz_x_hat = results
-        found = dict(x=grad_x, residual=None if residual is None else dz, shift=sum_dz)
+        # Added to the result itself, the residual has the result's gradient.
+        found = dict(x=grad_x, residual=grad_y if beside is None else dz, shift=sum_dz)
         if ctx.needs_input_grad[4]:  # of scale, which multiplies x-hat weight + bias
             by_weight = sum_dz_x_hat if weight is None else sum_dz_x_hat * weight
             found["scale"] = by_weight if bias is None else by_weight + sum_dz * bias
@@ -56,7 +58,7 @@ def group_norm_act(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
@@ -71,8 +73,7 @@ def group_norm_act(
         num_groups: divides C; 1 is a layer norm of whole samples, C an instance norm.
         weight, bias: [C] or None for 1 and 0; the dtype of x, or float32.
         eps: added to the variance.
-        activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
-        negative_slope: of leaky_relu.
+        activation, negative_slope: as in `bias_act`.
         residual: shape and dtype of x, or None for 0.
         scale, shift: [N, C] or None for 0: of each sample, as conditional norms and diffusion models give them (for
             AdaIN pass its factor less 1); the dtype of x, or float32.
@@ -96,16 +97,14 @@ def instance_norm_act(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
-    negative_slope: float = 0.2,
+    negative_slope: float | None = None,
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = activation(n (1 + scale) + shift + residual), n = (x - mean) / sqrt(var + eps) * weight + bias.
+    """`group_norm_act` with a group for each channel: mean and (biased) var are over a sample's positions.
 
-    mean and (biased) var are of each sample's channel, over its positions.
-
-    Args, Returns, Gradients, Backends, Raises: as `group_norm_act`, of which this is the case num_groups = C.
+    Args, Returns, Gradients, Backends, Raises: as there.
     Source: Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022; scale and shift: Huang & Belongie 2017,
         arXiv:1703.06868.
     """

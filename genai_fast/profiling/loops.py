@@ -83,7 +83,8 @@ def _with_data(system: System, source: str) -> tuple[System, Feed]:
     """The system with what the data asks for, and the data in batches."""
     text = isinstance(system.config, TextConfig)
     size = {} if text else {"size": system.shape[1]}
-    config = replace(system.config, data=source, **size)
+    both = {"data_b": source} if RECIPES[system.recipe].translates else {}
+    config = replace(system.config, data=source, **size, **both)
     task = task_of(system.recipe)(system.recipe, config)
     if text:
         system = replace(system, config=config, vocabulary=task.tokenizer.size)

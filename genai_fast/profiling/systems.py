@@ -30,7 +30,7 @@ class System:
     """A recipe, its settings, a batch, and the same in plain PyTorch.
 
     Both steps take images [batch, *shape], in [-1, 1] or [0, 1] as the model wants, and labels where it has classes; of
-    text ids of `vocabulary`, shape (tokens,), as the recipe's feed gives them.
+    text ids of `vocabulary`, shape (tokens,), as the recipe's feed gives them; of a translation images of both sets.
     """
 
     recipe: str
@@ -78,6 +78,8 @@ class System:
         count = self.batch * getattr(self.config, "n_critic", 1)
         x = torch.rand(count, *self.shape, generator=generator).to(device)
         x = x * 2 - 1 if self.signed else x
+        if RECIPES[self.recipe].translates:
+            return x, x.flip(0, 3)
         if not self.classes:
             return (x,)
         return x, torch.randint(self.classes, (count,), generator=generator).to(device)

@@ -16,8 +16,8 @@ from torch import nn
 
 from genai_fast import __version__, atomic_files
 from genai_fast.contract import image_traits, offers
-from genai_fast.errors import require
-from genai_fast.models.common.protocol import Draws
+from genai_fast.errors import UsageError, require
+from genai_fast.models.common.protocol import Draws, Translates, Upscales
 from genai_fast.models.common.recipe import Graph, Values
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import export_template
@@ -29,9 +29,16 @@ WEIGHTS, SCRIPT, GRAPH = "weights.safetensors", "model.py", "model.onnx"
 _LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file holds; more lie beside it
 
 
-def network_of(run: Opened) -> nn.Module:
-    """What is exported: of a GAN the network that draws the samples, else the whole model."""
-    return RECIPES[run.recipe].network(run.model)
+def network_of(run: Opened, to: str = "b") -> nn.Module:
+    """What is exported: of a GAN the network that draws the samples, of a translation that to set `to`, else all.
+
+    Raises UsageError: the model does not translate to that set.
+    """
+    if not offers(run.model, Translates):
+        return RECIPES[run.recipe].network(run.model)
+    if to not in run.model.targets:
+        raise UsageError(f"--to: expected {' or '.join(run.model.targets)} for {run.recipe}, got {to}")
+    return run.model.translator(to)
 
 
 def _values(run: Opened) -> Values:
@@ -39,13 +46,13 @@ def _values(run: Opened) -> Values:
     return RECIPES[run.recipe].values(run.config, *((text.size, text.end) if text else (run.shape, len(run.classes))))
 
 
-def write_weights(run: Opened, path: Path) -> None:
+def write_weights(run: Opened, path: Path, to: str = "b") -> None:
     """The network's state dict as a safetensors file, whole or not at all."""
     with atomic_files.whole(path) as hidden:
-        atomic_files.write_tensors(hidden, checkpoint.plain(network_of(run).state_dict()))
+        atomic_files.write_tensors(hidden, checkpoint.plain(network_of(run, to).state_dict()))
 
 
-def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
+def write_folder(run: Opened, folder: Path, *, onnx: bool = False, to: str = "b") -> None:
     """Make `folder`, whole or not at all: weights, model.py, the tokenizer of a model of text, and model.onnx.
 
     The folder may exist if it is empty.
@@ -54,14 +61,14 @@ def write_folder(run: Opened, folder: Path, *, onnx: bool = False) -> None:
     """
     for package in ("onnx", "onnxscript") if onnx else ():
         require(package, "export")
-    network, values = network_of(run), _values(run)
+    network, values = network_of(run, to), _values(run)
     kind, arguments = next(iter(RECIPES[run.recipe].twins(values).values()))
     text = script(run, kind, arguments)
     plain = kind(**arguments).eval()
     plain.load_state_dict(network.state_dict())
     with atomic_files.whole(folder) as hidden:
         hidden.mkdir()
-        write_weights(run, hidden / WEIGHTS)
+        write_weights(run, hidden / WEIGHTS, to)
         (hidden / SCRIPT).write_text(text, encoding="utf-8")
         if run.tokenizer is not None:
             run.tokenizer.save(hidden / TOKENIZER)
@@ -78,6 +85,12 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
         traits, command = image_traits(run.model), export_template.draw
         use = {"shape": run.shape, "latent": traits.latent, "classes": run.classes, "signed": traits.signed}
         call = f"draw(load(), {_arguments(use)})"
+    elif offers(run.model, Translates):
+        command, use = export_template.translate, {"shape": run.shape}
+        call = f"translate(load(), {_arguments(use)})"
+    elif offers(run.model, Upscales):
+        command, use = export_template.upscale, {"channels": run.shape[0]}
+        call = f"upscale(load(), {_arguments(use)})"
     else:
         command, use = export_template.reconstruct, {"shape": run.shape}
         call = f"reconstruct(load(), {_arguments(use)})"

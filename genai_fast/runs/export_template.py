@@ -34,6 +34,26 @@ def save_images(images: torch.Tensor, path: Path, columns: int) -> None:
     Image.frombytes("L" if channels == 1 else "RGB", (columns * width, rows * height), pixels).save(path)
 
 
+def read_image(path: Path, channels: int, sides: tuple[int, int] | None = None) -> torch.Tensor:
+    """A picture as an image [C, H, W] in [-1, 1]; of these sides (H, W), the middle is taken."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise SystemExit("pictures need Pillow; remedy: pip install pillow") from None
+    Image.init()
+    known = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for PostScript Pillow starts a program
+    formats = [name for name in known if name in Image.OPEN]
+    try:
+        with Image.open(path, formats=formats) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow raises all kinds on broken files
+        raise SystemExit(f"{path}: expected a picture, got {error}") from None
+    if sides:
+        picture = ImageOps.fit(picture, sides[::-1])
+    pixels = torch.tensor(list(picture.tobytes()), dtype=torch.float32)
+    return pixels.view(picture.height, picture.width, channels).permute(2, 0, 1) / 127.5 - 1
+
+
 def draw(model: nn.Module, shape: tuple[int, int, int], latent: int, classes: tuple[str, ...], signed: bool) -> None:
     """The command line of a model that makes images [C, H, W] of latents; signed: it makes them in [-1, 1]."""
     parser = argparse.ArgumentParser(description="Draw samples.")
@@ -71,28 +91,41 @@ def reconstruct(model: nn.Module, shape: tuple[int, int, int]) -> None:
         help="a picture, or a .pt file of [2 N, C, H, W] in [0, 1]; default: %(default)s",
     )
     options = parser.parse_args()
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise SystemExit("pictures need Pillow; remedy: pip install pillow") from None
-    Image.init()
-    known = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for PostScript Pillow starts a program
-    formats = [name for name in known if name in Image.OPEN]
-    channels, height, width = shape
-    images = []
-    for path in options.pictures:
-        try:
-            with Image.open(path, formats=formats) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
-        except Exception as error:  # Pillow raises all kinds on broken files
-            raise SystemExit(f"{path}: expected a picture, got {error}") from None
-        pixels = torch.tensor(list(ImageOps.fit(picture, (width, height)).tobytes()), dtype=torch.float32)
-        images.append(pixels.view(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
-    x = torch.stack(images)
+    x = torch.stack([read_image(path, shape[0], shape[1:]) for path in options.pictures])
     with torch.no_grad():
         x = torch.cat([x, model(x)])
-    save_images((x * 0.5 + 0.5).clamp(0, 1), options.out, len(images))
-    print(f"{options.out}: {len(images)} pictures and their reconstructions")
+    save_images((x * 0.5 + 0.5).clamp(0, 1), options.out, len(options.pictures))
+    print(f"{options.out}: {len(options.pictures)} pictures and their reconstructions")
+
+
+def translate(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """The command line of a network from images [C, H, W] in [-1, 1] to such images: each becomes a file."""
+    parser = argparse.ArgumentParser(description="Translate pictures.")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="its centre square is taken")
+    parser.add_argument(
+        "--out", type=Path, default=Path("translated"), help="folder for the pictures; default: %(default)s"
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.pictures:
+        with torch.no_grad():
+            made = model(read_image(path, shape[0], shape[1:])[None])
+        save_images((made * 0.5 + 0.5).clamp(0, 1), options.out / f"{path.stem}.png", 1)
+    print(f"{options.out}: {len(options.pictures)} pictures")
+
+
+def upscale(model: nn.Module, channels: int) -> None:
+    """The command line of a network that enlarges images [C, H, W] in [-1, 1] of any size: each becomes a file."""
+    parser = argparse.ArgumentParser(description="Enlarge pictures.")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    parser.add_argument("--out", type=Path, default=Path("enlarged"), help="folder for them; default: %(default)s")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.pictures:
+        with torch.no_grad():
+            made = model(read_image(path, channels)[None])
+        save_images((made * 0.5 + 0.5).clamp(0, 1), options.out / f"{path.stem}.png", 1)
+    print(f"{options.out}: {len(options.pictures)} pictures")
 
 
 class Tokenizer:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genai_fast.config import ImageConfig
 from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data.images import Images
-from genai_fast.evaluation import SampleQuality, bits_per_dim, warnings_of
+from genai_fast.evaluation import SampleQuality, bits_per_dim, psnr, ssim, warnings_of
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs
+from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs, Upscales
 from genai_fast.runs import pictures
 from genai_fast.training import distributed
 from genai_fast.training.batches import ImageFeed, batch_for
@@ -65,6 +66,8 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
         pictures.grid(generate(model, train.shape, _SAMPLES, seed=1), folder / "samples.png")
     if offers(model, Reconstructs):
         _reconstructions(model, validation, folder / "reconstructions.png")
+    if offers(model, Upscales):
+        _enlargements(model, validation, folder / "samples.png")
     if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
         with torch.no_grad(), latents.evaluating(model):
             codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
@@ -85,6 +88,44 @@ def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tens
     return pictures.grid(shown(model, pair), path, columns=len(batch[0]))
 
 
+def enlarged(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What images [N, C, H, W] in [0, 1] are as small ones, these enlarged bicubically, and by the model; in [0, 1], on
+    the CPU, some at a time."""
+    device, parts = next(model.parameters()).device, []
+    for part in images.split(_AT_ONCE):
+        small = model.lower((part * 2 - 1).to(device))
+        large = F.interpolate(small, part.shape[2:], mode="bicubic", align_corners=False)
+        parts.append([shown(model, x).cpu() for x in (small, large, model.upscale(small))])
+    small, large, made = (torch.cat(x) for x in zip(*parts, strict=True))
+    return small, large, made
+
+
+def upscaled(model: nn.Module, x: torch.Tensor, tile: int = 256) -> torch.Tensor:
+    """An image [C, H, W] in [0, 1], on the CPU -> enlarged by the model, likewise, in tiles of so many pixels a side.
+
+    Each tile is computed with as much around it as it depends on, so seams do not show.
+    """
+    device, scale, around = next(model.parameters()).device, model.scale, model.reach
+    channels, height, width = x.shape
+    made = torch.empty(channels, scale * height, scale * width)
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            above, before = min(top, around), min(left, around)
+            rows, columns = slice(top - above, top + tile + around), slice(left - before, left + tile + around)
+            part = shown(model, model.upscale((x[None, :, rows, columns] * 2 - 1).to(device)))[0].cpu()
+            part = part[:, scale * above :, scale * before :][:, : scale * tile, : scale * tile]
+            made[:, scale * top :, scale * left :][:, : part.shape[1], : part.shape[2]] = part
+    return made
+
+
+def _enlargements(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
+    """Small images with visible pixels; enlarged bicubically; by the model; the originals."""
+    x = images.batch(slice(0, 12))
+    small, large, made = enlarged(model, x)
+    small = small.repeat_interleave(model.scale, 2).repeat_interleave(model.scale, 3)
+    return pictures.grid(torch.cat([small, large, made, x]), path, columns=len(x))
+
+
 class Watch:
     """Called at the end of an epoch: writes grids/epoch-<n>.png, to a board too; gives figures on held-out images."""
 
@@ -102,6 +143,8 @@ class Watch:
         if draws and config.grid_every and epoch % config.grid_every == 0:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
         figures = {} if offers(model, InTurns) else self._likelihood()
+        if draws and config.quality_every and epoch % config.quality_every == 0 and offers(model, Upscales):
+            figures |= self._fidelity()
         said: dict[str, Any] = {"latent": image_traits(model).latent or None, "kl": figures.get("kl")}
         warnings: list[str] = []
         if draws and config.quality_every and epoch % config.quality_every == 0 and offers(model, Draws):
@@ -129,6 +172,13 @@ class Watch:
             figures["bits_per_dim"] = bits_per_dim(elbo, math.prod(self._train.shape), "bernoulli")
         return figures
 
+    def _fidelity(self) -> dict[str, float]:
+        """PSNR and SSIM of held-out images that were lowered and enlarged, by the model and bicubically."""
+        x = self._validation.batch(slice(0, _MOST))
+        _, large, made = enlarged(self._model, x)
+        figures = {"psnr": psnr(made, x), "psnr_bicubic": psnr(large, x)}
+        return {**figures, "ssim": ssim(made, x), "ssim_bicubic": ssim(large, x)}
+
     def _compare(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
         """Figures of samples beside held-out images, the samples, the images."""
         count = min(len(self._validation), _MOST)
@@ -142,10 +192,12 @@ class Watch:
         return self._quality.quality(samples), samples, real
 
     def _grid(self, path: Path) -> None:
-        """Samples, or reconstructions of a model that has no samples."""
+        """Samples, or enlarged or reconstructed images of a model that has no samples."""
         path.parent.mkdir(exist_ok=True)
         if offers(self._model, Draws):
             name, sheet = "samples", pictures.grid(generate(self._model, self._train.shape, _SAMPLES, seed=1), path)
+        elif offers(self._model, Upscales):
+            name, sheet = "samples", _enlargements(self._model, self._validation, path)
         else:
             name, sheet = "reconstructions", _reconstructions(self._model, self._validation, path)
         if self._board is not None:

@@ -30,7 +30,7 @@ class ImageTask:
         self.name, self.settings, self.images = name, settings, images
         self.train, self.validation = images.split(settings.validation, settings.seed)
         self.about: dict[str, Any] = {"recipe": name, "shape": list(images.shape), "images": len(images)}
-        self.about |= {"classes": list(images.classes) if RECIPES[name].labelled else [], "data": _digest(images)}
+        self.about |= {"classes": list(images.classes) if RECIPES[name].labelled else [], "data": digest_of(images)}
 
     @property
     def described(self) -> str:
@@ -69,7 +69,7 @@ class ImageTask:
         return make(name, settings, shape, len(classes)), {"shape": shape, "classes": classes}
 
 
-def _digest(images: Images) -> str:
+def digest_of(images: Images) -> str:
     """16 hexadecimal digits of pixels and labels."""
     digest = hashlib.sha256()
     index = torch.arange(len(images)) if images.index is None else images.index

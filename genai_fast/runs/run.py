@@ -19,6 +19,7 @@ from genai_fast.precision import float32_products
 from genai_fast.runs import pictures
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.runs.text_task import TextTask
+from genai_fast.runs.translation_task import TranslationTask
 from genai_fast.terminal import say
 from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.loop import METRICS, finishing, fit
@@ -61,7 +62,9 @@ class Opened:
 
 def task_of(name: str) -> type[ImageTask] | type[TextTask]:
     """What recipe `name` trains on."""
-    return TextTask if issubclass(RECIPES[name].config, TextConfig) else ImageTask
+    if issubclass(RECIPES[name].config, TextConfig):
+        return TextTask
+    return TranslationTask if RECIPES[name].translates else ImageTask
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -218,7 +221,12 @@ def _begin_with(name: str, source: Path, model: nn.Module) -> None:
             say(text)
         return
     path = source if source.is_file() else checkpoint.latest(source) / "model.safetensors"
-    taken, left = checkpoint.load_matching(path, model)
+    try:
+        taken, left = checkpoint.load_matching(path, model)
+    except checkpoint.CheckpointError:  # nothing fits; an exported network does into that which is exported
+        if (network := RECIPES[name].network(model)) is model:
+            raise
+        taken, left = checkpoint.load_matching(path, network)
     text = f"{path}: {taken} tensors taken"
     if left:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")

@@ -48,35 +48,33 @@ void act_dropout_backward(const void* grad_y, const void* saved, int dtype, void
   const Rows g_rows{grad_y, count, dtype}, s_rows{saved, count, dtype};
   const DenseOut out{grad_x, count, dtype};
   const float slope = float(negative_slope), scale = float(scale_), share = float(share_);
-  with_activation(activation, [&](auto a) {
-    with_flag(from_output, [&](auto output) {
-      constexpr int A = decltype(a)::value;
-      constexpr bool kOutput = decltype(output)::value;
+  with_derivative(activation, from_output, [&](auto a, auto output) {
+    constexpr int A = decltype(a)::value;
+    constexpr bool kOutput = decltype(output)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= kParallel)
-      for (int64_t k = 0; k < pieces.count(); ++k) {
-        alignas(64) float g_buffer[kPiece], s_buffer[kPiece], to[kPiece];
-        const Piece p = pieces[k];
-        const float* g = g_rows.read(p, g_buffer);
-        const float* v = s_rows.read(p, s_buffer);
-        float* w = out.begin(p, to);
-        if (A == kRelu && kOutput) {  // y > 0 says both: kept, and x > 0
+    for (int64_t k = 0; k < pieces.count(); ++k) {
+      alignas(64) float g_buffer[kPiece], s_buffer[kPiece], to[kPiece];
+      const Piece p = pieces[k];
+      const float* g = g_rows.read(p, g_buffer);
+      const float* v = s_rows.read(p, s_buffer);
+      float* w = out.begin(p, to);
+      if (A == kRelu && kOutput) {  // y > 0 says both: kept, and x > 0
 #pragma omp simd
-          for (int64_t i = 0; i < p.columns; ++i) w[i] = v[i] > 0.0f ? scale * g[i] : 0.0f;
-        } else if (seed) {
-          alignas(64) uint32_t room[stream_room(kPiece)];
-          const uint32_t* word = stream(room, uint64_t(offset) + uint64_t(p.column), p.columns, *seed);
+        for (int64_t i = 0; i < p.columns; ++i) w[i] = v[i] > 0.0f ? scale * g[i] : 0.0f;
+      } else if (seed) {
+        alignas(64) uint32_t room[stream_room(kPiece)];
+        const uint32_t* word = stream(room, uint64_t(offset) + uint64_t(p.column), p.columns, *seed);
 #pragma omp simd
-          for (int64_t i = 0; i < p.columns; ++i) {
-            const float kept = scale * g[i] * derivative_from<A, kOutput>(kOutput ? share * v[i] : v[i], slope);
-            w[i] = word[i] > bound ? kept : 0.0f;
-          }
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < p.columns; ++i) w[i] = g[i] * derivative_from<A, kOutput>(v[i], slope);
+        for (int64_t i = 0; i < p.columns; ++i) {
+          const float kept = scale * g[i] * derivative_from<A, kOutput>(kOutput ? share * v[i] : v[i], slope);
+          w[i] = word[i] > bound ? kept : 0.0f;
         }
-        out.end(p, w);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < p.columns; ++i) w[i] = g[i] * derivative_from<A, kOutput>(v[i], slope);
       }
-    });
+      out.end(p, w);
+    }
   });
 }
 

@@ -10,7 +10,7 @@ from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, E
 
 
 def _reference(
-    x, p=0.5, training=True, activation="leaky_relu", negative_slope=0.2, *, seed, offset=0, save_output=False
+    x, p=0.5, training=True, activation="leaky_relu", negative_slope=None, *, seed, offset=0, save_output=False
 ):
     seed = torch.as_tensor(seed, device=x.device) if training and p > 0 else None
     return reference.act_dropout(x, seed, p, offset, activation, negative_slope)
@@ -18,7 +18,7 @@ def _reference(
 
 def _eager(inplace):
     def run(
-        x, p=0.5, training=True, activation="leaky_relu", negative_slope=0.2, *, seed=None, offset=0, save_output=False
+        x, p=0.5, training=True, activation="leaky_relu", negative_slope=None, *, seed=None, offset=0, save_output=False
     ):
         """What people write: the activation module, then nn.Dropout."""
         return F.dropout(activate(x, activation, negative_slope), p, training, inplace)
@@ -90,7 +90,7 @@ ERROR_CASES = (
               r"x.*floating.*got torch\.int32"),
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
               r"activation.*'leaky_relu'.*got 'leaky'"),
-    ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": None}, ValueError, r"negative_slope.*got None"),
+    ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": "0.2"}, ValueError, r"negative_slope.*got '0.2'"),
     ErrorCase("seed_type", lambda t: {**_GOOD(t), "seed": 1.5}, TypeError, r"seed.*expected.*got float"),
     ErrorCase("seed_device", lambda t: {**_GOOD(t), "seed": torch.zeros((), dtype=torch.int64, device="meta")},
               ValueError, r"seed.*expected device cpu as x has, got meta"),

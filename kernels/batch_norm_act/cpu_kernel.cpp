@@ -58,20 +58,23 @@ struct OfBatch {
 };
 
 void batch_norm_act_apply(const void* x, int dtype, void* y, int64_t outer, int64_t channels, int64_t inner,
-                          const float* weight, const float* bias, const float* mean, const float* rstd, int activation,
-                          double negative_slope, int threads) {
+                          const float* weight, const float* bias, const float* mean, const float* rstd,
+                          const void* residual, int activation, double negative_slope, int threads) {
   const OfBatch of(channels, 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
-  normalized(x, nullptr, dtype, y, {outer, channels, inner}, of.get(), activation, float(negative_slope), threads);
+  normalized(x, residual, dtype, y, {outer, channels, inner}, of.get(), activation, float(negative_slope), threads);
 }
 
+// beside: the residual, or y if from_output; null, and so is dz, without a residual.
 void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t outer, int64_t channels,
                            int64_t inner, const float* weight, const float* bias, const float* mean, const float* rstd,
-                           float* sum_dz, float* sum_dz_x_hat, int activation, double negative_slope, int threads) {
+                           const void* beside, bool from_output, float* sum_dz, float* sum_dz_x_hat, void* dz,
+                           int activation, double negative_slope, int threads) {
   const Tiles tiles({outer, channels, inner});
   const OfBatch of(channels, tiles.shape.last() ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
   const Memory<float> partial(2 * tiles.partials());
+  const Beside kind = !beside ? kNothing : from_output ? kOutput : kResidual;
   gradient_sums<false>(
-      grad_y, x, nullptr, dtype, tiles, of.get(), activation, float(negative_slope), partial, nullptr, threads,
+      grad_y, x, beside, kind, dtype, tiles, of.get(), activation, float(negative_slope), partial, dz, threads,
       [&](int64_t c, double total) { sum_dz[c] = float(total); },
       [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });
 }
@@ -83,7 +86,7 @@ void batch_norm_act_grad(const void* grad_y, const void* x, int dtype, void* gra
                          double negative_slope, int threads) {
   require_both("sum_dz and sum_dz_x_hat", sum_dz, sum_dz_x_hat, channels);
   const OfBatch of(channels, 1, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count);
-  input_gradient(grad_y, x, nullptr, dtype, grad_x, nullptr, {outer, channels, inner}, of.get(), activation,
+  input_gradient(grad_y, x, dtype, grad_x, {outer, channels, inner}, of.get(), activation,
                  float(negative_slope), threads);
 }
 

@@ -3,9 +3,9 @@
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
-from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
+from genai_fast.kernels.common.channels import dense_channels, extent, like_partner, require_channels
 from genai_fast.kernels.common.extension import cpp
-from genai_fast.kernels.common.rows import DTYPE_CODE, address, require_alike
+from genai_fast.kernels.common.rows import DTYPE_CODE, address
 
 
 def _vectors(x: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -27,34 +27,34 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return tuple(results)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
+def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, activation, slope):
     x = dense_channels(x)
+    residual = like_partner(residual, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     cpp.batch_norm_act_apply(
         address(x), DTYPE_CODE[x.dtype], address(y), *extent(x), *map(address, parameters),
-        ACTIVATION_CODE[activation], slope
+        address(residual), ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 
 
-def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope):
-    require_alike(x, grad_y)
+def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, beside, from_output, activation, slope):
     x = dense_channels(x)
-    grad_y = like_layout(grad_y, x)
+    grad_y, beside = like_partner(grad_y, x), like_partner(beside, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
-    sums = _vectors(x, 2)
+    sums, dz = _vectors(x, 2), x.new_empty(0) if beside is None else torch.empty_like(x)
     cpp.batch_norm_act_reduce(
         address(grad_y), address(x), DTYPE_CODE[x.dtype], *extent(x), *map(address, parameters),
-        *map(torch.Tensor.data_ptr, sums), ACTIVATION_CODE[activation], slope
+        address(beside), from_output, *map(torch.Tensor.data_ptr, sums), 0 if beside is None else address(dz),
+        ACTIVATION_CODE[activation], slope
     )  # fmt: skip
-    return tuple(sums)
+    return *sums, dz
 
 
 def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
-    require_alike(x, grad_y)
     x = dense_channels(x)
-    grad_y = like_layout(grad_y, x)
+    grad_y = like_partner(grad_y, x)
     parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
     cpp.batch_norm_act_grad(

@@ -10,6 +10,11 @@ def _channel_vectors(x, count):
     return tuple(x.new_empty(x.size(1), dtype=wide_dtype(x)) for _ in range(count))
 
 
+def _reduced(grad_y, x, weight, bias, mean, rstd, beside, *rest):
+    dz = x.new_empty(0) if beside is None else torch.empty_like(dense_channels(x))
+    return *_channel_vectors(x, 2), dz
+
+
 LIBRARY = (
     LibraryOp(
         "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps,"
@@ -17,14 +22,15 @@ LIBRARY = (
         lambda x, *settings: _channel_vectors(x, 3),
     ),
     LibraryOp(
-        "batch_norm_act_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str activation,"
-        " float slope, str backend) -> Tensor",
+        "batch_norm_act_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " Tensor? residual, str activation, float slope, str backend) -> Tensor",
         lambda x, *rest: torch.empty_like(dense_channels(x)),
     ),
     LibraryOp(
         "batch_norm_act_reduce(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-        " str activation, float slope, str backend) -> (Tensor sum_dz, Tensor sum_dz_x_hat)",
-        lambda grad_y, x, *rest: _channel_vectors(x, 2),
+        " Tensor? beside, bool from_output, str activation, float slope, str backend)"
+        " -> (Tensor sum_dz, Tensor sum_dz_x_hat, Tensor dz)",
+        _reduced,
     ),
     LibraryOp(
         "batch_norm_act_grad(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.batch_norm_act.schema import LIBRARY
-from genai_fast.kernels.common.activations import ACTIVATIONS, activate
+from genai_fast.kernels.common.activations import ACTIVATIONS, activate, slope_of
 from genai_fast.kernels.common.channels import wide
 from genai_fast.kernels.common.spec import (
     ELEMENTWISE_CHOICES,
@@ -21,27 +21,30 @@ from genai_fast.kernels.common.spec import (
 
 def _reference(
     x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-    activation="leaky_relu", negative_slope=0.2,
+    activation="leaky_relu", negative_slope=None, residual=None,
 ):  # fmt: skip
-    """F.batch_norm and the activation, in float32 or wider."""
+    """F.batch_norm, the sum and the activation, in float32 or wider."""
     running = [None if r is None else wide(r).clone() for r in (running_mean, running_var)]
     weight, bias = (None if p is None else wide(p) for p in (weight, bias))
     z = F.batch_norm(wide(x), *running, weight, bias, training, momentum, eps)
     if running_mean is not None:
         running_mean.copy_(running[0])
         running_var.copy_(running[1])
+    z = z if residual is None else z + wide(residual)
     return activate(z, activation, negative_slope).to(x.dtype)
 
 
 def _eager(inplace):
     def run(
         x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-        activation="leaky_relu", negative_slope=0.2,
+        activation="leaky_relu", negative_slope=None, residual=None,
     ):  # fmt: skip
-        """What people write: BatchNorm, then the activation module."""
+        """What people write: BatchNorm, the sum, then the activation module."""
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None:
+            z += residual
         if activation == "leaky_relu":
-            return F.leaky_relu(z, negative_slope, inplace=inplace)
+            return F.leaky_relu(z, slope_of(activation, negative_slope), inplace=inplace)
         return activate(z, activation, negative_slope)
 
     return run
@@ -57,9 +60,11 @@ _eager_contiguous = _eager(False)
 _eager_contiguous.prepare = _contiguous
 
 
-def _cost(x, weight=None, **settings):
-    # Forward reads x twice and writes y; backward reads x and dy twice and writes dx.
-    return Cost(flops=30 * x.numel(), bytes=8 * x.numel() * x.element_size())
+def _cost(x, weight=None, residual=None, **settings):
+    # Forward reads x twice and writes y; backward reads x and dy twice and writes dx. A residual is read, y read again,
+    # dz written.
+    passes = 8 if residual is None else 11
+    return Cost(flops=30 * x.numel(), bytes=passes * x.numel() * x.element_size())
 
 
 def _parameters(t, channels, running=True):
@@ -69,10 +74,10 @@ def _parameters(t, channels, running=True):
     return found
 
 
-def _inputs(*shape, layout="contiguous", mean=0.5, running=True, **more):
+def _inputs(*shape, layout="contiguous", mean=0.5, running=True, residual=False, **more):
     def make(t):
-        x = t.laid_out(layout, *shape, scale=2.0, mean=mean)
-        return dict(x=x, **_parameters(t, shape[1], running), **more)
+        found = dict(x=t.laid_out(layout, *shape, scale=2.0, mean=mean), **_parameters(t, shape[1], running), **more)
+        return found | dict(residual=t.laid_out(layout, *shape)) if residual else found
 
     return make
 
@@ -126,6 +131,24 @@ CASES = (
     Case("eval_channels_last", _inputs(1, 6, 5, 5, training=False, layout="channels_last", activation="silu")),
     Case("eval_empty", _inputs(0, 6, 5, 5, training=False)),
     Case("special_values", _special),
+    *(
+        Case(f"residual_{name}_{layout}", _inputs(4, 24, 9, 7, layout=layout, activation=name, residual=True))
+        for name, layout in (
+            ("relu", "channels_last"),
+            ("relu", "strided"),
+            ("none", "contiguous"),
+            ("sigmoid", "contiguous"),
+            ("silu", "channels_last"),
+            ("mish", "contiguous"),
+        )
+    ),
+    Case("residual_small_planes", _inputs(20, 34, 4, 4, activation="relu", residual=True)),
+    Case("residual_linear", _inputs(33, 130, activation="leaky_relu", negative_slope=-0.5, residual=True)),
+    Case("residual_large_plane", _inputs(2, 3, 96, 128, activation="tanh", residual=True)),
+    Case("residual_eval", _inputs(4, 6, 5, 5, activation="relu", residual=True, training=False)),
+    Case("residual_eval_none", _inputs(4, 6, 5, 5, activation="none", residual=True, training=False)),
+    Case("second_order_residual", _inputs(3, 2, 3, 2, activation="tanh", residual=True)),
+    Case("second_order_residual_softplus", _inputs(3, 2, 4, activation="softplus", residual=True)),
     *(Case(f"all_{name}", _inputs(5, 4, 6, 6, activation=name)) for name in ACTIVATIONS),
 )
 
@@ -151,7 +174,11 @@ ERROR_CASES = (
               r"x.*floating.*got torch\.int32"),
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
               r"activation.*'leaky_relu'.*got 'leaky'"),
-    ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": None}, ValueError, r"negative_slope.*got None"),
+    ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": "0.2"}, ValueError, r"negative_slope.*got '0.2'"),
+    ErrorCase("residual_shape", lambda t: {**_GOOD(t), "residual": t.normal(4, 6, 5)}, ValueError,
+              r"residual.*expected shape \(4, 6, 5, 5\).*got \(4, 6, 5\)"),
+    ErrorCase("residual_dtype", lambda t: {**_GOOD(t), "residual": t.normal(4, 6, 5, 5).half()}, TypeError,
+              r"residual.*expected torch\.float32.*got torch\.float16"),
     ErrorCase("eps", lambda t: {**_GOOD(t), "eps": -1e-5}, ValueError, r"eps > 0.*got eps -1e-05"),
     ErrorCase("eps_0", lambda t: {**_GOOD(t), "eps": 0.0}, ValueError, r"eps > 0.*got eps 0\.0"),
     ErrorCase("mixed_parameters", lambda t: dict(x=t.normal(4, 6).bfloat16(), weight=t.normal(6),
@@ -164,13 +191,17 @@ BENCH_CASES = (
     Case("dcgan_64-32x128x16x16-channels_last", _inputs(32, 128, 16, 16, layout="channels_last")),
     Case("dcgan_64-32x128x16x16", _inputs(32, 128, 16, 16)),
     Case("dense_to_image-128x6272", _inputs(128, 6272, activation="relu")),
+    Case("resnet-32x128x28x28-residual", _inputs(32, 128, 28, 28, activation="relu", residual=True)),
 )
 GPU_CASES = tuple(
     Case(f"dcgan_64-256x{c}x{n}x{n}-channels_last", _inputs(256, c, n, n, layout="channels_last"))
     for c, n in ((64, 32), (128, 16), (256, 8), (512, 4))
 )
 
-_COMPILE_CASES = (CompileCase("silu", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu")),)
+_COMPILE_CASES = (
+    CompileCase("silu", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu")),
+    CompileCase("residual", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu", residual=True)),
+)
 _SUMS, _EACH = Expected(()), Expected((), lambda c: c["ROWS"] * c["BLOCK"])
 _EXPECTED = {
     "_batch_norm_moments": _SUMS,
@@ -189,7 +220,7 @@ _SUM_CHOICES = choices_of(
 BATCH_NORM_ACT = OpSpec(
     name="batch_norm_act",
     folder="batch_norm_act",
-    formula="activation((x - mean) / sqrt(var + eps) weight + bias), statistics of the batch or running ones",
+    formula="activation((x - mean) / sqrt(var + eps) weight + bias + residual), of the batch or by running statistics",
     source="Ioffe & Szegedy 2015, arXiv:1502.03167; combination of tiles: Chan, Golub & LeVeque 1983",
     library=LIBRARY,
     reference=_reference,

@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.common.activations_triton import activate, times_derivative
-from genai_fast.kernels.common.channels import dense_channels, extent, like_layout, require_channels
+from genai_fast.kernels.common.activations_triton import activate, times_derivative, times_derivative_from_output
+from genai_fast.kernels.common.channels import dense_channels, extent, like_partner, require_channels
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.moments_triton import combine_grid, combine_moments
-from genai_fast.kernels.common.rows import require_alike
 from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a tile of the elementwise kernels: 8 elements a thread
@@ -164,26 +163,31 @@ def _matrix_tile(rows, columns, channels, across, LAST: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def _batch_norm_act_apply(
-    x_ptr, y_ptr,                            # [rows, columns]
+    x_ptr, residual_ptr, y_ptr,              # [rows, columns], the second may be None
     weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
     rows, columns, channels, across, slope,
     LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = activate((x - mean) rstd weight + bias)."""
+    """y = activate((x - mean) rstd weight + bias + residual)."""
     offs, mask, channel = _matrix_tile(rows, columns, channels, across, LAST, ROWS, BLOCK)
     mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, channel < channels)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    y = activate((x - mean) * scale + shift, slope, ACTIVATION)
+    z = (x - mean) * scale + shift
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = activate(z, slope, ACTIVATION)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _batch_norm_act_sums(
     grad_y_ptr, x_ptr,                       # [outer, channels, inner]
+    beside_ptr, dz_ptr,                      # the same: the residual, or y if FROM_OUTPUT, and dz; or both None
     weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
     partial_ptr,                             # [2, groups, channels]
     outer, channels, inner, row_stride, plane, tiles, slope,
-    LAST: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz (x - mean) over this program's tiles, dz = dy activate'(z)."""
     group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, PARTS, ROWS, WIDTH)
@@ -194,9 +198,19 @@ def _batch_norm_act_sums(
     for tile in range(begin, end):
         offs, mask = _summed(tile, base, outer, limit, row_stride, across, PARTS, ROWS, WIDTH)
         x, grad = _loaded(x_ptr, offs, mask, PARTS), _loaded(grad_y_ptr, offs, mask, PARTS)
-        mask = _apart(mask, PARTS)
         d = x - mean[:, None, :]
-        dz = times_derivative(grad, d * scale[:, None, :] + shift[:, None, :], slope, ACTIVATION)
+        z = d * scale[:, None, :] + shift[:, None, :]
+        if beside_ptr is not None:
+            beside = _loaded(beside_ptr, offs, mask, PARTS)
+            z = beside if FROM_OUTPUT else z + beside
+        if FROM_OUTPUT:
+            dz = times_derivative_from_output(grad, z, slope, ACTIVATION)
+        else:
+            dz = times_derivative(grad, z, slope, ACTIVATION)
+        if dz_ptr is not None:
+            together = tl.reshape(dz, [PARTS * ROWS, WIDTH])
+            tl.store(dz_ptr + offs, together.to(dz_ptr.dtype.element_ty), mask=mask)
+        mask = _apart(mask, PARTS)
         dz = tl.where(mask, dz, 0.0)
         total += dz
         product += tl.where(mask, dz * d, 0.0)
@@ -290,37 +304,41 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return combine_moments(partial, running_mean, running_var, outer * inner, momentum, eps)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, activation, slope):
+def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, activation, slope):
     x = dense_channels(x)
+    residual = like_partner(residual, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     if x.numel():
         grid, sizes, constants = _matrix("apply", x)
-        _batch_norm_act_apply[grid](x, y, *parameters, *sizes, slope, ACTIVATION=activation, **constants)
+        _batch_norm_act_apply[grid](x, residual, y, *parameters, *sizes, slope, ACTIVATION=activation, **constants)
     return y
 
 
-def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, activation, slope):
-    require_alike(x, grad_y)
+def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, beside, from_output, activation, slope):
     x = dense_channels(x)
-    grad_y = like_layout(grad_y, x)
+    grad_y, beside = like_partner(grad_y, x), like_partner(beside, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     grid, groups, sizes, constants = _sums("sums", x)
     channels = x.size(1)
     partial = x.new_empty((2, groups, channels), dtype=torch.float32)
     results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    dz = None if beside is None else torch.empty_like(x)
+    narrow = x.new_empty(0) if dz is None else dz
     if not x.numel():
-        return tuple(r.zero_() for r in results)
-    _batch_norm_act_sums[grid](grad_y, x, *parameters, partial, *sizes, slope, ACTIVATION=activation, **constants)
+        return *(r.zero_() for r in results), narrow
+    _batch_norm_act_sums[grid](
+        grad_y, x, beside, dz, *parameters, partial, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output,
+        **constants,
+    )  # fmt: skip
     grid, constants = combine_grid(channels)
     _batch_norm_combine_sums[grid](partial, parameters[3], *results, groups, channels, groups * channels, **constants)
-    return results
+    return *results, narrow
 
 
 def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
-    require_alike(x, grad_y)
     x = dense_channels(x)
-    grad_y = like_layout(grad_y, x)
+    grad_y = like_partner(grad_y, x)
     parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
     if x.numel():

@@ -57,41 +57,39 @@ void bias_act_backward(const void* grad_y, const void* saved, int dtype, void* g
     for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) shift[i] = bias ? bias[c] : 0.0f;
   }
   const Memory<float> sums(tiles.partials());
-  with_activation(activation, [&](auto a) {
+  with_derivative(activation, from_output, [&](auto a, auto output) {
     with_flag(by_column, [&](auto last) {
-      with_flag(from_output, [&](auto output) {
-        constexpr bool kLast = decltype(last)::value, kOutput = decltype(output)::value;
+      constexpr bool kLast = decltype(last)::value, kOutput = decltype(output)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
-        for (int64_t k = 0; k < tiles.count(); ++k) {
-          alignas(64) float g_buffer[kTile], s_buffer[kTile], to[kTile];
-          const Piece p = tiles[k];
-          float* const sum = sums + tiles.partial(p);
-          if constexpr (kLast) {
-            for (int64_t i = 0; i < p.columns; ++i) sum[i] = 0.0f;
-          }
-          for (int64_t r = 0; r < p.rows; ++r) {
-            const Piece row{p.row + r, 1, p.column, p.columns};
-            const float* const g = g_rows.read(row, g_buffer);
-            const float* const v = s_rows.read(row, s_buffer);
-            float* const w = out.begin(row, to);
-            const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(row.row)));
-            const float negative = slope;  // Clang does not find it in two lambdas
-            const auto add = [=](int64_t i, float& total) {
-              const float z = kOutput ? v[i] : v[i] + b[i];
-              w[i] = g[i] * derivative_from<decltype(a)::value, kOutput>(z, negative);
-              total += w[i];
-            };
-            if constexpr (kLast) {
-#pragma omp simd
-              for (int64_t i = 0; i < p.columns; ++i) add(i, sum[i]);
-            } else {
-              float unused;  // a simd reduction of relu and leaky_relu is not vectorized by GCC 12: seven times as long
-              sum_pairs(p.columns, [=](int64_t i, float& s, float&) { add(i, s); }, sum + r * tiles.per, &unused);
-            }
-            out.end(row, w);
-          }
+      for (int64_t k = 0; k < tiles.count(); ++k) {
+        alignas(64) float g_buffer[kTile], s_buffer[kTile], to[kTile];
+        const Piece p = tiles[k];
+        float* const sum = sums + tiles.partial(p);
+        if constexpr (kLast) {
+          for (int64_t i = 0; i < p.columns; ++i) sum[i] = 0.0f;
         }
-      });
+        for (int64_t r = 0; r < p.rows; ++r) {
+          const Piece row{p.row + r, 1, p.column, p.columns};
+          const float* const g = g_rows.read(row, g_buffer);
+          const float* const v = s_rows.read(row, s_buffer);
+          float* const w = out.begin(row, to);
+          const Param<kLast> b(shift + (kLast ? p.column : shape.channel_of(row.row)));
+          const float negative = slope;  // Clang does not find it in two lambdas
+          const auto add = [=](int64_t i, float& total) {
+            const float z = kOutput ? v[i] : v[i] + b[i];
+            w[i] = g[i] * derivative_from<decltype(a)::value, kOutput>(z, negative);
+            total += w[i];
+          };
+          if constexpr (kLast) {
+#pragma omp simd
+            for (int64_t i = 0; i < p.columns; ++i) add(i, sum[i]);
+          } else {
+            float unused;  // a simd reduction of relu and leaky_relu is not vectorized by GCC 12: seven times as long
+            sum_pairs(p.columns, [=](int64_t i, float& s, float&) { add(i, s); }, sum + r * tiles.per, &unused);
+          }
+          out.end(row, w);
+        }
+      }
     });
   });
   if (grad_bias) {

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.bias_act.schema import LIBRARY
-from genai_fast.kernels.common.activations import ACTIVATIONS, activate
+from genai_fast.kernels.common.activations import ACTIVATIONS, activate, slope_of
 from genai_fast.kernels.common.channels import per_channel, wide
 from genai_fast.kernels.common.spec import (
     ELEMENTWISE_CHOICES,
@@ -18,24 +18,24 @@ from genai_fast.kernels.common.spec import (
 )
 
 
-def _reference(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_output=False):
+def _reference(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
     """A layer's bias, rounded as its result is, then the activation in x's dtype."""
     z = x if bias is None else (wide(x) + per_channel(wide(bias), x)).to(x.dtype)
     return activate(z, activation, negative_slope)
 
 
 def _eager(inplace):
-    def run(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_output=False):
+    def run(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
         """What people write: a bias, then the activation module."""
         z = x if bias is None else x + per_channel(bias, x)
         if activation == "leaky_relu":
-            return F.leaky_relu(z, negative_slope, inplace=inplace and bias is not None)
+            return F.leaky_relu(z, slope_of(activation, negative_slope), inplace=inplace and bias is not None)
         return activate(z, activation, negative_slope)
 
     return run
 
 
-def _cost(x, bias=None, activation="leaky_relu", negative_slope=0.2, *, save_output=False):
+def _cost(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
     # Forward reads x and writes y; backward reads dy and x or y and writes dx.
     return Cost(flops=6 * x.numel(), bytes=5 * x.numel() * x.element_size())
 
@@ -60,6 +60,18 @@ def _special(t):
     return dict(x=t.values(x), bias=t.values(bias))
 
 
+def _edges(activation):
+    """Where formulas change, and far beyond, without a bias."""
+
+    def make(t):
+        values = [0.0, -0.0, 1e-30, -1e-30, 3.0, -3.0, 3.25, -3.25, 6.0, 5.75, 20.0, 20.25, 80.0, -80.0, 1e4, -1e4]
+        infinite = [float("inf"), -float("inf"), float("nan")]
+        small = torch.linspace(-0.6, 0.6, 29).tolist()
+        return dict(x=t.values([[v] * 16 for v in (*values, *infinite, *small)]), activation=activation)
+
+    return make
+
+
 CASES = (
     Case("discriminator", _inputs(8, 16, 8, 8)),
     Case("channels_last", _inputs(8, 24, 9, 7, layout="channels_last")),
@@ -81,12 +93,18 @@ CASES = (
     Case("no_bias", _inputs(4, 6, 5, 5, bias=False)),
     Case("no_bias_channels_last", _inputs(4, 6, 25, 45, bias=False, layout="channels_last")),
     Case("mixed_dtypes", _mixed),
+    *(
+        Case(f"{name}_of_{v}", _inputs(4, 6, 5, 5, activation=name, negative_slope=v))
+        for name in ("elu", "softplus")
+        for v in (0.3, -1.5)
+    ),
     Case("negative_slope_below_0", _inputs(4, 6, 5, 5, negative_slope=-0.5)),
     Case("saved_output", _inputs(4, 6, 5, 5, save_output=True)),
     Case("saved_output_channels_last", _inputs(4, 6, 5, 5, layout="channels_last", save_output=True)),
     Case("empty_batch", _inputs(0, 6, 5, 5)),
     Case("empty_plane", _inputs(4, 6, 0)),
     Case("special_values", _special),
+    *(Case(f"edges_{name}", _edges(name)) for name in ("elu", "relu6", "selu", "hardswish", "softplus", "mish")),
     *(Case(f"all_{name}", _inputs(5, 4, 6, 6, activation=name)) for name in ACTIVATIONS),
 )
 
@@ -125,9 +143,13 @@ _COMPILE_CASES = (
         )
         for layout in ("contiguous", "channels_last")
     ),
+    *(
+        CompileCase(name, _inputs(64, 64, 32, 32, layout="channels_last", activation=name), ("fp32",))
+        for name in ("elu", "relu6", "selu", "hardswish", "softplus", "mish")
+    ),
     CompileCase("small_planes", _inputs(128, 128, 14, 14), ("fp32",)),
 )
-_MOST = {"gelu": 60, "gelu_tanh": 50}  # instructions per element
+_MOST = {"gelu": 60, "gelu_tanh": 50, "elu": 35, "selu": 35, "softplus": 40, "mish": 45}  # instructions per element
 _EXPECTED = {
     "_bias_act_forward": Expected((), lambda c: c["ROWS"] * c["BLOCK"], lambda c: _MOST.get(c["ACTIVATION"], 22)),
     "_bias_act_backward": Expected(

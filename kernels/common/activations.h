@@ -13,7 +13,21 @@ enum Activation : int {
   kSilu = 5,
   kGelu = 6,
   kGeluTanh = 7,
+  kElu = 8,
+  kRelu6 = 9,
+  kSelu = 10,
+  kHardswish = 11,
+  kSoftplus = 12,
+  kMish = 13,
 };
+
+// Those whose derivative takes an exponential.
+constexpr bool takes_exponential(int activation) {
+  return activation > kLeakyRelu && activation != kRelu6 && activation != kHardswish;
+}
+
+// Those whose result alone may give the derivative.
+constexpr bool output_gives_derivative(int activation) { return activation <= kSigmoid; }
 
 inline float sigmoid(float z) {
   const float e = exp_minus(__builtin_fabsf(z)), s = 1.0f / (1.0f + e);
@@ -73,6 +87,17 @@ inline TanhGate tanh_gate(float z) {
   return {w < 0.0f ? e * s : s, e * s * s * multiply_add(square, 0.214064448818f, 1.59576912161f)};
 }
 
+// Mish is z gate, gate = tanh(ln(1 + e^z)), of which `slope` is the derivative by z. With t = e^-|z| nothing overflows.
+inline TanhGate mish_gate(float z) {
+  const float t = exp_minus(__builtin_fabsf(z)), square = t * t;
+  const float above = z < 0.0f ? multiply_add(2.0f, t, square) : multiply_add(2.0f, t, 1.0f);
+  const float rest = z < 0.0f ? 1.0f : square, share = 1.0f / multiply_add(2.0f, rest, above);
+  return {above * share, 4.0f * (1.0f + t) * (z < 0.0f ? t : square) * share * share};
+}
+
+constexpr float kSeluScale = 1.05070098736f, kSeluBelow = 1.75809934085f;
+constexpr float kSoftplusThreshold = 20.0f;
+
 template <int A>
 inline float activate(float z, float slope) {
   if constexpr (A == kRelu) return z > 0.0f ? z : z != z ? z : 0.0f;
@@ -86,6 +111,19 @@ inline float activate(float z, float slope) {
     return z * (z > 0.0f ? 1.0f - beyond : beyond);
   }
   if constexpr (A == kGeluTanh) return z * tanh_gate(z).gate;
+  if constexpr (A == kElu) return z > 0.0f ? z : slope * expm1_negative(z);
+  if constexpr (A == kRelu6) return z > 0.0f ? z < 6.0f ? z : 6.0f : z != z ? z : 0.0f;
+  if constexpr (A == kSelu) return z > 0.0f ? kSeluScale * z : kSeluBelow * expm1_negative(z);
+  if constexpr (A == kHardswish) {
+    const float gate = z + 3.0f;
+    return z * (0.166666667f * (gate > 0.0f ? gate < 6.0f ? gate : 6.0f : 0.0f));  // z itself keeps NaN
+  }
+  if constexpr (A == kSoftplus) {
+    const float b = slope * z, above = b > 0.0f ? b : 0.0f;
+    const float value = (above + log1p_unit(exp_minus(__builtin_fabsf(b)))) / slope;
+    return b > kSoftplusThreshold ? z : value;
+  }
+  if constexpr (A == kMish) return z * mish_gate(z).gate;
   return z;
 }
 
@@ -116,10 +154,19 @@ inline float derivative(float z, float slope) {
     const TanhGate g = tanh_gate(z);
     return multiply_add(z, g.slope, g.gate);
   }
+  if constexpr (A == kElu) return z > 0.0f ? 1.0f : slope * exp_fast(z);
+  if constexpr (A == kRelu6) return z > 0.0f ? z < 6.0f ? 1.0f : 0.0f : 0.0f;
+  if constexpr (A == kSelu) return z > 0.0f ? kSeluScale : kSeluBelow * exp_fast(z);
+  if constexpr (A == kHardswish) return z >= 3.0f ? 1.0f : z <= -3.0f ? 0.0f : multiply_add(z, 0.333333333f, 0.5f);
+  if constexpr (A == kSoftplus) return slope * z > kSoftplusThreshold ? 1.0f : sigmoid(slope * z);
+  if constexpr (A == kMish) {
+    const TanhGate g = mish_gate(z);
+    return multiply_add(z, g.slope, g.gate);
+  }
   return 1.0f;
 }
 
-// The same from y = activate(z); not for silu and the GELUs.
+// The same from y = activate(z), where `output_gives_derivative`.
 template <int A>
 inline float derivative_from_output(float y, float slope) {
   if constexpr (A == kTanh) return 1.0f - y * y;
@@ -139,19 +186,28 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Calls f(Constant<A>) for the activation of that code.
+// Calls f(Constant<A>) for the activation of that code, which is among these codes.
+template <int... Codes, class F>
+inline void with_one_of(int activation, F f) {
+  (void)((activation == Codes && (f(Constant<Codes>{}), true)) || ...);
+}
+
+// The same among all.
 template <class F>
 inline void with_activation(int activation, F f) {
-  switch (activation) {
-    case kRelu: return f(Constant<kRelu>{});
-    case kLeakyRelu: return f(Constant<kLeakyRelu>{});
-    case kTanh: return f(Constant<kTanh>{});
-    case kSigmoid: return f(Constant<kSigmoid>{});
-    case kSilu: return f(Constant<kSilu>{});
-    case kGelu: return f(Constant<kGelu>{});
-    case kGeluTanh: return f(Constant<kGeluTanh>{});
-    default: return f(Constant<kNone>{});
-  }
+  with_one_of<kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kElu, kRelu6, kSelu, kHardswish,
+              kSoftplus, kMish>(activation, f);
+}
+
+// Calls f(Constant<A>, Constant<whether from the output>) for a backward pass; only for pairs that there are.
+template <class F>
+inline void with_derivative(int activation, bool from_output, F f) {
+  with_activation(activation, [&](auto a) {
+    if constexpr (output_gives_derivative(decltype(a)::value)) {
+      if (from_output) return f(a, Constant<true>{});
+    }
+    f(a, Constant<false>{});
+  });
 }
 
 // Calls f(Constant<true>) or f(Constant<false>).

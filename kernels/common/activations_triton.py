@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.common.math_triton import exp
+from genai_fast.kernels.common.math_triton import exp, expm1_negative, log1p_unit
 
 
 @triton.jit
@@ -57,6 +57,16 @@ def tanh_gate(z):
 
 
 @triton.jit
+def mish_gate(z):
+    """Mish is z gate, gate = tanh(ln(1 + e^z)): it, and its derivative by z. With t = e^-|z| nothing overflows."""
+    t = exp(-tl.abs(z))
+    square = t * t
+    above = 2.0 * t + tl.where(z < 0.0, square, 1.0)
+    share = 1.0 / (2.0 * tl.where(z < 0.0, 1.0, square) + above)
+    return above * share, 4.0 * (1.0 + t) * tl.where(z < 0.0, t, square) * share * share
+
+
+@triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         z = tl.where(z > 0.0, z, tl.where(z != z, z, 0.0))
@@ -74,6 +84,23 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
         z = z * tl.where(z > 0.0, 1.0 - beyond, beyond)
     elif ACTIVATION == "gelu_tanh":
         gate, _ = tanh_gate(z)
+        z = z * gate
+    elif ACTIVATION == "elu":
+        z = tl.where(z > 0.0, z, slope * expm1_negative(tl.where(z > 0.0, 0.0, z)))
+    elif ACTIVATION == "relu6":
+        z = tl.where(z > 0.0, tl.where(z < 6.0, z, 6.0), tl.where(z != z, z, 0.0))
+    elif ACTIVATION == "selu":
+        below = 1.75809934085 * expm1_negative(tl.where(z > 0.0, 0.0, z))
+        z = tl.where(z > 0.0, 1.05070098736 * z, below)
+    elif ACTIVATION == "hardswish":
+        gate = z + 3.0
+        z = z * (0.166666667 * tl.where(gate > 0.0, tl.where(gate < 6.0, gate, 6.0), 0.0))
+    elif ACTIVATION == "softplus":
+        b = slope * z
+        value = (tl.where(b > 0.0, b, 0.0) + log1p_unit(exp(-tl.abs(b)))) / slope
+        z = tl.where(b > 20.0, z, value)
+    elif ACTIVATION == "mish":
+        gate, _ = mish_gate(z)
         z = z * gate
     return z
 
@@ -102,12 +129,25 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         gate, slope_of_gate = tanh_gate(z)
         grad = grad * (z * slope_of_gate + gate)
+    elif ACTIVATION == "elu":
+        grad = grad * tl.where(z > 0.0, 1.0, slope * exp(tl.where(z > 0.0, 0.0, z)))
+    elif ACTIVATION == "relu6":
+        grad = tl.where((z > 0.0) & (z < 6.0), grad, 0.0 * grad)
+    elif ACTIVATION == "selu":
+        grad = grad * tl.where(z > 0.0, 1.05070098736, 1.75809934085 * exp(tl.where(z > 0.0, 0.0, z)))
+    elif ACTIVATION == "hardswish":
+        grad = grad * tl.where(z >= 3.0, 1.0, tl.where(z <= -3.0, 0.0, z * 0.333333333 + 0.5))
+    elif ACTIVATION == "softplus":
+        grad = grad * tl.where(slope * z > 20.0, 1.0, sigmoid(slope * z))
+    elif ACTIVATION == "mish":
+        gate, slope_of_gate = mish_gate(z)
+        grad = grad * (z * slope_of_gate + gate)
     return grad
 
 
 @triton.jit
 def times_derivative_from_output(grad, y, slope, ACTIVATION: tl.constexpr):
-    """The same from y = activate(z); not for silu and the GELUs."""
+    """The same from y = activate(z), where activations.py says that the result gives the derivative."""
     if ACTIVATION == "tanh":
         grad = grad * (1.0 - y * y)
     elif ACTIVATION == "sigmoid":

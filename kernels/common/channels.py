@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from genai_fast.kernels.common.rows import require_alike
+
 
 def dense_channels(x: torch.Tensor) -> torch.Tensor:
     """x itself if it is contiguous or its channels lie last without holes (any rank), else a contiguous copy."""
@@ -15,6 +17,14 @@ def dense_channels(x: torch.Tensor) -> torch.Tensor:
 def like_layout(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """g with the strides of x, which is dense; copies only if it has others."""
     return g if g.stride() == x.stride() else torch.empty_like(x, dtype=g.dtype).copy_(g)
+
+
+def like_partner(g: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """A gradient or residual with the strides of a dense x. Raises unless it has x's shape, dtype and device."""
+    if g is None:
+        return None
+    require_alike(x, g)
+    return like_layout(g, x)
 
 
 def extent(x: torch.Tensor) -> tuple[int, int, int]:

@@ -19,8 +19,13 @@ inline int32_t as_int(float value) {
 // a b + c: contracted to one instruction where the machine has it. (fmaf would call a slow function elsewhere.)
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 
-// e^x: |error| <= 1.2 units in the last place; infinity from where expf overflows, 0 below the normal floats.
-inline float exp_fast(float x) {
+// x = n ln 2 + r: e^r - 1, and the integer n in the low bits of `shifted`.
+struct Reduced {
+  float less_one;
+  int32_t shifted;
+};
+
+inline Reduced reduced_exp(float x) {
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits too.
   const float shifted = multiply_add(x, 1.44269504088896341f, 12582912.0f);
   const float n = shifted - 12582912.0f;
@@ -32,12 +37,28 @@ inline float exp_fast(float x) {
   p = multiply_add(p, r, 4.1665795894e-2f);
   p = multiply_add(p, r, 1.6666665459e-1f);
   p = multiply_add(p, r, 5.0000001201e-1f);
-  p = multiply_add(p, r * r, r) + 1.0f;
+  return {multiply_add(p, r * r, r), as_int(shifted)};
+}
+
+// 2^(n + more) of a reduced x.
+inline float power_of_2(const Reduced& x, uint32_t more) {
+  return as_float(int32_t((uint32_t(x.shifted) << 23) + ((127u + more) << 23)));
+}
+
+// e^x: |error| <= 1.2 units in the last place; infinity from where expf overflows, 0 below the normal floats.
+inline float exp_fast(float x) {
+  const Reduced reduced = reduced_exp(x);
   // Half the power of two and twice the rest, since 2^128 is no float but e^88.7 is.
-  const float half = as_float(int32_t((uint32_t(as_int(shifted)) << 23) + (126u << 23)));
-  const float value = 2.0f * p * half;
+  const float value = 2.0f * (reduced.less_one + 1.0f) * power_of_2(reduced, ~0u);
   // Both ends said explicitly: fused into an addition at the caller's, a product would not overflow.
   return x > 88.7228394f ? __builtin_inff() : x < -87.0f ? 0.0f : value;  // NaN fails both and stays
+}
+
+// e^x - 1 for x <= 0, relatively to 2 units in the last place, also near 0.
+inline float expm1_negative(float x) {
+  const Reduced reduced = reduced_exp(x);
+  const float power = power_of_2(reduced, 0);
+  return x < -30.0f ? -1.0f : multiply_add(power, reduced.less_one, power - 1.0f);
 }
 
 // -2 ln u for normal u in (0, 1): |relative error| <= 3e-7, near 1 too. Minimax fit of -2 ln(1 + f) / f.

@@ -16,6 +16,22 @@ def exp(x):
 
 
 @triton.jit
+def expm1_negative(x):
+    """e^x - 1 for x <= 0, relatively to a few units in the last place, also near 0."""
+    shifted = x * 1.44269504088896341 + 12582912.0  # as in exp
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = 1.9875691500e-4
+    p = p * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(x < -30.0, -1.0, power * (p * (r * r) + r) + (power - 1.0))
+
+
+@triton.jit
 def minus_two_log(u):
     """-2 ln u for normal u in (0, 1), accurate near 1 too, where lg2.approx would be off by 2**-22 absolutely."""
     bits = u.to(tl.int32, bitcast=True)

@@ -111,11 +111,37 @@ struct Coefficients {
   const float *mean, *scale, *shift, *linear, *constant;
 };
 
-// f(Constant<activation>, Constant<channels lie last>, Constant<there is a residual>).
+// An activation that is not compiled into the loops, but computed where a buffer holds z, as few networks have it after a
+// norm: the loops take up to a third longer, and the code does not grow with each activation.
+constexpr int kBuffered = -1;
+
+constexpr bool is_buffered(int activation) {
+  return activation > kGeluTanh && activation != kRelu6 && activation != kHardswish;
+}
+
+// z[i] = activate(z[i]).
+GENAI_FAST_ONCE inline void activate_buffer(int activation, float slope, float* z, int64_t count) {
+  with_one_of<kElu, kSelu, kSoftplus, kMish>(activation, [=](auto a) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] = activate<decltype(a)::value>(z[i], slope);
+  });
+}
+
+// z[i] = derivative(z[i]), of any activation.
+GENAI_FAST_ONCE inline void derive_buffer(int activation, float slope, float* z, int64_t count) {
+  with_activation(activation, [=](auto a) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] = derivative<decltype(a)::value>(z[i], slope);
+  });
+}
+
+// f(Constant<activation, or kBuffered>, Constant<channels lie last>).
 template <class F>
-void specialised(int activation, bool last, bool residual, F f) {
-  with_activation(activation, [&](auto a) {
-    with_flag(last, [&](auto by_column) { with_flag(residual, [&](auto added) { f(a, by_column, added); }); });
+void with_loops(int activation, bool last, F f) {
+  with_flag(last, [&](auto by_column) {
+    if (is_buffered(activation)) return f(Constant<kBuffered>{}, by_column);
+    with_one_of<kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kRelu6, kHardswish>(
+        activation, [&](auto a) { f(a, by_column); });
   });
 }
 
@@ -125,7 +151,8 @@ inline void normalized(const void* x, const void* residual, int dtype, void* y, 
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows in{x, shape.columns(), dtype}, added{residual, shape.columns(), dtype};
   const DenseOut out{y, shape.columns(), dtype};
-  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
+  const auto run = [&](auto a, auto last, auto more) {
+    constexpr int A = decltype(a)::value;
     constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
     for (int64_t k = 0; k < pieces.count(); ++k) {
@@ -142,55 +169,89 @@ inline void normalized(const void* x, const void* residual, int dtype, void* y, 
         for (int64_t i = 0; i < p.columns; ++i) {
           float z = multiply_add(v[i] - m[i], scale[i], shift[i]);
           if constexpr (kMore) z += b[i];
-          w[i] = activate<decltype(a)::value>(z, slope);
+          w[i] = A == kBuffered ? z : activate<A>(z, slope);
         }
         if constexpr (kMore) b += p.columns;
       }
+      if constexpr (A == kBuffered) activate_buffer(activation, slope, begin, p.count());
       out.end(p, begin);
     }
+  };
+  with_loops(activation, shape.last(), [&](auto a, auto last) {
+    with_flag(residual, [&](auto more) { run(a, last, more); });
   });
 }
 
+// What a backward pass finds the derivative with, besides x: nothing, the residual, or y itself.
+enum Beside : int { kNothing = 0, kResidual = 1, kOutput = 2 };
+
 // store_dz(channel, sum of dz) and store_product(channel, sum of dz (x - mean)) for each channel, in float64; dz is
-// grad_y times the derivative at z + residual. `of.mean`, `scale` and `shift` stand `tiles.per` times in a row for each
-// channel where `tiles.shape.last()`. `sums`: room for 2 floats a partial sum. kKeep: dz goes to `kept`, dense float32.
-template <bool kKeep, class StoreDz, class StoreProduct>
-void gradient_sums(const void* grad_y, const void* x, const void* residual, int dtype, const Tiles& tiles,
-                   const Coefficients& of, int activation, float slope, float* sums, float* kept, int threads,
+// grad_y times the derivative, and goes to `dz` if that is not null: there must be one beside a residual or y.
+// `of.mean`, `scale` and `shift` stand `tiles.per` times in a row for each channel where `tiles.shape.last()`. `sums`:
+// room for 2 floats a partial sum. kKeeps: whether dz may be asked for beside nothing, of what takes an exponential.
+template <bool kKeeps, class StoreDz, class StoreProduct>
+void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside kind, int dtype, const Tiles& tiles,
+                   const Coefficients& of, int activation, float slope, float* sums, void* dz, int threads,
                    StoreDz store_dz, StoreProduct store_product) {
   const Channels shape = tiles.shape;
   const int64_t columns = shape.columns();
-  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{residual, columns, dtype};
+  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{beside, columns, dtype};
+  const DenseOut dz_rows{dz, columns, dtype};
   const bool parallel = shape.elements() >= kParallel;
   float* const products = sums + tiles.partials();
-  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
-    constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
+  const auto run = [&](auto a, auto last, auto what, auto keep) {
+    constexpr int A = decltype(a)::value, kWhat = decltype(what)::value;
+    constexpr bool kLast = decltype(last)::value, kKeep = decltype(keep)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
     for (int64_t k = 0; k < tiles.count(); ++k) {
-      alignas(64) float x_buffer[kTile], g_buffer[kTile], b_buffer[kMore ? kTile : 1];
+      alignas(64) float x_buffer[kTile], g_buffer[kTile], b_buffer[kWhat ? kTile : 1], dz_buffer[kKeep ? kTile : 1],
+          derivatives[A == kBuffered ? kTile : 1];
       const Piece p = tiles[k];
       int64_t stride;
       const float* v = x_rows.view(p, x_buffer, &stride);
       const float* g = g_rows.view(p, g_buffer, &stride);
-      const float* b = kMore ? b_rows.view(p, b_buffer, &stride) : nullptr;
+      const float* b = kWhat ? b_rows.view(p, b_buffer, &stride) : nullptr;
+      const auto z_of = [](float d, float scale, float shift, const float* residual, int64_t i) {
+        const float z = multiply_add(d, scale, shift);
+        return kWhat == kResidual ? z + residual[i] : z;
+      };
+      if constexpr (A == kBuffered) {
+        for (int64_t r = 0; r < p.rows; ++r) {
+          const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
+          const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+          const float *const row = v + r * stride, *const more = kWhat ? b + r * stride : nullptr;
+          float* const to = derivatives + r * p.columns;
+#pragma omp simd
+          for (int64_t i = 0; i < p.columns; ++i) to[i] = z_of(row[i] - m[i], scale[i], shift[i], more, i);
+        }
+        derive_buffer(activation, slope, derivatives, p.count());
+      }
       float* s = sums + tiles.partial(p);
       float* q = products + tiles.partial(p);
-      float* u = kKeep ? kept + p.row * columns + p.column : nullptr;
       if (kLast) {
         for (int64_t i = 0; i < p.columns; ++i) s[i] = q[i] = 0.0f;
       }
       for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const Piece row{p.row + r, 1, p.column, p.columns};
+        float* const u = kKeep ? dz_rows.begin(row, dz_buffer) : nullptr;
+        const float* const known = derivatives + (A == kBuffered ? r * p.columns : 0);
         const float negative = slope;  // Clang does not find it in two lambdas
         const auto add = [=](int64_t i, float& sum, float& product) {
           const float d = v[i] - m[i];
-          float z = multiply_add(d, scale[i], shift[i]);
-          if constexpr (kMore) z += b[i];
-          const float dz = g[i] * derivative<decltype(a)::value>(z, negative);
-          if constexpr (kKeep) u[i] = dz;
-          sum += dz;
-          product += dz * d;
+          float factor;
+          if constexpr (A == kBuffered) {
+            factor = known[i];
+          } else if constexpr (kWhat == kOutput) {
+            factor = derivative_from_output<A>(b[i], negative);
+          } else {
+            factor = derivative<A>(z_of(d, scale[i], shift[i], b, i), negative);
+          }
+          const float value = g[i] * factor;
+          if constexpr (kKeep) u[i] = value;
+          sum += value;
+          product += value * d;
         };
         if constexpr (kLast) {
 #pragma omp simd
@@ -198,52 +259,78 @@ void gradient_sums(const void* grad_y, const void* x, const void* residual, int 
         } else {
           sum_pairs(p.columns, add, s + r * tiles.per, q + r * tiles.per);
         }
-        if constexpr (kMore) b += stride;
-        if constexpr (kKeep) u += columns;
+        if constexpr (kWhat) b += stride;
+        if constexpr (kKeep) dz_rows.end(row, u);
       }
     }
-  });
+  };
+  constexpr Constant<true> kept{};
+  const bool from_y = kind == kOutput && activation != kNone && output_gives_derivative(activation);
+  if (kind != kNothing && !from_y) {
+    with_flag(shape.last(), [&](auto last) { run(Constant<kBuffered>{}, last, Constant<kResidual>{}, kept); });
+  } else {
+    with_loops(activation, shape.last(), [&](auto a, auto last) {
+      constexpr int A = decltype(a)::value;
+      if constexpr (A > kNone && output_gives_derivative(A)) {
+        if (from_y) return run(a, last, Constant<kOutput>{}, kept);
+      }
+      if constexpr (kKeeps && (A == kBuffered || takes_exponential(A))) {
+        if (dz) return run(a, last, Constant<kNothing>{}, kept);
+      }
+      run(a, last, Constant<kNothing>{}, Constant<false>{});
+    });
+  }
   sum_tiles(tiles, sums, parallel, threads, store_dz);
   sum_tiles(tiles, products, parallel, threads, store_product);
 }
 
-// dx = scale dz + linear (x - mean) + constant, and dz itself, or null, which is the residual's gradient.
-inline void input_gradient(const void* grad_y, const void* x, const void* residual, int dtype, void* grad_x, void* dz_out,
-                           const Channels& shape, const Coefficients& of, int activation, float slope, int threads) {
+// dx = scale dz + linear (x - mean) + constant, dz = grad_y times the derivative at z.
+inline void input_gradient(const void* grad_y, const void* x, int dtype, void* grad_x, const Channels& shape,
+                           const Coefficients& of, int activation, float slope, int threads) {
   const Pieces pieces(shape.rows(), shape.columns());
   const int64_t columns = shape.columns();
-  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{residual, columns, dtype};
-  const DenseOut out{grad_x, columns, dtype}, dz_rows{dz_out, columns, dtype};
-  specialised(activation, shape.last(), residual, [&](auto a, auto last, auto more) {
-    constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
+  const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype};
+  const DenseOut out{grad_x, columns, dtype};
+  with_loops(activation, shape.last(), [&](auto a, auto last) {
+    constexpr int A = decltype(a)::value;
+    constexpr bool kLast = decltype(last)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
     for (int64_t k = 0; k < pieces.count(); ++k) {
-      alignas(64) float x_buffer[kPiece], g_buffer[kPiece], to[kPiece], b_buffer[kMore ? kPiece : 1],
-          dz_buffer[kMore ? kPiece : 1];
+      alignas(64) float x_buffer[kPiece], g_buffer[kPiece], to[kPiece], derivatives[A == kBuffered ? kPiece : 1];
       const Piece p = pieces[k];
       const float* v = x_rows.read(p, x_buffer);
       const float* g = g_rows.read(p, g_buffer);
-      const float* b = kMore ? b_rows.read(p, b_buffer) : nullptr;
       float* const begin = out.begin(p, to);
-      float* const dz_begin = kMore && dz_out ? dz_rows.begin(p, dz_buffer) : dz_buffer;
-      float *w = begin, *u = dz_begin;
+      if constexpr (A == kBuffered) {
+        for (int64_t r = 0; r < p.rows; ++r) {
+          const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
+          const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+          const float* const row = v + r * p.columns;
+          float* const z = derivatives + r * p.columns;
+#pragma omp simd
+          for (int64_t i = 0; i < p.columns; ++i) z[i] = multiply_add(row[i] - m[i], scale[i], shift[i]);
+        }
+        derive_buffer(activation, slope, derivatives, p.count());
+      }
+      float* w = begin;
       for (int64_t r = 0; r < p.rows; ++r, v += p.columns, g += p.columns, w += p.columns) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at), linear(of.linear + at),
             constant(of.constant + at);
+        const float* const known = derivatives + (A == kBuffered ? r * p.columns : 0);
 #pragma omp simd
         for (int64_t i = 0; i < p.columns; ++i) {
           const float d = v[i] - m[i];
-          float z = multiply_add(d, scale[i], shift[i]);
-          if constexpr (kMore) z += b[i];
-          const float dz = g[i] * derivative<decltype(a)::value>(z, slope);
-          if constexpr (kMore) u[i] = dz;
-          w[i] = multiply_add(scale[i], dz, multiply_add(linear[i], d, constant[i]));
+          float factor;
+          if constexpr (A == kBuffered) {
+            factor = known[i];
+          } else {
+            factor = derivative<A>(multiply_add(d, scale[i], shift[i]), slope);
+          }
+          w[i] = multiply_add(scale[i], g[i] * factor, multiply_add(linear[i], d, constant[i]));
         }
-        if constexpr (kMore) b += p.columns, u += p.columns;
       }
       out.end(p, begin);
-      if (kMore && dz_out) dz_rows.end(p, dz_begin);
     }
   });
 }

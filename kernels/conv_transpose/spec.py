@@ -17,19 +17,19 @@ def _narrow(bias, x):
     return bias if bias is None else bias.to(x.dtype)
 
 
-def _eager2d(x, weight, bias=None, stride=1, padding=0, output_padding=0, activation="none", negative_slope=0.2):
+def _eager2d(x, weight, bias=None, stride=1, padding=0, output_padding=0, activation="none", negative_slope=None):
     """What people write: ConvTranspose2d, then the activation module."""
     z = F.conv_transpose2d(x, weight, _narrow(bias, x), stride, padding, output_padding)
     return activate(z, activation, negative_slope)
 
 
-def _eager1d(x, weight, bias=None, stride=1, padding=0, output_padding=0, activation="none", negative_slope=0.2):
+def _eager1d(x, weight, bias=None, stride=1, padding=0, output_padding=0, activation="none", negative_slope=None):
     """ConvTranspose1d, then the activation module."""
     z = F.conv_transpose1d(x, weight, _narrow(bias, x), stride, padding, output_padding)
     return activate(z, activation, negative_slope)
 
 
-def _eager_upsample(x, weight, bias=None, activation="none", negative_slope=0.2):
+def _eager_upsample(x, weight, bias=None, activation="none", negative_slope=None):
     """Upsample(scale_factor=2), Conv2d(..., 3, padding=1), then the activation module."""
     z = F.conv2d(F.interpolate(x, scale_factor=2), weight, _narrow(bias, x), padding=1)
     return activate(z, activation, negative_slope)
@@ -37,7 +37,7 @@ def _eager_upsample(x, weight, bias=None, activation="none", negative_slope=0.2)
 
 def _eager_block(
     x, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, momentum=0.1, eps=1e-5,
-    stride=1, padding=0, output_padding=0, activation="leaky_relu", negative_slope=0.2,
+    stride=1, padding=0, output_padding=0, activation="leaky_relu", negative_slope=None,
 ):  # fmt: skip
     """ConvTranspose2d, BatchNorm2d in training, then the activation module."""
     z = F.conv_transpose2d(x, weight, _narrow(bias, x), stride, padding, output_padding)
@@ -47,7 +47,7 @@ def _eager_block(
 
 def _reference_block(
     x, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, momentum=0.1, eps=1e-5,
-    stride=1, padding=0, output_padding=0, activation="leaky_relu", negative_slope=0.2,
+    stride=1, padding=0, output_padding=0, activation="leaky_relu", negative_slope=None,
 ):  # fmt: skip
     """The same with the normalization in float32 or wider, as batch_norm_act does it."""
     z = wide(F.conv_transpose2d(x, weight, _narrow(bias, x), stride, padding, output_padding))

@@ -8,13 +8,19 @@
 
 namespace {
 
+// The activations of gates: layout.py.
+template <class F>
+void with_gate(int activation, F f) {
+  with_one_of<kSilu, kGelu, kGeluTanh, kSigmoid, kRelu, kTanh, kNone>(activation, f);
+}
+
 // y = activate(gate + bias[i]) (up + bias[columns + i]); bias may be null.
 void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int dtype, void* y,
                int64_t rows, int64_t columns, const float* bias, int activation, int threads) {
   const Pieces pieces(rows, columns);
   const Rows gates{gate, gate_stride, dtype}, ups{up, up_stride, dtype};
   const DenseOut out{y, columns, dtype};
-  with_activation(activation, [&](auto a) {
+  with_gate(activation, [&](auto a) {
     with_flag(bias != nullptr, [&](auto biased) {
       constexpr bool kBiased = decltype(biased)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns >= kParallel)
@@ -52,7 +58,7 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
   const bool parallel = rows * columns >= kParallel;
   const int64_t partials = grad_bias ? tiles.partials() : 0;
   const Memory<float> sums(2 * partials);
-  with_activation(activation, [&](auto a) {
+  with_gate(activation, [&](auto a) {
     with_flag(bias != nullptr, [&](auto biased) {
       with_flag(grad_bias != nullptr, [&](auto summed) {
         constexpr bool kBiased = decltype(biased)::value, kSummed = decltype(summed)::value;

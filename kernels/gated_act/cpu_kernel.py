@@ -5,7 +5,9 @@ import torch
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
-from genai_fast.kernels.gated_act.layout import operands, results
+from genai_fast.kernels.gated_act.layout import ACTIVATIONS, operands, results
+
+_CODE = {name: ACTIVATION_CODE[name] for name in ACTIVATIONS}
 
 
 def gated_act(x, up, bias, activation):
@@ -13,7 +15,7 @@ def gated_act(x, up, bias, activation):
     y = x.new_empty(gate.shape)
     cpp.gated_act(
         address(gate), gate.stride(0), address(linear), linear.stride(0), DTYPE_CODE[x.dtype], address(y),
-        *y.shape, address(bias), ACTIVATION_CODE[activation]
+        *y.shape, address(bias), _CODE[activation]
     )  # fmt: skip
     return y
 
@@ -25,6 +27,6 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     cpp.gated_act_backward(
         address(grad_y), grad_y.stride(0), address(gate), gate.stride(0), address(linear), linear.stride(0),
         DTYPE_CODE[x.dtype], address(grad_gate), address(grad_linear), grad_gate.stride(0),
-        address(grad_bias) if with_bias else 0, *gate.shape, address(bias), ACTIVATION_CODE[activation]
+        address(grad_bias) if with_bias else 0, *gate.shape, address(bias), _CODE[activation]
     )  # fmt: skip
     return grad_x, grad_up, grad_bias

@@ -5,6 +5,8 @@ import torch
 from genai_fast.kernels.common.rows import as_rows, require_alike
 from genai_fast.kernels.gated_act.reference import halves
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")  # of gates, as in cpu_kernel.cpp
+
 
 def operands(x, up, bias, grad_y=None):
     """((gate, up), bias, grad_y), columns side by side; raises on what would read foreign memory."""

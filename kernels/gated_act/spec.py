@@ -13,6 +13,7 @@ from genai_fast.kernels.common.spec import (
     Limits,
     OpSpec,
 )
+from genai_fast.kernels.gated_act.layout import ACTIVATIONS
 from genai_fast.kernels.gated_act.reference import halves, shifted
 from genai_fast.kernels.gated_act.schema import LIBRARY
 
@@ -84,8 +85,6 @@ def _special(activation, packed=True):
     return make
 
 
-_NAMES = ("silu", "gelu", "gelu_tanh", "sigmoid", "relu", "tanh", "none")
-
 CASES = (
     Case("pair", _inputs(6, 7, 40)),
     Case("packed", _inputs(6, 7, 40, packed=True)),
@@ -109,7 +108,7 @@ CASES = (
     Case("empty_columns", _inputs(4, 0, packed=True, bias=True)),
     *(Case(f"special_values_{name}", _special(name)) for name in ("silu", "gelu", "gelu_tanh", "sigmoid", "none")),
     Case("special_values_pair", _special("silu", False)),
-    *(Case(f"all_{name}", _inputs(5, 4, 24, packed=True, activation=name)) for name in _NAMES),
+    *(Case(f"all_{name}", _inputs(5, 4, 24, packed=True, activation=name)) for name in ACTIVATIONS),
 )
 
 _GOOD = _inputs(4, 6, packed=True)

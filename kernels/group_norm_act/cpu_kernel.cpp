@@ -96,32 +96,30 @@ void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, 
   });
 }
 
-// sum_dz and sum_dz_x_hat are [samples, channels]; dz is the residual's gradient, or null.
+// sum_dz and sum_dz_x_hat are [samples, channels]; beside: the residual, or y if from_output; null,
+// and so is dz, without a residual.
 void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void* grad_x, void* dz, int64_t samples,
                              int64_t channels, int64_t positions, int last, int64_t groups, const float* weight,
-                             const float* bias, const float* scale, const float* shift, const void* residual,
-                             const float* mean, const float* rstd, float* sum_dz, float* sum_dz_x_hat, int activation,
-                             double negative_slope, int threads) {
+                             const float* bias, const float* scale, const float* shift, const void* beside,
+                             bool from_output, const float* mean, const float* rstd, float* sum_dz,
+                             float* sum_dz_x_hat, int activation, double negative_slope, int threads) {
   const Groups g{samples, channels, positions, groups, last != 0, dtype};
   const Parameters p{weight, bias, scale, shift};
   const Channels shape = g.sample();
   const Tiles tiles(shape);
   const float slope = float(negative_slope);
-  // What takes an exponential is computed once, and waits where a gradient will be.
-  const bool keep = dtype == kFloat32 && (residual || activation > kLeakyRelu);
+  // What takes an exponential is computed once, and waits where the result will be.
+  const bool waits = beside || (dtype == kFloat32 && takes_exponential(activation));
+  const Beside kind = !beside ? kNothing : from_output ? kOutput : kResidual;
   over_samples(g, in_lines(5 * channels) + 2 * tiles.partials(), threads, [&](int64_t n, float* work, int mine) {
-    const void* const more = residual ? g.at(residual, n) : nullptr;
     const Coefficients of = coefficients(g, p, n, mean, rstd, work);
     float *const linear = work + 3 * channels, *const constant = linear + channels;
     float *const sums = sum_dz + n * channels, *const products = sum_dz_x_hat + n * channels;
-    float* const kept = reinterpret_cast<float*>(g.at(residual ? dz : grad_x, n));
-    const auto sum = [&](auto keeping) {
-      gradient_sums<decltype(keeping)::value>(
-          g.at(grad_y, n), g.at(x, n), more, dtype, tiles, of, activation, slope, work + in_lines(5 * channels), kept,
-          mine, [&](int64_t c, double total) { sums[c] = float(total); },
-          [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
-    };
-    with_flag(keep, sum);
+    void* const waiting = waits ? g.at(beside ? dz : grad_x, n) : nullptr;
+    gradient_sums<true>(
+        g.at(grad_y, n), g.at(x, n), beside ? g.at(beside, n) : nullptr, kind, dtype, tiles, of, activation, slope,
+        work + in_lines(5 * channels), waiting, mine, [&](int64_t c, double total) { sums[c] = float(total); },
+        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
     for (int64_t k = 0, c = 0; k < groups; ++k) {
       const int64_t end = c + g.each();
       double first = 0.0, second = 0.0;
@@ -135,12 +133,8 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
         linear[c] = float(-r * r * second / g.elements());
       }
     }
-    if (keep) {
-      input_gradient(kept, g.at(x, n), nullptr, dtype, g.at(grad_x, n), nullptr, shape, of, kNone, slope, mine);
-    } else {
-      input_gradient(g.at(grad_y, n), g.at(x, n), more, dtype, g.at(grad_x, n), dz ? g.at(dz, n) : nullptr, shape, of,
-                     activation, slope, mine);
-    }
+    input_gradient(waits ? waiting : g.at(grad_y, n), g.at(x, n), dtype, g.at(grad_x, n), shape, of,
+                   waits ? int(kNone) : activation, slope, mine);
   });
 }
 

@@ -3,9 +3,10 @@
 import torch
 
 from genai_fast.kernels.common.activations import ACTIVATION_CODE
+from genai_fast.kernels.common.channels import like_partner
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
-from genai_fast.kernels.group_norm_act.layout import like_partner, prepared, require_statistics, sizes
+from genai_fast.kernels.group_norm_act.layout import prepared, require_statistics, sizes
 
 
 def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
@@ -22,18 +23,18 @@ def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps,
 
 
 def group_norm_act_backward(
-    grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+    grad_y, x, groups, weight, bias, scale, shift, beside, from_output, mean, rstd, activation, slope
 ):  # fmt: skip
     x, parameters = prepared(x, groups, weight, bias, scale, shift)
-    grad_y, residual = like_partner(grad_y, x), like_partner(residual, x)
+    grad_y, beside = like_partner(grad_y, x), like_partner(beside, x)
     statistics = require_statistics(x, groups, mean, rstd)
     grad_x = torch.empty_like(x)
-    dz = x.new_empty(0) if residual is None else torch.empty_like(x)
+    dz = x.new_empty(0) if beside is None else torch.empty_like(x)
     sums = tuple(torch.zeros(x.shape[:2], dtype=torch.float32, device="cpu") for _ in range(2))
     if x.numel():
         cpp.group_norm_act_backward(
-            address(grad_y), address(x), DTYPE_CODE[x.dtype], address(grad_x), 0 if residual is None else address(dz),
-            *sizes(x), groups, *map(address, parameters), address(residual), *map(address, statistics),
+            address(grad_y), address(x), DTYPE_CODE[x.dtype], address(grad_x), 0 if beside is None else address(dz),
+            *sizes(x), groups, *map(address, parameters), address(beside), from_output, *map(address, statistics),
             *map(address, sums), ACTIVATION_CODE[activation], slope
         )  # fmt: skip
     return grad_x, dz, *sums

@@ -2,8 +2,7 @@
 
 import torch
 
-from genai_fast.kernels.common.channels import dense_channels, like_layout, require_channels
-from genai_fast.kernels.common.rows import require_alike
+from genai_fast.kernels.common.channels import dense_channels, require_channels
 
 Parameters = tuple[torch.Tensor | None, ...]
 
@@ -36,14 +35,6 @@ def _contiguous(x: torch.Tensor, shape: tuple[int, ...], *tensors: torch.Tensor 
                 f" {t.device}"
             )
     return tuple(t if t is None else t.contiguous() for t in tensors)
-
-
-def like_partner(g: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """A gradient or residual with the strides of a dense x. Raises unless it has x's shape, dtype and device."""
-    if g is None:
-        return None
-    require_alike(x, g)
-    return like_layout(g, x)
 
 
 def sizes(x: torch.Tensor) -> tuple[int, int, int, bool]:

@@ -6,7 +6,7 @@ sample and group of channels, weight and bias by channel, scale and shift by sam
 
 import torch
 
-from genai_fast.kernels.common.activations import activate, derivative
+from genai_fast.kernels.common.activations import activate, derivative, derivative_from_output
 from genai_fast.kernels.common.channels import dense_channels, like_layout, per_channel, wide
 
 
@@ -48,14 +48,21 @@ def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps,
 
 
 def group_norm_act_backward(
-    grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+    grad_y, x, groups, weight, bias, scale, shift, beside, from_output, mean, rstd, activation, slope
 ):  # fmt: skip
-    """(dx, dz, sum of dz, sum of dz x-hat), the sums by sample and channel; dz is empty without a residual."""
+    """(dx, dz, sum of dz, sum of dz x-hat), the sums by sample and channel; dz is the residual's gradient.
+
+    `beside` is the residual, or y if from_output; without a residual it is None, and dz empty.
+    """
     dense = dense_channels(x)
     x = wide(dense)
     by_sample = _by_channel(rstd, x)
     x_hat = (x - _by_channel(mean, x)) * by_sample
-    dz = wide(grad_y) * derivative(_z(x_hat, weight, bias, scale, shift, residual), activation, slope)
+    if from_output:
+        factor = derivative_from_output(wide(beside), activation, slope)
+    else:
+        factor = derivative(_z(x_hat, weight, bias, scale, shift, beside), activation, slope)
+    dz = wide(grad_y) * factor
     positions = list(range(2, x.dim()))  # of vectors none, and a sum over none is over all
     sum_dz, sum_dz_x_hat = (t.sum(positions) if positions else t for t in (dz, dz * x_hat))
     d_x_hat = dz if weight is None else dz * per_channel(weight, x)
@@ -66,13 +73,13 @@ def group_norm_act_backward(
         return _by_channel(rows.mean(2), x)
 
     dx = by_sample * (d_x_hat - mean_of(d_x_hat) - x_hat * mean_of(d_x_hat * x_hat))
-    dz = x.new_empty(0, dtype=dense.dtype) if residual is None else like_layout(dz.to(dense.dtype), dense)
+    dz = x.new_empty(0, dtype=dense.dtype) if beside is None else like_layout(dz.to(dense.dtype), dense)
     return like_layout(dx.to(dense.dtype), dense), dz, sum_dz, sum_dz_x_hat
 
 
-def gradients(grad_y, x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
+def gradients(grad_y, x, groups, weight, bias, scale, shift, beside, from_output, eps, activation, slope):
     """The same, to be differentiated again: the statistics are computed from x again."""
     mean, rstd = _statistics(wide(x), groups, eps)
     return group_norm_act_backward(
-        grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+        grad_y, x, groups, weight, bias, scale, shift, beside, from_output, mean, rstd, activation, slope
     )

@@ -11,10 +11,10 @@ def _forward(x, groups, *rest):
     return y, *(x.new_empty(x.size(0), groups, dtype=wide_dtype(x)) for _ in range(2))
 
 
-def _backward(grad_y, x, groups, weight, bias, scale, shift, residual, *rest):
+def _backward(grad_y, x, groups, weight, bias, scale, shift, beside, *rest):
     grad_x = torch.empty_like(dense_channels(x))
     sums = (x.new_empty(x.shape[:2], dtype=wide_dtype(x)) for _ in range(2))
-    return grad_x, x.new_empty(0) if residual is None else torch.empty_like(grad_x), *sums
+    return grad_x, x.new_empty(0) if beside is None else torch.empty_like(grad_x), *sums
 
 
 LIBRARY = (
@@ -26,7 +26,8 @@ LIBRARY = (
     ),
     LibraryOp(
         "group_norm_act_backward(Tensor grad_y, Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale,"
-        " Tensor? shift, Tensor? residual, Tensor mean, Tensor rstd, str activation, float slope, str backend)"
+        " Tensor? shift, Tensor? beside, bool from_output, Tensor mean, Tensor rstd, str activation, float slope,"
+        " str backend)"
         " -> (Tensor grad_x, Tensor dz, Tensor sum_dz, Tensor sum_dz_x_hat)",
         _backward,
     ),

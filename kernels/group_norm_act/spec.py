@@ -19,7 +19,7 @@ def _composed(x, num_groups, weight, bias, eps, activation, negative_slope, resi
 
 
 def _group_reference(
-    x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=0.2, residual=None, scale=None,
+    x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None,
     shift=None,
 ):  # fmt: skip
     """In float32 or wider, and around each group's mean, which F.group_norm squares."""
@@ -31,13 +31,13 @@ def _group_reference(
 
 
 def _instance_reference(
-    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=0.2, residual=None, scale=None, shift=None
+    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None
 ):  # fmt: skip
     return _group_reference(x, x.size(1), weight, bias, eps, activation, negative_slope, residual, scale, shift)
 
 
 def _eager_group(
-    x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=0.2, residual=None, scale=None,
+    x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None,
     shift=None,
 ):  # fmt: skip
     """What people write: the norm, the sum, the activation."""
@@ -45,7 +45,7 @@ def _eager_group(
 
 
 def _eager_instance(
-    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=0.2, residual=None, scale=None, shift=None
+    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None
 ):  # fmt: skip
     z = F.instance_norm(x, None, None, weight, bias, eps=eps)
     spread = (*x.shape[:2], *[1] * (x.dim() - 2))
@@ -116,6 +116,10 @@ def _cases(groups_of):
         Case("modulated", inputs(3, 6, 5, 5, modulated=True, activation="silu")),
         Case("modulated_no_affine", inputs(2, 8, 4, 4, modulated=True, affine=False, layout="channels_last")),
         Case("everything", inputs(3, 12, 6, 6, modulated=True, residual=True, activation="gelu")),
+        Case("residual_tanh", inputs(3, 6, 5, 5, residual=True, activation="tanh")),
+        Case("residual_alone", inputs(3, 6, 5, 5, residual=True, layout="channels_last")),
+        Case("residual_large", inputs(2, 4, 96, 128, residual=True, activation="relu")),
+        Case("residual_mish", inputs(2, 4, 40, 41, residual=True, activation="mish")),
         Case("odd", inputs(3, 6, 7, 7, activation="leaky_relu", negative_slope=-0.5)),
         Case("sound", inputs(4, 6, 300, activation="tanh")),
         Case("sound_channels_last", inputs(4, 6, 50, layout="channels_last", activation="sigmoid")),
@@ -172,7 +176,7 @@ def _error_cases(groups):
                   r"x.*floating.*got torch\.int32"),
         ErrorCase("activation", lambda t: {**good(t), "activation": "swish"}, ValueError,
                   r"activation.*'silu'.*got 'swish'"),
-        ErrorCase("slope", lambda t: {**good(t), "negative_slope": None}, ValueError, r"negative_slope.*got None"),
+        ErrorCase("slope", lambda t: {**good(t), "negative_slope": "0.2"}, ValueError, r"negative_slope.*got '0.2'"),
         ErrorCase("eps", lambda t: {**good(t), "eps": -1e-5}, ValueError, r"eps >= 0.*got eps -1e-05"),
     )  # fmt: skip
 
@@ -197,6 +201,7 @@ def _bench_cases(*shapes, **more):
 
 _COMPILE_CASES = (
     CompileCase("everything", _inputs(2, 64, 64, 64, groups=8, activation="silu", residual=True, modulated=True)),
+    CompileCase("residual", _inputs(2, 64, 64, 64, groups=8, activation="relu", residual=True)),
     CompileCase("one_group", _inputs(2, 320, 32, 32, groups=1, layout="channels_last", activation="silu")),
 )
 _EXPECTED = dict.fromkeys(("_group_norm_act_forward", "_group_norm_act_backward"), Expected(()))

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.common.activations_triton import activate, times_derivative
+from genai_fast.kernels.common.activations_triton import activate, times_derivative, times_derivative_from_output
+from genai_fast.kernels.common.channels import like_partner
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.tuned import launch
-from genai_fast.kernels.group_norm_act.layout import like_partner, prepared, require_statistics, sizes
+from genai_fast.kernels.group_norm_act.layout import prepared, require_statistics, sizes
 
 FORWARD, BACKWARD = 8192, 4096  # elements of a tile: backward holds more of each
 FORWARD_WARPS, BACKWARD_WARPS = 8, 8
@@ -32,7 +33,8 @@ def _tile(first_channel, first, each, positions, channel_stride, position_stride
 
 @triton.jit
 def _place(channels, positions, groups, channel_stride, EACH: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program: its first element, its sample, first channel and first group, its channels and a group's size.
+    """Of this program: its first element, its first place in [samples, channels], first channel and number of them, its
+    groups and which of these there are, and a group's size.
 
     Where a channel is a group (EACH is 1), a program has several.
     """
@@ -40,10 +42,11 @@ def _place(channels, positions, groups, channel_stride, EACH: tl.constexpr, CHAN
     blocks = tl.cdiv(channels, CHANNELS) if ALONE else groups
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * (CHANNELS if ALONE else EACH)
-    group = sample * groups + (first if ALONE else tl.program_id(0) % blocks)
-    own = tl.minimum(channels - first, CHANNELS) if ALONE else EACH
-    count = 1.0 * EACH * positions
-    return sample * channels * positions + first.to(tl.int64) * channel_stride, sample, first, group, own, count
+    each = tl.minimum(channels - first, CHANNELS) if ALONE else EACH
+    own = tl.arange(0, CHANNELS if ALONE else 1)
+    group = sample * groups + (first if ALONE else tl.program_id(0) % blocks) + own
+    base = sample * channels * positions + first.to(tl.int64) * channel_stride
+    return base, sample * channels + first, first, each, group, own < (each if ALONE else 1), 1.0 * EACH * positions
 
 
 @triton.jit
@@ -100,12 +103,11 @@ def _group_norm_act_forward(
 ):  # fmt: skip
     """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
     ALONE: tl.constexpr = EACH == 1
-    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
+    base, row, first, each, group, present, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
     x_ptr += base
     y_ptr += base
     if residual_ptr is not None:
         residual_ptr += base
-    row = sample * channels + first
     if ONE:
         offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -152,27 +154,33 @@ def _group_norm_act_forward(
                     x - mean[:, None] - rest[:, None], rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION
                 )
                 tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    own = group + tl.arange(0, CHANNELS if ALONE else 1)
-    inside = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
-    tl.store(mean_ptr + own, mean + rest, mask=inside)
-    tl.store(rstd_ptr + own, rstd, mask=inside)
+    tl.store(mean_ptr + group, mean + rest, mask=present)
+    tl.store(rstd_ptr + group, rstd, mask=present)
 
 
 @triton.jit
-def _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION: tl.constexpr):
+def _loaded(
+    x_ptr, grad_y_ptr, beside_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+):  # fmt: skip
     """x-hat and dz of one tile."""
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     d = tl.where(mask, x - mean[:, None], 0.0)
     z = d * (rstd * factor)[:, None] + addend[:, None]
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if beside_ptr is not None:
+        beside = tl.load(beside_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        z = beside if FROM_OUTPUT else z + beside
     grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return d * rstd[:, None], tl.where(mask, times_derivative(grad, z, slope, ACTIVATION), 0.0)
+    if FROM_OUTPUT:
+        dz = times_derivative_from_output(grad, z, slope, ACTIVATION)
+    else:
+        dz = times_derivative(grad, z, slope, ACTIVATION)
+    return d * rstd[:, None], tl.where(mask, dz, 0.0)
 
 
 @triton.jit
 def _group_norm_act_backward(
-    grad_y_ptr, x_ptr, residual_ptr,         # [samples, channels, positions], the third may be None
+    grad_y_ptr, x_ptr, beside_ptr,           # [samples, channels, positions], the third is the residual, y or None
     grad_x_ptr, dz_ptr,                      # the same; dz is None without a residual
     weight_ptr, bias_ptr,                    # [channels] or None
     scale_ptr, shift_ptr,                    # [samples, channels] or None
@@ -180,29 +188,28 @@ def _group_norm_act_backward(
     sum_dz_ptr, sum_dz_x_hat_ptr,            # [samples, channels]
     channels, positions, groups, channel_stride, position_stride, slope,
     ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, FROM_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Sums by channel, dx and dz of one group; ONE: it is a single tile, read once, else twice."""
     ALONE: tl.constexpr = EACH == 1
-    base, sample, first, group, each, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
+    base, row, first, each, group, present, count = _place(channels, positions, groups, channel_stride, EACH, CHANNELS)
     x_ptr += base
     grad_y_ptr += base
     grad_x_ptr += base
-    if residual_ptr is not None:
-        residual_ptr += base
+    if beside_ptr is not None:
+        beside_ptr += base
         dz_ptr += base
-    row = sample * channels + first
-    own = group + tl.arange(0, CHANNELS if ALONE else 1)
-    present = tl.arange(0, CHANNELS if ALONE else 1) < (each if ALONE else 1)
-    mean = tl.load(mean_ptr + own, mask=present, other=0.0)
-    rstd = tl.load(rstd_ptr + own, mask=present, other=0.0)
+    mean = tl.load(mean_ptr + group, mask=present, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=present, other=0.0)
     sum_dz_ptr += row
     sum_dz_x_hat_ptr += row
     if ONE:
         offs, mask, channel = _tile(0, 0, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE)
         inside = channel < each
         factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, inside)
-        x_hat, dz = _loaded(x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION)
+        x_hat, dz = _loaded(
+            x_ptr, grad_y_ptr, beside_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION, FROM_OUTPUT
+        )
         sum_dz = tl.sum(dz, axis=1)
         sum_dz_x_hat = tl.sum(tl.where(mask, dz * x_hat, 0.0), axis=1)  # as in _of_channels
         tl.store(sum_dz_ptr + channel, sum_dz, mask=inside)
@@ -227,7 +234,18 @@ def _group_norm_act_backward(
                     c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
                 )
                 x_hat, dz = _loaded(
-                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                    x_ptr,
+                    grad_y_ptr,
+                    beside_ptr,
+                    offs,
+                    mask,
+                    mean,
+                    rstd,
+                    factor,
+                    addend,
+                    slope,
+                    ACTIVATION,
+                    FROM_OUTPUT,
                 )
                 total += dz
                 product += dz * x_hat
@@ -247,7 +265,18 @@ def _group_norm_act_backward(
                     c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
                 )
                 x_hat, dz = _loaded(
-                    x_ptr, grad_y_ptr, residual_ptr, offs, mask, mean, rstd, factor, addend, slope, ACTIVATION
+                    x_ptr,
+                    grad_y_ptr,
+                    beside_ptr,
+                    offs,
+                    mask,
+                    mean,
+                    rstd,
+                    factor,
+                    addend,
+                    slope,
+                    ACTIVATION,
+                    FROM_OUTPUT,
                 )
                 dx = rstd[:, None] * (dz * factor[:, None] - constant[:, None] - x_hat * linear[:, None])
                 tl.store(grad_x_ptr + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -291,18 +320,18 @@ def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps,
 
 
 def group_norm_act_backward(
-    grad_y, x, groups, weight, bias, scale, shift, residual, mean, rstd, activation, slope
+    grad_y, x, groups, weight, bias, scale, shift, beside, from_output, mean, rstd, activation, slope
 ):  # fmt: skip
     x, parameters = prepared(x, groups, weight, bias, scale, shift)
-    grad_y, residual = like_partner(grad_y, x), like_partner(residual, x)
+    grad_y, beside = like_partner(grad_y, x), like_partner(beside, x)
     statistics = require_statistics(x, groups, mean, rstd)
     grad_x = torch.empty_like(x)
-    dz = None if residual is None else torch.empty_like(x)
+    dz = None if beside is None else torch.empty_like(x)
     sums = tuple(x.new_zeros(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel():
         grid, shape, constants = _launch("backward", x, groups, BACKWARD, BACKWARD_WARPS)
         _group_norm_act_backward[grid](
-            grad_y, x, residual, grad_x, dz, *parameters, *statistics, *sums, *shape, slope, ACTIVATION=activation,
-            **constants,
+            grad_y, x, beside, grad_x, dz, *parameters, *statistics, *sums, *shape, slope, ACTIVATION=activation,
+            FROM_OUTPUT=from_output, **constants,
         )  # fmt: skip
     return grad_x, x.new_empty(0) if dz is None else dz, *sums

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from PIL import Image
 
 from genai_fast import config
 from genai_fast.data import text
+from genai_fast.errors import UsageError
 from genai_fast.models.common import latents
 from genai_fast.models.common.sequences import delayed
 from genai_fast.models.registry import RECIPES
 from genai_fast.models.vrnn import VRNNDecoder
-from genai_fast.runs import export, export_template, image_evaluation, run, text_generation
+from genai_fast.runs import export, export_template, image_evaluation, run, text_generation, translation_evaluation
 from genai_fast.training import checkpoint
 from genai_fast.training.optimizer import make_optimizer
 
@@ -39,6 +41,10 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "dense-k4": ("dcgan", {"latent": 4, "network": "dense-k4"}, ((3, 8, 8), 0)),
     "cgan": ("cgan", {"latent": 4, "width": 4}, ((1, 32, 32), 3)),
     "wgan-gp": ("wgan-gp", {"latent": 4, "width": 4}, ((3, 64, 64), 0)),
+    "cyclegan": ("cyclegan", {"width": 4, "blocks": 1}, ((3, 32, 32), 0)),
+    "pix2pix": ("pix2pix", {"width": 4}, ((1, 32, 32), 0)),
+    "srresnet": ("srresnet", {"width": 4, "blocks": 1, "scale": 4}, ((3, 32, 32), 0)),
+    "srgan": ("srgan", {"width": 4, "blocks": 1, "scale": 2}, ((1, 32, 32), 0)),
     "gpt": ("gpt", {**SMALL, "layers": 2, "block": 16}, "bpe"),
     "lstm": ("lstm", {"layers": 2, "embedding": 8, "hidden": 16}, "char"),
     "seq2seq": ("seq2seq", {**SMALL, "block": 32}, "byte"),
@@ -46,7 +52,9 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "vrnn": ("vrnn", {"embedding": 8, "hidden": 16, "latent": 4}, "byte"),
 }
 TEXT = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].feed]
-DRAWING = [name for name in RUNS if name not in TEXT and name != "autoencoder"]
+TRANSLATING = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].translates]
+ENLARGING = ["srresnet", "srgan"]
+DRAWING = [name for name in RUNS if name not in (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder")]
 
 
 def make_run(folder, name):
@@ -100,7 +108,9 @@ for folder in folders:
         sys.argv = ["model.py", "--count", "5", "--seed", "3", "--out", out]
         if "reconstruct" in model_py:
             sys.argv[1:5] = [folder + "/../picture.png"]
-        command = next(model_py[k] for k in ("draw", "reconstruct") if k in model_py)
+        if not {"draw", "reconstruct"} & model_py.keys():
+            sys.argv[1:] = [folder + "/../wide.png", "--out", folder + "/made"]
+        command = next(model_py[k] for k in ("draw", "reconstruct", "translate", "upscale") if k in model_py)
         runpy.run_path(folder + "/model.py", run_name="__main__")
         continue
     tokenizer = model_py["Tokenizer"](model_py["FOLDER"] / "tokenizer.json")
@@ -123,9 +133,13 @@ def elsewhere(exported):
     place = exported["gpt"][1].parent
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(place / "picture.png")
+    wide = np.random.default_rng(1).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(wide).save(place / "wide.png")
     done = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, WORDS[:20], *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(folder / "out.pt") for name, (_, folder) in exported.items()}
+    return {
+        name: torch.load(folder / "out.pt") for name, (_, folder) in exported.items() if (folder / "out.pt").exists()
+    }
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -142,6 +156,48 @@ def test_an_autoencoders_script_reconstructs(exported, elsewhere):
     assert_close(elsewhere["autoencoder"][:1], pixels / 255)
     expected = image_evaluation.shown(run.model, run.model.reconstruct(pixels / 127.5 - 1))
     assert_close(elsewhere["autoencoder"][1:], expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_a_script_translates_the_centre_square(exported, elsewhere, name):
+    run, folder = exported[name]
+    picture = Image.open(folder.parent / "wide.png").convert("RGB" if run.shape[0] == 3 else "L").crop((8, 0, 40, 32))
+    x = torch.from_numpy(np.array(picture)).view(32, 32, -1).permute(2, 0, 1)[None] / 255
+    made = np.array(Image.open(folder / "made" / "wide.png")).reshape(32, 32, -1)
+    expected = translation_evaluation.translate(run.model, x, "b")[0].permute(1, 2, 0)
+    assert expected.std() > 0.01 and (torch.from_numpy(made) - expected * 255).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("name", ENLARGING)
+def test_a_script_enlarges_the_whole_picture(exported, elsewhere, name):
+    run, folder = exported[name]
+    x = torch.from_numpy(np.array(Image.open(folder.parent / "wide.png").convert("RGB" if run.shape[0] == 3 else "L")))
+    scale, x = run.model.scale, x.view(32, 48, -1).permute(2, 0, 1)[None] / 127.5 - 1
+    made = np.array(Image.open(folder / "made" / "wide.png")).reshape(32 * scale, 48 * scale, -1)
+    expected = image_evaluation.shown(run.model, run.model.upscale(x))[0].permute(1, 2, 0)
+    assert expected.std() > 0.01 and (torch.from_numpy(made) - expected * 255).abs().max() <= 0.51
+
+
+def test_of_a_cyclegan_either_generator_is_exported(exported, tmp_path):
+    run, _ = exported["cyclegan"]
+    for to in run.model.targets:
+        export.write_folder(run, tmp_path / to, to=to)
+        net, x = runpy.run_path(str(tmp_path / to / "model.py"))["load"](), torch.rand(1, 3, 32, 32) * 2 - 1
+        with torch.no_grad():
+            assert_close(net(x), run.model.translate(x, to), 1e-4)
+    with pytest.raises(UsageError, match="--to: expected b for pix2pix, got a"):
+        export.write_folder(exported["pix2pix"][0], tmp_path / "none", to="a")
+    assert not (tmp_path / "none").exists()
+
+
+@torch.no_grad()
+def test_onnx_of_images_to_images(exported, tmp_path):
+    for name in (*TRANSLATING, *ENLARGING):
+        run, _ = exported[name]
+        graph, x = graph_of(run, tmp_path / name), torch.rand(3, *run.shape) * 2 - 1
+        x = run.model.lower(x) if name in ENLARGING else x
+        expected = run.model.upscale(x) if name in ENLARGING else run.model.translate(x)
+        assert_close(graph(images=x)[0], expected, 1e-4)
 
 
 def test_a_script_starts_no_program_for_postscript(exported, tmp_path):
@@ -204,7 +260,7 @@ def test_scripts_are_plain(exported):
         assert roots - {*sys.stdlib_module_names} <= {"torch", "safetensors", "PIL", "tokenizers"}, name
         assert not re.search(r"\bPlain", source) and str(folder.parent) not in source
         expected = {"model.py", "weights.safetensors"} | ({"tokenizer.json"} if name in TEXT else set())
-        assert {p.name for p in folder.iterdir()} - {"out.pt", "__pycache__"} == expected
+        assert {p.name for p in folder.iterdir()} - {"out.pt", "made", "__pycache__"} == expected
 
 
 def test_the_command(exported, tmp_path, capsys, monkeypatch):
@@ -231,7 +287,7 @@ def test_the_command(exported, tmp_path, capsys, monkeypatch):
 
 
 def test_half_an_export_leaves_nothing(exported, tmp_path, monkeypatch):
-    def break_down(run, path):
+    def break_down(run, path, to):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 

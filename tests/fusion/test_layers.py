@@ -256,10 +256,12 @@ def test_block_options():
     assert len(ConvTransposeBNAct(3, 6, 3, dims=3, activation=None)) == 2
     assert ConvBNAct(3, 6, 3, device="meta")[1].weight.is_meta
     assert ConvBNAct(3, 6, 3, activation="leaky_relu", negative_slope=0.01)[2].negative_slope == 0.01
+    assert ConvBNAct(3, 6, 3, activation="elu")[2].alpha == 1.0
+    assert ConvBNAct(3, 6, 3, activation="softplus", negative_slope=2.0)[2].beta == 2.0
     for name, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):
         act = ConvBNAct(3, 6, 3, activation=name)[2]
         assert type(act) is nn.GELU and act.approximate == approximate
-    for bad, message in ((dict(dims=4), "dims.*got 4"), (dict(activation="mish"), "activation.*got 'mish'")):
+    for bad, message in ((dict(dims=4), "dims.*got 4"), (dict(activation="swish"), "activation.*got 'swish'")):
         with pytest.raises(ValueError, match=f"ConvBNAct: {message}"):
             ConvBNAct(3, 6, 3, **bad)
 

@@ -173,7 +173,7 @@ class Tree(nn.Module):
     def __init__(self, depth):
         super().__init__()
         self.bn = nn.BatchNorm2d(4)
-        self.act = nn.ReLU() if depth else nn.ELU()
+        self.act = nn.ReLU() if depth else nn.CELU()
         self.child = Tree(depth - 1) if depth else nn.Identity()
 
     def forward(self, x):

@@ -62,6 +62,42 @@ def test_second_derivatives_of_act_dropout_for_both_ways_of_saving(activation, s
     assert torch.autograd.gradgradcheck(function, (x,))
 
 
+@pytest.mark.parametrize("name", ["elu", "relu6", "selu", "hardswish", "softplus", "mish"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kinks_and_infinities_are_pytorchs(name, backend):
+    infinite = [math.inf, -math.inf, math.nan]
+    values = [0.0, -0.0, 1e-30, -1e-30, 3.0, -3.0, 2.9, -3.1, 6.0, 5.9, 20.0, 20.1, 80.0, -80.0, *infinite]
+    x = torch.tensor([values] * 16, device=DEVICE, requires_grad=True)
+
+    def derivatives(function):
+        y = function(x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        second = torch.autograd.grad(first.sum(), x)[0] if first.requires_grad else torch.zeros_like(x)
+        return y, first, second
+
+    with use_backend(backend):
+        y, first, second = derivatives(lambda z: ops.bias_act(z, None, name))
+        (alone,) = torch.autograd.grad(ops.bias_act(x, None, name).sum(), x)
+    expected = derivatives(getattr(F, name))
+    rest = torch.tensor(values, device=DEVICE).isfinite()
+    for found, torchs in (
+        (y, expected[0]),
+        (first[:, rest], expected[1][:, rest]),
+        (second[:, rest], expected[2][:, rest]),
+    ):
+        torch.testing.assert_close(found, torchs, rtol=2e-6, atol=1e-37, equal_nan=True)
+    # Of NaN PyTorch's own loops differ between the lanes of a vector and the rest.
+    torch.testing.assert_close(alone[:, :-1], expected[1][:, :-1], rtol=2e-6, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["elu", "softplus"])
+def test_the_parameter_is_torchs_unless_it_is_given(name):
+    x, function = _normal(7, 8), getattr(F, name)
+    torch.testing.assert_close(ops.bias_act(x, None, name), function(x))
+    torch.testing.assert_close(ops.bias_act(x, None, name, 0.3), function(x, 0.3))
+    torch.testing.assert_close(ops.bias_act(x, None, "leaky_relu"), F.leaky_relu(x, 0.2))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("save_output", [False, True])
 def test_gradient_penalty_in_float32(backend, save_output):
@@ -242,7 +278,7 @@ def test_zero_is_a_value_like_others():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_eval_and_p_0_are_the_activation_alone(activation):
     x = _normal(5, 6, 7)
-    expected = activate(x, activation, 0.2)
+    expected = activate(x, activation, None)
     state = torch.get_rng_state()
     for p, training in ((0.5, False), (0.0, True), (1.0, False)):
         torch.testing.assert_close(ops.act_dropout(x, p, training, activation), expected, rtol=2e-6, atol=1e-6)

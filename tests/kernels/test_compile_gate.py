@@ -172,8 +172,8 @@ def wrong(jobs):
 
 
 def test_committed_table_holds():
-    """Of every kernel as one case launches it; `make gate` compiles all launches."""
-    done = python("-m", "bench.compile_gate", "--check", "--once", "--arch", "80", "90")
+    """Of every kernel as one case launches it on one architecture; `make gate` compiles all launches for four."""
+    done = python("-m", "bench.compile_gate", "--check", "--once", "--arch", "90")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -14,16 +14,16 @@ from genai_fast.contract import HasNetworks, HasTrainingStep, InTurns, image_tra
 from genai_fast.data import text
 from genai_fast.models import Sampler
 from genai_fast.models.common.plain_vae import PlainVAE
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request
+from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request, Translates, Upscales
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.systems import System, of_recipe
-from genai_fast.runs import export, image_evaluation, text_generation
+from genai_fast.runs import export, image_evaluation, text_generation, translation_evaluation
 from genai_fast.runs.run import Opened
 from genai_fast.training import Step, checkpoint, make_optimizer
 
 TINY = {
-    "hidden": 16, "latent": 4, "width": 8, "embedding": 8, "layers": 1, "heads": 2, "block": 16, "n_critic": 2,
-    "dropout": 0.0, "word_dropout": 0.0, "annealing": 10, "clip": 0.0, "warmup": 0, "decay": "none",
+    "hidden": 16, "latent": 4, "width": 8, "embedding": 8, "layers": 1, "blocks": 2, "heads": 2, "block": 16,
+    "n_critic": 2, "dropout": 0.0, "word_dropout": 0.0, "annealing": 10, "clip": 0.0, "warmup": 0, "decay": "none",
     "weight_decay": 0.0, "beta2": 0.999,
 }  # fmt: skip
 NETWORKS = {f"dcgan {kind}": ("dcgan", {"network": kind}) for kind in ("dense", "dense-k4")}
@@ -104,13 +104,21 @@ def test_it_draws_or_writes(run, system):
         assert "".join(text_generation.write(model, TOKENIZER, "ab", style)) is not None
         assert isinstance(model.continues, bool)
         return
-    assert offers(model, Draws) or offers(model, Reconstructs)
+    assert offers(model, Draws) or offers(model, Reconstructs) or offers(model, Translates) or offers(model, Upscales)
     if offers(model, Draws):
         images = [image_evaluation.generate(model, run.shape, 5, seed=3) for _ in range(2)]
         assert torch.equal(*images) and images[0].shape == (5, *run.shape)
         assert 0 <= images[0].min() < images[0].max() <= 1
         assert len(model.sample(2, seed=1)) == 2
     x, *labels = system.inputs("cpu")
+    for to in model.targets if offers(model, Translates) else ():
+        images = [translation_evaluation.translate(model, x / 2 + 0.5, to) for _ in range(2)]
+        assert torch.equal(*images) and images[0].shape == x.shape and 0 <= images[0].min() < images[0].max() <= 1
+    if offers(model, Upscales):
+        small = model.lower(x)
+        assert small.shape[2:] == tuple(side // model.scale for side in x.shape[2:])
+        assert model.upscale(small).shape == x.shape
+        assert model.upscale(small[..., 1:]).shape[3] == x.shape[3] - model.scale
     if offers(model, Reconstructs):
         assert model.reconstruct(x, *labels).shape == x.shape
     if offers(model, Inpaints):
@@ -179,6 +187,12 @@ def test_it_is_exported(run, system, tmp_path):
         found = getattr(net, "decode", net)(*inputs).view(-1, *run.shape)
         found = found * 0.5 + 0.5 if system.signed else found
         assert_close(found.clamp(0, 1), image_evaluation.decode(run.model, run.shape, *inputs))
+    elif offers(run.model, Translates):
+        x, _ = system.inputs("cpu")
+        assert_close(net(x), run.model.translate(x))
+    elif offers(run.model, Upscales):
+        x = run.model.lower(*system.inputs("cpu"))
+        assert_close(net(x), run.model.upscale(x))
     else:
         x, *labels = system.inputs("cpu")
         assert_close(net(x, *labels), run.model.reconstruct(x, *labels))

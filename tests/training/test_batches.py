@@ -57,6 +57,17 @@ def test_subsets_of_subsets(photos, index):
     assert torch.equal(again.pixels, photos.stored[[22, 0]])
 
 
+def test_names_go_with_their_images_and_grey_becomes_colour(photos):
+    grey = Images("grey", torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1), names=("a", "b", "c", "d", "e"))
+    part = grey.subset(torch.tensor([3, 1]))
+    assert (
+        part.names == ("d", "b") and part.resized(1).names == ("d", "b") and photos.subset(torch.arange(3)).names == ()
+    )
+    colour = part.in_colour()
+    assert colour.shape == (3, 1, 1) and colour.pixels[:, :, 0, 0].tolist() == [[3] * 3, [1] * 3]
+    assert colour.names == part.names and colour.batch(slice(0, 2)).is_contiguous() and photos.in_colour() is photos
+
+
 def test_labels_go_with_their_images(digits):
     train, _ = digits.split(0.1, seed=1)
     marked = Images("marked", digits.labels.float().div(10).view(-1, 1, 1, 1), digits.labels).subset(train.index)

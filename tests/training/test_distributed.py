@@ -10,6 +10,7 @@ from pathlib import Path
 
 import distributed_cases as cases
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -92,6 +93,16 @@ def test_two_processes_train_as_one_on_the_joined_batch(folder, name):
 @pytest.mark.parametrize("name", cases.SHARDED)
 def test_fully_sharded_too(folder, name):
     _assert_same(folder / "two" / name, folder / "one" / cases.SHARDED[name])
+
+
+def test_each_process_has_a_history_of_its_own(folder):
+    for name, count, size in (("history", 20, 20), ("cyclegan", 48, 96)):  # three steps of 16 images in each
+        tensors = safetensors.torch.load_file(checkpoint.latest(folder / "two" / name) / "training.safetensors")
+        for to in "ab":
+            assert tensors[f"carried.{to}.count"].tolist() == [[count, count]]
+            assert tensors[f"carried.{to}.images"].shape == (size, 2, 1, 28, 28)
+            first, second = tensors[f"carried.{to}.images"].unbind(1)
+            assert not torch.equal(first, second)
 
 
 def test_what_may_differ_is_close(folder):

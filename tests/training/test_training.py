@@ -79,6 +79,23 @@ def test_the_rate_rises_and_falls(kind):
     assert [Schedule(optimizer, config, 20).factor(k) for k in range(3)] == [0.5, 1.0, 1.0]  # a tenth of it
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 10])
+def test_the_rate_stays_for_half_the_run_and_falls_to_nothing(steps):
+    config = dataclasses.replace(CONFIG, lr=1.0, decay="linear")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = Schedule(optimizer, config, steps), []
+    for step in range(steps):
+        schedule.set(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    half = steps // 2
+    assert rates[: half + 1] == [2.0] * (half + 1)
+    assert rates[half:] == pytest.approx([2.0 * k / (steps - half) for k in range(steps - half, 0, -1)])
+    assert schedule.factor(steps) == schedule.factor(steps + 5) == 0.0
+    again = Schedule(optimizer, config, steps)  # of a run that goes on: its rates are of the peak, not of the last one
+    again.set(0)
+    assert optimizer.param_groups[0]["lr"] == 2.0
+
+
 def run(tmp_path, config=CONFIG, stream=None, **new_arguments):
     model, optimizer = new(**new_arguments)
     return model, fit(model, optimizer, *feeds(model, config), config, tmp_path, stream=stream or io.StringIO())

@@ -36,6 +36,33 @@ class Inpaints(Protocol):
         """Images [B, C, H, W] repaired where mask [B, 1, H, W] is True."""
 
 
+class Translates(Protocol):
+    """Images of one set as they would be in another; `targets` names the sets that it can make, the first by default.
+
+    translator(to): the network that does it.
+    """
+
+    targets: tuple[str, ...]
+
+    def translate(self, x: torch.Tensor, to: str = "b") -> torch.Tensor:
+        """Images [N, C, H, W] as the model has them -> the same number and shape, of set `to`."""
+
+    def translator(self, to: str) -> torch.nn.Module: ...
+
+
+class Upscales(Protocol):
+    """Larger images of small ones."""
+
+    scale: int  # by which sides grow
+    reach: int  # pixels of a small image on each side of one that what becomes of it may depend on
+
+    def lower(self, x: torch.Tensor) -> torch.Tensor:
+        """Large images [N, C, H, W] as the small ones that the model learns to enlarge."""
+
+    def upscale(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] of any size -> [N, C, scale H, scale W]."""
+
+
 class Request(NamedTuple):
     """A text that is asked for."""
 

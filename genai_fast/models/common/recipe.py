@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast.config import Command, Config
+from genai_fast.config import Command, Config, TranslationConfig
 from genai_fast.errors import UsageError
 from genai_fast.models.common.plain_loop import loss_step
 
@@ -97,6 +97,7 @@ class Recipe:
     derived: values -> more of them.
     labelled: it needs labels.
     square: its images must be square.
+    pairs: of a recipe that translates, images of one number or file name in both sets belong together.
     feed: how text comes: windows, streams, sequences or pairs; "" for images.
     network: model -> the network that draws: the twin's.
     loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
@@ -114,6 +115,7 @@ class Recipe:
     derived: Callable[[Values], Values] = lambda values: {}
     labelled: bool = False
     square: bool = True
+    pairs: bool = False
     feed: str = ""
     network: Callable[[nn.Module], nn.Module] = lambda model: model
     loop: Callable[[Networks, Values, str], Callable[..., Any]] | None = lambda networks, values, device: loss_step(
@@ -124,6 +126,11 @@ class Recipe:
     unrolled: bool = False
     pretrained: Pretrained | None = None
     benches: tuple[Bench, ...] = ()
+
+    @property
+    def translates(self) -> bool:
+        """A batch is images of two sets."""
+        return issubclass(self.config, TranslationConfig)
 
     @property
     def name(self) -> str:

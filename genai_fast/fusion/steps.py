@@ -1,0 +1,206 @@
+"""What the expressions of a method call: children, and activations as functions or methods of tensors."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genai_fast.fusion.chains import Residual, letter
+from genai_fast.fusion.run import flat
+
+
+class Called(NamedTuple):
+    """An activation that is called as a function, or as a method of a tensor (function is None then)."""
+
+    module: nn.Module
+    function: Any
+    method: str
+    settings: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__}()"
+
+
+class Sum(NamedTuple):
+    """The sum of a norm's result and a residual: on which side this stands, and whether the former is changed."""
+
+    left: bool
+    inplace: bool
+
+    def __call__(self, y: Any, residual: Any) -> Any:
+        if self.inplace:
+            return operator.iadd(y, residual)
+        return residual + y if self.left else y + residual
+
+    def __str__(self) -> str:
+        return "residual"
+
+
+RESIDUAL = Residual()  # the module of a Sum in a chain
+
+# The constructors take what the functions do, except for torch.relu and torch.selu.
+FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: nn.ReLU, F.leaky_relu: nn.LeakyReLU, F.silu: nn.SiLU, F.gelu: nn.GELU, torch.relu: lambda: nn.ReLU(),
+    F.elu: nn.ELU, F.relu6: nn.ReLU6, F.selu: nn.SELU, F.hardswish: nn.Hardswish, F.softplus: nn.Softplus,
+    F.mish: nn.Mish, torch.selu: lambda: nn.SELU(),
+    **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
+}  # fmt: skip
+METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class Step(NamedTuple):
+    """A call of one module or activation on one value."""
+
+    given: ast.expr
+    name: str | Called
+    module: nn.Module
+
+
+class Chain(NamedTuple):
+    """Steps that follow each other: paths of children, activations, and the sum with a residual."""
+
+    steps: tuple[str | Called | Sum, ...]
+    modules: tuple[nn.Module, ...]
+    quiet: bool = True  # whether nothing is computed between the norm and the sum
+
+
+class Begun:
+    """A norm whose residual is added by a later statement, and the number of its chain once it is made."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm, self.chain = norm, -1
+
+
+class Summed(NamedTuple):
+    """A sum in the source: what gives the norm's result, and the residual."""
+
+    given: ast.expr
+    residual: ast.expr
+    how: Sum
+    begun: Begun | None  # where the norm is in an earlier statement, and `given` the variable
+
+
+class Reader:
+    """Tells the steps of a method's expressions.
+
+    Args:
+        model: the module whose method it is.
+        self_name: what the method calls it.
+        names: the globals of the method.
+    """
+
+    def __init__(self, model: nn.Module, self_name: str, names: dict[str, Any]) -> None:
+        self.model, self.self, self.globals = model, self_name, names
+        self.bound: set[str] = set()  # names that are not global ones
+        self.variables: set[str] = set()  # of this method alone, that no function inside it sees
+
+    def step(self, node: ast.expr | None) -> Step | None:
+        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
+            return None
+        path = self._path(node.func)
+        if path and (child := self._child(node.func)) is not None:
+            alone = len(node.args) == 1 and not node.keywords
+            return Step(node.args[0], path, child) if alone else None
+        function, method = (self.function(node.func) if node.args else None), ""
+        make = FUNCTIONS.get(function)
+        if make is not None:
+            given, settings = node.args[0], node.args[1:]
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            function, method, given, settings = None, node.func.attr, node.func.value, node.args
+            make = METHODS[method]
+            before = self.step(given)
+            if (before is None or letter(before.module) == ".") and self.summed(given) is None:
+                return None  # it may not be a tensor
+        else:
+            return None
+        try:
+            constants = tuple(map(ast.literal_eval, settings))
+            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+            module = make(*constants, **named)
+        except (ValueError, TypeError):  # a setting that is no constant, or none of the function
+            return None
+        return Step(given, Called(module, function, method, constants, named), module)
+
+    def named(self, node: ast.expr) -> Any:
+        """What a dotted name is in the module of the method; None if it is none."""
+        if isinstance(node, ast.Name):
+            return None if node.id in self.bound else self.globals.get(node.id)
+        owner = self.named(node.value) if isinstance(node, ast.Attribute) else None
+        return vars(owner).get(node.attr) if isinstance(owner, types.ModuleType) else None
+
+    def function(self, node: ast.expr) -> Any:
+        """The function that a dotted name is; None if it is none."""
+        found = self.named(node)
+        return found if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) else None
+
+    def _path(self, node: ast.expr) -> str:
+        """a.0.b of self.a[0].b; "" of anything else."""
+        parts: list[str] = []
+        while not isinstance(node, ast.Name):
+            if isinstance(node, ast.Attribute):
+                parts.append(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                parts.append(str(node.slice.value))
+            else:
+                return ""
+            node = node.value
+        return ".".join(reversed(parts)) if node.id == self.self else ""
+
+    def _child(self, node: ast.expr) -> nn.Module | None:
+        """The module that self.a, self.a[0] or self.a.b is now."""
+        if isinstance(node, ast.Name):
+            return self.model
+        owner = self._child(node.value)
+        if isinstance(node, ast.Attribute):
+            return None if owner is None else owner._modules.get(node.attr)
+        if type(owner) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            return None
+        return owner._modules.get(str(node.slice.value))
+
+    def norm(self, node: ast.expr) -> nn.Module | None:
+        """The norm whose result the expression is, by itself or as the last of an nn.Sequential."""
+        step = self.step(node)
+        last = list(flat([step.module]))[-1:] if step is not None and isinstance(step.name, str) else []
+        return last[0] if last and letter(last[0]) in "NG" else None
+
+    def summed(self, node: ast.expr | None) -> Summed | None:
+        """norm(...) + residual, or the other way round, if computing the residual leaves the norm alone."""
+        if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)):
+            return None
+        inplace = getattr(node, "inplace", False)
+        for given, residual, left in ((node.left, node.right, False), (node.right, node.left, True)):
+            begun = getattr(given, "begun", None)
+            norm = begun.norm if begun is not None else self.norm(given)
+            if norm is not None and self.harmless(residual, norm):
+                return Summed(given, residual, Sum(left, inplace), begun)
+        return None
+
+    def harmless(self, node: ast.expr, norm: nn.Module) -> bool:
+        """Whether the expression reads variables and calls children and activations, none of which holds the norm."""
+        if isinstance(node, (ast.Name, ast.Constant)):
+            return True
+        if isinstance(node, ast.BinOp):
+            return self.harmless(node.left, norm) and self.harmless(node.right, norm)
+        if isinstance(node, ast.Call) and self._is_absent(node.func) and len(node.args) == 1 and not node.keywords:
+            return self.harmless(node.args[0], norm)
+        step = self.step(node)
+        if step is None or (isinstance(step.name, str) and any(m is norm for m in step.module.modules())):
+            return False
+        return self.harmless(step.given, norm)
+
+    def _is_absent(self, node: ast.expr) -> bool:
+        """Whether that is a child which may be there, and is None now."""
+        owner = self._child(node.value) if isinstance(node, ast.Attribute) and self._path(node) else None
+        return owner is not None and {**vars(owner), **owner._modules}.get(node.attr, owner) is None
+
+    def quiet(self, node: ast.expr) -> bool:
+        """Whether nothing happens when the expression is evaluated."""
+        return isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id in self.variables)

@@ -1,0 +1,85 @@
+"""Losses as modules: torch's constructors and results, with fused calls."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genai_fast import ops
+from genai_fast.fusion.classes import replaced_forward
+from genai_fast.fusion.functions import cross_entropy
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """nn.CrossEntropyLoss: same constructor and results; one fused pass over the logits each way.
+
+    PyTorch's own serves class weights, targets that are probabilities, targets other than int64, sizes at which it is
+    as fast, tensor subclasses, and dtypes without a kernel. Of [N, C, d1, ...] the classes come second, as there.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as for nn.CrossEntropyLoss.
+
+    Returns: the loss; dtype of the logits, float32 under autocast.
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if (now := replaced_forward(self)) is not None:
+            return now(self, input, target)
+        return cross_entropy(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+
+
+class LinearCrossEntropyLoss(nn.Linear):
+    """A classifier's last layer and its cross-entropy, by chunks of rows: the logits are never whole in memory.
+
+    `loss = head(x, target)`; `head.logits(x)` is what nn.Linear gives, for generation. Keys as of nn.Linear.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear; the classes are out_features.
+        ignore_index, label_smoothing, z_loss, reduction, chunk: as of `ops.linear_cross_entropy`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None, *,
+        ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean",
+        chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.settings: dict[str, Any] = dict(
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, chunk=chunk
+        )
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The loss of x [..., in_features] and target [...], int64."""
+        return ops.linear_cross_entropy(input, self.weight, target, self.bias, **self.settings)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., out_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class VAELoss(nn.Module):
+    """-log p(target | recon) + beta KL, and both terms: `ops.vae_loss` with its settings as a module.
+
+    Args:
+        likelihood, beta, reduction, from_logits: as of `ops.vae_loss`. `beta` may be assigned between steps.
+    """
+
+    def __init__(
+        self, likelihood: str = "bernoulli", beta: float = 1.0, reduction: str = "mean", from_logits: bool = True
+    ) -> None:
+        super().__init__()
+        self.likelihood, self.beta, self.reduction, self.from_logits = likelihood, beta, reduction, from_logits
+
+    def forward(self, recon: torch.Tensor, target: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor) -> ops.VAELoss:
+        """loss, reconstruction and kl of recon, target [B, ...] and mu, logvar [B, ...]."""
+        return ops.vae_loss(
+            recon, target, mu, logvar, likelihood=self.likelihood, beta=self.beta, reduction=self.reduction,
+            from_logits=self.from_logits,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{self.likelihood}, beta={self.beta}, reduction={self.reduction}, from_logits={self.from_logits}"
