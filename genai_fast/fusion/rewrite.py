@@ -15,7 +15,7 @@ from torch import nn
 
 from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.source import Refused
-from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed
+from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed, calls_nothing
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
@@ -147,10 +147,8 @@ class Rewriter(Reader, ast.NodeTransformer):
         if _names(statement, name):
             return False
         if isinstance(statement, ast.If):
-            calls = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
-            return not any(isinstance(n, calls) for n in ast.walk(statement.test)) and all(
-                self._passes(s, name, norm) for s in (*statement.body, *statement.orelse)
-            )
+            inside = (*statement.body, *statement.orelse)
+            return calls_nothing(statement.test) and all(self._passes(s, name, norm) for s in inside)
         return _target(statement) is not None and self.harmless(statement.value, norm)
 
     # --- a chain becomes a call
