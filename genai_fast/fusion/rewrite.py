@@ -19,7 +19,7 @@ from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
 from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import Refused
-from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed
+from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed, calls_nothing
 from genai_fast.fusion.sums import SumFinder
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
@@ -211,10 +211,8 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         if _names(statement, name):
             return False
         if isinstance(statement, ast.If):
-            calls = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
-            return not any(isinstance(n, calls) for n in ast.walk(statement.test)) and all(
-                self._passes(s, name, norm) for s in (*statement.body, *statement.orelse)
-            )
+            inside = (*statement.body, *statement.orelse)
+            return calls_nothing(statement.test) and all(self._passes(s, name, norm) for s in inside)
         return _target(statement) is not None and self.harmless(statement.value, norm)
 
     # --- a chain becomes a call

@@ -72,6 +72,12 @@ class Chain(NamedTuple):
     quiet: bool = True  # whether nothing is computed between the norm and the sum
 
 
+def calls_nothing(node: ast.expr) -> bool:
+    """Whether an expression only looks at what is there."""
+    acts = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+    return not any(isinstance(n, acts) for n in ast.walk(node))
+
+
 class Begun:
     """A norm whose residual is added by a later statement, and the number of its chain once it is made."""
 
@@ -189,6 +195,8 @@ class Reader:
             return True
         if isinstance(node, ast.BinOp):
             return self.harmless(node.left, norm) and self.harmless(node.right, norm)
+        if isinstance(node, ast.IfExp):
+            return calls_nothing(node.test) and self.harmless(node.body, norm) and self.harmless(node.orelse, norm)
         if isinstance(node, ast.Call) and self._is_absent(node.func) and len(node.args) == 1 and not node.keywords:
             return self.harmless(node.args[0], norm)
         step = self.step(node)

@@ -156,3 +156,12 @@ def test_functions_in_a_method(model):
     x = torch.randn(4, 8, 9, 9)
     _assert_alike(fused, plain, x)
     assert [row.becomes for row in explain(fused, x)].count("batch_norm_act") == 3
+
+
+@pytest.mark.parametrize("weights", [1, 8])
+def test_a_prelu_stays_behind_a_norm_that_runs_as_one_call(weights):
+    fused, plain = _pair(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.PReLU(weights))
+    x = torch.randn(4, 3, 9, 9)
+    _assert_alike(fused, plain, x)
+    assert "no fused PReLU" in {row.found: row.reason for row in explain(fused)}["PReLU"]
+    assert any(row.found == "Conv2d + BatchNorm2d" for row in explain(fused, x))

@@ -196,6 +196,15 @@ class Computed(Base):
         return F.relu(out)
 
 
+@fused_as("relu")
+class Conditional(Base):
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        residual = self.downsample(x) if self.downsample is not None else x
+        out = self.relu(out + residual)
+        return out
+
+
 # --- and what is left alone
 
 
