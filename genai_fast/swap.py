@@ -302,7 +302,7 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     if letters[-1] in "Dd":
         return "act_dropout in training"
     parts = []
-    inside = ["residual"] * ("R" in letters) + [type(modules[-1]).__name__] * (letters[-1] in "Aa")
+    inside = ["residual" if k == "R" else type(m).__name__ for k, m in zip(letters, modules, strict=True) if k in "AaR"]
     said = f" ({', '.join(inside)})" if inside else ""
     if "N" in letters:
         parts.append(f"batch_norm_act{said}")

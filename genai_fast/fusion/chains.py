@@ -32,7 +32,7 @@ _LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C")
 _LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(GROUP_NORMS, "G") | dict.fromkeys(ACTIVATIONS, "A")
 _LETTERS |= {nn.Identity: "I", nn.Dropout: "D", Residual: "R"}
 STOCK = tuple(_LETTERS)
-_CHAIN = re.compile("[CL]?NR?[AaI]?|GR?[AaI]?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("([CL]?N|G)(R[AaI]?|[AaI]R?)?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs: torch's own methods and functions, unless they are replaced.
 _METHODS = (

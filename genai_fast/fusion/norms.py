@@ -36,7 +36,7 @@ def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return reason
     if norm.of_batch and norm.group is None and x.numel() == x.size(1):
         return "one value per channel"  # torch refuses it in training
-    if reason := _residual_why_not(chain, x):
+    if reason := residual_why_not(chain, x):
         return reason
     if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
         return ""  # torch's refuses CPU tensors
@@ -51,7 +51,7 @@ def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     momentum = norm.counted()
     return ops.batch_norm_act(
         for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, _added(chain),
-        process_group=norm.group,
+        process_group=norm.group, residual_after=_is_after(chain),
     )  # fmt: skip
 
 
@@ -59,7 +59,11 @@ def _added(chain: Chain) -> torch.Tensor | None:
     return None if chain.residual is None else chain.residual.tensor
 
 
-def _residual_why_not(chain: Chain, x: torch.Tensor) -> str:
+def _is_after(chain: Chain) -> bool:
+    return chain.residual is not None and chain.residual.after
+
+
+def residual_why_not(chain: Chain, x: torch.Tensor) -> str:
     """Why the residual, if there is one, is not added in the norm's call."""
     if chain.residual is None:
         return ""
@@ -68,7 +72,7 @@ def _residual_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "the residual does not match"
     if residual.device != x.device or residual.stride() != x.stride() or for_norm(x).stride() != x.stride():
         return "the residual lies otherwise in memory"
-    kept = act.keeps_result and output_gives_derivative(act.name, act.slope)
+    kept = chain.residual.after or (act.keeps_result and output_gives_derivative(act.name, act.slope))
     if not kept and needs_gradient(x, residual, chain.norm.weight, chain.norm.bias):
         return "backward would keep the residual, which a program may change"  # PyTorch keeps the sum
     return ""
@@ -92,7 +96,7 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return "the parameters do not match"
     if not (norm.groups and x.is_cpu) and chain.residual is not None and not x.is_contiguous():
         return "the residual lies otherwise in memory"  # the result is contiguous
-    if reason := _residual_why_not(chain, x):
+    if reason := residual_why_not(chain, x):
         return reason
     return thresholds.group_norm(norm.groups is None, needs_gradient(x, *parameters), x)
 
@@ -101,7 +105,8 @@ def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     norm, (_, activation, slope, _) = chain.norm, chain.activation
     x = for_norm(x if norm.groups and x.is_cpu else x.contiguous())  # as PyTorch's norms lay out their results
     groups = norm.groups or x.size(1)
-    return ops.group_norm_act(x, groups, norm.weight, norm.bias, norm.eps, activation, slope, _added(chain))
+    given = (norm.weight, norm.bias, norm.eps, activation, slope, _added(chain))
+    return ops.group_norm_act(x, groups, *given, residual_after=_is_after(chain))
 
 
 def _dropout_why_not(chain: Chain, x: torch.Tensor) -> str:

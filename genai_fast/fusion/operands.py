@@ -295,10 +295,11 @@ NO_ACTIVATION = Activation(nn.Identity(), "none", 0.0, False)
 
 
 class Residual(NamedTuple):
-    """What is added to a norm's result, and how the program adds it."""
+    """What is added to a norm's result, before or after the activation, and how the program adds it."""
 
     tensor: Any
-    add: Callable[[Any, Any], Any]  # of the norm's result and the tensor
+    add: Callable[[Any, Any], Any]  # of the result and the tensor
+    after: bool
 
 
 class Chain(NamedTuple):
@@ -332,7 +333,10 @@ class Chain(NamedTuple):
     def by_modules(self, x: torch.Tensor) -> torch.Tensor:
         """Norm, sum and activation one by one."""
         y = self.norm(x)
-        return self.activation(y if self.residual is None else self.residual.add(y, self.residual.tensor))
+        if self.residual is None:
+            return self.activation(y)
+        tensor, add, after = self.residual
+        return add(self.activation(y), tensor) if after else self.activation(add(y, tensor))
 
     def made_up(self, generator: torch.Generator) -> Chain:
         """The same on tensors that belong to no module: with no hooks, no buffers of the user's and no collectives."""

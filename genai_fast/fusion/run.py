@@ -13,6 +13,7 @@ from genai_fast.fusion.chains import Residual, global_hooks, letter, obstacle, r
 from genai_fast.fusion.classes import original
 from genai_fast.fusion.implementations import TORCH, decide
 from genai_fast.fusion.layout import of_chain, relaid
+from genai_fast.fusion.norms import residual_why_not
 from genai_fast.fusion.operands import Chain, memory_format
 from genai_fast.fusion.operands import Residual as Added
 from genai_fast.ops.dispatch import left_to_torch
@@ -49,9 +50,9 @@ def run(modules: Sequence[nn.Module], x: Any, random: bool = True) -> Any:
 
 
 class Pending(NamedTuple):
-    """A norm that waits for the residual to be added to its result, and its input."""
+    """A norm, perhaps with its activation, that waits for the residual, and its input."""
 
-    norm: nn.Module
+    modules: list[nn.Module]
     x: torch.Tensor
 
 
@@ -75,7 +76,7 @@ def _only_calls(module: nn.Sequential) -> bool:
 
 
 def begin(modules: Iterable[nn.Module], x: Any, quiet: bool, random: bool = True) -> Any:
-    """What calling the modules one after another gives; or a Pending of the last one, if it is a norm that can wait.
+    """What calling the modules one after another gives; or a Pending, if they end in a norm that can wait.
 
     Args:
         quiet: whether nothing is computed until `end`; else the norm only waits if its input was made here, so that
@@ -83,23 +84,32 @@ def begin(modules: Iterable[nn.Module], x: Any, quiet: bool, random: bool = True
         random: as of `run`.
     """
     modules = list(flat(modules))
-    if not modules or letter(modules[-1]) not in "NG" or global_hooks() or left_to_torch():
+    at = norm_at_end(modules)
+    if at is None or global_hooks() or left_to_torch():
         return run(modules, x, random)
-    if not quiet and (len(modules) < 2 or letter(modules[-2]) not in "CLNG"):
+    if not quiet and (at == 0 or letter(modules[at - 1]) not in "CLNG"):
         return run(modules, x, random)
-    return Pending(modules[-1], run(modules[:-1], x, random))
+    return Pending(modules[at:], run(modules[:at], x, random))
+
+
+def norm_at_end(modules: Sequence[nn.Module]) -> int | None:
+    """Where the norm is that the modules end in, by itself or with an activation after it; None if there is none."""
+    word = "".join([letter(module) for module in modules[-2:]])
+    if word[-1:] in ("N", "G"):
+        return len(modules) - 1
+    return len(modules) - 2 if len(word) == 2 and word[0] in "NG" and word[1] in "AaI" else None
 
 
 def end(pending: Pending, residual: Any, add: Callable[[Any, Any], Any], act: nn.Module | None) -> Any:
-    """act(add(norm(x), residual)); without an act the sum itself."""
-    norm, x = pending
-    modules = [norm, _SUM] if act is None else [norm, _SUM, act]
+    """act(add(..., residual)) of what waits; without an act the sum itself."""
+    waiting, x = pending
+    modules = [*waiting, _SUM] if act is None else [*waiting, _SUM, act]
     (span, *others) = spans("".join([letter(module) for module in modules]))
-    chain = _chain(span.letters, modules[: span.stop]) if span.letters[1:2] == "R" and _fits(x) else None
-    if chain is None:
-        y = add(run([norm], x), residual)
+    chain = _chain(span.letters, modules[: span.stop]) if "R" in span.letters and _fits(x) else None
+    chain = chain and chain._replace(residual=Added(residual, add, len(waiting) > 1))
+    if chain is None or residual_why_not(chain, x):
+        y = add(run(waiting, x), residual)
         return y if act is None else act(y)
-    chain = chain._replace(residual=Added(residual, add))
     y = decide(modules[: span.stop], chain, x).run(chain, x)
     return act(y) if others else y
 

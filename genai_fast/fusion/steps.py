@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genai_fast.fusion.chains import Residual, letter
-from genai_fast.fusion.run import flat
+from genai_fast.fusion.run import flat, norm_at_end
 
 
 class Called(NamedTuple):
@@ -172,10 +172,12 @@ class Reader:
         return owner._modules.get(str(node.slice.value))
 
     def norm(self, node: ast.expr) -> nn.Module | None:
-        """The norm whose result the expression is, by itself or as the last of an nn.Sequential."""
-        step = self.step(node)
-        last = list(flat([step.module]))[-1:] if step is not None and isinstance(step.name, str) else []
-        return last[0] if last and letter(last[0]) in "NG" else None
+        """The norm whose result the expression is, perhaps after an activation; an nn.Sequential may hold both."""
+        modules: list[nn.Module] = []
+        while len(modules) < 2 and (step := self.step(node)) is not None:
+            modules, node = [*flat([step.module]), *modules], step.given
+        at = norm_at_end(modules)
+        return None if at is None else modules[at]
 
     def summed(self, node: ast.expr | None) -> Summed | None:
         """norm(...) + residual, or the other way round, if computing the residual leaves the norm alone."""
@@ -185,14 +187,14 @@ class Reader:
         for given, residual, left in ((node.left, node.right, False), (node.right, node.left, True)):
             begun = getattr(given, "begun", None)
             norm = begun.norm if begun is not None else self.norm(given)
-            if norm is not None and self.harmless(residual, norm):
+            if norm is not None and not isinstance(residual, ast.Constant) and self.harmless(residual, norm):
                 return Summed(given, residual, Sum(left, inplace), begun)
         return None
 
     def harmless(self, node: ast.expr, norm: nn.Module) -> bool:
         """Whether the expression reads variables and calls children and activations, none of which holds the norm."""
         if isinstance(node, (ast.Name, ast.Constant)):
-            return True
+            return isinstance(node, ast.Constant) or node.id in self.variables
         if isinstance(node, ast.BinOp):
             return self.harmless(node.left, norm) and self.harmless(node.right, norm)
         if isinstance(node, ast.IfExp):

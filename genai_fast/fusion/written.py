@@ -73,7 +73,7 @@ def _calls(chain: Chain, random: bool) -> dict[str, Callable[..., Any]]:
         if isinstance(y, Pending):
             if found is not None:
                 return end(y, residual, how, found[0] if found else None)
-            y = y.norm(y.x)
+            y = run(y.modules, y.x)
         return _one_by_one(after[0], calls, how(y, residual))
 
     return {"_begin": begin_chain, "_end": end_chain}

@@ -19,15 +19,16 @@ _OP = "batch_norm_act"
 class _BatchNormAct(KernelFunction):
     @staticmethod
     def forward(
-        x, weight, bias, mean, rstd, residual, batch_statistics, eps, activation, slope, total, group, backend
+        x, weight, bias, mean, rstd, residual, after, batch_statistics, eps, activation, slope, total, group, backend
     ):  # fmt: skip
-        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, residual, activation, slope, backend)
+        settings = (after, activation, slope, backend)
+        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, residual, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, residual, ctx.batch_statistics, ctx.eps, activation, slope, ctx.total, ctx.group, ctx.backend = inputs
-        ctx.settings = activation, slope
-        beside, ctx.from_output = beside_input(residual, output, activation, slope)
+        *tensors, residual, after, ctx.batch_statistics, ctx.eps = inputs[:9]
+        *ctx.settings, ctx.total, ctx.group, ctx.backend = inputs[9:]
+        beside, ctx.from_output = beside_input(None if after else residual, output, *ctx.settings)
         ctx.save_for_backward(*tensors, beside)
 
     @staticmethod
@@ -102,6 +103,7 @@ def batch_norm_act(
     negative_slope: float | None = None,
     residual: torch.Tensor | None = None,
     *,
+    residual_after: bool = False,
     process_group: Any = None,
 ) -> torch.Tensor:
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var by channel.
@@ -122,6 +124,7 @@ def batch_norm_act(
         eps: added to the variance.
         activation, negative_slope: as in `bias_act`.
         residual: shape and dtype of x, or None for 0.
+        residual_after: add it after the activation instead.
         process_group: in training, take the statistics over the batches of all its processes, which must all call
             (torch.distributed.group.WORLD or a group; None: this process alone).
 
@@ -139,6 +142,7 @@ def batch_norm_act(
     if residual is not None:
         checks.matches(_OP, "residual", residual, "x", x)
         checks.same_dtype(_OP, "residual", residual, "x", x)
+    after = checks.flag(_OP, "residual_after", residual_after)
     training = checks.flag(_OP, "training", training)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
@@ -168,5 +172,5 @@ def batch_norm_act(
         if mean is original and needs_graph((x, weight, bias, residual)):
             mean = mean.clone()  # a later forward in training moves the original, and backward needs this one
     return _BatchNormAct.call(
-        x, weight, bias, mean, rstd, residual, training, eps, activation, slope, total, process_group, backend
+        x, weight, bias, mean, rstd, residual, after, training, eps, activation, slope, total, process_group, backend
     )

@@ -62,7 +62,9 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         x, weight, bias, bn_weight, bn_bias, y, mean, rstd, stride, padding, output_padding, eps, activation, slope,
         backend,
     ):  # fmt: skip
-        return library_call("batch_norm_act_apply", y, bn_weight, bn_bias, mean, rstd, None, activation, slope, backend)
+        return library_call(
+            "batch_norm_act_apply", y, bn_weight, bn_bias, mean, rstd, None, False, activation, slope, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

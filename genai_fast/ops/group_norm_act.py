@@ -15,17 +15,29 @@ from genai_fast.precision import autocast_dtype
 
 class _GroupNormAct(KernelFunction):
     @staticmethod
-    def forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope, backend):
+    def forward(x, groups, weight, bias, scale, shift, residual, after, eps, activation, slope, backend):
         return library_call(
-            "group_norm_act_forward", x, groups, weight, bias, scale, shift, residual, eps, activation, slope, backend
+            "group_norm_act_forward",
+            x,
+            groups,
+            weight,
+            bias,
+            scale,
+            shift,
+            residual,
+            after,
+            eps,
+            activation,
+            slope,
+            backend,
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.groups, *parameters, residual, ctx.eps, ctx.activation, ctx.slope, ctx.backend = inputs
+        x, ctx.groups, *parameters, residual, after, ctx.eps, ctx.activation, ctx.slope, ctx.backend = inputs
         y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        beside, ctx.from_output = beside_input(residual, y, ctx.activation, ctx.slope)
+        beside, ctx.from_output = beside_input(None if after else residual, y, ctx.activation, ctx.slope)
         ctx.save_for_backward(x, *parameters, beside, mean, rstd)
 
     @staticmethod
@@ -62,6 +74,8 @@ def group_norm_act(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    *,
+    residual_after: bool = False,
 ) -> torch.Tensor:
     """y = activation(n (1 + scale) + shift + residual), n = (x - mean) / sqrt(var + eps) * weight + bias.
 
@@ -75,6 +89,7 @@ def group_norm_act(
         eps: added to the variance.
         activation, negative_slope: as in `bias_act`.
         residual: shape and dtype of x, or None for 0.
+        residual_after: add it after the activation instead.
         scale, shift: [N, C] or None for 0: of each sample, as conditional norms and diffusion models give them (for
             AdaIN pass its factor less 1); the dtype of x, or float32.
 
@@ -87,7 +102,8 @@ def group_norm_act(
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Wu & He 2018, arXiv:1803.08494.
     """
-    return _call("group_norm_act", x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    given = (weight, bias, eps, activation, negative_slope, residual, scale, shift, residual_after)
+    return _call("group_norm_act", x, num_groups, *given)
 
 
 @planned
@@ -101,6 +117,8 @@ def instance_norm_act(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    *,
+    residual_after: bool = False,
 ) -> torch.Tensor:
     """`group_norm_act` with a group for each channel: mean and (biased) var are over a sample's positions.
 
@@ -110,12 +128,13 @@ def instance_norm_act(
     """
     op = "instance_norm_act"
     checks.has_channels(op, x)
-    return _call(op, x, x.size(1), weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    given = (weight, bias, eps, activation, negative_slope, residual, scale, shift, residual_after)
+    return _call(op, x, x.size(1), *given)
 
 
 def _call(
     op: str, x: Any, groups: Any, weight: Any, bias: Any, eps: Any, activation: Any, slope: Any, residual: Any,
-    scale: Any, shift: Any,
+    scale: Any, shift: Any, after: Any,
 ) -> torch.Tensor:  # fmt: skip
     checks.has_channels(op, x)
     groups = checks.integer(op, "num_groups", groups, 1)
@@ -131,8 +150,8 @@ def _call(
         x, residual = x.to(dtype), residual if residual is None else residual.to(dtype)
     checks.per_channel(op, {"weight": weight, "bias": bias}, x)
     checks.per_sample_channel(op, {"scale": scale, "shift": shift}, x)
-    slope = checks.activation(op, activation, slope)
+    slope, after = checks.activation(op, activation, slope), checks.flag(op, "residual_after", after)
     eps = checks.epsilon(op, eps, ">= 0", 0.0)
     parameters = (wide(p) for p in (weight, bias, scale, shift))
-    y, _, _ = _GroupNormAct.call(x, groups, *parameters, residual, eps, activation, slope, forced_backend())
+    y, _, _ = _GroupNormAct.call(x, groups, *parameters, residual, after, eps, activation, slope, forced_backend())
     return y

@@ -59,9 +59,9 @@ struct OfBatch {
 
 void batch_norm_act_apply(const void* x, int dtype, void* y, int64_t outer, int64_t channels, int64_t inner,
                           const float* weight, const float* bias, const float* mean, const float* rstd,
-                          const void* residual, int activation, double negative_slope, int threads) {
+                          const void* residual, bool after, int activation, double negative_slope, int threads) {
   const OfBatch of(channels, 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
-  normalized(x, residual, dtype, y, {outer, channels, inner}, of.get(), activation, float(negative_slope), threads);
+  normalized(x, residual, after, dtype, y, {outer, channels, inner}, of.get(), activation, float(negative_slope), threads);
 }
 
 // beside: the residual, or y if from_output; null, and so is dz, without a residual.

@@ -27,14 +27,14 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return tuple(results)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, activation, slope):
+def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, after, activation, slope):
     x = dense_channels(x)
     residual = like_partner(residual, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     cpp.batch_norm_act_apply(
         address(x), DTYPE_CODE[x.dtype], address(y), *extent(x), *map(address, parameters),
-        address(residual), ACTIVATION_CODE[activation], slope
+        address(residual), after, ACTIVATION_CODE[activation], slope
     )  # fmt: skip
     return y
 

@@ -25,10 +25,12 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return statistics(x, running_mean, running_var, momentum, eps)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, activation, slope):
-    """y = activate((x - mean) rstd weight + bias + residual)."""
+def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, after, activation, slope):
+    """y = activate((x - mean) rstd weight + bias + residual); if `after`, the residual is added outside."""
     x = dense_channels(x)
-    y = activate(_preactivation(wide(x), weight, bias, mean, rstd, residual), activation, slope)
+    before = None if after else residual
+    y = activate(_preactivation(wide(x), weight, bias, mean, rstd, before), activation, slope)
+    y = y + wide(residual) if after and residual is not None else y
     return like_layout(y.to(x.dtype), x)
 
 

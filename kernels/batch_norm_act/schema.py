@@ -23,7 +23,7 @@ LIBRARY = (
     ),
     LibraryOp(
         "batch_norm_act_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-        " Tensor? residual, str activation, float slope, str backend) -> Tensor",
+        " Tensor? residual, bool after, str activation, float slope, str backend) -> Tensor",
         lambda x, *rest: torch.empty_like(dense_channels(x)),
     ),
     LibraryOp(

@@ -21,7 +21,7 @@ from genai_fast.kernels.common.spec import (
 
 def _reference(
     x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-    activation="leaky_relu", negative_slope=None, residual=None,
+    activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False,
 ):  # fmt: skip
     """F.batch_norm, the sum and the activation, in float32 or wider."""
     running = [None if r is None else wide(r).clone() for r in (running_mean, running_var)]
@@ -30,17 +30,20 @@ def _reference(
     if running_mean is not None:
         running_mean.copy_(running[0])
         running_var.copy_(running[1])
-    z = z if residual is None else z + wide(residual)
-    return activate(z, activation, negative_slope).to(x.dtype)
+    z = z if residual is None or residual_after else z + wide(residual)
+    y = activate(z, activation, negative_slope)
+    return (y + wide(residual) if residual is not None and residual_after else y).to(x.dtype)
 
 
 def _eager(inplace):
     def run(
         x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-        activation="leaky_relu", negative_slope=None, residual=None,
+        activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False,
     ):  # fmt: skip
         """What people write: BatchNorm, the sum, then the activation module."""
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual_after:
+            return activate(z, activation, negative_slope) + residual
         if residual is not None:
             z += residual
         if activation == "leaky_relu":
@@ -142,6 +145,13 @@ CASES = (
             ("mish", "contiguous"),
         )
     ),
+    *(
+        Case(
+            f"after_{name}_{layout}",
+            _inputs(4, 24, 9, 7, layout=layout, activation=name, residual=True, residual_after=True),
+        )
+        for name, layout in (("relu", "channels_last"), ("silu", "contiguous"), ("mish", "strided"))
+    ),
     Case("residual_small_planes", _inputs(20, 34, 4, 4, activation="relu", residual=True)),
     Case("residual_linear", _inputs(33, 130, activation="leaky_relu", negative_slope=-0.5, residual=True)),
     Case("residual_large_plane", _inputs(2, 3, 96, 128, activation="tanh", residual=True)),
@@ -179,6 +189,8 @@ ERROR_CASES = (
               r"residual.*expected shape \(4, 6, 5, 5\).*got \(4, 6, 5\)"),
     ErrorCase("residual_dtype", lambda t: {**_GOOD(t), "residual": t.normal(4, 6, 5, 5).half()}, TypeError,
               r"residual.*expected torch\.float32.*got torch\.float16"),
+    ErrorCase("residual_after", lambda t: {**_GOOD(t), "residual_after": 2}, TypeError,
+              r"residual_after.*expected a bool.*got 2"),
     ErrorCase("eps", lambda t: {**_GOOD(t), "eps": -1e-5}, ValueError, r"eps > 0.*got eps -1e-05"),
     ErrorCase("eps_0", lambda t: {**_GOOD(t), "eps": 0.0}, ValueError, r"eps > 0.*got eps 0\.0"),
     ErrorCase("mixed_parameters", lambda t: dict(x=t.normal(4, 6).bfloat16(), weight=t.normal(6),
@@ -200,6 +212,9 @@ GPU_CASES = tuple(
 
 _COMPILE_CASES = (
     CompileCase("silu", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu")),
+    CompileCase(
+        "after", _inputs(64, 64, 32, 32, layout="channels_last", activation="relu", residual=True, residual_after=True)
+    ),
     CompileCase("residual", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu", residual=True)),
 )
 _SUMS, _EACH = Expected(()), Expected((), lambda c: c["ROWS"] * c["BLOCK"])

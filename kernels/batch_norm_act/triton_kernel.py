@@ -166,16 +166,18 @@ def _batch_norm_act_apply(
     x_ptr, residual_ptr, y_ptr,              # [rows, columns], the second may be None
     weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
     rows, columns, channels, across, slope,
-    LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, ACTIVATION: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = activate((x - mean) rstd weight + bias + residual)."""
+    """y = activate((x - mean) rstd weight + bias + residual), the residual outside if AFTER."""
     offs, mask, channel = _matrix_tile(rows, columns, channels, across, LAST, ROWS, BLOCK)
     mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, channel < channels)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     z = (x - mean) * scale + shift
-    if residual_ptr is not None:
+    if residual_ptr is not None and not AFTER:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     y = activate(z, slope, ACTIVATION)
+    if residual_ptr is not None and AFTER:
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -304,14 +306,16 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return combine_moments(partial, running_mean, running_var, outer * inner, momentum, eps)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, activation, slope):
+def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, after, activation, slope):
     x = dense_channels(x)
     residual = like_partner(residual, x)
     parameters = require_channels(x, weight, bias, mean, rstd)
     y = torch.empty_like(x)
     if x.numel():
         grid, sizes, constants = _matrix("apply", x)
-        _batch_norm_act_apply[grid](x, residual, y, *parameters, *sizes, slope, ACTIVATION=activation, **constants)
+        _batch_norm_act_apply[grid](
+            x, residual, y, *parameters, *sizes, slope, ACTIVATION=activation, AFTER=after, **constants
+        )
     return y
 
 

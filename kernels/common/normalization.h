@@ -145,8 +145,8 @@ void with_loops(int activation, bool last, F f) {
   });
 }
 
-// y = activate(z + residual), the residual or null.
-inline void normalized(const void* x, const void* residual, int dtype, void* y, const Channels& shape,
+// y = activate(z + residual), or activate(z) + residual if `after`; the residual or null.
+inline void normalized(const void* x, const void* residual, bool after, int dtype, void* y, const Channels& shape,
                        const Coefficients& of, int activation, float slope, int threads) {
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows in{x, shape.columns(), dtype}, added{residual, shape.columns(), dtype};
@@ -156,7 +156,7 @@ inline void normalized(const void* x, const void* residual, int dtype, void* y, 
     constexpr bool kLast = decltype(last)::value, kMore = decltype(more)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (shape.elements() >= kParallel)
     for (int64_t k = 0; k < pieces.count(); ++k) {
-      alignas(64) float from[kPiece], to[kPiece], also[kMore ? kPiece : 1];
+      alignas(64) float from[kPiece], to[kPiece], also[kPiece];
       const Piece p = pieces[k];
       const float* v = in.read(p, from);
       const float* b = kMore ? added.read(p, also) : nullptr;
@@ -174,11 +174,16 @@ inline void normalized(const void* x, const void* residual, int dtype, void* y, 
         if constexpr (kMore) b += p.columns;
       }
       if constexpr (A == kBuffered) activate_buffer(activation, slope, begin, p.count());
+      if (!kMore && residual) {
+        b = added.read(p, also);
+#pragma omp simd
+        for (int64_t i = 0; i < p.count(); ++i) begin[i] += b[i];
+      }
       out.end(p, begin);
     }
   };
   with_loops(activation, shape.last(), [&](auto a, auto last) {
-    with_flag(residual, [&](auto more) { run(a, last, more); });
+    with_flag(residual && !after, [&](auto more) { run(a, last, more); });
   });
 }
 

@@ -72,7 +72,7 @@ Coefficients coefficients(const Groups& g, const Parameters& p, int64_t n, const
 
 void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, int64_t channels, int64_t positions,
                             int last, int64_t groups, const float* weight, const float* bias, const float* scale,
-                            const float* shift, const void* residual, float* mean, float* rstd, double eps,
+                            const float* shift, const void* residual, bool after, float* mean, float* rstd, double eps,
                             int activation, double negative_slope, int threads) {
   const Groups g{samples, channels, positions, groups, last != 0, dtype};
   const Parameters p{weight, bias, scale, shift};
@@ -91,7 +91,7 @@ void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, 
     });
     if (last) combine(g, means, squares, eps, m, r);
     const Coefficients of = coefficients(g, p, n, mean, rstd, work);
-    normalized(g.at(x, n), residual ? g.at(residual, n) : nullptr, dtype, g.at(y, n), shape, of, activation,
+    normalized(g.at(x, n), residual ? g.at(residual, n) : nullptr, after, dtype, g.at(y, n), shape, of, activation,
                float(negative_slope), mine);
   });
 }

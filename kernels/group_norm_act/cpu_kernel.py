@@ -9,7 +9,7 @@ from genai_fast.kernels.common.rows import DTYPE_CODE, address
 from genai_fast.kernels.group_norm_act.layout import prepared, require_statistics, sizes
 
 
-def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
+def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, after, eps, activation, slope):
     x, parameters = prepared(x, groups, weight, bias, scale, shift)
     residual = like_partner(residual, x)
     y = torch.empty_like(x)
@@ -17,7 +17,7 @@ def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps,
     if x.numel():
         cpp.group_norm_act_forward(
             address(x), DTYPE_CODE[x.dtype], address(y), *sizes(x), groups, *map(address, parameters),
-            address(residual), address(mean), address(rstd), eps, ACTIVATION_CODE[activation], slope
+            address(residual), after, address(mean), address(rstd), eps, ACTIVATION_CODE[activation], slope
         )  # fmt: skip
     return y, mean, rstd
 

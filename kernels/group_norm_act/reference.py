@@ -37,13 +37,14 @@ def _z(x_hat, weight, bias, scale, shift, residual):
     return z if residual is None else z + wide(residual)
 
 
-def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
-    """(y, mean, rstd)."""
+def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, after, eps, activation, slope):
+    """(y, mean, rstd); if `after`, the residual is added outside of the activation."""
     dense = dense_channels(x)
     x = wide(dense)
     mean, rstd = _statistics(x, groups, eps)
     x_hat = (x - _by_channel(mean, x)) * _by_channel(rstd, x)
-    y = activate(_z(x_hat, weight, bias, scale, shift, residual), activation, slope)
+    y = activate(_z(x_hat, weight, bias, scale, shift, None if after else residual), activation, slope)
+    y = y + wide(residual) if after and residual is not None else y
     return like_layout(y.to(dense.dtype), dense), mean, rstd
 
 

@@ -20,7 +20,7 @@ def _backward(grad_y, x, groups, weight, bias, scale, shift, beside, *rest):
 LIBRARY = (
     LibraryOp(
         "group_norm_act_forward(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
-        " Tensor? residual, float eps, str activation, float slope, str backend)"
+        " Tensor? residual, bool after, float eps, str activation, float slope, str backend)"
         " -> (Tensor y, Tensor mean, Tensor rstd)",
         _forward,
     ),

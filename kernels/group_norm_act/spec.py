@@ -9,48 +9,56 @@ from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, E
 from genai_fast.kernels.group_norm_act.schema import LIBRARY
 
 
-def _composed(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift):
+def _composed(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift, residual_after):
     """PyTorch's calls one after the other."""
     z = F.group_norm(x, num_groups, weight, bias, eps)
     spread = (*x.shape[:2], *[1] * (x.dim() - 2))
     z = z if scale is None else z * (1.0 + scale.view(spread))
     z = z if shift is None else z + shift.view(spread)
+    if residual_after and residual is not None:
+        return activate(z, activation, negative_slope) + residual
     return activate(z if residual is None else z + residual, activation, negative_slope)
 
 
 def _group_reference(
     x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None,
-    shift=None,
+    shift=None, *, residual_after=False,
 ):  # fmt: skip
     """In float32 or wider, and around each group's mean, which F.group_norm squares."""
     given = (wide(p) for p in (weight, bias))
     more = (wide(p) for p in (residual, scale, shift))
     groups = wide(x).reshape(len(x), num_groups, -1) if x.numel() else wide(x)
     around = (groups - groups.detach().mean(-1, keepdim=True)).view(x.shape)
-    return _composed(around, num_groups, *given, eps, activation, negative_slope, *more).to(x.dtype)
+    return _composed(around, num_groups, *given, eps, activation, negative_slope, *more, residual_after).to(x.dtype)
 
 
 def _instance_reference(
-    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None
+    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None,
+    *, residual_after=False,
 ):  # fmt: skip
-    return _group_reference(x, x.size(1), weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    given = (weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    return _group_reference(x, x.size(1), *given, residual_after=residual_after)
 
 
 def _eager_group(
     x, num_groups, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None,
-    shift=None,
+    shift=None, *, residual_after=False,
 ):  # fmt: skip
     """What people write: the norm, the sum, the activation."""
-    return _composed(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    given = (weight, bias, eps, activation, negative_slope, residual, scale, shift)
+    return _composed(x, num_groups, *given, residual_after)
 
 
 def _eager_instance(
-    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None
+    x, weight=None, bias=None, eps=1e-5, activation="none", negative_slope=None, residual=None, scale=None, shift=None,
+    *, residual_after=False,
 ):  # fmt: skip
     z = F.instance_norm(x, None, None, weight, bias, eps=eps)
     spread = (*x.shape[:2], *[1] * (x.dim() - 2))
     z = z if scale is None else z * (1.0 + scale.view(spread))
     z = z if shift is None else z + shift.view(spread)
+    if residual_after and residual is not None:
+        return activate(z, activation, negative_slope) + residual
     return activate(z if residual is None else z + residual, activation, negative_slope)
 
 
@@ -118,6 +126,8 @@ def _cases(groups_of):
         Case("everything", inputs(3, 12, 6, 6, modulated=True, residual=True, activation="gelu")),
         Case("residual_tanh", inputs(3, 6, 5, 5, residual=True, activation="tanh")),
         Case("residual_alone", inputs(3, 6, 5, 5, residual=True, layout="channels_last")),
+        Case("after", inputs(3, 6, 5, 5, residual=True, activation="silu", residual_after=True)),
+        Case("after_large", inputs(2, 4, 96, 128, residual=True, activation="elu", residual_after=True)),
         Case("residual_large", inputs(2, 4, 96, 128, residual=True, activation="relu")),
         Case("residual_mish", inputs(2, 4, 40, 41, residual=True, activation="mish")),
         Case("odd", inputs(3, 6, 7, 7, activation="leaky_relu", negative_slope=-0.5)),
@@ -201,6 +211,7 @@ def _bench_cases(*shapes, **more):
 
 _COMPILE_CASES = (
     CompileCase("everything", _inputs(2, 64, 64, 64, groups=8, activation="silu", residual=True, modulated=True)),
+    CompileCase("after", _inputs(2, 64, 64, 64, groups=8, activation="silu", residual=True, residual_after=True)),
     CompileCase("residual", _inputs(2, 64, 64, 64, groups=8, activation="relu", residual=True)),
     CompileCase("one_group", _inputs(2, 320, 32, 32, groups=1, layout="channels_last", activation="silu")),
 )

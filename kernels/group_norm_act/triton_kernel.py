@@ -83,12 +83,17 @@ def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, ins
 
 
 @triton.jit
-def _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION: tl.constexpr):
-    """activate(d rstd factor + addend + residual) of one tile."""
+def _output(
+    d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION: tl.constexpr, AFTER: tl.constexpr
+):  # fmt: skip
+    """activate(d rstd factor + addend + residual) of one tile, the residual outside if AFTER."""
     z = d * (rstd * factor)[:, None] + addend[:, None]
-    if residual_ptr is not None:
+    if residual_ptr is not None and not AFTER:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return activate(z, slope, ACTIVATION)
+    y = activate(z, slope, ACTIVATION)
+    if residual_ptr is not None and AFTER:
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -99,7 +104,7 @@ def _group_norm_act_forward(
     mean_ptr, rstd_ptr,                      # [samples, groups]
     channels, positions, groups, channel_stride, position_stride, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EACH: tl.constexpr, ONE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of one group; ONE: it is a single tile, read once, else three times."""
     ALONE: tl.constexpr = EACH == 1
@@ -117,7 +122,7 @@ def _group_norm_act_forward(
         d = tl.where(mask, d - rest[:, None], 0.0)
         rstd = 1.0 / tl.sqrt(_of_groups(tl.where(mask, d * d, 0.0), ALONE) / count + eps)
         factor, addend = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, first, row, channel, channel < each)
-        y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION)
+        y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION, AFTER)
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -150,9 +155,8 @@ def _group_norm_act_forward(
                     c, p, each, positions, channel_stride, position_stride, CHANNELS, POSITIONS, WHOLE
                 )
                 x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-                y = _output(
-                    x - mean[:, None] - rest[:, None], rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION
-                )
+                d = x - mean[:, None] - rest[:, None]
+                y = _output(d, rstd, factor, addend, residual_ptr, offs, mask, slope, ACTIVATION, AFTER)
                 tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + group, mean + rest, mask=present)
     tl.store(rstd_ptr + group, rstd, mask=present)
@@ -306,7 +310,7 @@ def _launch(name, x, groups, elements, num_warps):
     return (grid,), (channels, positions, groups, *((1, channels) if last else (positions, 1))), constants
 
 
-def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps, activation, slope):
+def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, after, eps, activation, slope):
     x, parameters = prepared(x, groups, weight, bias, scale, shift)
     residual = like_partner(residual, x)
     y = torch.empty_like(x)
@@ -314,7 +318,7 @@ def group_norm_act_forward(x, groups, weight, bias, scale, shift, residual, eps,
     if x.numel():
         grid, shape, constants = _launch("forward", x, groups, FORWARD, FORWARD_WARPS)
         _group_norm_act_forward[grid](
-            x, residual, y, *parameters, mean, rstd, *shape, eps, slope, ACTIVATION=activation, **constants
+            x, residual, y, *parameters, mean, rstd, *shape, eps, slope, ACTIVATION=activation, AFTER=after, **constants
         )
     return y, mean, rstd
 

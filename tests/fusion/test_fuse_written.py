@@ -236,7 +236,8 @@ def test_a_class_is_made_once_for_instances_alike():
 
 def test_methods_beside_forward_are_explained():
     rows = {row.path: row.becomes for row in explain(_Methods())}
-    assert [*rows] == ["conv+bn+Sigmoid()"] and rows["conv+bn+Sigmoid()"].startswith("batch_norm_act (Sigmoid)")
+    assert [*rows] == ["conv+bn+Sigmoid()+residual"]
+    assert rows["conv+bn+Sigmoid()+residual"].startswith("batch_norm_act (Sigmoid, residual)")
 
     class Sampler(_Methods):
         @torch.no_grad()

@@ -205,6 +205,30 @@ class Conditional(Base):
         return out
 
 
+@fused_as("silu", "relu")
+class After(Base):
+    """A residual after the activation: nothing but the norm's input is kept."""
+
+    def forward(self, x):
+        x = x + F.silu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(x))
+        h = F.relu(h)
+        return h + self.shortcut(x)
+
+
+@fused_as("relu", "relu")
+class AfterAndMore(Base):
+    """What comes after such a sum is a call of its own."""
+
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__(norm)
+        self.block.append(nn.ReLU())
+
+    def forward(self, x):
+        x = F.relu(x + self.block(x))
+        return torch.tanh(torch.relu(self.bn1(self.conv1(x))) + x)
+
+
 # --- and what is left alone
 
 
@@ -365,7 +389,9 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("cls", [Torchvision, Nested, Expression, CycleGAN, InPlace, Smooth], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [Torchvision, Nested, Expression, CycleGAN, InPlace, Smooth, After, AfterAndMore], ids=lambda c: c.__name__
+)
 def test_group_and_instance_norms(cls, norm, sums):
     fused, plain = pair(cls, NORMS[norm])
     assert_alike(fused, plain, torch.randn(4, C, 9, 7))
