@@ -35,6 +35,7 @@ LAYERS = [
     ("genai_fast.ops",),
     ("genai_fast.fusion", "genai_fast.optim", "genai_fast.testing", "genai_fast.table", "genai_fast.sdpa"),
     ("genai_fast.layers", "genai_fast.cpu"),
+    ("genai_fast.planning",),
     ("genai_fast.swap", "genai_fast.lazy", "genai_fast.hugging_face"),
     ("genai_fast.acceleration",),
     ("genai_fast.models", "genai_fast.data", "genai_fast.evaluation"),
