@@ -6,7 +6,6 @@ The statements stay, for what the op does not take; before them stands a call th
 from __future__ import annotations
 
 import ast
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.chains import untouched, watched
+from genai_fast.fusion.statements import Copying, target
 from genai_fast.precision import autocast_dtype
 
 _MOST_STATEMENTS = 8
@@ -193,23 +193,14 @@ def _is_pure(node: ast.expr) -> bool:
     return all(isinstance(part, _PURE) for part in ast.walk(node))
 
 
-class _Substitute(ast.NodeTransformer):
-    """Puts expressions in the place of variables; what it changes is new."""
+class _Substitute(Copying):
+    """Puts expressions in the place of variables."""
 
     def __init__(self, values: dict[str, ast.expr]) -> None:
         self.values = values
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.values.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        changed = copy.copy(node)
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                setattr(changed, name, [self.visit(v) if isinstance(v, ast.AST) else v for v in value])
-            elif isinstance(value, ast.AST):
-                setattr(changed, name, self.visit(value))
-        return changed
 
 
 def find(
@@ -225,19 +216,19 @@ def find(
     if not isinstance(last, (ast.Assign, ast.Return)) or last.value is None or not _multiplies(last.value):
         return None
     count = 1
-    while count < min(_MOST_STATEMENTS, len(statements)) and _target(statements[-count - 1]):
+    while count < min(_MOST_STATEMENTS, len(statements)) and target(statements[-count - 1]):
         count += 1
     for length in range(1, count + 1):
         here = statements[len(statements) - length :]
         values: dict[str, ast.expr] = {}
         for statement in here[:-1]:
-            name = _target(statement)
+            name = target(statement)
             values[name] = _Substitute(dict(values)).visit(statement.value)  # type: ignore[attr-defined]
         try:
             found = _Pattern(resolve, child).attention(_Substitute(values).visit(last.value))
         except _Mismatch:
             continue
-        result = _target(last)
+        result = target(last)
         inside = [n.id for s in here for n in ast.walk(s) if isinstance(n, ast.Name)]
         alone = all(name == result or inside.count(name) == local(name) for name in values)
         read = [n.id for part in found[:6] if part is not None for n in ast.walk(part) if isinstance(n, ast.Name)]
@@ -250,12 +241,6 @@ def _multiplies(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.MatMult)
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "matmul"
-
-
-def _target(statement: ast.stmt) -> str:
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return ""
-    return statement.targets[0].id if isinstance(statement.targets[0], ast.Name) else ""
 
 
 def rewritten(statements: Sequence[ast.stmt], attention: Attention, name: str) -> list[ast.stmt]:

@@ -16,6 +16,7 @@ import torch
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion.chains import watched
+from genai_fast.fusion.statements import Copying, target
 
 NAMES = frozenset(("randn", "randn_like", "rsample"))  # one of which such a method's code has
 
@@ -219,10 +220,10 @@ def find(
     defined: dict[str, ast.expr] = {}
     count = 1
     for statement in reversed(statements[:-1]):
-        target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
-        if not isinstance(target, ast.Name) or target.id in defined or not local(target.id):
+        name = target(statement)
+        if name is None or name in defined or not local(name):
             break
-        defined[target.id] = statement.value
+        defined[name] = statement.value  # type: ignore[attr-defined]
         count += 1
     for length in range(min(count, 4), 0, -1):
         here = statements[len(statements) - length :]
@@ -253,8 +254,8 @@ def rewritten(statements: Sequence[ast.stmt], sampling: Sampling, z: ast.expr, c
     return [ast.copy_location(s, statements[-1]) for s in (drawn, chosen)]
 
 
-class _Put(ast.NodeTransformer):
-    """Puts a variable in the place of one expression; what it changes is copied."""
+class _Put(Copying):
+    """Puts a variable in the place of one expression."""
 
     def __init__(self, old: ast.expr, name: str) -> None:
         self.old, self.name = old, name
@@ -262,13 +263,7 @@ class _Put(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if node is self.old:
             return ast.copy_location(ast.Name(self.name, ast.Load()), self.old)
-        changed = copy.copy(node)
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                setattr(changed, name, [self.visit(v) if isinstance(v, ast.AST) else v for v in value])
-            elif isinstance(value, ast.AST):
-                setattr(changed, name, self.visit(value))
-        return changed
+        return super().generic_visit(node)
 
 
 def call(sampling: Sampling) -> Callable[..., torch.Tensor | None]:

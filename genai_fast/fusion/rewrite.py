@@ -19,6 +19,18 @@ from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
 from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import Refused
+from genai_fast.fusion.statements import (
+    Replace,
+    append_to_branches,
+    ends,
+    is_read,
+    loads,
+    mentions,
+    plain_sum,
+    put,
+    sum_of,
+    target,
+)
 from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed, calls_nothing
 from genai_fast.fusion.sums import SumFinder
 
@@ -74,19 +86,19 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         found: list[ast.stmt] = []
         for statement in statements:
             before = found[-1] if found else None
-            if isinstance(before, ast.If) and any(self._activates(statement, end) for end in _ends(before)):
-                _append(before, statement)
+            if isinstance(before, ast.If) and any(self._activates(statement, end) for end in ends(before)):
+                append_to_branches(before, statement)
             else:
                 found.append(statement)
         return found
 
     def _activates(self, statement: ast.stmt, end: ast.stmt) -> bool:
-        step = self.step(end.value) if _target(end) in self.variables else None
+        step = self.step(end.value) if target(end) in self.variables else None
         if step is None or letter(step.module) not in "NG" or any(hasattr(n, "begun") for n in ast.walk(statement)):
             return False
         if self._joined(end, copy.deepcopy(statement)) is None:
             return False
-        after = self._first(statement.value, _target(end), False)
+        after = self._first(statement.value, target(end), False)
         calls = (self.step(node) for node in ast.walk(statement.value))
         return any(s is not None and s.given is after and letter(s.module) == "A" for s in calls)
 
@@ -124,12 +136,12 @@ class Rewriter(Reader, ProductFinder, SumFinder):
 
     def _joined(self, first: ast.stmt, second: ast.stmt) -> ast.stmt | None:
         """One statement that does both, if a step's result is only used as what the second one computes first."""
-        name = _target(first)
+        name = target(first)
         if name not in self.variables:
             return None
         norm = self.norm(first.value)
         if isinstance(second, ast.AugAssign):
-            whole = _plain_sum(second, name, first.value) if norm is not None else None
+            whole = plain_sum(second, name, first.value) if norm is not None else None
             return whole if whole is not None and self.summed(whole.value) is not None else None
         if self.step(first.value) is None and self.summed(first.value) is None:
             return None
@@ -139,16 +151,16 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         if slot is None:
             return None
         whole = copy.copy(second)
-        whole.value = _Replace(slot, first.value).visit(second.value)
+        whole.value = Replace(slot, first.value).visit(second.value)
         return whole
 
     def _consumes(self, statement: ast.stmt, name: str) -> bool:
         """Whether the statement reads the variable once, and nothing else reads what it holds."""
-        if _loads(statement, name) != 1:
+        if loads(statement, name) != 1:
             return False
-        if _target(statement) == name or isinstance(statement, ast.Return):
+        if target(statement) == name or isinstance(statement, ast.Return):
             return True
-        return self.uses[name] == 2 and name not in self.parameters and _target(statement) is not None
+        return self.uses[name] == 2 and name not in self.parameters and target(statement) is not None
 
     def _first(self, node: ast.expr | None, name: str, summed: bool, within: bool = False) -> ast.Name | None:
         """The variable, where it is a step's input and nothing but plain reads is evaluated before.
@@ -165,9 +177,9 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         if isinstance(node, ast.BinOp):
             parts = [node.left, node.right]
             if summed and isinstance(node.op, ast.Add):
-                if _is_read(node.left, name):
+                if is_read(node.left, name):
                     return node.left
-                if _is_read(node.right, name) and self.quiet(node.left):
+                if is_read(node.right, name) and self.quiet(node.left):
                     return node.right
         elif isinstance(node, (ast.Tuple, ast.List)):
             parts = node.elts
@@ -183,24 +195,24 @@ class Rewriter(Reader, ProductFinder, SumFinder):
     def _begun(self, joined: list[ast.stmt], statement: ast.stmt) -> ast.stmt | None:
         """The statement, if it adds a residual to what an earlier one computed, and nothing in between sees that."""
         for at in reversed(range(len(joined) - 1)):
-            name = _target(joined[at])
+            name = target(joined[at])
             norm = self.norm(joined[at].value) if name in self.variables else None
-            if norm is not None and _names(statement, name):
+            if norm is not None and mentions(statement, name):
                 break
         else:
             return None
         if not all(self._passes(s, name, norm) for s in joined[at + 1 :]):
             return None
         if isinstance(statement, ast.AugAssign):
-            whole = _plain_sum(statement, name, ast.copy_location(ast.Name(name, ast.Load()), statement))
+            whole = plain_sum(statement, name, ast.copy_location(ast.Name(name, ast.Load()), statement))
             slot = whole and whole.value.left
         else:
             whole = statement if self._consumes(statement, name) else None
             slot = whole and self._first(statement.value, name, True)
-        if slot is None or _sum_of(whole.value, slot) is None:
+        if slot is None or sum_of(whole.value, slot) is None:
             return None
         slot.begun = begun = Begun(norm)
-        if self.summed(_sum_of(whole.value, slot)) is None:
+        if self.summed(sum_of(whole.value, slot)) is None:
             del slot.begun
             return None
         joined[at].value.begun = begun
@@ -208,12 +220,12 @@ class Rewriter(Reader, ProductFinder, SumFinder):
 
     def _passes(self, statement: ast.stmt, name: str, norm: nn.Module) -> bool:
         """Whether the statement computes something beside a variable and a norm: assignments, perhaps under an if."""
-        if _names(statement, name):
+        if mentions(statement, name):
             return False
         if isinstance(statement, ast.If):
             inside = (*statement.body, *statement.orelse)
             return calls_nothing(statement.test) and all(self._passes(s, name, norm) for s in inside)
-        return _target(statement) is not None and self.harmless(statement.value, norm)
+        return target(statement) is not None and self.harmless(statement.value, norm)
 
     # --- a chain becomes a call
 
@@ -229,7 +241,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         act = steps.pop(0) if steps and letter(steps[0][0].module) in ("A", "a", "I") else None
         whole = self._sum(total, act)
         if steps:
-            _put(*steps[0], whole)
+            put(*steps[0], whole)
         return steps, whole
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -248,7 +260,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
             return given
         chain = Chain(tuple(step.name for step, _ in steps), tuple(step.module for step, _ in steps))
         if not self._is_worth(chain.modules):
-            _put(*steps[0], given)
+            put(*steps[0], given)
             return node
         self.chains.append(chain)
         return self._called(node, len(self.chains) - 1, "", [given], steps)
@@ -344,72 +356,3 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         return node  # its arguments may hide self
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda = visit_FunctionDef
-
-
-def _ends(node: ast.If) -> list[ast.stmt]:
-    """The last statements of its branches, and of those of the ifs that end them."""
-    found: list[ast.stmt] = []
-    for body in (node.body, node.orelse):
-        if body:
-            found += _ends(body[-1]) if isinstance(body[-1], ast.If) else [body[-1]]
-    return found
-
-
-def _append(node: ast.If, statement: ast.stmt) -> None:
-    """Let the statement follow each branch that comes to its end."""
-    for body in (node.body, node.orelse):
-        if not body or not isinstance(body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
-            body.append(copy.deepcopy(statement))
-
-
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.expr, new: ast.expr) -> None:
-        self.old, self.new = old, new
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self.new if node is self.old else node
-
-
-def _put(step: Step, call: ast.Call, given: ast.expr) -> None:
-    """Let a step's call be of something else."""
-    if isinstance(call.func, ast.Attribute) and call.func.value is step.given:
-        call.func.value = given
-    else:
-        call.args[0] = given
-
-
-def _is_read(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
-
-
-def _plain_sum(statement: ast.AugAssign, name: str, given: ast.expr) -> ast.Assign | None:
-    """`name = given + residual`, which changes what is given, for `name += residual`."""
-    if not isinstance(statement.op, ast.Add) or not isinstance(statement.target, ast.Name):
-        return None
-    if statement.target.id != name or _loads(statement, name):
-        return None
-    total = ast.copy_location(ast.BinOp(given, ast.Add(), statement.value), statement)
-    total.inplace = True
-    return ast.copy_location(ast.Assign([statement.target], total), statement)
-
-
-def _names(statement: ast.stmt, name: str) -> bool:
-    """Whether the variable is in the statement."""
-    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(statement))
-
-
-def _sum_of(node: ast.expr, slot: ast.expr) -> ast.BinOp | None:
-    """The sum of which the variable is a part."""
-    sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
-    return next((n for n in sums if n.left is slot or n.right is slot), None)
-
-
-def _target(statement: ast.stmt) -> str | None:
-    """The one variable that the statement assigns to."""
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return None
-    return statement.targets[0].id if isinstance(statement.targets[0], ast.Name) else None
-
-
-def _loads(statement: ast.stmt, name: str) -> int:
-    return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(statement))
