@@ -118,7 +118,8 @@ def test_settings_are_checked_where_they_would_be_taken(point, monkeypatch):
     assert mine.shape == (630,) and tuning.wrong(point, mine, {"BLOCK": 512, "num_warps": 2}) == ""
     own, *cases = seen
     assert own.case.name == point.case.name and {run.dtype for run in seen} == {torch.float32}
-    sizes = {case.name: case.inputs(Tensors())["x"].numel() for case in point.op.cases}
+    interpreted = point.op.cases[::2]
+    sizes = {case.name: case.inputs(Tensors())["x"].numel() for case in interpreted}
     near = {name for name, size in sizes.items() if 630 / 4 <= size <= 630 * 4}
     assert {run.case.name for run in cases} == near and 0 < len(near) < len(sizes)
     assert not tuned._tried
