@@ -145,6 +145,16 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return room.as_strided(x.shape, x.stride()).copy_(x)
 
 
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def _gradient_as_it_lies(norm: nn.Module, given: tuple[torch.Tensor], y: torch.Tensor) -> None:
+    """Give backward a gradient in y's layout: of one sample and another layout PyTorch's computes wrong numbers."""
+    if y.requires_grad and y.dim() == 4:
+        layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last
+        y.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
+
+
 def _run(
     model: nn.Module, made: Model, how: Circumstances, x: torch.Tensor, seed: int, fused: bool, shake: float = 0.0
 ) -> Result:
@@ -163,6 +173,8 @@ def _run(
             model.to(how.dtype)
             if fused:
                 fuse(model)
+            for norm in () if fused else filter(lambda m: isinstance(m, _INSTANCE_NORMS), model.modules()):
+                norm.register_forward_hook(_gradient_as_it_lies)
             for action in made.actions:
                 action.do(model, log)
             if exact:
