@@ -15,6 +15,7 @@ import torch
 
 from genai_fast import ops
 from genai_fast.backends import choose, forced_backend, is_plain
+from genai_fast.fusion import thresholds
 from genai_fast.fusion.chains import watched
 from genai_fast.fusion.statements import Copying, target
 
@@ -282,7 +283,7 @@ def call(sampling: Sampling) -> Callable[..., torch.Tensor | None]:
 def _is_served(sampling: Sampling, mu: torch.Tensor, logvar: torch.Tensor) -> bool:
     if mu.shape != logvar.shape or mu.dtype is not logvar.dtype or mu.device != logvar.device:
         return False
-    if not mu.is_floating_point() or mu.dim() == 0 or mu.numel() == 0:
+    if not mu.is_floating_point() or mu.dim() == 0 or mu.numel() == 0 or thresholds.sampling(mu):
         return False
     if any(s < t for x in (mu, logvar) for s, t in pairwise(x.stride())):
         return False  # z would lie as they do, and the op's is contiguous

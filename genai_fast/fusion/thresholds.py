@@ -19,6 +19,7 @@ CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
 RECURRENCE = 8  # steps
 RMS_NORM = 1 << 17
 CROSS_ENTROPY = 1 << 17
+SAMPLING = 1 << 13
 ATTENTION = 1 << 17  # scores
 WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
 GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
@@ -80,6 +81,11 @@ def rms_norm(x: torch.Tensor) -> str:
 def attention(q: torch.Tensor, k: torch.Tensor) -> str:
     """Attention in one call, in place of products and a softmax."""
     return _too_small("scores", q.numel() // q.size(3) * k.size(2), ATTENTION) if q.is_cpu else ""
+
+
+def sampling(mu: torch.Tensor) -> str:
+    """The sampling of latents in one call."""
+    return _too_small("latents", mu.numel(), SAMPLING) if mu.is_cpu and not torch.compiler.is_compiling() else ""
 
 
 def cross_entropy(logits: torch.Tensor) -> str:

@@ -8,6 +8,7 @@ from torch.distributions import Normal
 
 from genai_fast import explain, fuse, ops, unfuse
 
+pytestmark = pytest.mark.usefixtures("small_is_fused")
 ROWS, WIDE = 64, 20
 
 
