@@ -101,7 +101,7 @@ def enlarged(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def upscaled(model: nn.Module, x: torch.Tensor, tile: int = 256) -> torch.Tensor:
-    """An image [C, H, W] in [0, 1], on the CPU -> enlarged by the model, likewise, in tiles of so many pixels a side.
+    """Enlarge an image [C, H, W] in [0, 1], on the CPU, with the model: in tiles of this many pixels a side.
 
     Each tile is computed with as much around it as it depends on, so seams do not show.
     """

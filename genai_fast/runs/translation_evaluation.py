@@ -39,7 +39,7 @@ class Sides(NamedTuple):
 
 
 def translate(model: nn.Module, x: torch.Tensor, to: str) -> torch.Tensor:
-    """Images [N, C, H, W] in [0, 1], on the CPU -> as they would be in set `to`, likewise, some at a time."""
+    """Translate images [N, C, H, W] in [0, 1], on the CPU, to set `to`, a few at a time."""
     device = next(model.parameters()).device
     at_once = max(1, _AT_ONCE * 32 * 32 // (x.shape[2] * x.shape[3]))
     parts = [shown(model, model.translate((part * 2 - 1).to(device), to)).cpu() for part in x.split(at_once)]

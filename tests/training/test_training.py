@@ -91,7 +91,7 @@ def test_the_rate_stays_for_half_the_run_and_falls_to_nothing(steps):
     assert rates[: half + 1] == [2.0] * (half + 1)
     assert rates[half:] == pytest.approx([2.0 * k / (steps - half) for k in range(steps - half, 0, -1)])
     assert schedule.factor(steps) == schedule.factor(steps + 5) == 0.0
-    again = Schedule(optimizer, config, steps)  # of a run that goes on: its rates are of the peak, not of the last one
+    again = Schedule(optimizer, config, steps)  # of a resumed run: rates are relative to the peak, not to the last one
     again.set(0)
     assert optimizer.param_groups[0]["lr"] == 2.0
 
