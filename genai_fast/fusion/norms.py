@@ -90,8 +90,8 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
     channels, groups = x.size(1), norm.groups or x.size(1)
     if groups < 1 or channels % groups or x.numel() <= max(x.size(0), 1) * groups:
         return "groups or input do not match"  # or a group has one value: torch's own error comes from the module
-    if not norm.eps >= 0.0:
-        return "eps is negative"
+    if not norm.eps > 0.0:  # PyTorch's kernels disagree on planes of one value: instance norm gives 0, group norm NaN
+        return "eps is not positive"
     if any(t.shape != (channels,) for t in parameters) or not fit(x, *parameters):
         return "the parameters do not match"
     if not (norm.groups and x.is_cpu) and chain.residual is not None and not x.is_contiguous():

@@ -152,6 +152,13 @@ def test_odd_inputs_give_what_the_modules_give(module, shape):
     torch.testing.assert_close(fused(x), plain(x), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, eps=0.0, affine=True), nn.GroupNorm(4, 8, eps=0.0)])
+def test_planes_of_one_value_with_eps_0(norm):
+    fused, plain = pair(norm, nn.ReLU())
+    x = torch.zeros(2, 8, 64, 64)
+    torch.testing.assert_close(fused(x), plain(x), equal_nan=True)
+
+
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 def test_under_autocast_dtypes_are_pytorchs(norm, given):
