@@ -139,7 +139,7 @@ def _caches() -> dict[str, str]:
     caches = {
         "triton": _size(home),
         "autotune": str(autotune.file()) + ("" if autotune.file().exists() else " (none yet)"),
-        **{kind: _size(autotune.folder() / kind) for kind in ("images", "tokens")},
+        **{kind: _size(autotune.folder() / kind) for kind in ("images", "sounds", "tokens")},
     }
     if inductor:
         caches["inductor"] = _size(Path(inductor))

@@ -15,10 +15,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -116,13 +116,38 @@ def remove_old(parent: Path, name: re.Pattern[str], seconds: float) -> None:
                 atomic_files.discard(found)
 
 
-def new_pixels(hidden: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A file of zeros to write decoded pictures into. Raises OSError: the disk has no room for it."""
-    pixels = np.lib.format.open_memmap(hidden / f"{PIXELS}.npy", mode="w+", dtype=np.uint8, shape=shape)
+def new_array(hidden: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.memmap:
+    """A file of zeros to write into. Raises OSError: the disk has no room for it."""
+    array = np.lib.format.open_memmap(hidden / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process in the middle of writing
-        with open(hidden / f"{PIXELS}.npy", "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.size)
-    return pixels
+        with open(hidden / f"{name}.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    return array
+
+
+def write_one_after_another(path: Path, arrays: Iterable[np.ndarray], dtype: Any) -> np.ndarray:
+    """Write arrays [n] as they come to a .npy file, one after the other.
+
+    Returns: offsets [arrays + 1] int64: array k is [offsets[k] : offsets[k + 1]].
+    """
+    lengths = [0]
+    with open(path, "wb") as file:
+        _header(file, np.dtype(dtype), 0)  # NumPy leaves room in it for a larger number
+        start = file.tell()
+        for array in arrays:
+            file.write(np.ascontiguousarray(array, dtype).data)
+            lengths.append(len(array))
+        offsets = np.cumsum(lengths, dtype=np.int64)
+        file.seek(0)
+        _header(file, np.dtype(dtype), int(offsets[-1]))
+        if file.tell() != start:
+            raise OSError(f"header of {file.tell()} bytes where {start} are free")
+    return offsets
+
+
+def _header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def keep_rows(hidden: Path, pixels: np.memmap, rows: np.ndarray) -> None:

@@ -175,8 +175,8 @@ def labels_of(names: Sequence[str], broken: dict[str, str]) -> tuple[torch.Tenso
     return torch.tensor(labels), tuple(map(printable, folders))
 
 
-def in_threads(work: Callable[[int], T], numbers: Sequence[int]) -> list[T | str]:
-    """work(number) of each; in words what is wrong with the file if it raises."""
+def in_threads(work: Callable[[int], T], numbers: Sequence[int], chunk: int = _CHUNK) -> list[T | str]:
+    """work(number) of each, `chunk` of them a task; in words what is wrong with the file if it raises."""
 
     def attempt(number: int) -> T | str:
         try:
@@ -184,11 +184,11 @@ def in_threads(work: Callable[[int], T], numbers: Sequence[int]) -> list[T | str
         except Exception as error:  # decoders raise all kinds on broken files
             return reason(error)
 
-    def chunk(first: int) -> list[T | str]:
-        return [attempt(number) for number in numbers[first : first + _CHUNK]]
+    def some(first: int) -> list[T | str]:
+        return [attempt(number) for number in numbers[first : first + chunk]]
 
     pool = ThreadPoolExecutor(allowed_cores())
     try:
-        return [result for results in pool.map(chunk, range(0, len(numbers), _CHUNK)) for result in results]
+        return [result for results in pool.map(some, range(0, len(numbers), chunk)) for result in results]
     finally:
         pool.shutdown(cancel_futures=True)  # what an interrupt leaves is not done

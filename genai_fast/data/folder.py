@@ -75,7 +75,7 @@ def _decode(source: Source, size: int | None, entry: store.Entry | None) -> _Dec
     if entry is not None:
         try:
             with entry.writer() as hidden:
-                pixels = store.new_pixels(hidden, shape)
+                pixels = store.new_array(hidden, store.PIXELS, shape)
                 rows = fill(pixels)
                 pixels.flush()
                 if len(rows) < len(names):

@@ -113,7 +113,7 @@ class Images:
                 f"{self.name}: expected enough images to hold out {fraction:g} of them, got {len(self)};"
                 f" remedy: more images, or another share (--validation)"
             )
-        order = _permutation(len(self), seed)
+        order = permutation(len(self), seed)
         return self.subset(order[held_out:]), self.subset(order[:held_out])
 
 
@@ -131,7 +131,7 @@ def to_signed(x: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, 2.0).sub_(1.0)
 
 
-def _permutation(count: int, *key: int) -> torch.Tensor:
+def permutation(count: int, *key: int) -> torch.Tensor:
     # NumPy mixes the whole key; torch's CPU generator would use the low 32 bits of one number only.
     return torch.from_numpy(np.random.default_rng(key).permutation(count))
 
@@ -139,7 +139,7 @@ def _permutation(count: int, *key: int) -> torch.Tensor:
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of `count` samples in an epoch, [count] int64: a function of (seed, epoch) alone."""
     # One number more than the split's key, so that the two never share a permutation.
-    return _permutation(count, seed, epoch + 1)
+    return permutation(count, seed, epoch + 1)
 
 
 def batches(

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -125,36 +124,14 @@ def _kept(entry: store.Entry, documents: int, tokenizer: Tokenizer) -> Tokens | 
 def _write(entry: store.Entry, documents: Sequence[str], tokenizer: Tokenizer) -> Tokens | None:
     try:
         with entry.writer() as hidden:
-            offsets, unknown = _fill(hidden / "ids.npy", _arrays(documents, tokenizer))
+            unknown: list[int] = []
+            ids = (unknown.append(count) or each for each, count in _arrays(documents, tokenizer))
+            offsets = store.write_one_after_another(hidden / "ids.npy", ids, _dtype(tokenizer))
             np.save(hidden / "offsets.npy", offsets)
-            entry.finish(hidden, {"unknown": unknown})
+            entry.finish(hidden, {"unknown": sum(unknown)})
         store.remove_old(entry.path.parent, store.ENTRY, _UNUSED)
         return _kept(entry, len(documents), tokenizer)
     except OSError as error:
         message = f"{entry.path}: cannot be written: {error.strerror or error}; text is encoded to memory"
         warnings.warn(message, DataWarning, stacklevel=3)
         return None
-
-
-def _fill(path: Path, arrays: Iterator[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
-    """Write ids as they come to a .npy file; (offsets, how many are unknown)."""
-    lengths, total = [0], 0
-    with open(path, "wb") as file:
-        for ids, unknown in arrays:
-            if len(lengths) == 1:
-                _header(file, ids.dtype, 0)  # NumPy leaves room in it for a larger number
-                start = file.tell()
-            file.write(ids.data)
-            lengths.append(len(ids))
-            total += unknown
-        offsets = np.cumsum(lengths, dtype=np.int64)
-        file.seek(0)
-        _header(file, ids.dtype, int(offsets[-1]))
-        if file.tell() != start:
-            raise OSError(f"header of {file.tell()} bytes where {start} are free")
-    return offsets, total
-
-
-def _header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
