@@ -114,6 +114,43 @@ class TextConfig(Config):
     clip: float = setting(1.0, "gradient clipping: largest norm; 0: none", low=0)
 
 
+@dataclass(frozen=True)
+class AudioConfig(Config):
+    """Settings of every recipe for sounds."""
+
+    data: str = setting(
+        "spoken-digits",
+        "spoken-digits (2,160 by espeak-ng), or a path: a folder or zip of WAV, FLAC and OGG files, or one such file",
+    )
+    rate: int = setting(22050, "samples per second, to which sounds are resampled", low=1000, high=192_000)
+    seconds: float = setting(0.75, "length of a clip; longer sounds are cut into several", above=0, high=3600)
+    trim: float = setting(
+        0.0, "cut silence off both ends: what is so many dB below the loudest; 0: no, of spoken-digits 40", low=0
+    )
+    mels: int = setting(128, "mel bands of the spectrogram", low=1, high=4096)
+    n_fft: int = setting(2048, "samples of the spectrogram's window", low=4, high=1 << 16)
+    hop: int = setting(512, "samples from one frame of the spectrogram to the next, at most half a window", low=1)
+    scale: str = setting("db", "scale of the spectrogram: decibels, or log(1 + x)", choices=("db", "log1p"))
+    grid_every: int = setting(1, "epochs between spectrograms and sounds of samples in grids/; 0: none", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_fft % 2 or 2 * self.hop > self.n_fft:
+            raise ConfigError(
+                f"n_fft, hop: expected an even number and at most half of it, got {self.n_fft} and {self.hop}"
+            )
+        if self.frames < 2:
+            raise ConfigError(
+                f"seconds: expected at least 2 frames of {self.hop} samples, got {self.seconds:g}; remedy:"
+                f" {2 * self.hop / self.rate:.2g} or more"
+            )
+
+    @property
+    def frames(self) -> int:
+        """Of a clip."""
+        return round(self.seconds * self.rate / self.hop)
+
+
 class Command(NamedTuple):
     """What `genai-fast train NAME` says of itself before its model, and with it torch, is imported."""
 

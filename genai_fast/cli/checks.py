@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from genai_fast.contract import offers
 from genai_fast.errors import UsageError
 from genai_fast.runs.run import Opened, open_run
@@ -54,3 +56,14 @@ def check_png(path: Path) -> None:
     check_parent(path)
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out: expected the name of a PNG file, got {path}")
+
+
+def labels_of(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
+    """[count] labels of a class by its name; None: as the model chooses."""
+    if name is None:
+        return None
+    if not run.classes:
+        raise UsageError(f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: omit it")
+    if name not in run.classes:
+        raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
+    return torch.full((count,), run.classes.index(name))

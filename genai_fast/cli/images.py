@@ -8,12 +8,23 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from genai_fast import data
-from genai_fast.cli.checks import at_least, check_parent, check_png, check_seed, free_path, opened, replaced_note
+from genai_fast.cli import sounds
+from genai_fast.cli.checks import (
+    at_least,
+    check_parent,
+    check_png,
+    check_seed,
+    free_path,
+    labels_of,
+    opened,
+    replaced_note,
+)
 from genai_fast.data.picture import read_light, read_picture
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
 from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates, Upscales
+from genai_fast.models.registry import RECIPES
 from genai_fast.runs import pictures
 from genai_fast.runs.image_evaluation import decode, generate, shown, upscaled
 from genai_fast.runs.run import Opened
@@ -24,8 +35,12 @@ _AT_ONCE = 100  # images that are read and written at a time
 
 
 def run_sample(options: argparse.Namespace) -> int:
-    at_least("--count", options.count, 1)
+    at_least("--count", 64 if options.count is None else options.count, 1)
     check_seed(options.seed)
+    run = opened(options, "sample", Draws)
+    if RECIPES[run.recipe].sounds:
+        return sounds.sample(run, options)
+    count = options.count or 64
     options.out = free_path(options.out, "grid.png")
     check_parent(options.out)
     picture = options.out.suffix.lower() == ".png"
@@ -33,15 +48,15 @@ def run_sample(options: argparse.Namespace) -> int:
         raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
     if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    run, replaced = opened(options, "sample", Draws), replaced_note(options.out)
-    images = generate(run.model, run.shape, options.count, options.seed, _labels(run, options.label, options.count))
+    replaced = replaced_note(options.out)
+    images = generate(run.model, run.shape, count, options.seed, labels_of(run, options.label, count))
     if picture:
         pictures.grid(images, options.out)
     else:
         options.out.mkdir(exist_ok=True)
         for k, image in enumerate(images):
             pictures.single(image, options.out / f"{k:06d}.png")
-    print(f"{options.out}{replaced}: {options.count} samples of {run.folder}")
+    print(f"{options.out}{replaced}: {count} samples of {run.folder}")
     return 0
 
 
@@ -49,12 +64,17 @@ def run_interpolate(options: argparse.Namespace) -> int:
     at_least("--pairs", options.pairs, 1)
     at_least("--steps", options.steps, 2)
     check_seed(options.seed)
+    run = opened(options, "sample", Draws)
+    if RECIPES[run.recipe].sounds:
+        return sounds.interpolate(run, options)
+    if options.between:
+        raise UsageError(f"--between: expected a run of a model of sounds, got one of {run.recipe}; remedy: omit it")
     options.out = free_path(options.out, "interpolation.png")
     check_png(options.out)
-    run, replaced = opened(options, "sample", Draws), replaced_note(options.out)
+    replaced = replaced_note(options.out)
     a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
     ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
-    labels = _labels(run, options.label, options.pairs)
+    labels = labels_of(run, options.label, options.pairs)
     if labels is None and run.classes:  # a class a row, not a picture
         labels = torch.arange(options.pairs) % len(run.classes)
     labels = None if labels is None else labels.repeat_interleave(options.steps)
@@ -88,9 +108,12 @@ def run_inpaint(options: argparse.Namespace) -> int:
 
 def run_reconstruct(options: argparse.Namespace) -> int:
     at_least("--count", options.count, 1)
+    run = opened(options, "reconstruct", Reconstructs)
+    if RECIPES[run.recipe].sounds:
+        return sounds.reconstruct(run, options)
     options.out = free_path(options.out, "reconstructed.png")
     check_png(options.out)
-    run, replaced = opened(options, "reconstruct", Reconstructs), replaced_note(options.out)
+    replaced = replaced_note(options.out)
     images = _images_for(run, options.data or run.config.data)
     batch = batch_for(run.model, images, slice(0, min(options.count, len(images))))
     with latents.evaluating(run.model):
@@ -177,14 +200,3 @@ def _mask(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     if not mask.any():
         raise UsageError(f"--mask: expected white where pixels are missing, got none in {path}")
     return mask
-
-
-def _labels(run: Opened, name: str | None, count: int) -> torch.Tensor | None:
-    """[count] labels of a class by its name; None: as the model chooses."""
-    if name is None:
-        return None
-    if not run.classes:
-        raise UsageError(f"--class: expected a run of a conditional model, got one of {run.recipe}; remedy: omit it")
-    if name not in run.classes:
-        raise UsageError(f"--class: expected one of {', '.join(run.classes)}, got {name}")
-    return torch.full((count,), run.classes.index(name))

@@ -37,7 +37,8 @@ The file sees sys.argv as under `python FILE.py`; arguments for it come last, af
 
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
-    "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block",
+    "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block"
+    " rate seconds trim mels n_fft hop scale",
     "model": "init",
     "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate seed",
     "machine": "device threads precision tf32 sync_bn shard",
@@ -147,19 +148,27 @@ def parser_of() -> argparse.ArgumentParser:
                 **(switch if kind is bool else value),
             )
 
-    sample = _of_a_run(commands, "sample", "draw samples: a grid, or a folder of pictures")
-    sample.add_argument("--count", type=int, default=64, help="number of pictures; default: %(default)s")
+    sample = _of_a_run(
+        commands, "sample", "draw samples: a grid, or a folder of pictures; sounds in one file or several"
+    )
+    sample.add_argument("--count", type=int, help="number of samples; default: 64 pictures or 16 sounds")
     sample.add_argument(
         "--out",
         type=Path,
-        help="a PNG file for a grid, or a new folder for one file per picture; default: grid.png, or a free number",
+        help="a PNG file for a grid, or a new folder for one file per picture; of sounds a WAV file (spectrograms are put"
+        " into a PNG file beside it) or a folder; default: grid.png or samples.wav, or a free number",
     )
-    interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents")
+    interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents, or two sounds")
+    interpolate.add_argument(
+        "--between", nargs=2, type=Path, metavar=("A", "B"), help="two sound files, for a run of a model of sounds"
+    )
     interpolate.add_argument(
         "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
     )
     interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
-    interpolate.add_argument("--out", type=Path, help="PNG file; default: interpolation.png, or a free number")
+    interpolate.add_argument(
+        "--out", type=Path, help="PNG file, of sounds WAV; default: interpolation.png, or a free number"
+    )
     inpaint = _of_a_run(commands, "inpaint", "fill in missing parts of pictures with a variational autoencoder")
     inpaint.add_argument(
         "--data", required=True, metavar="DATA", help="pictures to repair, in any form that `train` reads"
@@ -173,16 +182,18 @@ def parser_of() -> argparse.ArgumentParser:
     )
     inpaint.add_argument("--steps", type=int, default=200, help="optimization steps for z; default: %(default)s")
     inpaint.add_argument("--out", type=Path, help="PNG file; default: inpainted.png, or a free number")
-    what = "draw pictures and their reconstructions by an autoencoder"
+    what = "draw pictures or sounds and their reconstructions by an autoencoder"
     reconstruct = _of_a_run(commands, "reconstruct", what, draws=False)
     reconstruct.add_argument(
         "--data",
         default="",
         metavar="DATA",
-        help="pictures, in any form that `train` reads; default: the run's held-out data",
+        help="pictures or sounds, in any form that `train` reads; default: the run's held-out data",
     )
-    reconstruct.add_argument("--count", type=int, default=12, help="number of pictures; default: %(default)s")
-    reconstruct.add_argument("--out", type=Path, help="PNG file; default: reconstructed.png, or a free number")
+    reconstruct.add_argument("--count", type=int, default=12, help="number of them; default: %(default)s")
+    reconstruct.add_argument(
+        "--out", type=Path, help="PNG file, of sounds WAV; default: reconstructed.png, or a free number"
+    )
     what = "translate pictures by a run of cyclegan or pix2pix"
     translate = _of_a_run(commands, "translate", what, draws=False)
     translate.add_argument(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 NAMES = {
     "frechet_distance": "Fréchet distance", "kl": "KL", "bits_per_dim": "bits per dimension", "l1": "L1",
+    "negative_elbo": "negative ELBO", "mel_error_mean": "mel error of the mean",
     "psnr": "PSNR", "ssim": "SSIM", "psnr_bicubic": "PSNR of bicubic", "ssim_bicubic": "SSIM of bicubic",
 }  # fmt: skip
 MEANINGS = {
@@ -24,6 +25,9 @@ MEANINGS = {
     "ssim": "structural similarity to what they should be; 1 is best",
     "psnr_bicubic": "that of bicubic interpolation",
     "ssim_bicubic": "that of bicubic interpolation",
+    "negative_elbo": "reconstruction + KL, whatever beta; lower is better",
+    "mel_error": "dB between the spectrograms of sounds and of their reconstructions; lower is better",
+    "mel_error_mean": "that of the mean spectrogram in training, in place of reconstructions",
     "nats": "per text; lower is better",
     "tokens": "per text",
     "perplexity": "number of equally likely next tokens; lower is better",

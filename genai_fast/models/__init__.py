@@ -5,6 +5,7 @@ from __future__ import annotations
 from genai_fast import imports
 
 _HOMES = {
+    "audio_vae.model": "AudioVAE",
     "autoencoder.model": "Autoencoder",
     "common.generation": "Sampler decoder_for generate",
     "common.latents": "slerp",

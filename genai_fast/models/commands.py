@@ -13,6 +13,7 @@ FAMILIES = (
     "gan",
     "translation",
     "srgan",
+    "audio_vae",
     "gpt",
     "lstm",
     "seq2seq",

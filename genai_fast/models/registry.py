@@ -38,10 +38,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def make(name: str, config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The model of recipe `name` for images of shape (C, H, W).
+def make(name: str, config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The model of recipe `name` for images of shape (C, H, W), or sounds of (mels, frames).
 
-    Raises UsageError: the settings and the images do not go together.
+    Raises UsageError: the settings and the data do not go together.
     """
     recipe = RECIPES[name]
     if recipe.labelled and classes < 1:
@@ -52,4 +52,5 @@ def make(name: str, config: Config, shape: tuple[int, int, int], classes: int) -
     try:
         return recipe.make(config, shape, classes)
     except ValueError as error:
-        raise UsageError(f"{name}: {error}; the images' size is set by --size") from error
+        hint = "" if recipe.sounds else "; the images' size is set by --size"
+        raise UsageError(f"{name}: {error}{hint}") from error

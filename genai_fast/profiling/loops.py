@@ -82,7 +82,7 @@ def recipe(name: str, device: torch.device, batch: int | None, precision: str, s
 def _with_data(system: System, source: str) -> tuple[System, Feed]:
     """The system with what the data asks for, and the data in batches."""
     text = isinstance(system.config, TextConfig)
-    size = {} if text else {"size": system.shape[1]}
+    size = {"size": system.shape[1]} if hasattr(system.config, "size") else {}
     both = {"data_b": source} if RECIPES[system.recipe].translates else {}
     config = replace(system.config, data=source, **size, **both)
     task = task_of(system.recipe)(system.recipe, config)

@@ -68,12 +68,18 @@ def draw(model: nn.Module, train: Images, validation: Images, folder: Path) -> N
         _reconstructions(model, validation, folder / "reconstructions.png")
     if offers(model, Upscales):
         _enlargements(model, validation, folder / "samples.png")
-    if image_traits(model).latent == 2 and offers(model, Encodes) and train.labels is not None:
-        with torch.no_grad(), latents.evaluating(model):
-            codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
-        mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of VAEs (mu, logvar)
-        title = f"{'Mean of q(z | x)' if offers(model, Draws) else 'Code of x'}, {train.name}"
-        pictures.plane(mu, train.labels, train.classes, folder / "latent.png", title)
+    latent_plane(model, train, folder / "latent.png")
+
+
+def latent_plane(model: nn.Module, train: Images, path: Path) -> None:
+    """Write where a model with two latent dimensions has labelled images; nothing for others."""
+    if image_traits(model).latent != 2 or not offers(model, Encodes) or train.labels is None:
+        return
+    with torch.no_grad(), latents.evaluating(model):
+        codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
+    mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of VAEs (mu, logvar)
+    title = f"{'Mean of q(z | x)' if offers(model, Draws) else 'Code of x'}, {train.name}"
+    pictures.plane(mu, train.labels, train.classes, path, title)
 
 
 def _parts(count: int) -> Iterator[slice]:

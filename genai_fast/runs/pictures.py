@@ -36,6 +36,20 @@ def grid(images: torch.Tensor, path: Path, columns: int | None = None) -> torch.
     return sheet
 
 
+def spectrograms(features: torch.Tensor, path: Path, columns: int | None = None) -> torch.Tensor:
+    """Write spectrograms [N, mels, frames] in [0, 1] as a grid in colours from black to white, low bands at the bottom.
+
+    Returns: as `grid`.
+    """
+    colours = require("matplotlib", "train").colormaps["magma"]
+    values = _bytes(features).flip(1)
+    table = torch.tensor(colours(range(256)))[:, :3].float()
+    images = table[values.long()].permute(0, 3, 1, 2)
+    # A frame is wide and a band low: pictures as broad as high show both.
+    wide = max(1, round(features.shape[1] / features.shape[2]))
+    return grid(images.repeat_interleave(wide, 3), path, columns)
+
+
 def single(image: torch.Tensor, path: Path) -> None:
     """Write one image [C, H, W], C 1 or 3, floats clipped to [0, 1], pixel for pixel."""
     _save(_bytes(image), path)

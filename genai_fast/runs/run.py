@@ -17,6 +17,7 @@ from genai_fast.models.common.recipe import Pretrained
 from genai_fast.models.registry import RECIPES
 from genai_fast.precision import float32_products
 from genai_fast.runs import pictures
+from genai_fast.runs.audio_task import AudioTask
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.runs.text_task import TextTask
 from genai_fast.runs.translation_task import TranslationTask
@@ -55,7 +56,7 @@ class Opened:
     recipe: str
     config: Config
     model: nn.Module
-    shape: tuple[int, ...] = ()  # (C, H, W) of an image
+    shape: tuple[int, ...] = ()  # (C, H, W) of an image, (mels, frames) of a sound
     classes: tuple[str, ...] = ()  # names of the labels
     tokenizer: Tokenizer | None = None  # of a model of text
 
@@ -64,6 +65,8 @@ def task_of(name: str) -> type[ImageTask] | type[TextTask]:
     """What recipe `name` trains on."""
     if issubclass(RECIPES[name].config, TextConfig):
         return TextTask
+    if RECIPES[name].sounds:
+        return AudioTask
     return TranslationTask if RECIPES[name].translates else ImageTask
 
 

@@ -51,14 +51,26 @@ class ImageFeed:
         config, traits = self._config, image_traits(self._model)
         return data.batches(
             self._images, self.size, config.seed, epoch, start, signed=traits.signed,
-            labels=bool(traits.classes), whole=self._whole,
-            augment=Augment(config.flip, config.crop, config.rotate, config.jitter), rows=self.rows,
+            labels=bool(traits.classes), whole=self._whole, augment=self._augment(), rows=self.rows,
         )  # fmt: skip
+
+    def _augment(self) -> Augment | None:
+        config = self._config
+        return Augment(config.flip, config.crop, config.rotate, config.jitter)
 
     def all(self) -> Iterator[Batch]:
         size = self._config.batch_size
         for first in range(0, len(self._images), size):
             yield batch_for(self._model, self._images, slice(first, first + size))
+
+
+class SoundFeed(ImageFeed):
+    """Log-mel spectrograms of clips, unchanged."""
+
+    names = ("spectrograms", "labels")
+
+    def _augment(self) -> None:
+        return None
 
 
 class TranslationFeed:

@@ -8,8 +8,8 @@ import torch
 def mu_law_encode(x: torch.Tensor, levels: int = 256) -> torch.Tensor:
     """Samples in [-1, 1] -> the nearest of `levels` levels, int64 in [0, levels), in the shape of x.
 
-    Level (1 + f(x)) / 2 (levels - 1), rounded, where f(x) = sign(x) log(1 + m |x|) / log(1 + m), m = levels - 1. Samples
-    beyond [-1, 1] get the first or last level.
+    Level (1 + f(x)) m / 2, rounded, where f(x) = sign(x) log(1 + m |x|) / log(1 + m) and m = levels - 1. Samples beyond
+    [-1, 1] get the first or last level.
 
     Raises ValueError: x is no floating-point tensor, or there are fewer than 2 levels.
     Source: ITU-T G.711 (m = 255); van den Oord et al. 2016 (WaveNet), arXiv:1609.03499.

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast.config import Command, Config, TranslationConfig
+from genai_fast.config import AudioConfig, Command, Config, TranslationConfig
 from genai_fast.errors import UsageError
 from genai_fast.models.common.plain_loop import loss_step
 
 Values = dict[str, Any]
-"""The settings, and what the data adds: `shape`, `channels`, `size`, `input_size` and `classes` of images, `vocabulary`
-and `end` of text. A constructor gets those that its parameters name."""
+"""The settings, and what the data adds: `shape`, `channels`, `size`, `input_size` and `classes` of images, `shape`,
+`mels` and `frames` of sounds, `vocabulary` and `end` of text. A constructor gets those that its parameters name."""
 Networks = dict[str, nn.Module]
 
 
@@ -54,7 +54,7 @@ class Bench:
 
     name: of the system, in records.
     batch: samples a step.
-    shape: (C, H, W) of an image, (tokens,) of a text.
+    shape: (C, H, W) of an image, (mels, frames) of a sound, (tokens,) of a text.
     settings: over the recipe's own. Dropout, clipping and decay, which the plain loop does not have, are off.
     tolerance: of the losses, relative: noise, dropout and a narrow type differ.
     gpu: a CPU takes too long for it.
@@ -98,7 +98,7 @@ class Recipe:
     labelled: it needs labels.
     square: its images must be square.
     pairs: of a recipe that translates, images of one number or file name in both sets belong together.
-    feed: how text comes: windows, streams, sequences or pairs; "" for images.
+    feed: how text comes: windows, streams, sequences or pairs; "" for images and sounds.
     network: model -> the network that draws: the twin's.
     loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
         plain loop.
@@ -133,6 +133,11 @@ class Recipe:
         return issubclass(self.config, TranslationConfig)
 
     @property
+    def sounds(self) -> bool:
+        """A batch is log-mel spectrograms of sounds."""
+        return issubclass(self.config, AudioConfig)
+
+    @property
     def name(self) -> str:
         return self.command.name
 
@@ -141,10 +146,13 @@ class Recipe:
         return self.command.config
 
     def values(self, settings: Config, *of_data: Any) -> Values:
-        """Settings and what the data adds: (shape, number of classes) of images, (vocabulary, end) of text."""
+        """Settings and what the data adds: (shape, classes) of images and sounds, (vocabulary, end) of text."""
         values = {f.name: getattr(settings, f.name) for f in fields(settings)}
         if self.feed:
             values |= dict(zip(("vocabulary", "end"), of_data, strict=True))
+        elif self.sounds:
+            (mels, frames), _ = of_data
+            values |= {"shape": (mels, frames), "mels": mels, "frames": frames}
         else:
             shape, classes = of_data
             if self.square and shape[1] != shape[2]:

@@ -1,4 +1,4 @@
-"""What the variational autoencoders of images share."""
+"""What the variational autoencoders of images and sounds share."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ class VAEOutput(NamedTuple):
     logvar: torch.Tensor  # [B, latent]
 
 
-class ImageVAE(nn.Module):
+class VAE(nn.Module):
     """A variational autoencoder by what a subclass has: encode, decode, `latent` and `beta`.
 
-    Of a conditional one all methods take the labels [B] after the images.
+    Of a conditional one all methods take the labels [B] after the samples.
     """
 
     likelihood: str = "gaussian"
@@ -48,13 +48,20 @@ class ImageVAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:
-        """Images [...] a and b -> [steps, ...]: decoded from the line mu(a) to mu(b).
+        """Samples [...] a and b -> [steps, ...]: decoded from the line mu(a) to mu(b).
 
         The first and the last are the reconstructions of a and b. Runs in evaluation, and leaves each module's mode.
         """
         with latents.evaluating(self):
             z = latents.line(*self.encode(torch.stack([a, b]))[0], steps)
             return self._mean(self.decode(z)).view(-1, *a.shape)
+
+    def _mean(self, recon: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(recon) if self.likelihood == "bernoulli" else recon
+
+
+class ImageVAE(VAE):
+    """One of images, which it can repair."""
 
     def inpaint(
         self, x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None, *, steps: int = 200,
@@ -68,6 +75,3 @@ class ImageVAE(nn.Module):
         coders = (lambda images: self.encode(images, *given)), (lambda z: self.decode(z, *given))
         with latents.evaluating(self):
             return latents.inpaint(*coders, x, mask, steps=steps, **how)
-
-    def _mean(self, recon: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(recon) if self.likelihood == "bernoulli" else recon
