@@ -148,15 +148,13 @@ def parser_of() -> argparse.ArgumentParser:
                 **(switch if kind is bool else value),
             )
 
-    sample = _of_a_run(
-        commands, "sample", "draw samples: a grid, or a folder of pictures; sounds in one file or several"
-    )
+    sample = _of_a_run(commands, "sample", "draw samples: pictures in a grid or a folder; sounds in a file or a folder")
     sample.add_argument("--count", type=int, help="number of samples; default: 64 pictures or 16 sounds")
     sample.add_argument(
         "--out",
         type=Path,
-        help="a PNG file for a grid, or a new folder for one file per picture; of sounds a WAV file (spectrograms are put"
-        " into a PNG file beside it) or a folder; default: grid.png or samples.wav, or a free number",
+        help="a PNG file for a grid, or a new folder for one file per picture; of sounds a WAV file, with a PNG"
+        " file of spectrograms beside it, or a folder; default: grid.png or samples.wav, or a free number",
     )
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents, or two sounds")
     interpolate.add_argument(
@@ -166,9 +164,8 @@ def parser_of() -> argparse.ArgumentParser:
         "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
     )
     interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
-    interpolate.add_argument(
-        "--out", type=Path, help="PNG file, of sounds WAV; default: interpolation.png, or a free number"
-    )
+    what = "PNG file, of sounds WAV; default: interpolation.png or .wav, or a free number"
+    interpolate.add_argument("--out", type=Path, help=what)
     inpaint = _of_a_run(commands, "inpaint", "fill in missing parts of pictures with a variational autoencoder")
     inpaint.add_argument(
         "--data", required=True, metavar="DATA", help="pictures to repair, in any form that `train` reads"
@@ -191,9 +188,8 @@ def parser_of() -> argparse.ArgumentParser:
         help="pictures or sounds, in any form that `train` reads; default: the run's held-out data",
     )
     reconstruct.add_argument("--count", type=int, default=12, help="number of them; default: %(default)s")
-    reconstruct.add_argument(
-        "--out", type=Path, help="PNG file, of sounds WAV; default: reconstructed.png, or a free number"
-    )
+    what = "PNG file, of sounds WAV; default: reconstructed.png or .wav, or a free number"
+    reconstruct.add_argument("--out", type=Path, help=what)
     what = "translate pictures by a run of cyclegan or pix2pix"
     translate = _of_a_run(commands, "translate", what, draws=False)
     translate.add_argument(

@@ -1,4 +1,4 @@
-"""The commands on a run of a model of sounds: sample, interpolate, reconstruct. Each writes WAV, and a PNG beside it."""
+"""sample, interpolate and reconstruct, of a model of sounds: each writes WAV, and a PNG of spectrograms beside it."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class System:
     """A recipe, its settings, a batch, and the same in plain PyTorch.
 
     Both steps take images or log-mel spectrograms [batch, *shape], in [-1, 1] or [0, 1] as the model wants, and labels
-    where it has classes; of text ids of `vocabulary`, shape (tokens,), as the recipe's feed gives them; of a translation
-    images of both sets.
+    where it has classes; of text ids of `vocabulary`, shape (tokens,), as the recipe's feed gives them; of a
+    translation images of both sets.
     """
 
     recipe: str

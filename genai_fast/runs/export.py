@@ -21,6 +21,7 @@ from genai_fast.models.common.protocol import Draws, Translates, Upscales
 from genai_fast.models.common.recipe import Graph, Values
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import export_template
+from genai_fast.runs.audio_task import spectrum_of
 from genai_fast.runs.run import Opened
 from genai_fast.runs.text_task import TOKENIZER
 from genai_fast.training import checkpoint
@@ -81,6 +82,9 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     if run.tokenizer is not None:
         command, use = export_template.write, {"continues": run.model.continues}
         call = f'write(load(), Tokenizer(FOLDER / "{TOKENIZER}"), {_arguments(use)})'
+    elif RECIPES[run.recipe].sounds:
+        command, use = export_template.draw_sounds, {"latent": run.model.latent, "spectrum": spectrum_of(run.config)}
+        call = f"draw_sounds(load(), {_arguments(use)})"
     elif offers(run.model, Draws):
         traits, command = image_traits(run.model), export_template.draw
         use = {"shape": run.shape, "latent": traits.latent, "classes": run.classes, "signed": traits.signed}
@@ -97,7 +101,8 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     roots = [kind, *([export_template.Tokenizer, export_template.picker] if run.tokenizer is not None else []), command]
     imports, definitions = _copied(roots)
     name, definitions = (re.sub(r"\bPlain(?=[A-Z])", "", x) for x in (kind.__name__, definitions))
-    needs = "torch and safetensors" + ("" if run.tokenizer is not None else "; pictures need pillow")
+    pictures = run.tokenizer is None and command is not export_template.draw_sounds
+    needs = "torch and safetensors" + ("; pictures need pillow" if pictures else "")
     return f'''"""{name}, trained by `genai-fast train {run.recipe}` (version {__version__}), in plain PyTorch.
 
     python {SCRIPT} --help

@@ -7,12 +7,15 @@ import argparse
 import itertools
 import json
 import math
+import struct
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from genai_fast.data.audio.mel import Spectrum, to_sound
 from genai_fast.data.text.tokenizers import byte_alphabet
 
 
@@ -77,6 +80,33 @@ def draw(model: nn.Module, shape: tuple[int, int, int], latent: int, classes: tu
         parts = [decode(*part) for part in zip(*(x.split(100) for x in inputs), strict=True)]
     x = torch.cat(parts).view(-1, *shape)
     save_images((x * 0.5 + 0.5 if signed else x).clamp(0, 1), options.out, math.ceil(math.sqrt(options.count)))
+    print(f"{options.out}: {options.count} samples")
+
+
+def draw_sounds(model: nn.Module, latent: int, spectrum: Spectrum) -> None:
+    """The command line of a model that makes log-mel spectrograms of latents: sounds, one after the other."""
+    parser = argparse.ArgumentParser(description="Draw samples.")
+    parser.add_argument("--count", type=int, default=16, help="how many; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.wav"),
+        help="a WAV file, or a .pt file of spectrograms [N, mels, frames] in [-1, 1]; default: %(default)s",
+    )
+    options = parser.parse_args()
+    z = torch.randn(options.count, latent, generator=torch.Generator().manual_seed(options.seed))
+    with torch.no_grad():
+        features = torch.cat([model.decode(part) for part in z.split(100)])
+    if options.out.suffix == ".pt":
+        torch.save(features, options.out)
+    else:
+        samples = nn.functional.pad(to_sound(features, spectrum), (0, spectrum.rate // 5)).flatten()
+        with wave.open(str(options.out), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(spectrum.rate)
+            file.writeframes(struct.pack(f"<{len(samples)}h", *(samples * 32767).round().int().tolist()))
     print(f"{options.out}: {options.count} samples")
 
 

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import wave
 
 import numpy as np
 import pytest
@@ -22,7 +23,15 @@ from genai_fast.models.common import latents
 from genai_fast.models.common.sequences import delayed
 from genai_fast.models.registry import RECIPES
 from genai_fast.models.vrnn import VRNNDecoder
-from genai_fast.runs import export, export_template, image_evaluation, run, text_generation, translation_evaluation
+from genai_fast.runs import (
+    audio_evaluation,
+    export,
+    export_template,
+    image_evaluation,
+    run,
+    text_generation,
+    translation_evaluation,
+)
 from genai_fast.training import checkpoint
 from genai_fast.training.optimizer import make_optimizer
 
@@ -45,6 +54,7 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "pix2pix": ("pix2pix", {"width": 4}, ((1, 32, 32), 0)),
     "srresnet": ("srresnet", {"width": 4, "blocks": 1, "scale": 4}, ((3, 32, 32), 0)),
     "srgan": ("srgan", {"width": 4, "blocks": 1, "scale": 2}, ((1, 32, 32), 0)),
+    "audio-vae": ("audio-vae", {"latent": 4, "width": 8, "layers": 2, "mels": 20, "seconds": 0.3}, ((20, 13), 0)),
     "gpt": ("gpt", {**SMALL, "layers": 2, "block": 16}, "bpe"),
     "lstm": ("lstm", {"layers": 2, "embedding": 8, "hidden": 16}, "char"),
     "seq2seq": ("seq2seq", {**SMALL, "block": 32}, "byte"),
@@ -54,7 +64,8 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
 TEXT = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].feed]
 TRANSLATING = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].translates]
 ENLARGING = ["srresnet", "srgan"]
-DRAWING = [name for name in RUNS if name not in (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder")]
+OTHERS = (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder", "audio-vae")
+DRAWING = [name for name in RUNS if name not in OTHERS]
 
 
 def make_run(folder, name):
@@ -108,9 +119,10 @@ for folder in folders:
         sys.argv = ["model.py", "--count", "5", "--seed", "3", "--out", out]
         if "reconstruct" in model_py:
             sys.argv[1:5] = [folder + "/../picture.png"]
-        if not {"draw", "reconstruct"} & model_py.keys():
+        if not {"draw", "draw_sounds", "reconstruct"} & model_py.keys():
             sys.argv[1:] = [folder + "/../wide.png", "--out", folder + "/made"]
-        command = next(model_py[k] for k in ("draw", "reconstruct", "translate", "upscale") if k in model_py)
+        commands = ("draw", "draw_sounds", "reconstruct", "translate", "upscale")
+        command = next(model_py[k] for k in commands if k in model_py)
         runpy.run_path(folder + "/model.py", run_name="__main__")
         continue
     tokenizer = model_py["Tokenizer"](model_py["FOLDER"] / "tokenizer.json")
@@ -142,12 +154,31 @@ def elsewhere(exported):
     }
 
 
+def samples_of(path):
+    with wave.open(str(path)) as file:
+        return torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float()
+
+
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_script_draws_what_the_run_draws(exported, elsewhere, name):
     run, _ = exported[name]
     expected = image_evaluation.generate(run.model, run.shape, 5, seed=3)
     assert expected.std() > 0.01
     assert_close(elsewhere[name], expected)
+
+
+def test_a_script_draws_the_sounds_that_the_run_draws(exported, elsewhere, tmp_path):
+    run, folder = exported["audio-vae"]
+    expected = audio_evaluation.drawn(run.model, run.shape, 5, seed=3)
+    assert expected.std() > 0.01
+    assert_close(elsewhere["audio-vae"].clamp(-1, 1), expected)
+    made = ["--count", "2", "--seed", "3", "--out"]
+    assert call("sample", run.folder, *made, tmp_path / "ours.wav") == 0
+    command = [sys.executable, "-I", str(folder / "model.py"), *made, str(tmp_path / "theirs.wav")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (samples_of(tmp_path / f"{name}.wav") for name in ("ours", "theirs"))
+    assert ours.std() > 100 and (theirs - ours).abs().max() < 0.01 * ours.abs().max()
 
 
 def test_an_autoencoders_script_reconstructs(exported, elsewhere):

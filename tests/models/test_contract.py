@@ -38,7 +38,7 @@ def system(request):
     recipe = RECIPES[name]
     names = {f.name for f in fields(recipe.config)}
     config = recipe.config(**{key: value for key, value in TINY.items() if key in names} | settings)
-    shape = (12,) if recipe.feed else (1, 28, 28)
+    shape = (12,) if recipe.feed else (8, 13) if recipe.sounds else (1, 28, 28)
     return System(name, config, 4, shape, TOKENIZER.size, classes=3 if recipe.labelled else 0)
 
 
