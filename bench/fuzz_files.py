@@ -33,8 +33,8 @@ from torch import nn
 from bench.gpu_gate import processes, worker
 from bench.report.records import failures
 from genai_fast import atomic_files, config, data
-from genai_fast.data import text
-from genai_fast.errors import UsageError
+from genai_fast.data import audio, text
+from genai_fast.errors import UsageError, require
 from genai_fast.training import checkpoint
 
 SECONDS, BYTES = 1.0, 256 << 20  # of processor time, and of memory beyond what the process held before
@@ -72,6 +72,12 @@ def _picture(kind: str, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+def _sound(kind: str) -> bytes:
+    buffer, noise = io.BytesIO(), np.random.default_rng(0).uniform(-0.5, 0.5, 4000)
+    require("soundfile", "audio").write(buffer, noise, 22050, format=kind)
+    return buffer.getvalue()
+
+
 def _zipped(**members: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
@@ -102,6 +108,11 @@ def _folder(path: Path) -> Any:
     return data.load(path.parent, cache=False)
 
 
+def _sounds(path: Path) -> Any:
+    sounds = audio.load(path.parent, trim=40, cache=False)
+    return audio.clips_of(sounds, audio.Spectrum(), 8, cache=False)
+
+
 _IDX = b"\0\0\x08\x03" + struct.pack(">3I", 4, 8, 8) + bytes(256)
 _LINES = "\n".join(json.dumps({"text": f"document {k} of some words"}) for k in range(5)).encode()
 _HTML = b"<html><head><title>T</title></head><body><p>One &amp; two</p><ul><li>three</li></ul></body></html>"
@@ -115,7 +126,7 @@ def _tokenizer(folder: Path) -> Path:
 
 
 _CHECKPOINT = ("model.safetensors", "training.safetensors", "state.json")
-# What makes a sound file (alone in a folder, or with those it needs), and what loads it.
+# What makes an undamaged file (alone in a folder, or with those it needs), and what loads it.
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     **{
         f"checkpoint {n}": (_saved(n), lambda p: checkpoint.restore(p.parent, *_module(), threads=False))
@@ -123,6 +134,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     },
     "safetensors": (_weights, lambda path: checkpoint.load_matching(path, _module()[0])),
     **{k: (_of(f"a.{k}", lambda k=k: _picture(k)), _folder) for k in ("png", "jpeg", "webp", "gif", "bmp", "tiff")},
+    **{k: (_of(f"a.{k}", lambda k=k: _sound(k)), _sounds) for k in ("wav", "flac", "ogg")},
     "picture zip": (_of("a.zip", lambda: _zipped(a_png=_picture("png"), b_jpeg=_picture("jpeg"))), _images),
     "npz": (_of("a.npz", _arrays), _images),
     "idx": (_of("a-images-idx3-ubyte", lambda: _IDX), _images),

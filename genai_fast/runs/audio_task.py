@@ -28,7 +28,8 @@ def spectrum_of(settings: AudioConfig) -> Spectrum:
 
 def clips_for(settings: AudioConfig, source: str) -> audio.Clips:
     """The clips of some sounds as a run with these settings takes them."""
-    sounds = audio.load(source, settings.rate, trim=settings.trim, strict=settings.strict)
+    how = audio.treatment(settings.data, settings.rate, settings.trim)
+    sounds = audio.load(source, how.rate, trim=how.trim, strict=settings.strict)
     return audio.clips_of(sounds, spectrum_of(settings), settings.frames)
 
 
@@ -38,7 +39,7 @@ def first_clip(path: Path, settings: AudioConfig) -> torch.Tensor:
     Raises DataError: it cannot be read.
     """
     length, spectrum = (settings.frames - 1) * settings.hop, spectrum_of(settings)
-    x = audio.read_sound(path, audio.Treatment(settings.rate, settings.trim))[:length]
+    x = audio.read_sound(path, audio.treatment(settings.data, settings.rate, settings.trim))[:length]
     return audio.to_features(audio.mel_power(F.pad(x, (0, length - len(x))), spectrum), spectrum.scale)
 
 

@@ -9,7 +9,9 @@ from genai_fast.errors import UsageError
 
 
 @pytest.mark.parametrize("kind", fuzz_files.KINDS)
-def test_sound_files_are_read(kind):
+def test_undamaged_files_are_read(kind):
+    if kind in ("wav", "flac", "ogg"):
+        pytest.importorskip("soundfile", reason="pip install .[audio]")
     assert fuzz_files.load(f"{kind}-sound") is not None
 
 

@@ -5,9 +5,9 @@ from genai_fast import imports
 _HOMES = {
     "mel": "Spectrum griffin_lim mel_error mel_filters mel_power power_to_db to_features to_power to_sound",
     "mu_law": "mu_law_decode mu_law_encode",
-    "sound": "read_sound write_wav Treatment",
+    "sound": "Treatment read_sound write_wav",
     "sounds": "Clips Sounds clips_of",
-    "sources": "load",
+    "sources": "load treatment",
 }
 __all__ = sorted(" ".join(_HOMES.values()).split())
 __getattr__, __dir__ = imports.on_demand(__name__, _HOMES)

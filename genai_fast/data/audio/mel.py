@@ -90,18 +90,20 @@ def to_power(features: torch.Tensor, scale: str) -> torch.Tensor:
 
 
 def linear_power(mel: torch.Tensor, spectrum: Spectrum, steps: int = 50) -> torch.Tensor:
-    """Power at each frequency that has this mel power [..., mels, T]: [..., n_fft / 2 + 1, T].
+    """Power at each frequency that has about this mel power [..., mels, T]: [..., n_fft / 2 + 1, T].
 
-    Non-negative least squares by multiplicative steps from a spread of each band over its triangle.
+    Non-negative least squares by accelerated projected gradients, of bands scaled to filters of norm 1.
 
-    Source: Lee & Seung 2001, "Algorithms for non-negative matrix factorization".
+    Source: Beck & Teboulle 2009 (FISTA).
     """
     filters = mel_filters(spectrum).to(mel)
-    mel = mel.clamp(min=1e-10)
-    x = (filters.T @ (mel / filters.square().sum(1, keepdim=True).clamp(min=1e-10))).clamp(min=1e-10)
-    wanted = filters.T @ mel
-    for _ in range(steps):
-        x = x * wanted / (filters.T @ (filters @ x)).clamp(min=1e-10)
+    scale = filters.norm(dim=1, keepdim=True).clamp(min=1e-10)
+    filters, mel = filters / scale, mel / scale
+    rate = 1 / float(torch.linalg.matrix_norm(filters.double(), 2)) ** 2
+    x = ahead = torch.zeros(*mel.shape[:-2], filters.size(1), mel.size(-1), dtype=mel.dtype, device=mel.device)
+    for k in range(steps):
+        before, x = x, (ahead - rate * (filters.T @ (filters @ ahead - mel))).clamp(min=0)
+        ahead = x + k / (k + 3) * (x - before)
     return x
 
 

@@ -18,9 +18,10 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus")
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")  # libsndfile goes by content, and knows many more
 _SLOWEST, _FASTEST = 1000, 1_000_000  # samples per second
 # Samples of a file, and more only if its bytes are at least a hundredth of them: Opus at 8 kbit/s has 50 a byte.
-_SAMPLES, _RATIO = 1 << 26, 100
+_SAMPLES, _RATIO = 1 << 24, 100
 _BLOCK = 1 << 18  # samples read at a time
 _FULL = 32767  # of 16 bits
+_SILENT = 1e-6  # of full scale: nothing is louder, 120 dB below it
 _WINDOW, _HOP = 2048, 512  # of the level that silence is found by
 
 
@@ -70,21 +71,23 @@ def read_samples(file: BinaryIO, how: Treatment) -> np.ndarray:
 
 
 def _normalised(x: np.ndarray, trim: float) -> np.ndarray:
-    peak = float(np.abs(x).max(initial=0.0))
+    peak = max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
     if not math.isfinite(peak):  # of NaN too
         raise ValueError("samples that are not finite")
-    if peak == 0:
+    if peak < _SILENT:
         raise ValueError("silence")
     start, end = loud_part(x, trim) if trim else (0, len(x))
-    return np.round(x[start:end].astype(np.float64) * (_FULL / peak)).astype(np.int16)
+    scaled = x[start:end] * np.float32(_FULL / peak)
+    return np.rint(scaled, out=scaled).astype(np.int16)
 
 
 def loud_part(x: np.ndarray, trim: float) -> tuple[int, int]:
     """(start, end) of what is left of x [T] when both ends are cut off as far as they are `trim` decibels below the
     loudest: as `librosa.effects.trim`."""
-    padded = np.pad(np.square(x, dtype=np.float64), (_WINDOW // 2 + 1, _WINDOW // 2))
-    sums = np.cumsum(padded)
-    level = sums[_WINDOW::_HOP] - sums[: len(sums) - _WINDOW : _HOP]
+    hops = np.pad(x, (0, -len(x) % _HOP)).reshape(-1, _HOP)
+    power = np.pad(np.einsum("ij,ij->i", hops, hops, dtype=np.float64), (_WINDOW // _HOP // 2, _WINDOW // _HOP))
+    frames = 1 + len(x) // _HOP
+    level = sum(power[k : k + frames] for k in range(_WINDOW // _HOP))  # of a window around each multiple of the hop
     loud = np.flatnonzero(level > level.max() * 10 ** (-trim / 10))
     return int(loud[0]) * _HOP, min(len(x), (int(loud[-1]) + 1) * _HOP)
 

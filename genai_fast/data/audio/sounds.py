@@ -85,11 +85,13 @@ class Clips(Images):
                 f"{self.name}: expected enough {what} to hold out {fraction:g} of them, got {count}; remedy: more, or"
                 f" another share (--validation)"
             )
-        if len(sounds) > 1:
-            held = torch.isin(self.origin, sounds[permutation(count, seed)[:held_out]])
-        else:
-            held = torch.arange(count) >= count - held_out
-        return self.subset((~held).nonzero().flatten()), self.subset(held.nonzero().flatten())
+        if len(sounds) == 1:
+            return self.subset(torch.arange(count - held_out)), self.subset(torch.arange(count - held_out, count))
+        place = torch.empty(count, dtype=torch.int64)
+        place[permutation(count, seed)] = torch.arange(count)
+        of_clip = place[torch.searchsorted(sounds, self.origin)]
+        order, border = of_clip.argsort(stable=True), int((of_clip < held_out).sum())
+        return self.subset(order[border:]), self.subset(order[:border])
 
 
 def clips_of(sounds: Sounds, spectrum: Spectrum, frames: int, cache: bool | str | Path | None = None) -> Clips:

@@ -57,7 +57,8 @@ def load(
             may be in further folders that hold nothing else;
             such a file.
         rate: samples per second that all are resampled to.
-        trim: silence at both ends is cut off: what is that many decibels below the sound's loudest part; 0: nothing is.
+        trim: silence at both ends is cut off: what is that many decibels below the sound's loudest part; 0: nothing
+            is, but of "spoken-digits" what is 40 below.
         strict: a broken file is an error. Otherwise it is left out, with one warning for all.
         cache: a folder for the samples, which are then mapped and not read; None or True: `sounds` in
             $GENAI_FAST_CACHE, else in the user's cache folder; False: decode into memory.
@@ -68,13 +69,16 @@ def load(
     if rate < 1 or not (math.isfinite(trim) and trim >= 0):
         raise DataError(f"rate, trim: expected at least 1 sample per second and 0 dB, got {rate} and {trim:g}")
     check_packages()
-    return _load_sounds(source, Treatment(rate, trim), strict, cache)
+    return _load_sounds(source, treatment(source, rate, trim), strict, cache)
+
+
+def treatment(source: str | Path, rate: int, trim: float) -> Treatment:
+    """What `load` does to each file of a source."""
+    return Treatment(rate, spoken.TRIM if str(source) == spoken.NAME and not trim else trim)
 
 
 def _load_sounds(source: str | Path, how: Treatment, strict: bool, cache: bool | str | Path | None) -> Sounds:
     path, files = Path(source), _opened(source)
-    if isinstance(files, spoken.SpokenDigits):
-        how = how._replace(trim=how.trim or spoken.TRIM)
     try:
         check_arranged(path, SOUNDS, files.arranged, strict)
         entry = None
