@@ -131,7 +131,7 @@ def griffin_lim(
 
 
 def to_sound(features: torch.Tensor, spectrum: Spectrum, steps: int = 64, seed: int = 0) -> torch.Tensor:
-    """Sounds of features [..., mels, T] -> [..., (T - 1) hop] float32, none louder than 1."""
+    """Sounds of features [..., mels, T]: [..., (T - 1) hop] float32; one that is louder than 1 is scaled to 1."""
     power = linear_power(to_power(features.float(), spectrum.scale), spectrum)
     x = griffin_lim(power.sqrt(), spectrum.n_fft, spectrum.hop, steps, seed=seed)
     return x / x.abs().amax(-1, keepdim=True).clamp(min=1)
