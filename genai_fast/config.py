@@ -130,7 +130,11 @@ class AudioConfig(Config):
     mels: int = setting(128, "mel bands of the spectrogram", low=1, high=4096)
     n_fft: int = setting(2048, "samples of the spectrogram's window", low=4, high=1 << 16)
     hop: int = setting(512, "samples from one frame of the spectrogram to the next, at most half a window", low=1)
-    scale: str = setting("db", "scale of the spectrogram: decibels, or log(1 + x)", choices=("db", "log1p"))
+    scale: str = setting(
+        "db",
+        "scale of the spectrogram: decibels, or log(1 + x), which weighs what is quiet little",
+        choices=("db", "log1p"),
+    )
     grid_every: int = setting(1, "epochs between spectrograms and sounds of samples in grids/; 0: none", low=0)
 
     def __post_init__(self) -> None:

@@ -46,8 +46,6 @@ def first_clip(path: Path, settings: AudioConfig) -> torch.Tensor:
 class AudioTask(ImageTask):
     """A recipe for sounds and its data: log-mel spectrograms of clips."""
 
-    packages = ("PIL.Image",)
-
     def __init__(self, name: str, settings: AudioConfig, resumed: Path | None = None) -> None:
         clips = clips_for(settings, settings.data)
         self.name, self.settings, self.images = name, settings, clips

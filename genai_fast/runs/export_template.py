@@ -101,12 +101,13 @@ def draw_sounds(model: nn.Module, latent: int, spectrum: Spectrum) -> None:
     if options.out.suffix == ".pt":
         torch.save(features, options.out)
     else:
-        samples = nn.functional.pad(to_sound(features, spectrum), (0, spectrum.rate // 5)).flatten()
         with wave.open(str(options.out), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
             file.setframerate(spectrum.rate)
-            file.writeframes(struct.pack(f"<{len(samples)}h", *(samples * 32767).round().int().tolist()))
+            for part in features.split(100):
+                for x in nn.functional.pad(to_sound(part, spectrum), (0, spectrum.rate // 5)):
+                    file.writeframes(struct.pack(f"<{len(x)}h", *(x * 32767).round().int().tolist()))
     print(f"{options.out}: {options.count} samples")
 
 

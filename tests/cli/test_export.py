@@ -358,6 +358,15 @@ def test_onnx_of_a_conditional_model(exported, tmp_path):
 
 
 @torch.no_grad()
+def test_onnx_of_sounds(exported, tmp_path):
+    run, _ = exported["audio-vae"]
+    graph = graph_of(run, tmp_path / "a")
+    for rows in (1, 5):
+        z = latents.normal(rows, 4, 0)
+        assert_close(graph(z=z)[0], run.model.decode(z))
+
+
+@torch.no_grad()
 def test_onnx_of_a_gpt(exported, tmp_path):
     run, _ = exported["gpt"]
     graph = graph_of(run, tmp_path / "a")

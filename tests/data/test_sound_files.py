@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from genai_fast import errors
 from genai_fast.data import DataError, DataWarning, audio
 from genai_fast.data.audio import Spectrum, sound, sources, spoken
 from genai_fast.errors import UsageError
@@ -220,6 +221,15 @@ def test_all_clips_of_a_sound_are_held_out_together(folder):
 def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf'{package} does not import .*pip install ".\[audio\]"'):
+        audio.load(folder)
+
+
+def test_without_libsndfile_the_package_is_named(folder, monkeypatch):
+    def fail(module):
+        raise OSError("sndfile library not found")
+
+    monkeypatch.setattr(errors.importlib, "import_module", fail)
+    with pytest.raises(UsageError, match=r"soundfile does not import \(sndfile library not found\)"):
         audio.load(folder)
 
 

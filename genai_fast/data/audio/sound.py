@@ -12,7 +12,7 @@ import torch
 
 from genai_fast import atomic_files
 from genai_fast.data.reading import open_regular, parsing
-from genai_fast.errors import require
+from genai_fast.errors import missing, require
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus")
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")  # libsndfile goes by content, and knows many more
@@ -33,9 +33,12 @@ class Treatment(NamedTuple):
 
 
 def check_packages() -> None:
-    """Raises UsageError: soundfile or soxr does not import."""
-    require("soundfile", "audio")
-    require("soxr", "audio")
+    """Raises UsageError: soundfile, with the library that it brings, or soxr does not import."""
+    for package in ("soundfile", "soxr"):
+        try:
+            require(package, "audio")
+        except OSError as error:  # a system for which soundfile has no libsndfile
+            raise missing(package, "audio", str(error)) from error
 
 
 def read_samples(file: BinaryIO, how: Treatment) -> np.ndarray:

@@ -12,11 +12,19 @@ import numpy as np
 
 from genai_fast.cpu import allowed_cores
 from genai_fast.data import cache as store
-from genai_fast.data import class_folders
 from genai_fast.data.audio import spoken
 from genai_fast.data.audio.sound import SUFFIXES, Treatment, check_packages, read_samples
 from genai_fast.data.audio.sounds import Sounds
-from genai_fast.data.class_folders import Arranged, Kind, Source, check_arranged, in_threads, labels_of, report
+from genai_fast.data.class_folders import (
+    Arranged,
+    Kind,
+    Source,
+    check_arranged,
+    in_threads,
+    labels_of,
+    report,
+    source_of,
+)
 from genai_fast.data.errors import DataError, DataWarning, printable
 from genai_fast.data.reading import is_folder, open_regular, parsing
 
@@ -102,7 +110,7 @@ def _opened(source: str | Path) -> _AnySource:
         return spoken.SpokenDigits()
     path = Path(source)
     if is_folder(path, f"{spoken.NAME} or the path of a file or folder") or path.suffix.lower() == ".zip":
-        return class_folders.source_of(path, SOUNDS)
+        return source_of(path, SOUNDS)
     return _File(path)
 
 
