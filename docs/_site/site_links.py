@@ -6,6 +6,7 @@ shows this file.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -35,17 +36,24 @@ def lines_of(text: str) -> Iterator[tuple[str, bool]]:
 
 def rewritten(text: str, change: Callable[[str], str]) -> str:
     """The text with each link's target changed."""
-    return "".join(_changed(line, change) if is_prose else line for line, is_prose in lines_of(text))
+    parts = ((is_prose, "".join(lines)) for is_prose, lines in _parts(text))
+    return "".join(_changed(part, change) if is_prose else part for is_prose, part in parts)
 
 
-def _changed(line: str, change: Callable[[str], str]) -> str:
-    code = [found.span() for found in re.finditer(r"(`+)[^`]+\1", line)]
+def _parts(text: str) -> Iterator[tuple[bool, list[str]]]:
+    """Lines of one kind that follow each other, since a link may be broken between two."""
+    for is_prose, lines in itertools.groupby(lines_of(text), lambda line: line[1]):
+        yield is_prose, [line for line, _ in lines]
+
+
+def _changed(part: str, change: Callable[[str], str]) -> str:
+    code = [found.span() for found in re.finditer(r"(`+)(?:[^`\n]|\n(?!\n))+\1", part)]
 
     def replace(found: re.Match[str]) -> str:
         inside = any(start < found.start() < stop for start, stop in code)
         return found[0] if inside else f"{found[1]}({change(found[2])})"
 
-    return LINK.sub(replace, line)
+    return LINK.sub(replace, part)
 
 
 def is_external(target: str) -> bool:
