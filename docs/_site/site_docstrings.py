@@ -1,31 +1,32 @@
-"""Docstrings of this project as Markdown, for mkdocstrings: sections that begin with `Args:`, `Returns: ...` and so on."""
+"""Docstrings of this project as Markdown, for mkdocstrings: sections begin with `Args:`, `Returns: ...` and so on."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from typing import Any
 
 import griffe
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Gradients|Backends|Raises|Source|Yields)( [A-Z]\w+)?:\s*(.*)$")
 ITEM = re.compile(r"^([\w*]+(?:, [\w*]+)*(?: \([^)]*\))?): (.*)$")
+TITLES = {"Args": "Arguments"}
 LISTS = ("Args", "Attributes", "Raises")
 
 
 def markdown(docstring: str) -> str:
     """The docstring with a bold title for each section, and lists of arguments and errors."""
     lines: list[str] = []
-    section = ""
+    section, flush = "", False  # flush: the section's text goes on at the margin
     for line in docstring.splitlines():
         if found := SECTION.match(line):
-            section = found[1]
+            section, flush = found[1], bool(found[3])
             error = f" `{found[2].strip()}`:" if found[2] else ""
-            lines += ["", f"**{section}.**{error} {found[3]}".rstrip(), *([] if found[3] else [""])]
+            lines += ["", f"**{TITLES.get(section, section)}.**{error} {found[3]}".rstrip(), *([] if flush else [""])]
         elif section and line.startswith("    "):
-            lines.append(_inside(section, textwrap.dedent(line) if line[4] != " " else line[4:]))
+            flush = False
+            lines.append(_inside(section, line[4:]))
         else:
-            if section and line.strip():
+            if section and line.strip() and not flush:
                 section = ""
                 lines.append("")
             lines.append(line)
@@ -33,6 +34,7 @@ def markdown(docstring: str) -> str:
 
 
 def _inside(section: str, line: str) -> str:
+    """A line of a section, without the section's indentation; what goes on an item stays indented."""
     if section in LISTS and (item := ITEM.match(line)):
         return f"- `{item[1]}`: {item[2]}"
     return line

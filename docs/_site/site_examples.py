@@ -44,13 +44,18 @@ def _expression(value: Any) -> str:
     sizes, gradient = ", ".join(map(str, value.shape)), ", requires_grad=True" * value.requires_grad
     if value.dim() == 0 or value.numel() <= 4:
         dtype = ", dtype=torch.int32" * (value.dtype is torch.int32)
-        numbers = value.round(decimals=2) if value.is_floating_point() else value
-        return f"torch.tensor({numbers.tolist()!r}{dtype}{gradient})".replace("00000000000001", "")
+        return f"torch.tensor({_numbers(value.tolist())}{dtype}{gradient})"
     if not value.is_floating_point():
         return f"torch.randint({int(value.max()) + 1}, ({sizes},))"
     if not value.any():
         return f"torch.zeros({sizes}{gradient})"
     return f"torch.{'rand' if value.min() >= 0 else 'randn'}({sizes}{gradient})"
+
+
+def _numbers(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_numbers, value))}]"
+    return f"{value:.2f}" if isinstance(value, float) else repr(value)
 
 
 def _described(result: Any) -> str:

@@ -48,8 +48,8 @@ def _index() -> str:
     ]
     return "\n".join((
         "# Models\n",
-        f"`genai-fast train NAME` trains each of these {len(RECIPES)}; the commands that follow work on the run that it",
-        "writes. Every model has a twin in plain PyTorch with the same keys, which `genai-fast export` writes out.\n",
+        f"`genai-fast train NAME` trains these {len(RECIPES)}; the other commands work on the run that it makes.",
+        "Every model has a twin in plain PyTorch with the same keys, which `genai-fast export` writes out.\n",
         "| name | what it is |", "| --- | --- |", *rows,
         "\nWhat all of them share is on the page of [shared settings](/docs/models/settings.md). How to",
         "[add a model](/genai_fast/models/README.md).\n",

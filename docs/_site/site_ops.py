@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from site_examples import example
 from site_links import ROOT
 
 from genai_fast import ops
 from genai_fast.kernels.common.spec import OpSpec, Tensors
 from genai_fast.registry import OPS
-from genai_fast.table import backends_of, op_table
+from genai_fast.table import backends_of
 
 PREDICTED = "bench/results/predicted.md"
 FILES = {"reference": "reference.py", "cpu": "cpu_kernel.cpp", "triton": "triton_kernel.py"}
@@ -22,13 +20,19 @@ def pages() -> dict[str, str]:
 
 
 def _index() -> str:
-    table = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](/docs/ops/\1.md) |", op_table(), flags=re.MULTILINE)
+    rows = "\n".join(
+        f"| [`{op.name}`](/docs/ops/{op.name}.md) | {_cell(op.formula)} | {backends_of(op)} |"
+        f" {'yes' if op.double_backward else 'no gradient'} |"
+        for op in OPS.values()
+    )
     return f"""# Ops
 
-The public functions of `genai_fast.ops`. Each is tested on every backend against float64, in forward and backward; a
-backend whose column says "(some shapes)" leaves the others to the reference. `genai_fast.use_backend` forces one.
+The public functions of `genai_fast.ops`. Each is tested on every backend against float64, in forward and backward. A
+backend that serves "some shapes" leaves the others to the reference.
 
-{table}
+| op | computes | backends | second derivative |
+| --- | --- | --- | --- |
+{rows}
 
 ## Backends
 
@@ -59,6 +63,8 @@ def _page(op: OpSpec) -> str:
 | how the kernels work | [kernels/{op.folder}](/kernels/{op.folder}/README.md) |
 
 ::: {function.__module__}.{function.__name__}
+    options:
+      heading: Call
 
 {called}
 ## Operators and source
@@ -82,12 +88,12 @@ What the op refuses before it allocates anything. The messages are those that it
 
 def _operators(op: OpSpec) -> str:
     """Each operator of torch.ops.genai_fast, with a link to the file of each backend that has a kernel of it."""
-    lines = ["| operator of `torch.ops.genai_fast` | backends |", "| --- | --- |"]
+    lines = ["| backends | operator of `torch.ops.genai_fast` |", "| --- | --- |"]
     for library in op.library:
         folder = ROOT / "kernels" / op.folder
         there = [b for b in FILES if b == "reference" or (b in library.kernels and (folder / FILES[b]).exists())]
         links = ", ".join(f"[{backend}](/kernels/{op.folder}/{FILES[backend]})" for backend in there)
-        lines.append(f"| `{library.schema}` | {links} |")
+        lines.append(f"| {links} | `{library.schema}` |")
     return "\n".join(lines)
 
 
@@ -97,7 +103,7 @@ def _errors(op: OpSpec) -> str:
         try:
             getattr(ops, op.name)(**case.inputs(Tensors()))
         except case.error as error:
-            said = " ".join(str(error).split()).replace("|", "\\|").replace("`", "'")
+            said = _cell(" ".join(str(error).split())).replace("`", "'")
             lines.append(f"| {case.name.replace('_', ' ')} | `{type(error).__name__}: {said}` |")
         else:
             raise AssertionError(f"{op.name}, {case.name}: expected {case.error.__name__}, got a result")
@@ -139,6 +145,10 @@ def _predicted(name: str) -> str:
         return f"No Triton kernel of this op is in [the predicted figures](/{PREDICTED})."
     text = "Computed from the counters of an emulated GPU and data sheets, not measured: "
     return f"{text}[what that means](/{PREDICTED}).\n" + "\n".join(found)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _without_first(row: str) -> str:

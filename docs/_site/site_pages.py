@@ -1,4 +1,4 @@
-"""All pages of the documentation, path in the site -> Markdown: written ones, generated ones, and files they link to."""
+"""All pages of the documentation, path in the site -> Markdown: written, generated, and files that these link to."""
 
 from __future__ import annotations
 
