@@ -1,17 +1,26 @@
-"""What users read first is idiomatic: a list of habits that crept in, each with what to write instead.
+"""What users read first is idiomatic English: a list of habits that crept in, each with what to write instead.
 
-It reads the README, the documentation's own pages and the help of the command line. A word that is right in its place is
-written in code marks, or the pattern here is made narrower.
+It reads the README, the documentation with the files that its pages include, public docstrings and the help of the
+command line. If a word is right in its place, make the pattern here narrower.
 """
 
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+import genai_fast
+from genai_fast import layers, ops
 from genai_fast.cli.parser import commands_of, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs/_site"))
+
+import site_links  # noqa: E402
+import site_pages  # noqa: E402
+
 HABITS = {
     r"behind": "after",
     r"beside": "next to, compared with, in addition to",
@@ -23,8 +32,7 @@ HABITS = {
     r"mend(s|ed)?": "fix",
     r"(no|some)body|whoever": "users, callers, a process: name the actor",
     r"(?<!there )(is|are) no (?!longer|slower|faster|more|less|larger|smaller|such)\w+": "is not a",
-    r"(stands|lies)": "is",
-    r"lie (beside|in|on)": "are in",
+    r"stands(?! for)": "is",
     r"a (\w+ )?\w+ an? (epoch|step|op|layer|machine|row|family|process|call|core|GPU)": "per",
     r"so (many|much)(?! that)": "a given number of, or this many",
     r"(is|are|was|were) (told|said)": "is passed, is reported",
@@ -49,11 +57,25 @@ def found(text):
         yield text.count("\n", 0, match.start()) + 1, match[0], better
 
 
-@pytest.mark.parametrize("path", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
+PAGES = site_pages.written().values()
+INCLUDED = {
+    site_links.repository_path(path, "docs") for page in PAGES for path in site_pages.INCLUDE.findall(page.read_text())
+}
+READ = ["README.md", *(page.relative_to(ROOT).as_posix() for page in PAGES), *sorted(INCLUDED)]
+
+
+@pytest.mark.parametrize("path", READ)
 def test_pages(path):
     assert [
         f"{path}:{line}: {words!r}; better: {better}" for line, words, better in found((ROOT / path).read_text())
     ] == []
+
+
+def test_public_docstrings():
+    public = [getattr(home, name) for home in (genai_fast, ops, layers) for name in home.__all__]
+    texts = {thing.__name__: inspect.getdoc(thing) or "" for thing in public if callable(thing)}
+    assert len(texts) > 40
+    assert [(name, words, better) for name, text in texts.items() for _, words, better in found(text)] == []
 
 
 def test_help_of_the_command_line():
@@ -63,6 +85,5 @@ def test_help_of_the_command_line():
 
 
 def test_habits_are_found_in_prose_and_not_in_code():
-    assert [words for _, words, _ in found("It goes on behind it. `behind`\n```python\nin vain\n```\nIt is no longer.\n")] == [
-        "goes on", "behind",
-    ]  # fmt: skip
+    text = "It goes on behind it. `behind`\n```python\nin vain\n```\nIt is no longer.\n"
+    assert [words for _, words, _ in found(text)] == ["goes on", "behind"]
