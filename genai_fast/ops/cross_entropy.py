@@ -97,8 +97,8 @@ def cross_entropy(
     Gradients: logits, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are not
-        classes are found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions their loss
-        and gradient are NaN.
+        classes are found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions their
+        loss and gradient are NaN.
     Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery
         et al. 2022, arXiv:2204.02311 (z-loss).
     """
