@@ -116,7 +116,7 @@ def _measured(recipe: Recipe) -> str:
         for bench in recipe.benches
     ]
     return "\n".join((
-        f"{profile} The benchmark (`bench/bench_training.py`) has it beside the plain twin as:\n",
+        f"{profile} The benchmark (`bench/bench_training.py`) compares it with the plain twin as:\n",
         "| system | batch | measured on |", "| --- | --- | --- |", *rows,
     ))  # fmt: skip
 
@@ -176,6 +176,8 @@ def _allowed(f: Field) -> str:
         return "on, off"
     if isinstance(f.default, str):
         return "text"
+    if low > float("-inf") and high < 1e9:
+        return f"{low:g} to {high:g}"
     bounds = [f"> {above:g}"] * (above > float("-inf")) + [f">= {low:g}"] * (low > float("-inf"))
     return ", ".join(bounds + [f"<= {high:g}"] * (high < 1e9)) or "number"
 
