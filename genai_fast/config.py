@@ -96,7 +96,7 @@ class TranslationConfig(ImageConfig):
 
     data: str = setting("", "pictures of set A, in any form that other recipes for images take")
     data_b: str = setting(
-        "", "pictures of set B; for pix2pix the partners of A's by file name, or by order where there are no names"
+        "", "pictures of set B; for pix2pix the partners of A's by file name, or by order if there are no names"
     )
 
 
