@@ -10,7 +10,7 @@ from bench.report import files, records
 from bench.report.records import Record, ReportError
 from bench.report.tables import Figure, best, cell, milliseconds, slower, speed, table, title
 
-BEGIN, END = "<!-- gpu headline: begin -->", "<!-- gpu headline: end -->"
+BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 # Chosen before any was measured: (op, case, dtype).
 OPS = (
     ("reparameterize_kl", "vae_wide-4096x512", "float32"),
