@@ -16,7 +16,7 @@ help:
 	@echo "make demo-text  train a GPT on the English inside Python (about three minutes)"
 	@echo "make test    all tests"
 	@echo "make asan    the C++ kernels under AddressSanitizer and UBSan, on all cases and on odd calls"
-	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
+	@echo "make bench   eager, torch.compile and fused side by side on this machine; a record in bench/results, its page"
 	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120 and run all on emulated GPUs; no GPU needed"
 	@echo "make lint    ruff, and mypy on the public API"
 	@echo "make docs    build the documentation into build/site; a warning is an error"
@@ -63,8 +63,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python -m bench.report build/bench.json --out build
+	$(BIN)/python -m pytest bench --benchmark-only --record
 
 gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.compile_gate --check

@@ -1,7 +1,7 @@
-"""The op table of the README, made from the registry.
+"""The op table of kernels/README.md, made from the registry.
 
-python -m genai_fast.table            print it
-python -m genai_fast.table README.md  write it between the marks there
+python -m genai_fast.table                    print it
+python -m genai_fast.table kernels/README.md  write it between the marks there
 """
 
 import sys

@@ -12,7 +12,7 @@ from site_links import DOCS, ROOT, is_external, relative, repository_path, rewri
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 LANGUAGES = {
     ".py": "python", ".cpp": "cpp", ".h": "cpp", ".toml": "toml", ".json": "json", ".yml": "yaml", ".txt": "text",
-    "": "text",
+    "": "text", ".cff": "yaml",
 }  # fmt: skip
 
 
