@@ -201,5 +201,5 @@ def _layers() -> str:
     names = genai_fast.layers.__all__
     homes = {name: getattr(genai_fast.layers, name).__module__ for name in names}
     return "# Layers\n\nDrop-ins for modules of `torch.nn`: same constructors and state-dict keys.\n\n" + "\n\n".join(
-        f"## {name}\n\n::: {homes[name]}.{name}" for name in names
+        f"::: {homes[name]}.{name}\n    options:\n      members: [forward]" for name in names
     )
