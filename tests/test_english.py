@@ -71,6 +71,11 @@ def test_pages(path):
     ] == []
 
 
+def test_generated_pages():
+    texts = site_pages.generated()
+    assert [(page, words, better) for page, text in texts.items() for _, words, better in found(text)] == []
+
+
 def test_public_docstrings():
     public = [getattr(home, name) for home in (genai_fast, ops, layers) for name in home.__all__]
     texts = {thing.__name__: inspect.getdoc(thing) or "" for thing in public if callable(thing)}

@@ -10,6 +10,7 @@ import torch
 from genai_fast import ops
 from genai_fast.kernels.common.spec import OpSpec, Tensors
 
+MOST_COLUMNS = 74  # of a call; what fits on a page without scrolling
 MOST_ITEMS = 2  # of a list of tensors; longer ones are weights of whole models, which nobody types
 
 
@@ -27,10 +28,10 @@ def example(op: OpSpec) -> str:
     lines = [f"{name} = {_expression(value)}" for name, value in made.items()]
     exec("\n".join(lines), names)
     first, *others = inputs
-    arguments = [first, *(f"{name}={name if name in made else repr(inputs[name])}" for name in others)]
+    arguments = [first, *(f"{name}={name if name in made else _constant(inputs[name])}" for name in others)]
     call = f"ops.{op.name}({', '.join(arguments)})"
-    if len(call) > 100:
-        call = f"ops.{op.name}(\n    {', '.join(arguments)},\n)"
+    if len(call) > MOST_COLUMNS:
+        call = f"ops.{op.name}(\n" + "".join(f"    {argument},\n" for argument in arguments) + ")"
     result = eval(call, names)
     assigned = f"result = {call}" if result is not None else call
     shape = "" if result is None else f"\n# {_described(result)}"
@@ -50,6 +51,10 @@ def _expression(value: Any) -> str:
     if not value.any():
         return f"torch.zeros({sizes}{gradient})"
     return f"torch.{'rand' if value.min() >= 0 else 'randn'}({sizes}{gradient})"
+
+
+def _constant(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def _numbers(value: Any) -> str:

@@ -18,6 +18,13 @@ SHARED: dict[type[config.Config], str] = {
     config.Config: "Every recipe", config.ImageConfig: "Images", config.TranslationConfig: "Image translation",
     config.TextConfig: "Text",
 }  # fmt: skip
+# Samples in docs/pictures/<name>.png, and the commands that made them.
+PICTURES = {
+    "vae": (
+        "genai-fast train vae --data mnist --epochs 20",
+        "genai-fast sample runs/vae-mnist --count 16 --out vae.png",
+    )
+}
 
 
 def pages() -> dict[str, str]:
@@ -84,7 +91,7 @@ def _recipe(family: str, recipe: Recipe) -> str:
 {examples}
 ```
 
-{_kind_of_data(recipe)}
+{_picture(recipe)}{_kind_of_data(recipe)}
 
 Its own settings, and those whose default differs from the [shared ones](/docs/models/settings.md#{_anchor(base)}):
 
@@ -97,6 +104,14 @@ Its own settings, and those whose default differs from the [shared ones](/docs/m
 def _exported(recipe: Recipe) -> str:
     name = recipe.model.__name__
     return f" (`genai_fast.models.{name}`)" if getattr(models, name, None) is recipe.model else ""
+
+
+def _picture(recipe: Recipe) -> str:
+    if recipe.name not in PICTURES:
+        return ""
+    commands = "\n".join(f"$ {command}" for command in PICTURES[recipe.name])
+    picture = f"![Samples of {recipe.name}](/docs/pictures/{recipe.name}.png)"
+    return f'{picture}\n\nSamples, not selected, made by\n\n```console title="takes minutes"\n{commands}\n```\n\n'
 
 
 def _kind_of_data(recipe: Recipe) -> str:
@@ -116,7 +131,7 @@ def _measured(recipe: Recipe) -> str:
         for bench in recipe.benches
     ]
     return "\n".join((
-        f"{profile} The benchmark (`bench/bench_training.py`) has it beside the plain twin as:\n",
+        f"{profile} The benchmark (`bench/bench_training.py`) compares it with the plain twin as:\n",
         "| system | batch | measured on |", "| --- | --- | --- |", *rows,
     ))  # fmt: skip
 
@@ -176,6 +191,8 @@ def _allowed(f: Field) -> str:
         return "on, off"
     if isinstance(f.default, str):
         return "text"
+    if low > float("-inf") and high < 1e9:
+        return f"{low:g} to {high:g}"
     bounds = [f"> {above:g}"] * (above > float("-inf")) + [f">= {low:g}"] * (low > float("-inf"))
     return ", ".join(bounds + [f"<= {high:g}"] * (high < 1e9)) or "number"
 
