@@ -38,11 +38,11 @@ The file sees sys.argv as under `python FILE.py`; arguments for it come last, af
 # What the program says alone: commands to begin with, and what for.
 _GUIDE = (
     ("doctor", "what works on this machine"),
-    ("demo", "a VAE trained on handwritten digits, in two minutes"),
-    ("train dcgan --data PHOTOS", "on your pictures; text: train gpt --data BOOK.txt"),
-    ("train dcgan --help", "the model's settings; all models: train --help"),
+    ("demo", "a VAE trained on digits, in two minutes"),
+    ("train dcgan --data PHOTOS", "on pictures; or gpt --data BOOK.txt"),
+    ("train dcgan --help", "its settings; all models: train --help"),
     ("sample runs/dcgan-PHOTOS", "pictures drawn by what was trained"),
-    ("profile train.py:train", "where the time of your own training step goes"),
+    ("profile train.py:train", "where your training step's time goes"),
     ("--help", "all commands"),
 )
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guide() -> str:
     program = command()
-    lines = [f"  {program} {words}".ljust(len(program) + 31) + what for words, what in _GUIDE]
+    lines = [f"  {program} {words}".ljust(len(program) + 30) + what for words, what in _GUIDE]
     return "\n".join([f"genai_fast {__version__}: fused kernels for generative models", "", *lines])
 
 

@@ -228,7 +228,8 @@ def test_demo(here, capsys, monkeypatch):
     assert made >= pictures | {"metrics.jsonl", "config.toml", "checkpoint-000000036"}
     said = capsys.readouterr().out
     assert re.search(r"backend: +\w+ \(instruction set \w+, \d+ threads", said)
-    assert re.search(r"speed: +[\d.]+ x eager PyTorch", said) and "next:" in said
+    assert re.search(r"speed: +[\d.]+ x PyTorch as it comes, a training step of 128", said) and "next:" in said
+    assert re.search(r"[\d.]+ x by kernels, [\d.]+ x by settings of the process", said)
 
 
 def test_doctor(capsys):
