@@ -5,8 +5,10 @@ The allocator's habits and the library of matrix products belong to a process, a
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.compare import compare
@@ -17,7 +19,10 @@ def stock_seconds(system: System, device: str, rounds: int) -> float:
     """Median seconds of a plain step. Raises RuntimeError: the process failed, with what it said."""
     given = json.dumps({"system": dataclasses.asdict(system), "device": device, "rounds": rounds})
     command = [sys.executable, "-m", "genai_fast.profiling.stock"]
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    # Also of a checkout that is not installed.
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
     return float(json.loads(done.stdout.splitlines()[-1]))
