@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 OLD_TRITON := build/triton-3.6.0
+DOCS := $(VENV)/.docs
 
-.PHONY: help install demo demo-gan demo-text test asan lint bench gate clean
+.PHONY: help install demo demo-gan demo-text test asan lint bench gate docs clean
 
 help:
 	@echo "make demo    train a VAE on real handwritten digits (about two minutes, first install apart)"
@@ -15,9 +16,10 @@ help:
 	@echo "make demo-text  train a GPT on the English inside Python (about three minutes)"
 	@echo "make test    all tests"
 	@echo "make asan    the C++ kernels under AddressSanitizer and UBSan, on all cases and on odd calls"
-	@echo "make bench   eager, torch.compile and fused side by side, on the device that is here"
+	@echo "make bench   eager, torch.compile and fused side by side on this machine; a record in bench/results, its page"
 	@echo "make gate    compile every Triton kernel for sm_80, 90, 100, 120 and run all on emulated GPUs; no GPU needed"
 	@echo "make lint    ruff, and mypy on the public API"
+	@echo "make docs    build the documentation into build/site; a warning is an error"
 	@echo "make clean   remove what the above made, but not runs/"
 
 install: $(READY)
@@ -61,8 +63,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python -m bench.report build/bench.json --out build
+	$(BIN)/python -m pytest bench --benchmark-only --record
 
 gate: $(READY) $(OLD_TRITON)
 	$(BIN)/python -m bench.compile_gate --check
@@ -75,6 +76,14 @@ gate: $(READY) $(OLD_TRITON)
 
 $(OLD_TRITON):
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==3.6.0
+
+$(DOCS): $(READY)
+	$(PIP) --no-build-isolation -e ".[docs]"
+	@touch $@
+
+# The pages of ops and models are made from the installed package: docs/_site.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache .benchmarks .hypothesis genai_fast/_cpu*.so

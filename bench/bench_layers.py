@@ -14,7 +14,7 @@ from torch import nn
 
 from bench import memory
 from bench.points import DEVICE, ROUNDS
-from bench.variants import COMPILED, FUSED, ratios, ready, walls, warm
+from bench.variants import COMPILED, FUSED, ratios, ready, spreads, walls, warm
 from genai_fast import fuse
 from genai_fast.models.common.plain_conv import conv_block
 from genai_fast.models.gan.plain import PlainDCGANDiscriminator, PlainDCGANGenerator
@@ -151,28 +151,31 @@ def red(subject: Subject) -> str:
     return ""
 
 
-@functools.cache
-def figures(subject: Subject) -> dict[str, Any]:
+def figures(subject: Subject, seconds: float = SECONDS, compiled: bool = True) -> dict[str, Any]:
     """Median wall time of each variant, interleaved, and the bytes that it holds at most."""
     load = ForeignLoad()
-    steps, skipped = ready({v: lambda v=v: warm(subject.step(v)) for v in subject.variants}, (COMPILED,))
-    wall = {name: t.median for name, t in compare(steps, rounds=ROUNDS, seconds=SECONDS).timings.items()}
+    makers = {v: lambda v=v: warm(subject.step(v)) for v in subject.variants if compiled or v != COMPILED}
+    steps, skipped = ready(makers, (COMPILED,))
+    clocked = compare(steps, rounds=ROUNDS, seconds=seconds)
+    wall = {name: t.median for name, t in clocked.timings.items()}
     variants = walls(wall)
     for name, step in steps.items():
         variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
     op = f"fuse, {'training' if subject.training else 'evaluation'}"
     head = {"op": op, "case": f"{subject.model}-{subject.layout}", "dtype": "float32", "device": DEVICE}
-    return {**head, "variants": variants | skipped, "ratio": ratios(wall), "foreign_load": load.cores()}
+    measured = {"ratio": ratios(wall), "spread": spreads(clocked), "foreign_load": load.cores()}
+    return {**head, "variants": variants | skipped, **measured}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+_QUICK = [f"{name}-training-contiguous" for name in ("dcgan_64_generator_block", "diffusion_block", "char_rnn_gru")]
+
+
+@pytest.mark.parametrize(
+    "subject", [pytest.param(s, id=str(s), marks=[pytest.mark.quick] * (str(s) in _QUICK)) for s in SUBJECTS]
+)
 @pytest.mark.benchmark(max_time=0.5)
-def test_layers(benchmark, figures_of_session, subject):
-    assert not red(subject), red(subject)
-    benchmark.group = str(subject)
-    if not benchmark.disabled:
-        found = figures(subject)
-        figures_of_session.append(found)
-        benchmark.extra_info.update(found, variant=FUSED)
+def test_layers(benchmark, measured, quick, subject):
+    seconds = 0.5 if quick else SECONDS
+    measured(benchmark, "figures", str(subject), lambda: red(subject), lambda: [figures(subject, seconds, not quick)])
     step = subject.step(FUSED)
     benchmark(step if DEVICE == "cpu" else lambda: (step(), torch.cuda.synchronize()))

@@ -1,7 +1,7 @@
 """Every op against eager PyTorch and torch.compile: `pytest bench/ --benchmark-only`.
 
-pytest-benchmark clocks one variant after the other; the ratio stored with them is of interleaved medians,
-since between one benchmark and the next the machine changes more than the code does.
+Ratios are of interleaved medians: between one benchmark and the next the machine changes more than the code does. What
+pytest-benchmark clocks is the fused op alone.
 """
 
 import functools
@@ -9,41 +9,19 @@ import functools
 import pytest
 import torch
 
-from bench.points import COMPILED, DEVICE, Point, figures, points, red
+from bench.points import DEVICE, FUSED, figures, points, red
 
 POINTS = tuple(points(DEVICE))
-red_once = functools.cache(red)
-
-
-@functools.cache
-def figures_once(point: Point) -> dict:
-    return figures(point)
+_FIRST = {point.op.name: point for point in reversed(POINTS)}.values()  # of each op
 
 
 @pytest.mark.parametrize(
-    ("point", "variant"), [pytest.param(point, v, id=f"{point}-{v}") for point in POINTS for v in point.variants]
+    "point", [pytest.param(p, id=str(p), marks=[pytest.mark.quick] * (p in _FIRST)) for p in POINTS]
 )
 @pytest.mark.benchmark(max_time=0.5)
-def test_op(benchmark, figures_of_session, point, variant):
-    assert not red_once(point), "no clock on a red gate"
+def test_op(benchmark, measured, quick, point):
     torch.manual_seed(0)
-    benchmark.group = f"{point.op} {point.case} {point.precision}"
-    step = prepared(point, variant)
-    if benchmark.disabled:
-        benchmark(step)
-        return
-    found = figures_once(point)
-    if found not in figures_of_session:
-        figures_of_session.append(found)
-    benchmark.extra_info.update(found, variant=variant)
+    clock = functools.partial(figures, point, 0.5 if quick else None, compiled=not quick)
+    measured(benchmark, "figures", str(point), lambda: red(point), lambda: [clock()])
+    step = point.step(FUSED)
     benchmark(step if DEVICE == "cpu" else lambda: (step(), torch.cuda.synchronize()))
-
-
-def prepared(point, variant):
-    step = point.step(variant)
-    if variant == COMPILED or variant in point.op.gpu_peers:
-        try:
-            step()
-        except Exception as error:  # whatever the compiler raises; a peer's kernel may not serve the case
-            pytest.skip(f"{variant}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    return step

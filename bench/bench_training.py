@@ -7,12 +7,12 @@ products belong to a process, and so do its habits. Every side is measured as Py
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,11 +49,12 @@ class Worker:
         self._process = subprocess.Popen(command, cwd=files.ROOT, stdin=pipe, stdout=pipe, text=True)
         self._read()
 
-    def clock(self) -> float:
-        """Median seconds a step."""
+    def clock(self) -> tuple[float, float]:
+        """Median seconds a step, and the seconds of processors that clocking used."""
         self._process.stdin.write("clock\n")
         self._process.stdin.flush()
-        return self._read()["seconds"]
+        found = self._read()
+        return found["seconds"], found["used"]
 
     def _read(self) -> dict[str, float]:
         for line in self._process.stdout:  # a library may print something first
@@ -67,20 +68,23 @@ class Worker:
         self._process.stdout.close()
 
 
-def sides(system: str) -> list[tuple[str, str]]:
+Workers = dict[tuple[str, str], Worker]
+
+
+def sides(system: str, peers: bool = True) -> list[tuple[str, str]]:
     """What is measured, and in which process: the others are peers as PyTorch comes."""
     chosen = SYSTEMS[system]
     more = [autocast_of(chosen)] if chosen.config.precision == "bfloat16" else []
-    more += [COMPILED] if COMPILED in variants(chosen, "cpu") else []
+    more += [COMPILED] if peers and COMPILED in variants(chosen, "cpu") else []
     return [*((side, setting) for setting in (STOCK, TUNED) for side in (EAGER, FUSED)), *((m, STOCK) for m in more)]
 
 
 @contextlib.contextmanager
-def workers(system: str, device: str) -> Iterator[tuple[dict[tuple[str, str], Worker], dict[str, str]]]:
+def workers(pairs: list[tuple[str, str]], system: str, device: str) -> Iterator[tuple[Workers, dict[str, str]]]:
     """One for each side and setting, warmed up one after the other; and why a compiled one is not there."""
     with contextlib.ExitStack() as stack:
         found, skipped = {}, {}
-        for side, setting in sides(system):
+        for side, setting in pairs:
             try:
                 found[side, setting] = stack.enter_context(contextlib.closing(Worker(system, side, setting, device)))
             except RuntimeError as error:
@@ -90,39 +94,53 @@ def workers(system: str, device: str) -> Iterator[tuple[dict[tuple[str, str], Wo
         yield found, skipped
 
 
-@functools.cache
-def figures(system: str, device: str) -> tuple[dict[str, Any], ...]:
-    """One figure for each setting of both sides, and one of plain eager against everything that helps."""
-    load = ForeignLoad()
-    with workers(system, device) as (running, skipped):
+def figures(system: str, device: str, quick: bool = False) -> list[dict[str, Any]]:
+    """One figure for each setting of both sides, and one of plain eager against everything that helps.
+
+    quick: fewer turns, and no torch.compile.
+    """
+    with workers(sides(system, not quick), system, device) as (running, skipped):
+        load = ForeignLoad()  # of the clock alone: processes that are still running are no children yet
         times: dict[tuple[str, str], list[float]] = {pair: [] for pair in running}
-        for _ in range(TURNS):
+        own = 0.0
+        for _ in range(2 if quick else TURNS):
             for pair, worker in running.items():
-                times[pair].append(worker.clock())
-    seconds = {pair: statistics.median(values) for pair, values in times.items()}
+                seconds, used = worker.clock()
+                times[pair].append(seconds)
+                own += used
+        others = load.cores(own)
+    median = {pair: statistics.median(values) for pair, values in times.items()}
     chosen, found = SYSTEMS[system], []
     case = f"{system}-{chosen.batch}x{'x'.join(map(str, chosen.shape))}"
-    head = {"op": "training step", "dtype": chosen.config.precision, "device": device, "foreign_load": load.cores()}
+    head = {"op": "training step", "dtype": chosen.config.precision, "device": device, "foreign_load": others}
     mixed = "eager stock, fused tuned"
     for name, theirs, ours in ((STOCK, STOCK, STOCK), (TUNED, TUNED, TUNED), (mixed, STOCK, TUNED)):
-        times = {side: t for (side, setting), t in seconds.items() if setting == theirs and side != FUSED}
-        times[FUSED] = seconds[FUSED, ours]
+        taken = {side: t for (side, setting), t in median.items() if setting == theirs and side != FUSED}
+        taken[FUSED] = median[FUSED, ours]
         left_out = {side: {"skipped": why} for side, why in skipped.items() if theirs == STOCK}
-        found.append({**head, "case": f"{case}, {name}", "variants": walls(times) | left_out, "ratio": ratios(times)})
-    return tuple(found)
+        turns = {side: [a / b for a, b in zip(times[side, theirs], times[FUSED, ours], strict=True)] for side in taken}
+        spread = {side: (round(min(t), 3), round(max(t), 3)) for side, t in turns.items() if side != FUSED}
+        more = {"setting": name, "ratio": ratios(taken), "spread": spread}
+        found.append({**head, "case": f"{case}, {name}", "variants": walls(taken) | left_out, **more})
+    return found
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.benchmark(group="training step", max_time=0.5, min_rounds=3)
-def test_training_step(benchmark, figures_of_session, system):
+def served(system: str) -> bool:
+    """Whether this processor has the system's precision: PyTorch emulates it, far slower than float32, if not."""
     precision = SYSTEMS[system].config.precision
-    if DEVICE == "cpu" and precision != "float32" and not onednn.serves(PRECISIONS[precision]):
-        pytest.skip(f"this processor does not support {precision}: PyTorch emulates it, far slower than float32")
-    assert not red(SYSTEMS[system], DEVICE), "no clock on a red gate"
-    if not benchmark.disabled:
-        found = figures(system, DEVICE)
-        figures_of_session.extend(copy.deepcopy(found))
-        benchmark.extra_info.update(found[0], settings=[f["ratio"] for f in found])
+    return DEVICE != "cpu" or precision == "float32" or onednn.serves(PRECISIONS[precision])
+
+
+_QUICK = ("mlp_vae", "dcgan_64", "gpt_nano", "lstm")
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=[pytest.mark.quick] * (name in _QUICK)) for name in SYSTEMS if served(name)]
+)
+@pytest.mark.benchmark(group="training step", max_time=0.5, min_rounds=3)
+def test_training_step(benchmark, measured, quick, system):
+    clock = functools.partial(figures, system, DEVICE, quick)
+    measured(benchmark, "training", system, lambda: red(SYSTEMS[system], DEVICE), clock)
     benchmark(make_step(system, FUSED, DEVICE))
 
 
@@ -140,8 +158,9 @@ def main() -> None:
     compare({"step": step}, rounds=2)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
+        before = time.process_time()
         seconds = compare({"step": step}, rounds=ROUNDS, seconds=SECONDS, warm_up=1).timings["step"].median
-        print(json.dumps({"seconds": seconds}), flush=True)
+        print(json.dumps({"seconds": seconds, "used": time.process_time() - before}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ waited for (genai_fast.emulator). Warnings are told, and fail nothing.
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,6 +174,12 @@ def _chosen(names: Collection[str]) -> list[OpSpec]:
     return [op for op in with_triton if not names or {op.name, op.folder} & {*names}]
 
 
+def _emulated(options: argparse.Namespace, arch: int) -> Result:
+    with emulated_gpu(arch, keep=False, seed=options.seed) as gpu:
+        chosen = triton_runs(options.ops)
+        return emulate((sample(chosen) if options.sample else chosen)[:: options.every], gpu)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.splitlines()[0])
     names = sorted({name for op in registry.OPS.values() for name in (op.name, op.folder)})
@@ -192,15 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _check_limits(options.ops)
     if options.mutate:
         return _mutate(options.ops, options.arch, options.mutate, options.seed)
-    runs = wrong = 0
-    for arch in options.arch:
-        with emulated_gpu(arch, keep=False, seed=options.seed) as gpu:
-            chosen = triton_runs(options.ops)
-            chosen = (sample(chosen) if options.sample else chosen)[:: options.every]
-            result = emulate(chosen, gpu)
-        for line in str(result).splitlines()[:-1]:
-            print(line)
-        runs, wrong = runs + result.runs, wrong + len(result.wrong)
+    jobs = min(len(options.arch), os.cpu_count() or 1)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        results = list((pool.map if pool else map)(functools.partial(_emulated, options), options.arch))
+    for line in [line for result in results for line in str(result).splitlines()[:-1]]:
+        print(line)
+    runs, wrong = sum(result.runs for result in results), sum(len(result.wrong) for result in results)
     print(f"{runs - wrong} of {runs} runs right")
     return 1 if wrong else 0
 

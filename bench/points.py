@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import clock, memory, roofs
-from bench.variants import COMPILED, FUSED, ratios, ready, walls, warm
+from bench.variants import COMPILED, FUSED, ratios, ready, spreads, walls, warm
 from genai_fast import ops, registry
 from genai_fast.backends import choose
 from genai_fast.kernels.common.spec import Case, OpSpec, Tensors
@@ -175,7 +175,8 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
     """All figures of a point, variants interleaved; call only on a green gate.
 
     wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median
-    time on the device. ratio: each peer's time over the fused op's, device time where there is one. GB/s, GFLOP/s
+    time on the device. ratio: each peer's time over the fused op's, device time where there is one; spread (CPU): its
+    quartiles over the rounds. GB/s, GFLOP/s
     and share of the roof: of the fused op, from what its spec says it must move and do. `compiled=False` leaves
     torch.compile out, which may take a minute a point; `seconds`: SECONDS if None.
     """
@@ -183,9 +184,10 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
     load = ForeignLoad()
     makers = {v: lambda v=v: warm(point.step(v)) for v in point.variants if compiled or v != COMPILED}
     steps, skipped = ready(makers, (COMPILED, *point.op.gpu_peers))
-    timings = compare(steps, rounds=ROUNDS, seconds=seconds).timings
-    best = {name: t.median for name, t in timings.items()}
+    found = compare(steps, rounds=ROUNDS, seconds=seconds)
+    best = {name: t.median for name, t in found.timings.items()}
     variants = walls(best)
+    spread = {} if point.device == "cuda" else {"spread": spreads(found)}
     if point.device == "cuda":
         sets = {name: [point.step(name, seed) for seed in range(point.input_sets)] for name in steps}
         waiting = [name for name in steps if not getattr(point.function(name), "capturable", True)]
@@ -204,6 +206,7 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
         "backend": fused_backend(point.op, point.device),
         "variants": variants | skipped,
         "ratio": ratios(best),
+        **spread,
         "gigabytes_per_second": round(cost.bytes / fused / 1e9, 2),
         "gigaflops_per_second": round(cost.flops / fused / 1e9, 2),
         "share_of_roof": round(roofs.share(point.device, fused, cost.bytes, cost.flops), 3),

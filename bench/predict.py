@@ -4,7 +4,7 @@ Called by `python -m bench.emulate --roofs`. A prediction is the largest of the 
 peak, and a launch's own. It knows no latency, occupancy or tail; L1 holds what a program has read once, and L2 nothing;
 SASS is guessed from PTX (moves are free, 64-bit integers take several). None has been compared with a GPU.
 
-Beside Liger: the same cases, where liger-kernel has the op, in the same emulator (bench.liger).
+Compared with Liger: the same cases, where liger-kernel has the op, in the same emulator (bench.liger).
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def page(rows: Iterable[list[str]], compared: Iterable[list[str]]) -> str:
         "",
         *_table(_heads(), rows),
         "",
-        "## Beside Liger",
+        "## Compared with Liger",
         "",
         "The same cases through the kernels of Liger, in the same emulator: ours / Liger's. What it leaves to PyTorch",
         "is in none of its figures: layer_norm's sum with the residual, the bias before the activation, sums of",

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+from genai_fast.profiling import Comparison
+
 FUSED, COMPILED = "fused", "compile"  # the other variants have the names of the peers
 
 T = TypeVar("T")
@@ -44,3 +46,9 @@ def walls(seconds: Mapping[str, float]) -> dict[str, dict[str, Any]]:
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
     """Each peer's time over the fused one's."""
     return {name: round(t / seconds[FUSED], 3) for name, t in seconds.items() if name != FUSED}
+
+
+def spreads(found: Comparison) -> dict[str, tuple[float, float]]:
+    """Quartiles of each peer's time over the fused one's, round by round."""
+    pairs = {name: found.spread(FUSED, name) for name in found.timings if name != FUSED}
+    return {name: (round(low, 3), round(high, 3)) for name, (low, high) in pairs.items()}

@@ -66,8 +66,8 @@ def accelerate(model: nn.Module, example_input: Any = None, *, random: bool = Tr
     """Fuse a model in place and switch on what speeds up its surroundings: on a CPU its matrix products and memory.
 
     In order: `fuse`, `enable_sdpa`, on a CPU `tune_cpu`, and channels_last weights of two-dimensional convolutions.
-    With an example each is measured beside the parts before it, by forward, and backward where gradients are on, in the
-    model's current mode and contexts, and left out where the model is slower with it; it runs some dozens of times.
+    With an example each is measured against the parts before it, by forward, and backward if gradients are on, in the
+    model's current mode and contexts, and left out if the model is slower with it; the model runs some dozens of times.
     Buffers, random state and gradients stay as they are. Without an example nothing is measured, and the layout of
     weights stays.
 

@@ -96,7 +96,7 @@ class TranslationConfig(ImageConfig):
 
     data: str = setting("", "pictures of set A, in any form that other recipes for images take")
     data_b: str = setting(
-        "", "pictures of set B; for pix2pix the partners of A's by file name, or by order where there are no names"
+        "", "pictures of set B; for pix2pix the partners of A's by file name, or by order if there are no names"
     )
 
 
@@ -125,14 +125,14 @@ class AudioConfig(Config):
     rate: int = setting(22050, "samples per second, to which sounds are resampled", low=1000, high=192_000)
     seconds: float = setting(0.75, "length of a clip; longer sounds are cut into several", above=0, high=3600)
     trim: float = setting(
-        0.0, "cut silence off both ends: what is so many dB below the loudest; 0: no, of spoken-digits 40", low=0
+        0.0, "cut off both ends as far as they are this many dB below the loudest part; 0: not, spoken-digits 40", low=0
     )
     mels: int = setting(128, "mel bands of the spectrogram", low=1, high=4096)
     n_fft: int = setting(2048, "samples of the spectrogram's window", low=4, high=1 << 16)
     hop: int = setting(512, "samples from one frame of the spectrogram to the next, at most half a window", low=1)
     scale: str = setting(
         "db",
-        "scale of the spectrogram: decibels, or log(1 + x), which weighs what is quiet little",
+        "scale of the spectrogram: decibels, or log(1 + x), in which quiet parts count little",
         choices=("db", "log1p"),
     )
     grid_every: int = setting(1, "epochs between spectrograms and sounds of samples in grids/; 0: none", low=0)

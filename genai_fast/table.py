@@ -1,7 +1,7 @@
-"""The op table of the README, made from the registry.
+"""The op table of kernels/README.md, made from the registry.
 
-python -m genai_fast.table            print it
-python -m genai_fast.table README.md  write it between the marks there
+python -m genai_fast.table                    print it
+python -m genai_fast.table kernels/README.md  write it between the marks there
 """
 
 import sys
@@ -24,13 +24,13 @@ def op_table() -> str:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
         formula = op.formula.replace("|", "\\|")
         lines.append(
-            f"| `{op.name}` | {formula} | {_backends(op)} | {dtypes} |"
+            f"| `{op.name}` | {formula} | {backends_of(op)} | {dtypes} |"
             f" {'yes' if op.double_backward else 'no gradient'} | {op.source} |"
         )
     return "\n".join(lines)
 
 
-def _backends(op: OpSpec) -> str:
+def backends_of(op: OpSpec) -> str:
     """Those that serve the op, and those that serve a part of it."""
     partly = {backend for library in op.library for backend in library.kernels} - set(op.backends)
     found = (f"{name} (some shapes)" if name in partly else name for name in _NAMES if name in {*op.backends, *partly})

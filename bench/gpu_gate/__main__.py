@@ -27,7 +27,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -38,7 +37,7 @@ from typing import Any
 
 import torch
 
-from bench import roofs
+from bench import recording
 from bench.gpu_gate import decoding, large, parity, training, tuning, worker
 from bench.gpu_gate.barrier import barrier_check
 from bench.gpu_gate.gate import Gate, Tasks
@@ -47,10 +46,9 @@ from bench.points import DTYPES, Point, points
 from bench.report import files, tables
 from bench.report.records import failures
 from genai_fast.profiling import ForeignLoad
-from genai_fast.profiling.machine import device_name, environment
+from genai_fast.profiling.machine import device_name
 from genai_fast.testing import Run, every_run
 
-RESULTS = files.ROOT / "bench" / "results"
 STAGES = ("barrier", "runs", "large", "parity", "figures", "training", "decoding", "compiled", "tuning", "memory")
 
 
@@ -82,20 +80,10 @@ def tasks_of(device: str, runs: Iterable[Run], todo: Iterable[Point]) -> Tasks:
     return found | (on_a_gpu if device == "cuda" else dict.fromkeys(on_a_gpu, ()))
 
 
-def record_path(device: str, commit: str, dirty: bool | None, day: datetime.date) -> Path:
-    """bench/results/<gpu>/<date>-<commit>[-dirty].json"""
-    folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return RESULTS / folder / f"{day.isoformat()}-{commit}{'-dirty' if dirty else ''}.json"
-
-
 def begin(device: str, commit: str | None) -> dict[str, Any]:
     """The head of a new record."""
-    head, dirty = (commit, None) if commit else files.commit()
     found = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": head,
-        "dirty": dirty,
-        "environment": {**environment(device), "roofs": roofs.roofs(device)},
+        **recording.begin(device, commit),
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in DTYPES[device]],
     }
     worker.free()  # the stages' processes need all of the device's memory
@@ -168,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end and the record is saved
     head, dirty = (options.commit, None) if options.commit else files.commit()
     today = datetime.datetime.now(datetime.UTC).date()
-    path = options.out or record_path(device_name("cuda"), head, dirty, today)
+    path = options.out or recording.default_path(device_name("cuda"), head, dirty, today)
     if options.go_on and not options.out:
         path = max(path.parent.glob(f"*-{head}{'-dirty' if dirty else ''}.json"), default=path)
     if options.go_on and not path.exists():

@@ -63,6 +63,10 @@ class Record:
         return bool(self.content.get("sample"))
 
     @property
+    def on_cpu(self) -> bool:
+        return any(f.get("device") == "cpu" for f in self.figures())
+
+    @property
     def through(self) -> bool:
         return self.content["through"]
 
@@ -114,18 +118,22 @@ def _variant(value: dict[str, Any]) -> Any:
     return {} if "skipped" in value else {"wall_us": _NUMBER}
 
 
+def _training(value: dict[str, Any]) -> Any:
+    return _CASE if "op" in value else {"system": str, **_STEP}
+
+
 _STEP = {"variants": {FUSED: _variant, "*": _variant}, "ratio": {"*": _NUMBER}}
 _CASE = _STEP | dict.fromkeys(("op", "case", "dtype", "device"), str)
 
 
 def _measured(form: Any) -> Any:
-    return {"*": lambda result: {} if failures(result) else form}
+    return {"*": lambda result: {} if failures(result) else form(result) if callable(form) else form}
 
 
 _FORM = {
     "date": str, "commit": str, "green": bool, "through": bool, "environment": {"device": str}, "errors": {"*": str},
     **{stage: {"*": dict} for stage in STAGES}, **dict.fromkeys(CHECKS, dict), "left": {"*": list},
-    "figures": _measured(_CASE), "training": _measured({"system": str, **_STEP}), "decoding": _measured(_CASE),
+    "figures": _measured(_CASE), "training": _measured(_training), "decoding": _measured(_CASE),
 }  # fmt: skip
 _OPTIONAL = ("errors", "left", *CHECKS, *(stage for stage in STAGES if stage not in ("runs", "figures")))
 
@@ -169,7 +177,8 @@ def read(path: Path) -> Record:
     content = read_json(path)
     if not is_record(content):
         raise ReportError(
-            f"{path}: expected a record of bench.gpu_gate, got a file without 'figures' and 'environment'"
+            f"{path}: expected a record of `pytest bench --record` or bench.gpu_gate, got a file without 'figures' and"
+            f" 'environment'"
         )
     content = {name: {} for name in _OPTIONAL} | content
     _check(path, "record", content, _FORM)
@@ -180,7 +189,7 @@ def read_all(paths: Iterable[Path]) -> list[Record]:
     """The records of one GPU, newest first, from files and folders of them."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
-        raise ReportError(f"expected records of bench.gpu_gate, got no .json in {listed(map(str, paths))}")
+        raise ReportError(f"expected records, got no .json in {listed(map(str, paths))}")
     found = sorted(map(read, files), key=lambda r: (r.content["date"], r.path.name), reverse=True)
     if len({(r.device, r.sample) for r in found}) > 1:
         devices = listed(sorted({f"{r.device} ({r.path})" for r in found}))

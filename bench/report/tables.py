@@ -1,5 +1,6 @@
 """Figures as text: one row per variant, the same columns for ops, training steps and decoding."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,12 +105,28 @@ def table(header: Sequence[str], *rows: Sequence[str]) -> list[str]:
 
 
 def summary(figures: Iterable[Figure]) -> str:
-    """The table as aligned text, and the notes."""
-    figures = list(figures)
-    lines = cells(figures)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *notes(figures)])
+    """For a terminal of 100 columns: by op, a line for each point, and the notes."""
+    figures, lines = sorted(figures, key=lambda f: f["op"]), []
+    for op, found in itertools.groupby(figures, key=lambda f: f["op"]):
+        columns = (("fused ms", 10), ("eager ms", 10), ("x eager", 9), ("quartiles", 12), ("x best", 8), ("memory", 7))
+        lines.append(f"{op:<44}" + "".join(name.rjust(width) for name, width in columns))
+        lines += map(_line, sorted(found, key=lambda f: f["case"]))
+    return "\n".join([*lines, *notes(figures)])
+
+
+def _line(figure: Figure) -> str:
+    variants, peers = figure["variants"], figure["ratio"]
+    first = next(iter(peers), "")  # eager, or what stands for it
+    low, high = figure.get("spread", {}).get(first, (None, None))
+    clocks = [variants.get(v, {}) for v in (FUSED, first)]
+    times = [cell({"us": c.get("device_us", c.get("wall_us"))}, "us", milliseconds) for c in clocks]
+    dtype = "" if figure["dtype"] == "float32" else f" {figure['dtype']}"
+    case = figure["case"][: 42 - len(dtype)] + dtype
+    share = "-" if low is None else f"{low:.2f}-{high:.2f}"
+    held = [variants.get(v, {}).get("peak_bytes") for v in (FUSED, first)]
+    memory = f"{held[0] / held[1]:.0%}" if all(held) else "-"
+    ratio, fastest = (cell({"x": x}, "x", "{:.2f}") for x in (peers.get(first), best(figure)[1]))
+    return f"  {case:<42}{times[0]:>10}{times[1]:>10}{ratio:>9}{share:>12}{fastest:>8}{memory:>7}"
 
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:

@@ -35,6 +35,17 @@ FUNCTION may have these parameters:
 The file sees sys.argv as under `python FILE.py`; arguments for it come last, after --.
 """
 
+# What the program says alone: commands to begin with, and what for.
+_GUIDE = (
+    ("doctor", "what works on this machine"),
+    ("demo", "a VAE trained on digits, in two minutes"),
+    ("train dcgan --data PHOTOS", "on pictures; or gpt --data BOOK.txt"),
+    ("train dcgan --help", "its settings; all models: train --help"),
+    ("sample runs/dcgan-PHOTOS", "pictures drawn by what was trained"),
+    ("profile train.py:train", "where your training step's time goes"),
+    ("--help", "all commands"),
+)
+
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
     "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block"
@@ -65,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+            if not (sys.argv[1:] if arguments is None else arguments):
+                print(_guide())
+                return 0
             options = _options(sys.argv[1:] if arguments is None else list(arguments))
             prog = options.parser.prog
             if options.command == "train":
@@ -86,6 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     finally:
         Steady(sys.stdout).flush()
+
+
+def _guide() -> str:
+    program = command()
+    lines = [f"  {program} {words}".ljust(len(program) + 30) + what for words, what in _GUIDE]
+    return "\n".join([f"genai_fast {__version__}: fused kernels for generative models", "", *lines])
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -154,7 +174,7 @@ def parser_of() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         help="a PNG file for a grid, or a new folder for one file per picture; of sounds a WAV file, with a PNG"
-        " file of spectrograms beside it, or a folder; default: grid.png or samples.wav, or a free number",
+        " file of spectrograms next to it, or a folder; default: grid.png or samples.wav, or a free number",
     )
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents, or two sounds")
     interpolate.add_argument(

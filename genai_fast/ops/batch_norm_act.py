@@ -110,7 +110,7 @@ def batch_norm_act(
 
     In training mean and (biased) var are the batch's, over all dimensions but the second, and running_mean and
     running_var move by momentum towards the batch's mean and unbiased variance; else they are the running ones.
-    Only x is kept for backward, and beside a residual y, or the residual if y does not give the activation's
+    Only x is kept for backward, and with a residual also y, or the residual if y does not give the activation's
     derivative: x-hat and the derivative are computed again.
 
     Args:

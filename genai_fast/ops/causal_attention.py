@@ -64,22 +64,22 @@ def causal_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v over the keys that each query sees, without the matrix of scores in memory.
 
-    Query i stands at position i + T_k - T_q among the keys (the last query at the last key) and, if causal, sees no
-    key behind it. A query that sees none gives 0, with an lse of -inf and gradients of 0.
+    Query i is at position i + T_k - T_q among the keys (the last query at the last key) and, if causal, sees no
+    key after it. A query that sees none gives 0, with an lse of -inf and gradients of 0.
 
     Args:
         q: [B, H, T_q, D], float32, bfloat16, float16 or float64; D at most 256. Any strides but the last, which
             is 1: views of one packed projection are taken as they lie.
         k, v: [B, H_kv, T_k, D], where H_kv divides H: each key head serves H / H_kv query heads in a row.
         scale: of the scores, 1 / sqrt(D) if None.
-        window: a query sees its own and the window - 1 positions before it (and behind it, if not causal).
+        window: a query sees its own and the window - 1 positions before it (and after it, if not causal).
         softcap: scores become softcap * tanh(score / softcap).
-        causal: whether keys behind a query are hidden; T_k >= T_q then.
+        causal: whether keys after a query are hidden; T_k >= T_q then.
         dropout: share of the probabilities that are dropped, in [0, 1], the others grow by 1 / (1 - dropout).
         seed: of dropout: an int, a 0-d int64 tensor on q's device, or None to draw one from its default generator.
         offset: of dropout: rows [B, H, T_q] of the global tensor that come before this one.
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1], 0 first, rising, T last: where each of N sequences, packed one
-            behind the other in T, begins; B is 1. cu_seqlens_k is cu_seqlens_q if None.
+            after the other in T, begins; B is 1. cu_seqlens_k is cu_seqlens_q if None.
         max_seqlen_q, max_seqlen_k: the longest sequence. Without them a GPU has to be waited for at every call, to
             read (and check) the beginnings.
         return_lse: also return the logarithm of the sum of exp(score) of each row, before dropout.

@@ -73,7 +73,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """loss = (1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2, lse = logsumexp(x), e and z smoothing and z-loss.
 
-    Forward reads the logits once and keeps two numbers a row beside them; no softmax is stored.
+    Forward reads the logits once and keeps two numbers per row in addition; no softmax is stored.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may have any strides (logits[:, :-1] is not
@@ -96,9 +96,9 @@ def cross_entropy(
     Returns: The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
     Gradients: logits, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
-    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are no class
-        are found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions their loss
-        and gradient are NaN.
+    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are not
+        classes are found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions their
+        loss and gradient are NaN.
     Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery
         et al. 2022, arXiv:2204.02311 (z-loss).
     """

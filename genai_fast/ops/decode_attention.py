@@ -28,14 +28,14 @@ def decode_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Appends k and v to each sample's cache, then out = softmax(scale q k^T) v over what its cache holds.
 
-    The T queries are the last T tokens of their sample, and see no token behind their own: with all tokens decoded
+    The T queries are the last T tokens of their sample, and see no token after their own: with all tokens decoded
     one by one, or some at a time, the results are those of causal_attention at once.
 
     Args:
         q: [B, H, T, D], float32, bfloat16, float16 or float64; T is small, D at most 256; the last stride is 1.
         k_cache, v_cache: [B, H_kv, T_max, D] of q's dtype, updated in place; H_kv divides H.
         cache_seqlens: int32 [B], on q's device: tokens in each sample's cache before this call. It stays as it is.
-        k, v: [B, H_kv, T, D]: keys and values of the new tokens, stored behind the first cache_seqlens. None: the
+        k, v: [B, H_kv, T, D]: keys and values of the new tokens, stored after the first cache_seqlens. None: the
             cache holds them already, and cache_seqlens counts them.
         scale, window, softcap, return_lse: as in causal_attention.
 

@@ -24,7 +24,7 @@ def gpt_decode(
     *,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Appends tokens to a GPT-2's cache of keys and values, and gives the logits behind the last one.
+    """Appends tokens to a GPT-2's cache of keys and values, and gives the logits after the last one.
 
     x = wte[id] + wpe[position]; each layer x += c_proj(attention(ln_1 x)), x += mlp.c_proj(gelu(c_fc(ln_2 x))), GELU by
     tanh; logits = lm_head(ln_f x). A token gives the same bits alone, in a batch, and as part of a prompt.

@@ -127,7 +127,7 @@ def rotary(
         interleaved: pair i is channels (2 i, 2 i + 1), as in RoFormer and GPT-J; else (i, D_rot / 2 + i), as in
             GPT-NeoX and Hugging Face's Llama.
         positions: int64 [T] or [B, T], or None for offset .. offset + T - 1.
-        offset: the first token's position (those in a cache before it); 0 beside positions.
+        offset: the first token's position (those in a cache before it); 0 if positions are given.
         full: cos and sin are [T_max, D_rot], a column for each channel, as models of Hugging Face have them: a is
             multiplied by its own columns, and so is b. Those of a pair need not be equal.
 
@@ -150,7 +150,7 @@ def rotary(
     interleaved = checks.flag(_OP, "interleaved", interleaved)
     if positions is not None:
         if offset != 0:
-            raise ValueError(f"{_OP}: offset: expected 0 beside positions, got {offset}; add it to them")
+            raise ValueError(f"{_OP}: offset: expected 0 if positions are given, got {offset}; add it to them")
         _check_positions(x, positions, cos.size(0))
     elif offset < 0 or offset + x.size(2) > cos.size(0):
         raise ValueError(

@@ -22,6 +22,7 @@ class Timing:
     low: float
     high: float
     calls: int  # in one sample
+    samples: tuple[float, ...] = ()  # of each round
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Comparison:
     def speedup(self, name: str, over: str) -> float:
         """How many times faster `name` is than `over`, by medians."""
         return self.timings[over].median / self.timings[name].median
+
+    def spread(self, name: str, over: str) -> tuple[float, float]:
+        """Quartiles of the same over the rounds, whose samples share their disturbances."""
+        pairs = zip(self.timings[over].samples, self.timings[name].samples, strict=True)
+        low, _, high = statistics.quantiles([theirs / own for theirs, own in pairs], n=4, method="inclusive")
+        return low, high
 
     def __str__(self) -> str:
         lines = [
@@ -95,7 +102,7 @@ def compare(
     timings = {}
     for name, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        timings[name] = Timing(median, low, high, count[name])
+        timings[name] = Timing(median, low, high, count[name], tuple(values))
     return Comparison(timings, Load(os.cpu_count() or 1, torch.get_num_threads(), average, others))
 
 
@@ -120,13 +127,13 @@ class ForeignLoad:
     def __init__(self) -> None:
         self._before = self._read()
 
-    def cores(self) -> float | None:
-        """None where /proc/stat does not tell."""
+    def cores(self, children: float = 0.0) -> float | None:
+        """None where /proc/stat does not tell. children: seconds of work by children of this process that still run."""
         after = self._read()
         if self._before is None or after is None:
             return None
         wall, busy, own = (now - then for now, then in zip(after, self._before, strict=True))
-        return round(max(0.0, busy - own) / max(wall, 1e-9), 2)
+        return round(max(0.0, busy - own - children) / max(wall, 1e-9), 2)
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:

@@ -18,7 +18,7 @@ RunStep = Callable[..., Any]
 Prepare = Callable[[nn.Module, str], nn.Module]  # a model and the method that the plain loop calls -> it, wrapped
 
 # Without clipping and decay, which the plain loop does not have either.
-_PLAIN = {"clip": 0.0, "warmup": 0, "decay": "none"}
+PLAIN = {"clip": 0.0, "warmup": 0, "decay": "none"}
 
 
 def as_it_is(model: nn.Module, method: str = "forward") -> nn.Module:
@@ -117,7 +117,7 @@ class System:
 
 def _system(recipe: str, bench: Bench) -> System:
     kind = RECIPES[recipe]
-    config = kind.config(**{**_PLAIN, **bench.settings})
+    config = kind.config(**{**PLAIN, **bench.settings})
     classes = 10 if kind.labelled else 0
     return System(recipe, config, bench.batch, bench.shape, bench.vocabulary, bench.tolerance, classes)
 

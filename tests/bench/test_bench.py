@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, points, roofs
-from bench.gpu_gate import __main__ as gpu_gate
+from bench import memory, points, recording, roofs
 from bench.gpu_gate import training
 from bench.report import files
 from genai_fast import ops
@@ -35,10 +34,10 @@ def test_plain_pytest_does_not_collect_the_benchmarks():
     assert not any(line.startswith("bench/") for line in lines)
 
 
-def test_benchmarks_cover_every_op_case_and_variant():
+def test_benchmarks_cover_every_op_and_case():
     lines = collected("bench/")
     found = [line for line in lines if line.startswith("bench/bench_ops.py::")]
-    expected = [f"[{p}-{v}]" for p in points.points(points.DEVICE) for v in p.variants]
+    expected = [f"[{p}]" for p in points.points(points.DEVICE)]
     assert len(found) == len(expected) == len(set(found))
     assert all(any(line.endswith(suffix) for line in found) for suffix in expected)
     assert any(line.startswith("bench/bench_training.py::") for line in lines)
@@ -255,5 +254,5 @@ def test_several_files_are_written_all_or_none(tmp_path):
 def test_record_path():
     import datetime
 
-    path = gpu_gate.record_path("NVIDIA H100 80GB HBM3", "abc123", True, datetime.date(2026, 3, 4))
+    path = recording.default_path("NVIDIA H100 80GB HBM3", "abc123", True, datetime.date(2026, 3, 4))
     assert path == ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "2026-03-04-abc123-dirty.json"

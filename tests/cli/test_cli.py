@@ -115,12 +115,22 @@ def test_flags_go_over_the_file(here):
     assert (settings["hidden"], settings["latent"]) == (16, 4)
 
 
+def test_alone_it_says_what_to_begin_with(capsys, monkeypatch):
+    monkeypatch.setattr(parser, "command", lambda *words: "genai-fast")
+    assert call() == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert genai_fast.__version__ in first and all(len(line) <= 80 for line in lines)
+    for line in lines:
+        words = line.removeprefix("  genai-fast ").partition("  ")[0].split()
+        if "--help" not in words:
+            parser.parser_of().parse_args(words)
+
+
 def make_run(here):
     call("train", "vae", *SMALL, "--run", "one")
 
 
 MISTAKES = {
-    "no command": ([], "the following arguments are required: COMMAND"),
     "command": (["trian"], "invalid choice: 'trian'"),
     "recipe": (["train", "gan"], "invalid choice: 'gan'"),
     "flag": (["train", "vae", "--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
@@ -218,7 +228,8 @@ def test_demo(here, capsys, monkeypatch):
     assert made >= pictures | {"metrics.jsonl", "config.toml", "checkpoint-000000036"}
     said = capsys.readouterr().out
     assert re.search(r"backend: +\w+ \(instruction set \w+, \d+ threads", said)
-    assert re.search(r"speed: +[\d.]+ x eager PyTorch", said) and "next:" in said
+    assert re.search(r"speed: +[\d.]+ x PyTorch as it comes, a training step of 128", said) and "next:" in said
+    assert re.search(r"[\d.]+ x by kernels, [\d.]+ x by settings of the process", said)
 
 
 def test_doctor(capsys):

@@ -24,7 +24,7 @@ class SRResNetConfig(ImageConfig):
 @dataclass(frozen=True)
 class SRGANConfig(SRResNetConfig):
     decay: str = changed(Config, "decay", "linear")
-    adversarial: float = setting(1e-3, "weight of the adversarial loss beside the content loss", low=0)
+    adversarial: float = setting(1e-3, "weight of the adversarial loss relative to the content loss", low=0)
 
 
 SRRESNET = Command(
