@@ -25,7 +25,7 @@ PICTURES = {
         "genai-fast sample runs/vae-mnist --count 16 --out vae.png",
     ),
     "audio-vae": (
-        "genai-fast train audio-vae --data spoken-digits",
+        "genai-fast train audio-vae --data spoken-digits --decay cosine",
         "genai-fast sample runs/audio-vae-spoken-digits --count 16 --out audio-vae.wav",
     ),
 }
