@@ -17,7 +17,7 @@ from commands import call
 from PIL import Image
 
 from genai_fast import config
-from genai_fast.data import text
+from genai_fast.data import audio, text
 from genai_fast.errors import UsageError
 from genai_fast.models.common import latents
 from genai_fast.models.common.sequences import delayed
@@ -32,6 +32,7 @@ from genai_fast.runs import (
     text_generation,
     translation_evaluation,
 )
+from genai_fast.runs.audio_task import spectrum_of
 from genai_fast.training import checkpoint
 from genai_fast.training.optimizer import make_optimizer
 
@@ -178,7 +179,11 @@ def test_a_script_draws_the_sounds_that_the_run_draws(exported, elsewhere, tmp_p
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours, theirs = (samples_of(tmp_path / f"{name}.wav") for name in ("ours", "theirs"))
-    assert ours.std() > 100 and (theirs - ours).abs().max() < 0.01 * ours.abs().max()
+    assert ours.std() > 100 and len(ours) == len(theirs)
+    # Samples may differ: Griffin-Lim's phases follow roundings.
+    spectrum = spectrum_of(run.config)
+    heard = (audio.to_features(audio.mel_power(x / 32767, spectrum), spectrum.scale) for x in (ours, theirs))
+    assert audio.mel_error(*heard, spectrum.scale) < 0.3
 
 
 def test_an_autoencoders_script_reconstructs(exported, elsewhere):
