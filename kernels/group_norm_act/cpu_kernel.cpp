@@ -40,8 +40,12 @@ void over_samples(const Groups& g, int64_t count, int threads, F f) {
   const bool large = g.samples * g.channels * g.positions >= kParallel;
   const bool side_by_side = large && threads > 1 && (g.samples % threads == 0 || g.samples >= 4 * threads);
   const Scratch scratch(count, side_by_side, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (side_by_side)
-  for (int64_t n = 0; n < g.samples; ++n) f(n, scratch.mine(), side_by_side ? 1 : threads);
+  if (!side_by_side) {  // in no region, not even of one thread: f's own would get new threads at every call
+    for (int64_t n = 0; n < g.samples; ++n) f(n, scratch.mine(), threads);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t n = 0; n < g.samples; ++n) f(n, scratch.mine(), 1);
 }
 
 // mean[g] and rstd[g] of a sample's groups; `means` and `squares` are of its channels.
