@@ -13,9 +13,16 @@ from genai_fast import atomic_files
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole file or nothing; NaN and infinities, which JSON lacks, become null."""
-    write_all({path: (json.dumps(_finite(value), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()})
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a whole file or nothing, a line for each task; NaN and infinities, which JSON lacks, as null."""
+    write_all({path: (_lines(_finite(value), 2) + "\n").encode()})
+
+
+def _lines(value: Any, depth: int) -> str:
+    if not depth or not isinstance(value, dict) or not value:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    parts = (f"{json.dumps(name)}: {_lines(x, depth - 1)}" for name, x in sorted(value.items()))
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def _finite(value: Any) -> Any:
