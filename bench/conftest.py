@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--record", nargs="?", type=Path, const=Path(), metavar="FILE",
         help="write each point's figures to FILE as they are measured (bench/results/<device>/<date>-<commit>.json);"
-        " a run at the same commit goes on with it",
+        " a run at the same commit continues it",
     )  # fmt: skip
     group.addoption("--against", type=Path, metavar="FILE", help="fail if a point is slower than in this record")
 

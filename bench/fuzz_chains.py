@@ -157,11 +157,11 @@ def _gradient_as_it_lies(norm: nn.Module, given: tuple[torch.Tensor], y: torch.T
 
 def _run(
     model: nn.Module, made: Model, how: Circumstances, x: torch.Tensor, seed: int, fused: bool, shake: float = 0.0,
-    *, mended: bool = True,
+    *, corrected: bool = True,
 ) -> Result:  # fmt: skip
     """Two training steps and an evaluation, or their like, of a copy.
 
-    mended: whether a plain model's instance norms are kept from PyTorch's wrong gradients.
+    corrected: whether a plain model's instance norms are kept from PyTorch's wrong gradients.
     """
     exact = x.dtype is torch.float64 and how.dtype is not torch.float64
     dtype = torch.float64 if exact else how.dtype
@@ -178,7 +178,7 @@ def _run(
             if fused:
                 fuse(model)
             for norm in (
-                () if fused or not mended else filter(lambda m: isinstance(m, _INSTANCE_NORMS), model.modules())
+                () if fused or not corrected else filter(lambda m: isinstance(m, _INSTANCE_NORMS), model.modules())
             ):
                 norm.register_forward_hook(_gradient_as_it_lies)
             for action in made.actions:
@@ -345,7 +345,7 @@ def _by_value(made: Model, how: Circumstances, x: torch.Tensor, seed: int, ours:
         if not error <= allowed and not _distance(a, own, order, scale) <= floor:
             suspects[name] = error, allowed
     if suspects:  # it may have PyTorch's wrong gradients, as the user's model has them
-        bare = _values(_run(made.module, made, how, x, seed, False, mended=False))
+        bare = _values(_run(made.module, made, how, x, seed, False, corrected=False))
         suspects = {n: s for n, s in suspects.items() if not _distance(ours[n][0], bare[n][0], *ours[n][1:]) <= floor}
     for k, roundings in enumerate(_SHAKES if suspects else ()):  # is it the model that magnifies them?
         if roundings > _FEW and precision is torch.bfloat16:

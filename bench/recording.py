@@ -1,7 +1,7 @@
 """The record of one run of `pytest bench/`: written after each point, so that an interruption loses nothing.
 
 It has the form of the GPU gate's records (bench/report/records.py), and `python -m bench.report` draws its page. A run
-at the same commit goes on with it: what was measured while other programs kept the machine busy is measured again.
+at the same commit continues it: what was measured while other programs kept the machine busy is measured again.
 """
 
 import datetime
@@ -56,7 +56,7 @@ class Recording:
     """Figures by stage and name, in memory and, with a path, on disk.
 
     Args:
-        path: the record, which goes on if it exists; None: nothing is written.
+        path: the record, which is continued if it exists; None: nothing is written.
         content: the head of a new one.
         expected: the names of each stage's points, for what is left.
     """
