@@ -37,8 +37,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
+    site = site_pages.Site()
     _pages.clear()
-    _pages.update(site_pages.Site().pages)
+    _pages.update(site.pages)
+    for path in sorted(site.pictures):
+        files.append(File.generated(config, f"source/{path}", abs_src_path=str(site_pages.ROOT / path)))
     for page, text in _pages.items():
         if page not in site_pages.written():
             files.append(File.generated(config, page, content=text))

@@ -97,7 +97,8 @@ def broken(pages: dict[str, str]) -> list[str]:
                     wrong.append(f"{page}: {target}: expected https")
                 continue
             found = os.path.normpath(PurePosixPath(page).parent / path) if path else page
-            if found not in there and not (DOCS / found).is_file():
+            picture = DOCS / found if not found.startswith("source/") else ROOT / found.removeprefix("source/")
+            if found not in there and not picture.is_file():
                 wrong.append(f"{page}: {target}: there is no such page")
             elif anchor and anchor not in there.get(found, set()):
                 wrong.append(f"{page}: {target}: there is no such heading")

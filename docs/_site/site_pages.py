@@ -30,6 +30,7 @@ class Site:
 
     def __init__(self) -> None:
         self.pages: dict[str, str] = {}
+        self.pictures: set[str] = set()  # of the repository, at source/<path> in the site
         texts = {page: (path.read_text(), "docs") for page, path in written().items()}
         texts |= {page: (text, "") for page, text in generated().items()}
         # Path in the repository -> the page on which it is.
@@ -55,6 +56,9 @@ class Site:
         path = repository_path(path, base)
         if path.startswith("docs/") and path not in self.homes:  # a picture or a style sheet
             return relative(path.removeprefix("docs/"), page) + mark + anchor
+        if path.endswith(".png"):
+            self.pictures.add(path)
+            return relative(f"source/{path}", page)
         if path not in self.homes:
             self._show(path)
         return relative(self.homes[path], page) + mark + anchor

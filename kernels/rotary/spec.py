@@ -191,7 +191,7 @@ ERROR_CASES = (
     ErrorCase("offset_negative", _with(offset=lambda t, _: -1), ValueError, r"offset.*got -1 and 5 tokens"),
     ErrorCase("offset_type", _with(offset=lambda t, _: 1.0), TypeError, r"offset: expected an int.*got float"),
     ErrorCase("offset_and_positions", _with(positions=lambda t, _: torch.zeros(5, dtype=torch.int64),
-                                            offset=lambda t, _: 1), ValueError, r"offset: expected 0 beside positions"),
+                                            offset=lambda t, _: 1), ValueError, r"offset: expected 0 if positions"),
     ErrorCase("position_beyond", _at(0, 1, 2, 3, 5), ValueError, r"positions: expected 0 \.\. 4.*got 0 \.\. 5"),
     ErrorCase("position_negative", _at(0, -1, 2, 3, 4), ValueError, r"positions: expected 0 \.\. 4.*got -1 \.\. 4"),
     ErrorCase("positions_shape", _at(0, 1, 2), ValueError,

@@ -183,4 +183,4 @@ def test_the_whole_gate_stops_in_time_and_goes_on(monkeypatch, tmp_path, quick):
     assert set(found["runs"]) == {str(run) for run in few} and found["environment"]["torch"] == torch.__version__
     assert set(found["figures"][str(point_of(VAE_LOSS))]["variants"]) >= {"fused", "compile"}
     read = records.read(path)
-    assert read.green and read.device == processor()
+    assert read.green and read.device.startswith(processor())
