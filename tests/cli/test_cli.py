@@ -222,6 +222,7 @@ def test_an_interrupt_is_not_a_traceback(here, capsys, monkeypatch):
 
 def test_demo(here, capsys, monkeypatch):
     monkeypatch.setattr(demo, "ROUNDS", 3)
+    monkeypatch.setattr(demo, "TURNS", 1)
     assert call("demo", "--epochs", "1") == 0
     pictures = {f"{name}.png" for name in ("samples", "reconstructions", "latent")}
     made = {path.name for path in (here / "runs" / "demo").iterdir()}
