@@ -16,7 +16,7 @@ LISTS = ("Args", "Attributes", "Raises")
 def markdown(docstring: str) -> str:
     """The docstring with a bold title for each section, and lists of arguments and errors."""
     lines: list[str] = []
-    section, flush = "", False  # flush: the section's text goes on at the margin
+    section, flush = "", False  # flush: the section's text continues at the margin
     for line in docstring.splitlines():
         if found := SECTION.match(line):
             section, flush = found[1], bool(found[3])
@@ -34,7 +34,7 @@ def markdown(docstring: str) -> str:
 
 
 def _inside(section: str, line: str) -> str:
-    """A line of a section, without the section's indentation; what goes on an item stays indented."""
+    """A line of a section, without the section's indentation; what continues an item stays indented."""
     if section in LISTS and (item := ITEM.match(line)):
         return f"- `{item[1]}`: {item[2]}"
     return line

@@ -11,7 +11,7 @@ from genai_fast import ops
 from genai_fast.kernels.common.spec import OpSpec, Tensors
 
 MOST_COLUMNS = 74  # of a call; what fits on a page without scrolling
-MOST_ITEMS = 2  # of a list of tensors; longer ones are weights of whole models, which nobody types
+MOST_ITEMS = 2  # of a list of tensors; longer ones are the weights of whole models
 
 
 def example(op: OpSpec) -> str:
