@@ -196,6 +196,7 @@ from genai_fast import lazy_logits
 
 settings = dict(vocab_size=1 << 17, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
                 num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)
+torch.manual_seed(0)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).train()
 if sys.argv[1] == "lazy":
     lazy_logits(model)
@@ -218,4 +219,4 @@ def test_memory_of_the_loss_at_a_vocabulary_of_128k():
         done = subprocess.run([sys.executable, "-c", _STEP, kind], capture_output=True, text=True, check=True)
         found[kind] = tuple(map(float, done.stdout.split()))
     assert found["lazy"][0] < found["plain"][0] / 3, found
-    assert found["lazy"][1] == pytest.approx(found["plain"][1], rel=1e-3)
+    assert found["lazy"][1] == pytest.approx(found["plain"][1], rel=1e-5)
