@@ -16,6 +16,7 @@ from genai_fast.kernels.common.tuned import launch
 
 ELEMENTS = 1024  # a step of a program: 8 elements a thread
 NUM_WARPS = 4
+MOST_LAST = 64  # columns where all are channels: the rows of a program read the bias once, which is twice as large
 PROGRAMS = 1024  # that share the rows of a channel sum: enough for every GPU, few enough to add up
 
 
@@ -28,11 +29,12 @@ def _tile(group, split, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bias(bias_ptr, group, column, columns, channels, LAST: tl.constexpr, JOINED: tl.constexpr, ROWS: tl.constexpr):
-    """The bias of each element, [1, BLOCK] or [ROWS, 1]."""
+def _bias(bias_ptr, group, column, mask, channels, LAST: tl.constexpr, JOINED: tl.constexpr, ROWS: tl.constexpr):
+    """The bias of each element, [ROWS, BLOCK] or [ROWS, 1]."""
     if LAST:
         channel = column.to(tl.int32) % channels if JOINED else column
-        bias = tl.load(bias_ptr + channel, mask=column < columns, other=0.0)
+        # In the shape of the tile: else a thread would hold other columns of it.
+        bias = tl.load(bias_ptr + tl.broadcast_to(channel, mask.shape), mask=mask, other=0.0)
     else:
         channel = ((group % channels) * ROWS + tl.arange(0, ROWS)) % channels
         bias = tl.load(bias_ptr + channel)[:, None]
@@ -52,8 +54,9 @@ def _bias_act_forward(
     column, offs, mask = _tile(group, split, rows, columns, ROWS, BLOCK)
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        z += _bias(bias_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
-    tl.store(y_ptr + offs, activate(z, slope, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+        z += _bias(bias_ptr, group, column, mask, channels, LAST, JOINED, ROWS)
+    y = activate(z, slope, ACTIVATION, y_ptr.dtype.element_ty != tl.float32)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -68,6 +71,7 @@ def _bias_act_backward(
     """dx = dy act'(x + bias), and its sums over this program's rows or columns; STEPS is 1 unless LAST."""
     first, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     columns = units.to(tl.int64) * UNIT
+    NARROW: tl.constexpr = grad_x_ptr.dtype.element_ty != tl.float32
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(STEPS):
         group = first * STEPS + step
@@ -75,11 +79,11 @@ def _bias_act_backward(
         grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if FROM_OUTPUT:
-            grad = times_derivative_from_output(grad, z, slope, ACTIVATION)
+            grad = times_derivative_from_output(grad, z, slope, ACTIVATION, NARROW)
         else:
             if bias_ptr is not None:
-                z += _bias(bias_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
-            grad = times_derivative(grad, z, slope, ACTIVATION)
+                z += _bias(bias_ptr, group, column, mask, channels, LAST, JOINED, ROWS)
+            grad = times_derivative(grad, z, slope, ACTIVATION, NARROW)
         tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
             total += tl.where(mask, grad, 0.0)
@@ -99,6 +103,8 @@ def _geometry(name, x, by_channel):
     rows, columns = (outer, channels) if last else (outer * channels, inner)
     chosen = launch(f"bias_act/{name}", x, (rows, columns), elements=ELEMENTS, num_warps=NUM_WARPS)
     tile, block, splits = row_tile(columns, chosen["elements"])
+    if last and block > MOST_LAST:
+        tile, block, splits = chosen["elements"] // MOST_LAST, MOST_LAST, ceil_div(columns, MOST_LAST)
     unit = math.gcd(columns, 8)
     sizes = (rows, columns // unit, channels // joined, splits)
     warps = chosen["num_warps"]

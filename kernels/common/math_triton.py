@@ -3,6 +3,30 @@
 import triton
 import triton.language as tl
 
+from genai_fast.kernels.common.extension import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())  # where no PTX runs
+
+
+@triton.jit
+def exp2(x):
+    """2^x in one instruction, to two units in the last place; 0 below 2^-126. tl.exp2 takes four to go further."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, to one unit in the last place; 0 where that is below 2^-126. A division takes eight."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
 
 @triton.jit
 def exp(x):

@@ -13,6 +13,7 @@ from genai_fast.kernels.gated_act.layout import operands, results
 
 ELEMENTS = 1024  # a step of a program: 8 elements a thread
 NUM_WARPS = 4
+WITH_BIAS = 64  # columns at most: the rows of a program read the bias once, which in float32 is twice as large
 PROGRAMS = 1024  # that share the rows of the bias's sums: enough for every GPU, few enough to add up
 
 
@@ -22,9 +23,9 @@ def _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_str
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        inside = column < columns
-        gate += tl.load(bias_ptr + column, mask=inside, other=0.0)
-        up += tl.load(bias_ptr + columns + column, mask=inside, other=0.0)
+        across = tl.broadcast_to(column, gate.shape)  # else a thread would hold other columns of it than of the tile
+        gate += tl.load(bias_ptr + across, mask=mask, other=0.0)
+        up += tl.load(bias_ptr + columns + across, mask=mask, other=0.0)
     return gate, up
 
 
@@ -40,7 +41,7 @@ def _gated_act_forward(
     column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (row < rows) & (column < columns)
     gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
-    y = activate(gate, 0.0, ACTIVATION) * up
+    y = activate(gate, 0.0, ACTIVATION, y_ptr.dtype.element_ty != tl.float32) * up
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -54,6 +55,7 @@ def _gated_act_backward(
 ):  # fmt: skip
     """dgate = dy (up + bias) act'(gate + bias), dup = dy act(gate + bias), and their sums over this program's rows."""
     first, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    NARROW: tl.constexpr = grad_gate_ptr.dtype.element_ty != tl.float32
     column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
     gate_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     up_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -63,8 +65,8 @@ def _gated_act_backward(
         mask = (row < rows) & (column < columns)
         grad = tl.load(grad_y_ptr + row * y_stride + column, mask=mask, other=0.0).to(tl.float32)
         gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
-        of_gate = times_derivative(grad * up, gate, 0.0, ACTIVATION)
-        of_up = grad * activate(gate, 0.0, ACTIVATION)
+        of_gate = times_derivative(grad * up, gate, 0.0, ACTIVATION, NARROW)
+        of_up = grad * activate(gate, 0.0, ACTIVATION, NARROW)
         offs = row * grad_stride + column
         tl.store(grad_gate_ptr + offs, of_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_up_ptr + offs, of_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
@@ -78,10 +80,13 @@ def _gated_act_backward(
         tl.store(partial_ptr + columns, tl.sum(up_sum, axis=0), mask=column < columns)
 
 
-def _tile(name, gate):
+def _tile(name, gate, bias):
     """(ROWS, BLOCK, splits, num_warps)"""
     chosen = launch(f"gated_act/{name}", gate, tuple(gate.shape), elements=ELEMENTS, num_warps=NUM_WARPS)
-    return *row_tile(gate.size(1), chosen["elements"]), chosen["num_warps"]
+    rows, block, splits = row_tile(gate.size(1), chosen["elements"])
+    if bias is not None and block > WITH_BIAS:
+        rows, block, splits = chosen["elements"] // WITH_BIAS, WITH_BIAS, ceil_div(gate.size(1), WITH_BIAS)
+    return rows, block, splits, chosen["num_warps"]
 
 
 def gated_act(x, up, bias, activation):
@@ -89,7 +94,7 @@ def gated_act(x, up, bias, activation):
     y = x.new_empty(gate.shape)
     if y.numel():
         rows, columns = y.shape
-        tile, block, splits, warps = _tile("forward", gate)
+        tile, block, splits, warps = _tile("forward", gate, bias)
         _gated_act_forward[(ceil_div(rows, tile) * splits,)](
             gate, linear, bias, y, rows, columns, gate.stride(0), linear.stride(0), splits,
             ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
@@ -103,7 +108,7 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     rows, columns = gate.shape
     if not gate.numel():
         return grad_x, grad_up, x.new_zeros(2 * columns if with_bias else 0, dtype=torch.float32)
-    tile, block, splits, warps = _tile("backward", gate)
+    tile, block, splits, warps = _tile("backward", gate, bias)
     groups = ceil_div(rows, tile)
     steps = ceil_div(groups * splits, PROGRAMS) if with_bias else 1
     steps = 1 << (steps - 1).bit_length()  # powers of two: each compiles
