@@ -12,8 +12,9 @@ from genai_fast.kernels.common.rows import as_matrix, dense_like, require_alike,
 from genai_fast.kernels.common.tuned import launch
 
 LONGEST = 8192  # columns that a program holds in registers; half of them in layer_norm's backward, whose sums are two
-FORWARD, BACKWARD = 2048, 1024  # elements of 4 warps: backward holds more of each
-PROGRAMS = 512  # that share the rows in backward, each with its sums: enough for every GPU, few enough to add up
+A_WARP, A_WARP_LONG, BACKWARD = 1024, 512, 256  # elements of a warp: whole rows, parts of them, and in backward
+WARPS = 2112  # that share the rows in forward, 16 for each multiprocessor of an H100: a program reads the weight once
+PROGRAMS = 264  # that share the rows in backward, each with its sums: enough for every GPU, few enough to add up
 BLOCK, LONG_WARPS = 2048, 8  # of a longer row
 SUM_ROWS, SUM_COLUMNS, SUM_PROGRAMS = 16, 128, 32  # a tile of the sums of longer rows, and programs that share them
 ADD_ROWS, ADD_COLUMNS, NUM_WARPS = 64, 16, 4  # a tile of the last step
@@ -39,35 +40,37 @@ def _scaled(x_hat, weight_ptr, bias_ptr, column, inside):
     return x_hat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _layer_norm_forward(
     x_ptr, residual_ptr,                     # [rows, columns], the second may be None
     weight_ptr, bias_ptr,                    # [columns] or None
     y_ptr, h_ptr,                            # [rows, columns]; h is None without a residual
     mean_ptr, rstd_ptr,                      # [rows]; no mean: RMS
-    rows, columns, x_stride, residual_stride, eps,
+    rows, columns, x_stride, residual_stride, eps, tiles,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h = x + residual, y = (h - mean) rstd weight + bias; whole rows at a time."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # rows * columns passes 2**31
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    mask = (row < rows)[:, None] & inside[None, :]
     across = column[None, :]
-    h = _sum(x_ptr, residual_ptr, row[:, None] * x_stride + across, row[:, None] * residual_stride + across, mask)
-    offs = row[:, None] * columns + across
-    if h_ptr is not None:
-        tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
-    if mean_ptr is not None:
-        mean = tl.sum(h, axis=1) / columns
-        h = tl.where(mask, h - mean[:, None], 0.0)
-        lost = tl.sum(h, axis=1) / columns  # to rounding, where the mean is far from 0
-        h = tl.where(mask, h - lost[:, None], 0.0)
-        tl.store(mean_ptr + row, mean + lost, mask=row < rows)
-    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / columns + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = _scaled(h * rstd[:, None], weight_ptr, bias_ptr, column, inside)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for tile in range(tiles):
+        # rows * columns passes 2**31
+        row = (tl.program_id(0) * tiles + tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        h = _sum(x_ptr, residual_ptr, row[:, None] * x_stride + across, row[:, None] * residual_stride + across, mask)
+        offs = row[:, None] * columns + across
+        if h_ptr is not None:
+            tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
+        if mean_ptr is not None:
+            mean = tl.sum(h, axis=1) / columns
+            h = tl.where(mask, h - mean[:, None], 0.0)
+            lost = tl.sum(h, axis=1) / columns  # to rounding, where the mean is far from 0
+            h = tl.where(mask, h - lost[:, None], 0.0)
+            tl.store(mean_ptr + row, mean + lost, mask=row < rows)
+        rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / columns + eps)
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        y = _scaled(h * rstd[:, None], weight_ptr, bias_ptr, column, inside)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def _layer_norm_forward_long(
         tl.store(y_ptr + row * columns + offs, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _layer_norm_backward(
     grad_y_ptr, grad_h_ptr, h_ptr,           # [rows, columns], the second may be None
     weight_ptr,                              # [columns] or None
@@ -210,7 +213,7 @@ def _layer_norm_backward_long(
         tl.store(grad_x_ptr + row * columns + offs, dx.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _layer_norm_sums_long(
     grad_y_ptr, h_ptr, mean_ptr, rstd_ptr,   # [rows, columns] twice, [rows] twice
     weight_sums_ptr, bias_sums_ptr,          # [programs / blocks of columns, columns] or None
@@ -244,17 +247,27 @@ def _layer_norm_sums_long(
         tl.store(bias_sums_ptr + at, tl.sum(bias_sum, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _layer_norm_add(
-    sums_ptr,
-    total_ptr,  # [programs, columns], [columns]
-    programs,
-    columns,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The programs' sums added in their order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight_sums_ptr, bias_sums_ptr,          # [programs, columns] or None
+    weight_total_ptr, bias_total_ptr,        # [columns] or None
+    programs, columns,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The programs' sums added in their order: a half of the grid for each, or all of it for the one."""
+    blocks = tl.cdiv(columns, BLOCK)
+    if tl.program_id(0) < blocks:
+        if weight_sums_ptr is not None:
+            _add(weight_sums_ptr, weight_total_ptr, tl.program_id(0), programs, columns, ROWS, BLOCK)
+        else:
+            _add(bias_sums_ptr, bias_total_ptr, tl.program_id(0), programs, columns, ROWS, BLOCK)
+    elif bias_sums_ptr is not None:
+        _add(bias_sums_ptr, bias_total_ptr, tl.program_id(0) - blocks, programs, columns, ROWS, BLOCK)
+
+
+@triton.jit
+def _add(sums_ptr, total_ptr, block, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, programs, ROWS):
@@ -264,15 +277,29 @@ def _layer_norm_add(
     tl.store(total_ptr + column, tl.sum(total, axis=0), mask=inside)
 
 
-def _tile(name, matrix, rms, elements, most_warps):
-    """ROWS, BLOCK and warps of programs that hold whole rows: `elements` / 128 a thread, more only in the longest."""
-    columns = matrix.size(1)
-    warps = min(max(4 * next_power_of_2(columns) // elements, 4), most_warps)
+def _tile(name, matrix, rms, elements, warps):
+    """ROWS, BLOCK and warps of programs that hold whole rows: at least so many elements."""
     chosen = launch(
         f"layer_norm/{'rms_' if rms else ''}{name}", matrix, tuple(matrix.shape), elements=elements, num_warps=warps
     )
-    rows, block, _ = row_tile(columns, max(chosen["elements"], next_power_of_2(columns)))
+    rows, block, _ = row_tile(matrix.size(1), max(chosen["elements"], next_power_of_2(matrix.size(1))))
     return dict(ROWS=rows, BLOCK=block, num_warps=chosen["num_warps"])
+
+
+def _forward_tile(matrix, rms):
+    """A row is one warp's, which needs no barrier to sum it, or where it is long, 4 to 16 warps'."""
+    block = next_power_of_2(matrix.size(1))
+    if block <= A_WARP:
+        return _tile("forward", matrix, rms, A_WARP, 1)
+    return _tile("forward", matrix, rms, block, min(max(block // A_WARP_LONG, 4), 16))
+
+
+def _backward_tile(matrix, rms):
+    """Eight elements a thread, more in the longest rows."""
+    # layer_norm's of 4096 columns spills with 16 warps in float32, with 8 in narrow dtypes
+    most = 16 if rms or matrix.dtype is not torch.float32 else 8
+    warps = min(max(next_power_of_2(matrix.size(1)) // BACKWARD, 8), most)
+    return _tile("backward", matrix, rms, warps * BACKWARD, warps)
 
 
 def layer_norm(x, residual, weight, bias, rms, eps):
@@ -287,8 +314,10 @@ def layer_norm(x, residual, weight, bias, rms, eps):
         pointers = (matrix, added, weight, bias, y, None if residual is None else h, None if rms else mean, rstd)
         sizes = (columns, stride, added_stride, eps)
         if columns <= LONGEST:
-            tile = _tile("forward", matrix, rms, FORWARD, 16)
-            _layer_norm_forward[(ceil_div(rows, tile["ROWS"]),)](*pointers, rows, *sizes, **tile)
+            tile = _forward_tile(matrix, rms)
+            all_tiles = ceil_div(rows, tile["ROWS"])
+            tiles = ceil_div(all_tiles * tile["num_warps"], WARPS)
+            _layer_norm_forward[(ceil_div(all_tiles, tiles),)](*pointers, rows, *sizes, tiles, **tile)
         else:
             _layer_norm_forward_long[(rows,)](*pointers, *sizes, BLOCK=BLOCK, num_warps=LONG_WARPS)
     return y, h, mean, rstd
@@ -308,10 +337,8 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     mean, rstd = None if rms else mean.contiguous(), rstd.contiguous()
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
     short = columns <= (LONGEST if rms else LONGEST // 2)
-    if short:  # layer_norm's of 4096 columns spills with 16 warps in float32, with 8 in narrow dtypes
-        tile = _tile("backward", matrix, rms, BACKWARD, 16 if rms or h.dtype is not torch.float32 else 8)
-    else:
-        tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
+    long_tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
+    tile = _backward_tile(matrix, rms) if short else long_tile
     all_tiles = ceil_div(rows, tile["ROWS"])
     tiles = ceil_div(all_tiles, PROGRAMS if short else SUM_PROGRAMS)
     programs = ceil_div(all_tiles, tiles)
@@ -324,16 +351,10 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
             _layer_norm_sums_long[(programs * ceil_div(columns, SUM_COLUMNS),)](
                 dy, matrix, mean, rstd, *sums, rows, columns, dy_stride, stride, tiles, **tile
             )
-    return grad_x, *(_added(s, h) for s in sums)
-
-
-def _added(sums, like):
-    """[programs, columns] -> [columns], or nothing."""
-    if sums is None:
-        return like.new_empty(0, dtype=torch.float32)
-    programs, columns = sums.shape
-    total = sums.new_empty(columns)
-    _layer_norm_add[(ceil_div(columns, ADD_COLUMNS),)](
-        sums, total, programs, columns, ROWS=ADD_ROWS, BLOCK=ADD_COLUMNS, num_warps=NUM_WARPS
-    )
-    return total
+    totals = [h.new_empty(columns if w else 0, dtype=torch.float32) for w in wanted]
+    if any(wanted):
+        _layer_norm_add[(ceil_div(columns, ADD_COLUMNS) * sum(wanted),)](
+            *sums, *(t if w else None for t, w in zip(totals, wanted, strict=True)), programs, columns,
+            ROWS=ADD_ROWS, BLOCK=ADD_COLUMNS, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_x, *totals
