@@ -59,6 +59,7 @@ _PINNED = "pinned"
 _chosen: dict[str, dict[tuple[Key, Shape], Choice]] = {}  # by machine, or pinned
 _taken: dict[str, dict[str, str]] = {}  # by machine: text of the key -> name, from another process
 _only_remembered = False
+_changes = 0  # of what was chosen, other than by one more choice
 
 
 def choose(
@@ -166,7 +167,8 @@ def _measured(
 def _announce() -> None:
     """Once, and on a terminal only: a model's first call may take minutes."""
     if sys.stderr is not None and sys.stderr.isatty():
-        print(f"genai_fast: measuring convolutions, once for this machine; kept in {file()}", file=sys.stderr)
+        what = "convolutions and attention"
+        print(f"genai_fast: measuring {what}, once for this machine; kept in {file()}", file=sys.stderr)
 
 
 def _unseen() -> contextlib.AbstractContextManager[Any]:
@@ -183,6 +185,11 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 def pinned() -> bool:
     """Whether deterministic runs pin every choice to the default."""
     return os.environ.get("GENAI_FAST_DETERMINISTIC", "") == "1" or torch.are_deterministic_algorithms_enabled()
+
+
+def standing() -> tuple[bool, bool, int]:
+    """What a choice that was made once depends on: while this is the same, so is the choice."""
+    return pinned(), _only_remembered, _changes
 
 
 @contextlib.contextmanager
@@ -208,13 +215,16 @@ def routes(device: torch.device) -> dict[str, str]:
 
 def take(device: torch.device, routes: Mapping[str, str]) -> None:
     """Take these from now on, whatever has been measured; warns when one is needed that is not available."""
-    here = machine(device)
+    global _changes
+    here, _changes = machine(device), _changes + 1
     _taken[here] = dict(routes)
     _chosen.pop(here, None)
 
 
 def forget() -> None:
     """Forget this process's choices, made, read or taken over; the file is unchanged."""
+    global _changes
+    _changes += 1
     _chosen.clear()
     _taken.clear()
 

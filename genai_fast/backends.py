@@ -197,6 +197,9 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     if reason:
         warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=8)  # once: cached
     function, refuses = implementation(name, backend), LIBRARIES[name].refuses
+    if backend == "triton" and not forced and LIBRARIES[name].peers:
+        peers = importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.peers")
+        function = functools.partial(getattr(peers, name), function)
     if positions := written(LIBRARIES[name].schema):
         function = _counting(name, function, positions)
     if refuses is None or backend == "reference":

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai_fast.autotune import Choice
 from genai_fast.fusion import implementations
 from genai_fast.fusion.chains import CONVS, STOCK, TRANSPOSED, letter, obstacle, spans
 from genai_fast.fusion.classes import original
 from genai_fast.fusion.explanation import Explanation, Row
 from genai_fast.fusion.implementations import Decision
 from genai_fast.fusion.operands import Convolution
+from genai_fast.kernels.causal_attention import peers
 from genai_fast.ops import checks
 from genai_fast.planning import LAYERS, fused_class, plan_of, wrapper_of
 
@@ -221,9 +223,10 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     decisions: list[tuple[Sequence[nn.Module], Decision]] = []
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     was_fused = any(original(type(m)) is not type(m) for m in model.modules())
+    attention: dict[str, Choice] = {}
     token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
     try:
-        with undisturbed(model):
+        with undisturbed(model), peers.heard(attention.__setitem__):
             if not was_fused and not wrapper_of(model):
                 fuse(model)
             model(*arguments)
@@ -237,6 +240,9 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
         covered.update(map(id, modules))
         found = " + ".join(type(m).__name__ for m in modules)
         yield Row("+".join(names), found, _served(decision), _unserved(decision))
+    for found, (name, times) in attention.items():
+        decision = Decision(name, dict.fromkeys(times.keys() - {name}, "measured slower"), times)
+        yield Row("", found, _served(decision), _unserved(decision))
     for path, module in model.named_modules():
         if id(module) not in covered:
             for row in _rows(path, module, covered):

@@ -89,8 +89,11 @@ def causal_attention(
         T_q].
     Under autocast q, k and v are cast to its dtype.
     Gradients: q, k, v, from out and lse, to any order (the second and higher through plain PyTorch, which holds the
-    scores; torch.compile refuses those). Two backward passes give the same bits.
-    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
+    scores; torch.compile refuses those). Two backward passes by our kernels give the same bits.
+    Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). On CUDA plain calls in 16 bits go to the
+        fastest of our kernels, cuDNN's and PyTorch's flash attention, measured once for each shape
+        (genai_fast.autotune); GENAI_FAST_DETERMINISTIC=1, torch.use_deterministic_algorithms and
+        use_backend("triton") keep them with ours.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
     Source: Vaswani et al. 2017; Dao et al. 2022 (FlashAttention); Ainslie et al. 2023 (grouped-query attention).
     """

@@ -56,6 +56,24 @@ def reads(read: Callable[[], Any]) -> Any:
     return value
 
 
+def as_step(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which a plan does as one step: PyTorch's own kernels, whose launches nobody records."""
+    recorder = watching()
+    if recorder is None:
+        return function(*arguments)
+    with recorder.unwatched():
+        result = function(*arguments)
+    recorder.launches += 1
+    recorder.step(function, arguments, result)
+    return result
+
+
+def unwatched() -> contextlib.AbstractContextManager[None]:
+    """Inside, nothing is noted: what happens there happens in the first call alone."""
+    recorder = watching()
+    return contextlib.nullcontext() if recorder is None else recorder.unwatched()
+
+
 def watching() -> Recorder | None:
     """The recorder that watches this thread, or None."""
     return getattr(_here, "recorder", None)

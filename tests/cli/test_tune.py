@@ -101,6 +101,6 @@ def test_a_terminal_is_told_once_that_convolutions_are_measured(tmp_path, monkey
     autotune._announce.cache_clear()
     (tmp_path / "mine.py").write_text(MODEL)
     assert main(["tune", f"{tmp_path}/mine.py:generator", "--input", "6x1x1", "--batch", "4"]) == 0
-    line = f"genai_fast: measuring convolutions, once for this machine; kept in {autotune.file()}\n"
+    line = f"genai_fast: measuring convolutions and attention, once for this machine; kept in {autotune.file()}\n"
     assert said.getvalue() == (line if terminal else "")
     autotune._announce.cache_clear()
