@@ -1,7 +1,7 @@
 """Cases of our ops through Liger's kernels, for the page of predicted times (bench.predict).
 
-What Liger leaves to PyTorch is computed, and counted nowhere: layer_norm's sum with the residual, a bias before the
-activation, the sums of partial gradients, copies of what is not contiguous. So its times are lower bounds.
+What Liger leaves to PyTorch is computed too (layer_norm's sum with the residual, a bias before the activation, the sums
+of partial gradients, copies of what is not contiguous); `LeftToPyTorch` counts what that moves, matrix products apart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from liger_kernel.ops import (
     rope,
     swiglu,
 )
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from genai_fast.kernels.common.launch import next_power_of_2
 
@@ -57,7 +59,8 @@ def _gated_act(x, up=None, bias=None, activation="silu") -> Outputs:
 def _rotary(x, cos, sin) -> Outputs:
     """Liger turns queries and keys in one launch: here heads of x, a number that needs no padding."""
     heads = next_power_of_2(x.size(1)) // 2
-    tables = (torch.cat((table, table), -1).to(x.dtype) for table in (cos, sin))
+    with _disable_current_modes():  # models have such tables
+        tables = [torch.cat((table, table), -1).to(x.dtype) for table in (cos, sin)]
     return rope.LigerRopeFunction.apply(x[:, :heads], x[:, heads:], *tables)
 
 
@@ -81,8 +84,29 @@ def call(name: str, inputs: dict[str, Any], multiprocessors: int) -> Outputs:
     with _on(multiprocessors):
         outputs = CALLS[name](**inputs)
         targets = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        torch.autograd.grad(outputs, targets, [torch.ones_like(y) for y in outputs])
+        with _disable_current_modes():
+            ones = [torch.ones_like(y) for y in outputs]
+        torch.autograd.grad(outputs, targets, ones)
     return outputs
+
+
+class LeftToPyTorch(TorchDispatchMode):
+    """Inside the block, the bytes that each of PyTorch's own kernels would read and write, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        if not function.is_view and not function._opname.startswith(_NO_KERNEL):
+            tensors = [x for x in tree_leaves((arguments, named, result)) if isinstance(x, torch.Tensor)]
+            distinct = {x.data_ptr(): x for x in tensors}.values()
+            self.bytes.append(sum(x.untyped_storage().nbytes() if 0 in x.stride() else x.nbytes for x in distinct))
+        return result
+
+
+_NO_KERNEL = ("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar_dense", "equal", "mm", "addmm")
 
 
 @contextlib.contextmanager
