@@ -88,6 +88,14 @@ class Subject:
         return f"{self.model}-{'training' if self.training else 'evaluation'}-{self.layout}"
 
     @property
+    def op(self) -> str:
+        return f"fuse, {'training' if self.training else 'evaluation'}"
+
+    @property
+    def case(self) -> str:
+        return f"{self.model}-{self.layout}"
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """Whole models are not compiled: it takes a minute each, and the blocks say what it gives."""
         return (EAGER, COMPILED, FUSED) if self.model.endswith("block") else (EAGER, FUSED)
@@ -151,10 +159,8 @@ def red(subject: Subject) -> str:
     return ""
 
 
-def figures(
-    subject: Subject, seconds: float = SECONDS, *, rounds: int = ROUNDS, compiled: bool = True
-) -> dict[str, Any]:
-    """Median wall time of each variant, interleaved, and the bytes that it holds at most."""
+def figures(subject: Any, seconds: float = SECONDS, *, rounds: int = ROUNDS, compiled: bool = True) -> dict[str, Any]:
+    """Median wall time of each of the subject's variants, interleaved, and the bytes that it holds at most."""
     load = ForeignLoad()
     makers = {v: lambda v=v: warm(subject.step(v)) for v in subject.variants if compiled or v != COMPILED}
     steps, skipped = ready(makers, (COMPILED,))
@@ -163,8 +169,7 @@ def figures(
     variants = walls(wall)
     for name, step in steps.items():
         variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
-    op = f"fuse, {'training' if subject.training else 'evaluation'}"
-    head = {"op": op, "case": f"{subject.model}-{subject.layout}", "dtype": "float32", "device": DEVICE}
+    head = {"op": subject.op, "case": subject.case, "dtype": "float32", "device": DEVICE}
     measured = {"ratio": ratios(wall), "spread": spreads(clocked), "foreign_load": load.cores()}
     return {**head, "variants": variants | skipped, **measured}
 
