@@ -14,9 +14,10 @@ void with_gate(int activation, F f) {
   with_one_of<kSilu, kGelu, kGeluTanh, kSigmoid, kRelu, kTanh, kNone>(activation, f);
 }
 
-// y = activate(gate + bias[i]) (up + bias[columns + i]); bias may be null.
+// y = d activate(m (gate + bias[i])) (up + bias[columns + i]); bias may be null.
 void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int dtype, void* y,
-               int64_t rows, int64_t columns, const float* bias, int activation, int threads) {
+               int64_t rows, int64_t columns, const float* bias, int activation, double m, double d, int threads) {
+  const float of_gate = float(m), of_y = float(d);
   const Pieces pieces(rows, columns);
   const Rows gates{gate, gate_stride, dtype}, ups{up, up_stride, dtype};
   const DenseOut out{y, columns, dtype};
@@ -36,8 +37,8 @@ void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up
         for (int64_t r = 0; r < p.rows; ++r, g += g_stride, u += u_stride, w += p.columns) {
 #pragma omp simd
           for (int64_t i = 0; i < p.columns; ++i) {
-            const float z = kBiased ? g[i] + b[i] : g[i], v = kBiased ? u[i] + b[columns + i] : u[i];
-            w[i] = activate<decltype(a)::value>(z, 0.0f) * v;
+            const float z = (kBiased ? g[i] + b[i] : g[i]) * of_gate, v = kBiased ? u[i] + b[columns + i] : u[i];
+            w[i] = activate<decltype(a)::value>(z, 0.0f) * v * of_y;
           }
         }
         out.end(p, begin);
@@ -46,11 +47,13 @@ void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up
   });
 }
 
-// dgate = dy (up + bias) act'(gate + bias);  dup = dy act(gate + bias);  grad_bias = their sums over the rows, or null.
+// dgate = d m dy (up + bias) act'(m (gate + bias));  dup = d dy act(m (gate + bias));  grad_bias = their sums over the
+// rows, or null.
 void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, int64_t gate_stride, const void* up,
                         int64_t up_stride, int dtype, void* grad_gate, void* grad_up, int64_t grad_stride,
-                        float* grad_bias, int64_t rows, int64_t columns, const float* bias, int activation,
-                        int threads) {
+                        float* grad_bias, int64_t rows, int64_t columns, const float* bias, int activation, double m,
+                        double d, int threads) {
+  const float of_gates = float(m), of_y = float(d);
   constexpr int64_t kPart = 1024;  // columns of a tile
   const Tiles tiles({rows, columns, 1}, 2 * kTile, kPart);
   const Rows g_rows{grad_y, y_stride, dtype}, gates{gate, gate_stride, dtype}, ups{up, up_stride, dtype};
@@ -79,9 +82,9 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
             float* const du = up_out.begin(row, du_buffer);
 #pragma omp simd
             for (int64_t i = 0; i < p.columns; ++i) {
-              const float z = kBiased ? g[i] + b[i] : g[i], v = kBiased ? u[i] + b[columns + i] : u[i];
-              const float of_gate = dy[i] * v * derivative<decltype(a)::value>(z, 0.0f);
-              const float of_up = dy[i] * activate<decltype(a)::value>(z, 0.0f);
+              const float z = (kBiased ? g[i] + b[i] : g[i]) * of_gates, v = kBiased ? u[i] + b[columns + i] : u[i];
+              const float of_gate = dy[i] * of_y * v * derivative<decltype(a)::value>(z, 0.0f) * of_gates;
+              const float of_up = dy[i] * of_y * activate<decltype(a)::value>(z, 0.0f);
               dg[i] = of_gate;
               du[i] = of_up;
               if constexpr (kSummed) {
