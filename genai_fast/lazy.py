@@ -155,7 +155,12 @@ def _cross_entropy(
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:  # fmt: skip
     """By chunks of logits; None where F.cross_entropy has settings that linear_cross_entropy lacks."""
-    plain = weights_fit(weight, logits, -1) and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+    plain = (
+        weights_fit(weight, logits, -1)
+        and size_average is None
+        and reduce is None
+        and reduction in ("mean", "sum", "none")
+    )
     fits = is_plain(target) and target.dtype is torch.int64 and logits.dim() == 2 and target.shape == logits.shape[:1]
     if not plain or not fits or logits.made is not None or target.device != logits.device or not logits.numel():
         return None

@@ -27,9 +27,10 @@ from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "CrossEntropyOutput", "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "causal_attention",
-    "conv2d", "conv_transpose1d", "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy",
-    "decode_attention", "decode_linear", "gated_act", "geglu", "gpt_decode", "group_norm_act", "gru",
-    "instance_norm_act", "layer_norm", "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl",
-    "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d", "vae_loss",
+    "CrossEntropyOutput", "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act",
+    "bias_gelu", "causal_attention", "conv2d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "gated_act", "geglu",
+    "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm", "linear_cross_entropy", "lstm",
+    "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d",
+    "vae_loss",
 ]  # fmt: skip

@@ -12,7 +12,6 @@ from genai_fast.ops.dispatch import KernelFunction, differentiated_again, librar
 from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
-
 CASTING_MODES = ("gemma", "llama", "none")
 
 
@@ -135,7 +134,7 @@ def rms_norm(
             them, as plain PyTorch in that dtype; its mean of squares is summed in float32. Gradients take a rounding
             for the identity.
 
-    No argument writes the gradient over its upstream one, as Liger-Kernel's in_place does: another branch may read that.
+    No argument writes the gradient over its upstream one, as Liger-Kernel's in_place does: others may read that.
 
     Returns, Gradients, Backends, Raises: as `layer_norm`.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.

@@ -68,8 +68,8 @@ def _check_tables(x: torch.Tensor, cos: Any, sin: Any, full: bool, sections: tup
     for name, table in (("cos", cos), ("sin", sin)):
         if isinstance(table, torch.Tensor) and table.is_complex():
             raise TypeError(
-                f"{_OP}: {name}: expected real numbers, got {table.dtype}; pass both parts of a complex table, its .real"
-                f" and its .imag, and interleaved=True"
+                f"{_OP}: {name}: expected real numbers, got {table.dtype}; pass both parts of a complex table,"
+                f" its .real and its .imag, and interleaved=True"
             )
         checks.is_floating(_OP, name, table)
         checks.same_device(_OP, name, table, "x", x)
@@ -88,7 +88,7 @@ def _check_tables(x: torch.Tensor, cos: Any, sin: Any, full: bool, sections: tup
         expected = "[T_max, D_rot] with an even D_rot" if full else "[T_max, D_rot / 2] with D_rot"
         raise ValueError(
             f"{_OP}: cos: expected {expected} <= D = {x.size(3)}, got shape {tuple(cos.shape)};"
-            f" {'full=False takes' if full else 'rotary_tables makes'} it; or those of each sample of x, [B, T_max, ...]"
+            f" {'full=False takes' if full else 'rotary_tables makes'} it; of each sample of x, [B, T_max, ...]"
         )
     if sin.shape != cos.shape or sin.dtype is not cos.dtype:
         raise ValueError(

@@ -173,8 +173,9 @@ inline Row reduce(const Matrix& x, int64_t begin, int64_t classes, bool with_sum
     most = now;
     // Nothing but -inf and NaN so far: any finite number serves, and NaN stays.
     total += double(sum_of_exp(v, most == kLowest ? 0.0f : most));
-    if (with_sum && !weights) sum += double(sum_of(x.read(begin + first, count, 0.0f, buffer)));
-    if (with_sum && weights) sum += weighted_sum(x.read(begin + first, count, 0.0f, buffer).data, weights + first, count);
+    if (!with_sum) continue;
+    const Span plain = x.read(begin + first, count, 0.0f, buffer);
+    sum += weights ? weighted_sum(plain.data, weights + first, count) : double(sum_of(plain));
   }
   return {most, __builtin_logf(float(total)), sum};
 }
@@ -204,8 +205,8 @@ double mean_of(const float* weights, int64_t classes) {
   return weights ? sum / double(classes) : 1.0;
 }
 
-// w_t (1 - e) (lse - x_t) + e mean(w (lse - x)) + z lse^2, and the mean of the first two over `count`'s sum of w_t, of the
-// last over its number of rows. weights, count and predicted may be null.
+// w_t (1 - e) (lse - x_t) + e mean(w (lse - x)) + z lse^2, and the mean of the first two over `count`'s sum of w_t, of
+// the last over its number of rows. weights, count and predicted may be null.
 void cross_entropy(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride,
                    const int64_t* target, const float* weights, float* loss, float* lse, float* count,
                    int64_t* predicted, int64_t rows, int64_t classes, int64_t ignore_index, double label_smoothing,
@@ -282,7 +283,8 @@ void cross_entropy_backward(const float* grad_loss, int64_t grad_loss_stride, co
     const double g = upstream / (count ? double(count[0]) : 1.0), h = upstream / (count ? double(count[1]) : 1.0);
     const double of_target = weights && inside ? double(weights[t]) * (1.0 - label_smoothing) : 1.0 - label_smoothing;
     const double of_lse = 2.0 * z_loss * (double(most) + double(log_sum));
-    const float factor = float(weights ? g * (of_target + label_smoothing * weight_mean) + h * of_lse : g * (1.0 + of_lse));
+    const double weighted = g * (of_target + label_smoothing * weight_mean) + h * of_lse;
+    const float factor = float(weights ? weighted : g * (1.0 + of_lse));
     const float share = float(g * label_smoothing / double(classes)), hit = float(g * of_target);
     const float same = weights ? 0.0f : share;
     alignas(64) float from_buffer[kBuffer], to_buffer[kBuffer];

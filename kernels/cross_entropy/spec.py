@@ -160,8 +160,14 @@ CASES = (
     Case("capped_long", _inputs(3, 4100, softcap=30.0, label_smoothing=0.1, z_loss=1e-2, scale=20.0)),
     Case("weighted_smoothing", weighted(_inputs(6, 130, label_smoothing=0.1, z_loss=0.1, ignored=0.2))),
     Case("outputs", _inputs(6, 130, z_loss=0.1, ignored=0.2, **ALL_OUTPUTS)),
-    Case("weighted_capped_none", weighted(_inputs(2, 5, 37, label_smoothing=0.2, softcap=3.0, z_loss=0.1, ignored=0.2,
-                                                  reduction="none", **ALL_OUTPUTS))),
+    Case(
+        "weighted_capped_none",
+        weighted(
+            _inputs(
+                2, 5, 37, label_smoothing=0.2, softcap=3.0, z_loss=0.1, ignored=0.2, reduction="none", **ALL_OUTPUTS
+            )
+        ),
+    ),
     Case("outputs_long", weighted(_inputs(3, 9001, softcap=2.0, reduction="sum", **ALL_OUTPUTS))),
     Case("target_gradient", weighted(_inputs(4, 5, label_smoothing=0.2, z_loss=0.05, softcap=2.0, ignored=0.2))),
     Case("empty", _inputs(0, 9, reduction="sum")),

@@ -73,10 +73,10 @@ def _cross_entropy_forward(
             shift = tl.where(now == float("-inf"), 0.0, now)
             total = total * tl.where(most == now, 1.0, tl.exp(most - now)) + tl.exp(x - shift)
             if SMOOTH:
+                known = tl.where(offs < classes, x, 0.0)
                 if weight_ptr is not None:
-                    plain += tl.where(offs < classes, x, 0.0) * tl.load(weight_ptr + offs, mask=offs < classes, other=0.0)
-                else:
-                    plain += tl.where(offs < classes, x, 0.0)
+                    known *= tl.load(weight_ptr + offs, mask=offs < classes, other=0.0)
+                plain += known
             most = now
         log_sum = tl.log(tl.sum(total, axis=0))
         inside = (target >= 0) & (target < classes)

@@ -31,10 +31,7 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation, gate_multipli
     """(dx, dup or nothing, dbias or nothing); dx holds both gradients where x holds both halves."""
     gate, linear = shifted(x, up, bias)
     gate, dy = gate * gate_multiplier, wide(grad_y) * down_multiplier
-    grads = (
-        (dy * linear) * derivative(gate, activation, 0.0) * gate_multiplier,
-        dy * activate(gate, activation, 0.0),
-    )
+    grads = ((dy * linear) * derivative(gate, activation, 0.0) * gate_multiplier, dy * activate(gate, activation, 0.0))
     grad_bias = torch.cat([g.sum(0) for g in grads]) if with_bias else gate.new_empty(0)
     if up is None:
         return torch.cat(grads, 1).to(x.dtype), x.new_empty(0), grad_bias

@@ -22,7 +22,8 @@ LIBRARY = (
     ),
     LibraryOp(
         "gated_act_backward(Tensor grad_y, Tensor x, Tensor? up, Tensor? bias, bool with_bias, str activation,"
-        " float gate_multiplier, float down_multiplier, str backend) -> (Tensor grad_x, Tensor grad_up, Tensor grad_bias)",
+        " float gate_multiplier, float down_multiplier, str backend)"
+        " -> (Tensor grad_x, Tensor grad_up, Tensor grad_bias)",
         _fake_backward,
     ),
 )

@@ -6,7 +6,6 @@ from genai_fast.kernels.common.channels import require_channels
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address, as_matrix, dense_like, require_alike, require_rows
 
-
 _CASTING = {"gemma": 0, "llama": 1, "none": 2}  # as in cpu_kernel.cpp
 
 
@@ -23,7 +22,8 @@ def layer_norm(x, residual, weight, bias, rms, eps, casting):
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))
     cpp.layer_norm(
         address(matrix), stride, address(added), added_stride, DTYPE_CODE[x.dtype], address(y), address(h),
-        address(weight), address(bias), 0 if rms else address(mean), address(rstd), *matrix.shape, eps, _casting_of(x, casting)
+        address(weight), address(bias), 0 if rms else address(mean), address(rstd), *matrix.shape, eps,
+        _casting_of(x, casting)
     )  # fmt: skip
     return y, h, mean, rstd
 

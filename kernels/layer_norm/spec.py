@@ -236,7 +236,11 @@ RMS_NORM = OpSpec(
     source="Zhang & Sennrich 2019, arXiv:1910.07467",
     library=LIBRARY,
     reference=_rms_norm_reference,
-    cases=(*_cases(False), Case("gemma", _inputs(3, 7, 48, bias=False, residual=False, eps=1e-6, offset=1.0)), *_casting_cases()),
+    cases=(
+        *_cases(False),
+        Case("gemma", _inputs(3, 7, 48, bias=False, residual=False, eps=1e-6, offset=1.0)),
+        *_casting_cases(),
+    ),
     error_cases=(*_error_cases(False), *_OFFSETS),
     bench_cases=_bench_cases(("llama", 2, 1024, 4096), bias=False),
     peers={"eager": _eager_rms_norm},

@@ -32,8 +32,8 @@ void rotate(const float* x, const float* cosine, const float* sine, bool inverse
   }
 }
 
-// Tables [axes, samples, known, rotated], or [..., rotated / 2] unless full: strides of the first three and `step` between
-// columns. Pairs from ends[a - 1] to ends[a] turn by axis a.
+// Tables [axes, samples, known, rotated], or [..., rotated / 2] unless full: strides of the first three and `step`
+// between columns. Pairs from ends[a - 1] to ends[a] turn by axis a.
 constexpr int64_t kAxes = 4;
 
 struct Table {
@@ -62,14 +62,14 @@ struct Table {
   }
 };
 
-// A token's position is offset + its index, or what `positions` says; one that the tables lack gives NaN. Tokens are second
-// if by_token, else third.
+// A token's position is offset + its index, or what `positions` says; one that the tables lack gives NaN. Tokens are
+// second if by_token, else third.
 void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, int dtype, const void* cosine,
             int64_t cosine_axis, int64_t cosine_sample, int64_t cosine_row, const void* sine, int64_t sine_axis,
-            int64_t sine_sample, int64_t sine_row, int table_dtype, int64_t cosine_step, int64_t sine_step, int64_t end_0,
-            int64_t end_1, int64_t end_2, int64_t known, const int64_t* positions, int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second,
-            int64_t third, int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse,
-            bool full, int threads) {
+            int64_t sine_sample, int64_t sine_row, int table_dtype, int64_t cosine_step, int64_t sine_step,
+            int64_t end_0, int64_t end_1, int64_t end_2, int64_t known, const int64_t* positions,
+            int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second, int64_t third,
+            int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse, bool full, int threads) {
   const Rows in{x, 0, dtype};
   const Table cosines{cosine, table_dtype, cosine_axis, cosine_sample, cosine_row, cosine_step};
   const Table sines{sine, table_dtype, sine_axis, sine_sample, sine_row, sine_step};

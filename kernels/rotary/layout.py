@@ -4,7 +4,6 @@ import torch
 
 from genai_fast.kernels.rotary.reference import with_unit_stride
 
-
 MOST_AXES = 4
 
 
@@ -20,14 +19,13 @@ def tables_fit(cos, x, full, sections):
         if axes != len(sections):
             return False
     samples = shape[0] if len(shape) == 3 else 1
-    return (
-        len(shape) in (2, 3) and samples in (1, x.size(0)) and not (full and last % 2) and 0 < 2 * pairs <= x.size(3)
-    )
+    return len(shape) in (2, 3) and samples in (1, x.size(0)) and not (full and last % 2) and 0 < 2 * pairs <= x.size(3)
 
 
 def strides_of(table, sections):
     """Between axes, samples, rows and columns; 0 where all share one."""
     *before, row, step = table.stride()
+    step = step if table.size(-1) > 1 else 1
     axis = before.pop(0) if sections else 0
     sample = before.pop() if before and table.size(-3) > 1 else 0
     return axis, sample, row, step
@@ -65,6 +63,8 @@ def operands(x, cos, sin, positions, full, sections):
             )
         if tokens > 1 and positions.stride(-1) != 1:
             positions = positions.contiguous()
+    # Columns side by side, or parts of complex numbers.
+    cos, sin = (t if t.size(-1) < 2 or t.stride(-1) in (1, 2) else t.contiguous() for t in (cos, sin))
     return with_unit_stride(x), cos, sin, positions, rotated
 
 

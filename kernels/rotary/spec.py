@@ -102,7 +102,9 @@ def _full(*shape, rotary=None, **settings):
     return with_tables
 
 
-def _of_samples(*shape, rotary=None, samples=None, axes=0, full=False, more=0, step=1, at=None, layout="contiguous", **options):
+def _of_samples(
+    *shape, rotary=None, samples=None, axes=0, full=False, more=0, step=1, at=None, layout="contiguous", **options
+):
     """Angles of each sample, and of each axis: tables [axes, samples, T, columns], `step` apart."""
 
     def make(t):

@@ -21,14 +21,14 @@ def _rotary(
     cos_axis, cos_sample, cos_row, sin_axis, sin_sample, sin_row, known, positions_stride, offset, sign, blocks,
     BY_TOKEN: tl.constexpr, INTERLEAVED: tl.constexpr, FULL: tl.constexpr, SWAPPED: tl.constexpr,
     COLUMNS: tl.constexpr, HALF: tl.constexpr, COS_STEP: tl.constexpr, SIN_STEP: tl.constexpr,
-    END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr,
+    OF_SAMPLES: tl.constexpr, END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """y = (a cos - b sin, b cos + a sin) for the HALF pairs (a, b) of each row; a position beyond the table gives NaN.
 
     Tokens are the second dimension if BY_TOKEN, else the third. FULL: a and b have a cosine and a sine each, the sines
-    SWAPPED in the transpose. Pairs up to END_0 turn by the first axis, up to END_1 by the second. BLOCK holds HALF, and REST
-    the channels that stay.
+    SWAPPED in the transpose. Pairs up to END_0 turn by the first axis, up to END_1 by the second. BLOCK holds HALF, and
+    REST the channels that stay.
     """
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
@@ -49,18 +49,22 @@ def _rotary(
     position = position[:, None]
     apart: tl.constexpr = (1 if INTERLEAVED else HALF) if FULL else 0
     column = 2 * pair if FULL and INTERLEAVED else pair
-    cos_ptr += sample * cos_sample + position * cos_row + column * COS_STEP
-    sin_ptr += sample * sin_sample + position * sin_row + column * SIN_STEP
+    cos_ptr += position * cos_row + column * COS_STEP
+    sin_ptr += position * sin_row + column * SIN_STEP
+    if OF_SAMPLES:
+        cos_ptr += sample * cos_sample
+        sin_ptr += sample * sin_sample
     if END_0 < HALF:
         axis = ((pair >= END_0).to(tl.int32) + (pair >= END_1).to(tl.int32) + (pair >= END_2).to(tl.int32)).to(tl.int64)
         cos_ptr += axis * cos_axis
         sin_ptr += axis * sin_axis
     c = tl.load(cos_ptr, mask=looked_up, other=float("nan")).to(tl.float32)
-    s = tl.load(sin_ptr + (apart * SIN_STEP if SWAPPED else 0), mask=looked_up, other=float("nan")).to(tl.float32) * sign
+    to_sin: tl.constexpr = apart * SIN_STEP if SWAPPED else 0
+    s = tl.load(sin_ptr + to_sin, mask=looked_up, other=float("nan")).to(tl.float32) * sign
     c_b, s_b = c, s
     if FULL:
         c_b = tl.load(cos_ptr + apart * COS_STEP, mask=looked_up, other=float("nan")).to(tl.float32)
-        s_b = tl.load(sin_ptr + (0 if SWAPPED else apart * SIN_STEP), mask=looked_up, other=float("nan")).to(tl.float32) * sign
+        s_b = tl.load(sin_ptr + (apart * SIN_STEP - to_sin), mask=looked_up, other=float("nan")).to(tl.float32) * sign
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK)[None, :]
         mask = inside[:, None] & (both < 2 * HALF)
@@ -97,6 +101,7 @@ def rotary(x, cos, sin, positions, offset, interleaved, inverse, full=False, sec
         x, cos, sin, positions, y, second, third, *given.stride()[:3], *of_cos, *of_sin, cos.size(-2),
         between_samples(positions), offset, -1.0 if inverse else 1.0, blocks,
         BY_TOKEN=by_token, INTERLEAVED=interleaved, FULL=full, SWAPPED=full and inverse, COLUMNS=columns, HALF=half,
-        COS_STEP=cos_step, SIN_STEP=sin_step, END_0=end_0, END_1=end_1, END_2=end_2, ROWS=tile, BLOCK=block, REST=next_power_of_2(rest) if rest else 0, num_warps=NUM_WARPS,
+        COS_STEP=cos_step, SIN_STEP=sin_step, OF_SAMPLES=of_cos[1] != 0 or of_sin[1] != 0, END_0=end_0, END_1=end_1,
+        END_2=end_2, ROWS=tile, BLOCK=block, REST=next_power_of_2(rest) if rest else 0, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y

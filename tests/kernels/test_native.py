@@ -186,7 +186,9 @@ def test_statistics_take_both_running_vectors_in_any_dtype():
 
 def test_cross_entropy_without_classes():
     with pytest.raises(ValueError, match="at least one class"):
-        LIBRARY.cross_entropy(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, 0.0, 0.0, "mean", False, "cpu")
+        LIBRARY.cross_entropy(
+            torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, 0.0, 0.0, "mean", False, "cpu"
+        )
 
 
 ZERO = {

@@ -205,7 +205,9 @@ def _tables(*shape, dtype):
 
 B, T, D = 2, 6, 16
 ROTARY = {  # (made of (x [B, H, T, D], dtype)): ours, and the formula
-    "tables of all": lambda x, cos, sin: (ops.rotary(x, cos[:1], sin[:1], full=True), _turned(x.double(), cos[:1], sin[:1])),
+    "tables of all": lambda x, cos, sin: (
+        ops.rotary(x, cos[:1], sin[:1], full=True), _turned(x.double(), cos[:1], sin[:1])
+    ),
     "tables of samples": lambda x, cos, sin: (ops.rotary(x, cos, sin, full=True), _turned(x.double(), cos, sin)),
     "one half": lambda x, cos, sin: (
         ops.rotary(x, cos[..., : D // 2], sin[..., : D // 2]), _turned(x.double(), cos, sin)
@@ -244,8 +246,8 @@ def test_rotary(name, dtype):
         found, truth = ROTARY[name](x, cos, sin)
         assert_close(found.double(), truth.double(), **CLOSE[dtype])
         upstream = torch.randn(truth.shape).to(dtype)
-        for got, exact in zip(_gradients((found * upstream).sum(), [x]), _gradients((truth * upstream).sum(), [x])):
-            assert_close(got, exact, **CLOSE[dtype])
+        (got,), (exact,) = (_gradients((y * upstream).sum(), [x]) for y in (found, truth))
+        assert_close(got, exact, **CLOSE[dtype])
 
 
 @DTYPES
@@ -296,7 +298,8 @@ def test_cross_entropy_loss_with_more():
     found = layer(logits, target)
     rows, flat = logits.detach().double().movedim(1, -1).flatten(0, 1), target.flatten()
     loss, penalty, right, places = _cross_entropy(rows, flat, weight, -100, 0.1, 0.1, softcap=3.0)
-    assert_close(torch.stack((found.loss, found.z_loss, found.token_accuracy)).double(), torch.stack((loss, penalty, right)), rtol=1e-6, atol=1e-6)
+    numbers = torch.stack((found.loss, found.z_loss, found.token_accuracy)).double()
+    assert_close(numbers, torch.stack((loss, penalty, right)), rtol=1e-6, atol=1e-6)
     assert torch.equal(found.predicted_tokens.flatten(), places)
     assert isinstance(CrossEntropyLoss(softcap=3.0)(logits, target), torch.Tensor)
 
