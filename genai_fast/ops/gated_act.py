@@ -91,8 +91,8 @@ def gated_act(
         bias: [2 D], the gate's half first, or None for 0; the dtype of x, or float32.
         activation: of the gate: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "sigmoid" (GLU), "relu" (ReGLU),
             "tanh", or "none" (bilinear).
-        gate_multiplier, down_multiplier: finite factors, 1 in most models; Falcon-H1 has them. The second one stands
-            for that of the product that follows, as far as its layer has no bias.
+        gate_multiplier, down_multiplier: finite factors, 1 in most models; Falcon-H1 has others. That model multiplies
+            after the next linear layer, which is the same if that one has no bias.
 
     Returns: y [..., D], dtype of x, contiguous. Under autocast x and up meet in the wider dtype.
     Gradients: x, up and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
