@@ -253,7 +253,8 @@ _EXPECTED = dict.fromkeys(  # rows of 50257 begin anywhere, those of 128256 at m
 CROSS_ENTROPY = OpSpec(
     name="cross_entropy",
     folder="cross_entropy",
-    formula="(1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2 over the last dimension, lse = logsumexp(x)",
+    formula="(1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2 over the last dimension, lse = logsumexp(x); also"
+    " with class weights, and of capped logits",
     source="online sums: Milakov & Gimelshein 2018, arXiv:1805.02867; smoothing: Szegedy et al. 2015; z: PaLM 2022",
     library=ROWS_LIBRARY,
     reference=definition,
