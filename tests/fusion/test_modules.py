@@ -59,7 +59,7 @@ def test_cross_entropy_is_pytorchs(shape, reduction, dtype, calls):
 def test_cross_entropy_leaves_the_rest_to_pytorch(calls):
     x, target = torch.randn(6, 4), torch.randint(0, 4, (6,))
     weight, shares = torch.rand(4), torch.softmax(torch.randn(6, 4), 1)
-    with pytest.raises(RuntimeError, match="(?i)float"):  # as PyTorch says it
+    with pytest.raises(RuntimeError, match=r"(?i)float"):  # as PyTorch says it
         layers.CrossEntropyLoss(weight.half())(x, target)
     with pytest.raises(RuntimeError, match="weight tensor"):
         layers.CrossEntropyLoss(weight[:3])(x, target)
