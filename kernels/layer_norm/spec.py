@@ -89,10 +89,10 @@ def _mixed(t):
 def _casting_cases():
     for mode in ("llama", "none"):
         more = dict(bias=False, eps=1e-6, casting_mode=mode)
-        yield Case(f"{mode}", _inputs(3, 7, 48, **more))
-        yield Case(f"{mode}_offset", _inputs(5, 130, residual=False, offset=1.0, **more))
-        yield Case(f"{mode}_no_weight", _inputs(4, 33, residual=False, weight=False, **more))
-        yield Case(f"{mode}_long_row", _inputs(2, 9001, **more))
+        yield Case(f"casting_{mode}", _inputs(3, 7, 48, **more))
+        yield Case(f"casting_{mode}_offset", _inputs(5, 130, residual=False, offset=1.0, **more))
+        yield Case(f"casting_{mode}_no_weight", _inputs(4, 33, residual=False, weight=False, **more))
+        yield Case(f"casting_{mode}_long_row", _inputs(2, 9001, **more))
     yield Case("target_gradient", _inputs(3, 4, bias=False, residual=False, eps=1e-6, casting_mode="llama"))
 
 
