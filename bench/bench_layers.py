@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench import memory
-from bench.points import DEVICE, ROUNDS
+from bench.points import DEVICE, QUICK, ROUNDS
 from bench.variants import COMPILED, FUSED, ratios, ready, spreads, walls, warm
 from genai_fast import fuse
 from genai_fast.models.common.plain_conv import conv_block
@@ -88,6 +88,14 @@ class Subject:
         return f"{self.model}-{'training' if self.training else 'evaluation'}-{self.layout}"
 
     @property
+    def op(self) -> str:
+        return f"fuse, {'training' if self.training else 'evaluation'}"
+
+    @property
+    def case(self) -> str:
+        return f"{self.model}-{self.layout}"
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """Whole models are not compiled: it takes a minute each, and the blocks say what it gives."""
         return (EAGER, COMPILED, FUSED) if self.model.endswith("block") else (EAGER, FUSED)
@@ -151,23 +159,22 @@ def red(subject: Subject) -> str:
     return ""
 
 
-def figures(subject: Subject, seconds: float = SECONDS, compiled: bool = True) -> dict[str, Any]:
-    """Median wall time of each variant, interleaved, and the bytes that it holds at most."""
+def figures(subject: Any, seconds: float = SECONDS, *, rounds: int = ROUNDS, compiled: bool = True) -> dict[str, Any]:
+    """Median wall time of each of the subject's variants, interleaved, and the bytes that it holds at most."""
     load = ForeignLoad()
     makers = {v: lambda v=v: warm(subject.step(v)) for v in subject.variants if compiled or v != COMPILED}
     steps, skipped = ready(makers, (COMPILED,))
-    clocked = compare(steps, rounds=ROUNDS, seconds=seconds)
+    clocked = compare(steps, rounds=rounds, seconds=seconds)
     wall = {name: t.median for name, t in clocked.timings.items()}
     variants = walls(wall)
     for name, step in steps.items():
         variants[name]["peak_bytes"] = memory.peak_bytes(step, DEVICE)
-    op = f"fuse, {'training' if subject.training else 'evaluation'}"
-    head = {"op": op, "case": f"{subject.model}-{subject.layout}", "dtype": "float32", "device": DEVICE}
+    head = {"op": subject.op, "case": subject.case, "dtype": "float32", "device": DEVICE}
     measured = {"ratio": ratios(wall), "spread": spreads(clocked), "foreign_load": load.cores()}
     return {**head, "variants": variants | skipped, **measured}
 
 
-_QUICK = [f"{name}-training-contiguous" for name in ("dcgan_64_generator_block", "diffusion_block", "char_rnn_gru")]
+_QUICK = [f"{name}-training-contiguous" for name in ("conv_vae_64_first_block", "cyclegan_block")]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ _QUICK = [f"{name}-training-contiguous" for name in ("dcgan_64_generator_block",
 )
 @pytest.mark.benchmark(max_time=0.5)
 def test_layers(benchmark, measured, quick, subject):
-    seconds = 0.5 if quick else SECONDS
-    measured(benchmark, "figures", str(subject), lambda: red(subject), lambda: [figures(subject, seconds, not quick)])
+    clock = functools.partial(figures, subject, **(QUICK if quick else {}))
+    measured(benchmark, "figures", str(subject), lambda: red(subject), lambda: [clock()])
     step = subject.step(FUSED)
     benchmark(step if DEVICE == "cpu" else lambda: (step(), torch.cuda.synchronize()))

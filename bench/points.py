@@ -21,6 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 ROUNDS = 11  # of interleaved clocking for one point, at least
 SECONDS = {"cpu": 2.0, "cuda": 0.3}  # the same; on CUDA ratios are of device time, which has a clock of its own
+QUICK = {"seconds": 0.4, "rounds": 5, "compiled": False}
 INPUT_SETS = 4  # used in rotation on CUDA
 UNCACHED = 1 << 27  # bytes of a tensor that is more than the caches of a GPU
 
@@ -171,7 +172,9 @@ def wrong(run: Run) -> str:
     return ""
 
 
-def figures(point: Point, seconds: float | None = None, *, compiled: bool = True) -> dict[str, Any]:
+def figures(
+    point: Point, seconds: float | None = None, *, rounds: int = ROUNDS, compiled: bool = True
+) -> dict[str, Any]:
     """All figures of a point, variants interleaved; call only on a green gate.
 
     wall_us: median wall time of forward and backward. peak_bytes: what they hold at most. device_us (CUDA): median
@@ -184,7 +187,7 @@ def figures(point: Point, seconds: float | None = None, *, compiled: bool = True
     load = ForeignLoad()
     makers = {v: lambda v=v: warm(point.step(v)) for v in point.variants if compiled or v != COMPILED}
     steps, skipped = ready(makers, (COMPILED, *point.op.gpu_peers))
-    found = compare(steps, rounds=ROUNDS, seconds=seconds)
+    found = compare(steps, rounds=rounds, seconds=seconds)
     best = {name: t.median for name, t in found.timings.items()}
     variants = walls(best)
     spread = {} if point.device == "cuda" else {"spread": spreads(found)}

@@ -14,6 +14,7 @@ import torch
 
 from genai_fast.kernels.common import launch, plans
 from genai_fast.kernels.common.extension import cpu_kernels, extension, interpreting
+from genai_fast.kernels.common.recorder import watching
 from genai_fast.registry import FOLDERS, LIBRARIES
 from genai_fast.scoped import Scoped
 
@@ -184,7 +185,10 @@ def _counting(name: str, function: Callable[..., Any], written: list[int]) -> Ca
         if name == "decode_attention" and arguments[4] is None:  # without new keys it only reads
             return result
         changed = [arguments[k] for k in written]
-        torch.autograd.graph.increment_version([t for x in changed for t in (x if isinstance(x, list) else [x])])
+        tensors = [t for x in changed for t in (x if isinstance(x, list) else [x])]
+        torch.autograd.graph.increment_version(tensors)
+        if (recorder := watching()) is not None:
+            recorder.step(torch.autograd.graph.increment_version, (tensors,), None)
         return result
 
     return call

@@ -19,6 +19,7 @@ from genai_fast import ops
 from genai_fast.backends import is_plain
 from genai_fast.fusion.chains import obstacle
 from genai_fast.fusion.classes import original, replacement, subclass
+from genai_fast.fusion.functions import weights_fit
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype
 
@@ -154,13 +155,20 @@ def _cross_entropy(
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:  # fmt: skip
     """By chunks of logits; None where F.cross_entropy has settings that linear_cross_entropy lacks."""
-    plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+    plain = (
+        weights_fit(weight, logits, -1)
+        and size_average is None
+        and reduce is None
+        and reduction in ("mean", "sum", "none")
+    )
     fits = is_plain(target) and target.dtype is torch.int64 and logits.dim() == 2 and target.shape == logits.shape[:1]
     if not plain or not fits or logits.made is not None or target.device != logits.device or not logits.numel():
         return None
-    settings = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    settings: dict[str, Any] = dict(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, class_weight=weight
+    )
     with _casting(logits.x.device.type, logits.product_dtype):
-        loss = ops.linear_cross_entropy(logits.x, logits.weight, target, logits.bias, **settings)  # type: ignore[arg-type]
+        loss = ops.linear_cross_entropy(logits.x, logits.weight, target, logits.bias, **settings)
     return loss.to(logits.dtype)
 
 

@@ -97,7 +97,7 @@ def _dtypes(op: OpSpec, case: int, backend: str, device: str) -> tuple[torch.dty
 
 
 def _flat(outputs: Any) -> list[torch.Tensor]:
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    return [outputs] if isinstance(outputs, torch.Tensor) else [y for y in outputs if y is not None]
 
 
 def _widen(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +124,9 @@ def _evaluate(op, function, inputs, upstream=None):
     targets = _differentiable(inputs)
     if upstream is None or not targets:
         return [*outputs, *updated], {}
-    incoming = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=False)]
-    grads = torch.autograd.grad(outputs, list(targets.values()), incoming, allow_unused=True)
+    differentiable = [(y, u.to(y.dtype)) for y, u in zip(outputs, upstream, strict=False) if y.requires_grad]
+    of, incoming = zip(*differentiable, strict=True)
+    grads = torch.autograd.grad(of, list(targets.values()), incoming, allow_unused=True)
     zero = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, targets.values(), strict=True)]
     return [*outputs, *updated], dict(zip(targets, zero, strict=True))
 

@@ -22,18 +22,19 @@ def cross_entropy(
 ) -> torch.Tensor:  # fmt: skip
     """F.cross_entropy: by one fused pass over the logits each way, or by PyTorch.
 
-    PyTorch's own serves class weights, targets that are probabilities, targets other than int64, sizes at which it is
-    as fast, tensor subclasses, and dtypes without a kernel; and it says what is wrong with arguments.
+    PyTorch's own serves targets that are probabilities, targets other than int64, sizes at which it is as fast, tensor
+    subclasses, and dtypes without a kernel; and it says what is wrong with arguments.
     """
     settings = (ignore_index, label_smoothing, reduction)
-    if weight is not None or size_average is not None or reduce is not None or not _usual(*settings):
+    if size_average is not None or reduce is not None or not _usual(*settings):
         return _cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if not _is_ours(input, target):
-        return _cross_entropy(input, target, None, None, ignore_index, None, reduction, label_smoothing)
+    if not _is_ours(input, target) or not weights_fit(weight, input, 0 if input.dim() < 2 else 1):
+        return _cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     loss = ops.cross_entropy(
-        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
-    )
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+        class_weight=weight,
+    )  # fmt: skip
     return loss if autocast_dtype(input.device.type) is not None else loss.to(input.dtype)
 
 
@@ -51,6 +52,16 @@ def instead_of(function: Any) -> Callable[..., Any]:
         return (served if now is function and not watched() else now)(*args, **named)
 
     return call
+
+
+def weights_fit(weight: Any, logits: torch.Tensor, classes: int) -> bool:
+    """Whether the op takes these class weights, the logits' classes being that dimension."""
+    if weight is None:
+        return True
+    return (
+        is_plain(weight) and not weight.requires_grad and weight.shape == (logits.size(classes),)
+        and weight.dtype is logits.dtype and weight.device == logits.device
+    )  # fmt: skip
 
 
 def _usual(ignore_index: Any, label_smoothing: Any, reduction: Any) -> bool:

@@ -10,8 +10,11 @@ from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.classes import replaced_forward
 from genai_fast.kernels.common.activations import activate
+from genai_fast.kernels.common.channels import wide
+from genai_fast.kernels.layer_norm.reference import layer_norm as rms_by_torch
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import left_to_torch
+from genai_fast.ops.layer_norm import CASTING_MODES
 from genai_fast.precision import autocast_dtype
 
 
@@ -51,13 +54,63 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual."""
+    """nn.RMSNorm, its constructor and keys. `y = norm(x)`, or `y, h = norm(x, residual)` with h = x + residual.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as for nn.RMSNorm.
+        offset, casting_mode: as of `ops.rms_norm`, over the last dimension alone; None: nn.RMSNorm's own arithmetic.
+            With an offset the weight is 1 - offset at first: zeros in Gemma.
+
+    Raises ValueError: an offset without a weight, unknown modes, or more than one dimension with one of these.
+    """
+
+    offset: float = 0.0
+    casting_mode: str | None = None
+
+    def __init__(
+        self, normalized_shape: int | list[int] | torch.Size, eps: float | None = None,
+        elementwise_affine: bool = True, device: Any = None, dtype: Any = None, *, offset: float = 0.0,
+        casting_mode: str | None = None,
+    ) -> None:  # fmt: skip
+        self.offset = checks.real("RMSNorm", "offset", offset, "a finite float")
+        if casting_mode is not None:
+            checks.one_of("RMSNorm", "casting_mode", casting_mode, CASTING_MODES)
+        self.casting_mode = casting_mode
+        if offset and not elementwise_affine:
+            raise ValueError(f"RMSNorm: offset: expected 0 without a weight, got {offset!r}; it is added to the weight")
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        if (offset or casting_mode) and len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"RMSNorm: normalized_shape: expected one dimension with an offset or a casting_mode, got"
+                f" {self.normalized_shape}"
+            )
+
+    def reset_parameters(self) -> None:
+        """The weight such that its sum with the offset is 1."""
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def extra_repr(self) -> str:
+        more = f", offset={self.offset}" if self.offset else ""
+        return super().extra_repr() + more + (f", casting_mode={self.casting_mode}" if self.casting_mode else "")
+
+    def _with_settings(self, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        """By the op, or in plain PyTorch by its definition."""
+        mode = self.casting_mode or "gemma"
+        if not left_to_torch():
+            return ops.rms_norm(x, self.weight, self.eps, residual, self.offset, mode)
+        eps = self.eps if self.eps is not None else torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        weight = None if self.weight is None else wide(self.weight) + self.offset
+        y, h, _, _ = rms_by_torch(x, residual, weight, None, True, eps, mode)
+        return y if residual is None else (y, h)
 
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if (now := replaced_forward(self)) is not None:
             return now(self, x)
+        if self.offset or self.casting_mode:
+            return self._with_settings(x, residual)
         if _is_ours(self, x, residual):
             return ops.rms_norm(x, self.weight, self.eps, residual)
         if residual is None:

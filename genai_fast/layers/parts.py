@@ -19,9 +19,12 @@ class _GatedMLP(nn.Module):
 
     def __init__(
         self, in_features: int, hidden_features: int, out_features: int | None = None, bias: bool = True,
-        device: Any = None, dtype: Any = None,
+        device: Any = None, dtype: Any = None, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
+        name = type(self).__name__
+        self.gate_multiplier = checks.real(name, "gate_multiplier", gate_multiplier, "a finite float")
+        self.down_multiplier = checks.real(name, "down_multiplier", down_multiplier, "a finite float")
         place = {"device": device, "dtype": dtype}
         out_features = in_features if out_features is None else out_features
         self.w12 = nn.Linear(in_features, 2 * hidden_features, bias, **place)
@@ -29,7 +32,8 @@ class _GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        return self.w3(ops.gated_act(self.w12(x), activation=self.activation))
+        multipliers = (self.gate_multiplier, self.down_multiplier)
+        return self.w3(ops.gated_act(self.w12(x), None, None, self.activation, *multipliers))
 
 
 class SwiGLU(_GatedMLP):
@@ -37,6 +41,7 @@ class SwiGLU(_GatedMLP):
 
     Args:
         in_features, hidden_features, out_features (None: in_features), bias, device, dtype: as of two nn.Linear.
+        gate_multiplier, down_multiplier: m and d in w3(d silu(m gate) up), as of `ops.gated_act`.
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """

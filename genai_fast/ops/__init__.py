@@ -13,22 +13,24 @@ from genai_fast.ops.conv_transpose import (
     conv_transpose2d_batch_norm_act,
     upsample_conv2d,
 )
-from genai_fast.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from genai_fast.ops.cross_entropy import CrossEntropyOutput, cross_entropy
 from genai_fast.ops.decode_attention import decode_attention
 from genai_fast.ops.decode_linear import decode_linear
 from genai_fast.ops.gated_act import gated_act, geglu, swiglu
 from genai_fast.ops.gpt_decode import GPTDecoder, gpt_decode
 from genai_fast.ops.group_norm_act import group_norm_act, instance_norm_act
 from genai_fast.ops.layer_norm import layer_norm, rms_norm
+from genai_fast.ops.linear_cross_entropy import linear_cross_entropy
 from genai_fast.ops.recurrent import gru, lstm
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 
 __all__ = [
-    "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act", "bias_gelu", "causal_attention",
-    "conv2d", "conv_transpose1d", "conv_transpose2d", "conv_transpose2d_batch_norm_act", "cross_entropy",
-    "decode_attention", "decode_linear", "gated_act", "geglu", "gpt_decode", "group_norm_act", "gru",
-    "instance_norm_act", "layer_norm", "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl",
-    "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d", "vae_loss",
+    "CrossEntropyOutput", "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act",
+    "bias_gelu", "causal_attention", "conv2d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "gated_act", "geglu",
+    "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm", "linear_cross_entropy", "lstm",
+    "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d",
+    "vae_loss",
 ]  # fmt: skip

@@ -1,37 +1,60 @@
-"""The cross-entropy of logits, and of a linear layer's logits that never exist as a whole."""
+"""The cross-entropy of logits in one pass each way: smoothed, weighted by class, of capped logits, with a z-loss."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from genai_fast.backends import forced_backend, select, survey
+from genai_fast.kernels.common.schema import wide_dtype
 from genai_fast.kernels.cross_entropy import reference
 from genai_fast.kernels.cross_entropy.layout import writable
-from genai_fast.kernels.cross_entropy.linear import default_chunk
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import KernelFunction, differentiated_again, library_call, observed, readable
 from genai_fast.ops.planned import planned
-from genai_fast.precision import autocast_dtype
 
-_OP, _LINEAR = "cross_entropy", "linear_cross_entropy"
+_OP = "cross_entropy"
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy` and `linear_cross_entropy` return if more than the loss is asked for; else None.
+
+    Attributes:
+        loss: as without the others.
+        z_loss: z lse^2, reduced as the loss is, which contains it; 0-d, or a value a position. Without a gradient.
+        token_accuracy: share of positions that count whose largest logit is their target's, float32, 0-d; with
+            reduction "none" 1 or 0 a position, 0 where it is ignored.
+        predicted_tokens: int64, target's shape: where the logits are largest, the first of equal ones; -1 where the
+            target is ignored. NaN counts as -inf.
+    """
+
+    loss: torch.Tensor
+    z_loss: torch.Tensor | None = None
+    token_accuracy: torch.Tensor | None = None
+    predicted_tokens: torch.Tensor | None = None
 
 
 class _CrossEntropy(KernelFunction):
     @staticmethod
-    def forward(logits, target, ignore_index, label_smoothing, z_loss, reduction, inplace, backend):
-        return library_call(_OP, logits, target, ignore_index, label_smoothing, z_loss, reduction, backend)
+    def forward(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, predict, inplace,
+        backend,
+    ):  # fmt: skip
+        settings = (ignore_index, label_smoothing, z_loss, softcap, reduction, predict)
+        return library_call(_OP, logits, target, class_weight, *settings, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, *ctx.settings, ctx.inplace, ctx.backend = inputs
-        _, lse, count = output
-        ctx.mark_non_differentiable(lse, count)
-        ctx.save_for_backward(logits, target, lse, count)
+        logits, target, class_weight, *ctx.settings, _, ctx.inplace, ctx.backend = inputs
+        _, lse, count, predicted = output
+        ctx.mark_non_differentiable(lse, count, predicted)
+        ctx.save_for_backward(logits, target, lse, count, class_weight)
         ctx.set_materialize_grads(False)
         ctx.written = False
 
     @staticmethod
-    def backward(ctx, grad_loss, _lse, _count):
+    def backward(ctx, grad_loss, _lse, _count, _predicted):
         if grad_loss is None:
             return {}
         if ctx.written:  # autograd would say so too, but less clearly
@@ -39,8 +62,8 @@ class _CrossEntropy(KernelFunction):
                 f"{_OP}: inplace: expected one backward, got another after the logits hold their gradient; leave"
                 f" inplace out where a graph is retained"
             )
-        logits, target, lse, count = ctx.saved_tensors
-        arguments = (grad_loss, logits, target, lse, count, *ctx.settings)
+        logits, target, lse, count, class_weight = ctx.saved_tensors
+        arguments = (grad_loss, logits, target, lse, count, class_weight, *ctx.settings)
         if differentiated_again():
             grad = reference.cross_entropy_backward(*arguments)
         elif ctx.inplace and not observed() and not survey(arguments)[2] and writable(logits):
@@ -70,10 +93,16 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     inplace: bool = False,
-) -> torch.Tensor:
+    class_weight: torch.Tensor | None = None,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Any:
     """loss = (1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2, lse = logsumexp(x), e and z smoothing and z-loss.
 
     Forward reads the logits once and keeps two numbers per row in addition; no softmax is stored.
+    With class weights w: (1 - e) w[target] (lse - x[target]) + e mean(w (lse - x)) + z lse^2.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may have any strides (logits[:, :-1] is not
@@ -89,25 +118,32 @@ def cross_entropy(
             hint: where that cannot be told or the memory not be written (rows that overlap, checkpoints and other
             saved-tensor hooks, torch.compile, torch.func, batched or differentiable gradients) the gradient has its
             own.
+        class_weight: w [V], any floating-point dtype, or None for 1: as weight of F.cross_entropy. The mean is then
+            over the sum of w[target], that of z lse^2 over the number of positions that count. Without a gradient.
+        softcap: c > 0 reads each logit as c tanh(logit / c), as Gemma 2 does; None: as it is.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: return a `CrossEntropyOutput` with these.
 
-    Class weights are left to the caller, from the single losses: with w = weight[target], 0 where it is ignored,
-    (cross_entropy(logits, target, reduction="none") * w).sum() / w.sum() is F.cross_entropy's mean without smoothing.
+    Factors of single positions are left to the caller, from the single losses. By the probability of the target:
+    loss = cross_entropy(logits, target, reduction="none"); (loss * (-loss).exp().detach()).sum() / loss.numel().
 
     Returns: The loss in nats, float32 (float64 if logits are), also under autocast: 0-d, or target's shape for "none".
+        `CrossEntropyOutput` if more is asked for.
     Gradients: logits, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated. Targets that are not
         classes are found on the CPU; on CUDA, where looking would wait for the device, and in compiled regions their
         loss and gradient are NaN.
     Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery
-        et al. 2022, arXiv:2204.02311 (z-loss).
+        et al. 2022, arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap).
     """
     checks.is_floating(_OP, "logits", logits)
     if logits.dim() == 0:
         raise ValueError(f"{_OP}: logits: expected [..., V], got shape (); pass the logits of all classes")
-    _at_least_one_class(_OP, "logits", logits, logits.size(-1))
-    settings = _settings(_OP, ignore_index, label_smoothing, z_loss, reduction)
-    _targets(_OP, target, logits.shape[:-1], "logits", logits, logits.size(-1), ignore_index)
+    at_least_one_class(_OP, "logits", logits, logits.size(-1))
+    settings = settings_of(_OP, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    wanted = wanted_of(_OP, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    check_targets(_OP, target, logits.shape[:-1], "logits", logits, logits.size(-1), ignore_index)
+    class_weight = weights_of(_OP, class_weight, logits, logits.size(-1))
     # Saved-tensor hooks, of a checkpoint or one's own, keep tensors whose versions autograd then does not look at.
     inplace = (
         checks.flag(_OP, "inplace", inplace)
@@ -116,25 +152,77 @@ def cross_entropy(
     )
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         _made_by_an_operation(logits)
-    return _CrossEntropy.call(logits, target, *settings, inplace, forced_backend())[0]
+    arguments = (logits, target, class_weight, *settings, any(wanted[1:]), inplace, forced_backend())
+    loss, lse, _, predicted = _CrossEntropy.call(*arguments)
+    if not any(wanted):
+        return loss
+    total = lse.sum(0)
+    penalty = settings[2] * total * total
+    return outputs_of(loss, penalty, predicted, target, settings, wanted)
 
 
-def _at_least_one_class(op: str, name: str, x: torch.Tensor, classes: int) -> None:
+def at_least_one_class(op: str, name: str, x: torch.Tensor, classes: int) -> None:
     if classes < 1:
         raise ValueError(f"{op}: {name}: expected at least one class, got shape {tuple(x.shape)}")
 
 
-def _settings(
-    op: str, ignore_index: Any, label_smoothing: Any, z_loss: Any, reduction: Any
-) -> tuple[int, float, float, str]:
+def settings_of(
+    op: str, ignore_index: Any, label_smoothing: Any, z_loss: Any, softcap: Any, reduction: Any
+) -> tuple[int, float, float, float, str]:
     """They, as the library ops take them."""
     checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     ignore_index = checks.integer(op, "ignore_index", ignore_index)
     smoothing = checks.share(op, "label_smoothing", label_smoothing)
-    return ignore_index, smoothing, checks.factor(op, "z_loss", z_loss), reduction
+    z_loss = checks.factor(op, "z_loss", z_loss)
+    if softcap is not None:
+        softcap = checks.real(op, "softcap", softcap, "a finite number above 0, or None", math.ulp(0.0))
+    return ignore_index, smoothing, z_loss, softcap or 0.0, reduction
 
 
-def _targets(
+def wanted_of(op: str, z_loss: Any, token_accuracy: Any, predicted_tokens: Any) -> tuple[bool, bool, bool]:
+    """Which outputs beside the loss are asked for."""
+    named = {"z_loss": z_loss, "token_accuracy": token_accuracy, "predicted_tokens": predicted_tokens}
+    first, second, third = (checks.flag(op, f"return_{name}", value) for name, value in named.items())
+    return first, second, third
+
+
+def weights_of(op: str, class_weight: Any, like: torch.Tensor, classes: int) -> torch.Tensor | None:
+    """The classes' weights in float32, or float64."""
+    if class_weight is None:
+        return None
+    checks.is_floating(op, "class_weight", class_weight)
+    checks.same_device(op, "class_weight", class_weight, "the logits" if op == _OP else "x", like)
+    if class_weight.shape != (classes,):
+        raise ValueError(
+            f"{op}: class_weight: expected shape ({classes},), one for each class, got {tuple(class_weight.shape)}"
+        )
+    if class_weight.requires_grad:
+        raise ValueError(
+            f"{op}: class_weight: expected weights without a gradient, got requires_grad=True; pass"
+            f" class_weight.detach()"
+        )
+    return class_weight.to(wide_dtype(like))
+
+
+def outputs_of(
+    loss: torch.Tensor, penalty: torch.Tensor, predicted: torch.Tensor, target: torch.Tensor, settings: Sequence[Any],
+    wanted: Sequence[bool],
+) -> CrossEntropyOutput:  # fmt: skip
+    """The outputs that are asked for, of z lse^2 by row and of the largest logits' places."""
+    counted, reduction = target != settings[0], settings[-1]
+    number = counted.sum(dtype=loss.dtype)
+    z_loss = accuracy = None
+    if wanted[0]:
+        z_loss = penalty.view(target.shape)
+        if reduction != "none":
+            z_loss = z_loss.sum() / number if reduction == "mean" else z_loss.sum()
+    if wanted[1]:
+        accuracy = ((predicted.view(target.shape) == target) & counted).float()
+        accuracy = accuracy if reduction == "none" else accuracy.sum() / number.float()
+    return CrossEntropyOutput(loss, z_loss, accuracy, predicted.view(target.shape) if wanted[2] else None)
+
+
+def check_targets(
     op: str, target: Any, shape: tuple[int, ...], name: str, like: torch.Tensor, classes: int, ignore_index: int
 ) -> None:
     if not isinstance(target, torch.Tensor):
@@ -170,153 +258,3 @@ def _made_by_an_operation(logits: torch.Tensor) -> None:
             f" {'leaf' if logits.is_leaf else 'view of one'} that requires gradients and would lose its value;"
             f" leave inplace out"
         )
-
-
-class _LinearCrossEntropy(KernelFunction):
-    """Gradients of the sum over rows are made in forward, chunk by chunk, and scaled in backward.
-
-    To make them in backward instead would cost the first of the three matrix products twice. Those of the single
-    losses (reduction "none") cannot be had before their upstream gradients are, so these pay that.
-    """
-
-    @staticmethod
-    def forward(
-        x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, chunk, of_x, of_weight, of_bias,
-        backend,
-    ):  # fmt: skip
-        return library_call(
-            _LINEAR, x, weight, bias, target, None, ignore_index, label_smoothing, z_loss, reduction, chunk, of_x,
-            of_weight, of_bias, backend,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, target, *ctx.settings, ctx.chunk, _, _, _, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, bias, target, *output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_loss, _grad_x, _grad_weight, _grad_bias):
-        if grad_loss is None:
-            return {}
-        x, weight, bias, target, *made = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        reduction = ctx.settings[-1]
-        if differentiated_again():
-            grads = _differentiable(grad_loss, x, weight, bias, target, ctx.settings, needed)
-        elif reduction == "none":
-            arguments = (x, weight, bias, target, grad_loss, *ctx.settings, ctx.chunk, *needed, ctx.backend)
-            _, *grads = library_call(_LINEAR, *arguments)
-        else:
-            if reduction == "mean":  # where no target counts, all gradients are 0
-                grad_loss = grad_loss / (target != ctx.settings[0]).sum(dtype=grad_loss.dtype).clamp(min=1)
-            grads = _scaled(made, grad_loss)
-        of = {"x": x, "weight": weight, "bias": bias}.items()
-        return {n: g.to(p.dtype) for g, (n, p), wanted in zip(grads, of, needed, strict=True) if wanted}
-
-
-def counted(node: Any) -> torch.Tensor | None:
-    """Over how many targets one of these ops, the node of a graph, is a mean; None: another node or reduction."""
-    function = getattr(node, "_forward_cls", None)
-    if function not in (_CrossEntropy, _LinearCrossEntropy) or node.settings[-1] != "mean":
-        return None
-    if function is _CrossEntropy:
-        return node.saved_tensors[3]
-    return (node.saved_tensors[3] != node.settings[0]).sum()
-
-
-def is_sum(node: Any) -> bool:
-    """Whether a graph's node is one of these ops, summed."""
-    return getattr(node, "_forward_cls", None) in (_CrossEntropy, _LinearCrossEntropy) and node.settings[-1] == "sum"
-
-
-def _scaled(made, grad_loss):
-    """What forward made times the upstream gradient: over it if the graph goes, since that is as large as weight."""
-    kept = observed() or survey((grad_loss,))[2] or torch._C._autograd._get_current_graph_task_keep_graph()
-    # A second backward of a graph that is kept must find them as they are. An alias, so that it can become .grad.
-    return [g * grad_loss if kept else g.mul_(grad_loss).detach() for g in made]
-
-
-def _differentiable(grad_loss, x, weight, bias, target, settings, needed):
-    """Gradients of x, weight and bias in plain PyTorch, by the logits as a whole."""
-    logits = torch.nn.functional.linear(x, weight, bias)
-    counted = reference.count_of(target != settings[0], grad_loss.dtype, settings[-1])
-    grad = reference.cross_entropy_backward(grad_loss, logits, target, None, counted, *settings)
-    return grad @ weight, grad.t() @ x, grad.sum(0) if needed[2] else None
-
-
-def linear_cross_entropy(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    chunk: int | None = None,
-) -> torch.Tensor:
-    """`cross_entropy` of x weight^T + bias, by chunks of rows: the logits [..., V] are never whole in memory.
-
-    The gradients of the sum over rows are made in forward, while a chunk's logits are there, and multiplied by the
-    upstream gradient in backward; with reduction "none" they are made in backward, which costs one more matrix product.
-    Worth it where the logits are what fills the memory; where they fit, `cross_entropy(F.linear(...))` is as fast.
-
-    Args:
-        x: [..., D], float32, bfloat16, float16 or float64.
-        weight: [V, D], x's dtype (any floating-point dtypes under autocast, which casts x, weight and bias).
-        target, ignore_index, label_smoothing, z_loss, reduction: as of `cross_entropy`.
-        bias: [V] or None.
-        chunk: rows at a time; by default as many as make 64 MiB of logits on the CPU, 256 MiB on CUDA.
-
-    Returns: The loss, as `cross_entropy` gives it.
-    Gradients: x, weight and bias, to any order (the second and higher through plain PyTorch with whole logits;
-        torch.compile refuses those). Those of weight and bias are summed over chunks in float32.
-    Backends: matrix products by PyTorch; the rest C++ (CPU), Triton (CUDA), reference (elsewhere, and float64).
-    Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated; of targets as
-        `cross_entropy`.
-    Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
-    """
-    checks.is_floating(_LINEAR, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{_LINEAR}: x: expected [..., D], got shape (); pass vectors")
-    _partner("weight", weight, x)
-    if weight.dim() != 2 or weight.size(1) != x.size(-1):
-        raise ValueError(
-            f"{_LINEAR}: weight: expected [V, {x.size(-1)}] as x has, got shape {tuple(weight.shape)};"
-            f" pass torch.nn.Linear's weight"
-        )
-    classes = weight.size(0)
-    _at_least_one_class(_LINEAR, "weight", weight, classes)
-    if bias is not None:
-        _partner("bias", bias, x)
-        if bias.shape != (classes,):
-            raise ValueError(
-                f"{_LINEAR}: bias: expected shape ({classes},) as weight gives {classes} classes, got"
-                f" {tuple(bias.shape)}"
-            )
-    settings = _settings(_LINEAR, ignore_index, label_smoothing, z_loss, reduction)
-    _targets(_LINEAR, target, x.shape[:-1], "x", x, classes, ignore_index)
-    if chunk is not None:
-        (chunk,) = checks.sizes(_LINEAR, "chunk", chunk, 1, 1)
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None and x.dtype is not torch.float64:
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    rows, t = x.reshape(target.numel(), x.size(-1)), target.reshape(-1)
-    if chunk is None:
-        chunk = default_chunk(classes, x.element_size(), x.device.type)
-    # Whose gradients to make in forward.
-    wanted: tuple[Any, ...] = (rows, weight, bias) if reduction != "none" and torch.is_grad_enabled() else (None,) * 3
-    needed = [p is not None and p.requires_grad for p in wanted]
-    loss = _LinearCrossEntropy.call(rows, weight, bias, t, *settings, chunk, *needed, forced_backend())[0]
-    return loss.view(target.shape) if reduction == "none" else loss
-
-
-def _partner(name: str, p: Any, x: torch.Tensor) -> None:
-    """A tensor of x's device, and of its dtype unless autocast casts them."""
-    checks.is_floating(_LINEAR, name, p)
-    checks.same_device(_LINEAR, name, p, "x", x)
-    if autocast_dtype(x.device.type) is None:
-        checks.same_dtype(_LINEAR, name, p, "x", x)

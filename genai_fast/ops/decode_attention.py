@@ -9,10 +9,32 @@ from genai_fast.ops import checks
 from genai_fast.ops.causal_attention import check_heads, scores_settings
 from genai_fast.ops.dispatch import library_call, observed, readable
 from genai_fast.ops.memory import overlap, overlaps_itself
+from genai_fast.ops.planned import planned_with, unrecorded
 
 _OP = "decode_attention"
 
 
+def _check_values(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_seqlens: torch.Tensor, k: Any = None, *_: Any,
+    **__: Any,
+) -> None:  # fmt: skip
+    """What may change from call to call: where the caches lie, and how much they hold."""
+    if k is not None and not observed() and overlap(k_cache, v_cache):
+        raise ValueError(
+            f"{_OP}: v_cache: expected other memory than k_cache has, got overlapping views; call .clone()"
+        )
+    if not readable(cache_seqlens):
+        return
+    room, added = k_cache.size(2), 0 if k is None else q.size(2)
+    values = cache_seqlens.tolist()
+    if min(values) < 0 or max(values) + added > room:
+        raise ValueError(
+            f"{_OP}: cache_seqlens: expected 0 to {room - added}, so that {added} new tokens fit into a cache of"
+            f" {room}, got {min(values) if min(values) < 0 else max(values)}"
+        )
+
+
+@planned_with(_check_values)
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -63,7 +85,8 @@ def decode_attention(
     checks.needs_no_gradient(_OP, "q", (q, k_cache, v_cache, k, v))
     if new and not observed():
         _check_memory(k_cache, v_cache)
-    _check_lengths(cache_seqlens, q, k_cache.size(2), 0 if k is None else q.size(2))
+    _check_lengths(cache_seqlens, q)
+    unrecorded(_check_values, q, k_cache, v_cache, cache_seqlens, k)
     settings = scores_settings(_OP, q, scale, window, softcap)
     with torch.no_grad():
         out, lse = library_call(_OP, q, k_cache, v_cache, cache_seqlens, k, v, *settings, forced_backend())
@@ -71,30 +94,19 @@ def decode_attention(
 
 
 def _check_memory(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    """What is written must not be written twice: not within a cache, and not by the other one."""
+    """What is written must not be written twice within a cache."""
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if overlaps_itself(x):
             raise ValueError(
                 f"{_OP}: {name}: expected memory of its own for each element, got an expanded or overlapping view with"
                 f" strides {x.stride()}; call .contiguous()"
             )
-    if overlap(k_cache, v_cache):
-        raise ValueError(
-            f"{_OP}: v_cache: expected other memory than k_cache has, got overlapping views; call .clone()"
-        )
 
 
-def _check_lengths(lengths: Any, q: torch.Tensor, room: int, added: int) -> None:
+def _check_lengths(lengths: Any, q: torch.Tensor) -> None:
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
         raise TypeError(f"{_OP}: cache_seqlens: expected an int32 tensor, got {got}")
     checks.same_device(_OP, "cache_seqlens", lengths, "q", q)
     if tuple(lengths.shape) != (q.size(0),):
         raise ValueError(f"{_OP}: cache_seqlens: expected shape ({q.size(0)},), got {tuple(lengths.shape)}")
-    if readable(lengths):
-        least, most = (int(x) for x in torch.aminmax(lengths))
-        if least < 0 or most + added > room:
-            raise ValueError(
-                f"{_OP}: cache_seqlens: expected 0 to {room - added}, so that {added} new tokens fit into a cache of"
-                f" {room}, got {least if least < 0 else most}"
-            )

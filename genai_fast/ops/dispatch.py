@@ -11,12 +11,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from genai_fast.backends import implementation, select, survey, written
+from genai_fast.backends import implementation, select, survey
 from genai_fast.kernels.common.activations import output_gives_derivative
 from genai_fast.kernels.common.plans import Book
 from genai_fast.kernels.common.recorder import Plan, Recorder, watching
 from genai_fast.ops.planned import given, signature
-from genai_fast.registry import LIBRARIES
 
 
 def transformed() -> bool:
@@ -75,7 +74,7 @@ def library_call(name: str, *arguments: Any) -> Any:
             result, plan = _part(name, arguments)
         recorder.part(plan, plan and plan.run, (arguments, None), result)
         return result
-    key = None if torch.compiler.is_compiling() or name in _WRITING else signature(arguments, {})
+    key = None if torch.compiler.is_compiling() else signature(arguments, {})
     if key is None:
         return _serve(name, arguments)
     plan = _book(name).find(key)
@@ -93,10 +92,6 @@ def _serve(name: str, arguments: Sequence[Any]) -> Any:
     return getattr(torch.ops.genai_fast, name)(*arguments)
 
 
-# Ops that count a new version of what they write.
-_WRITING = frozenset(name for name, library in LIBRARIES.items() if written(library.schema))
-
-
 @functools.cache
 def _book(name: str) -> Book:
     return Book()
@@ -104,7 +99,7 @@ def _book(name: str) -> Book:
 
 def _part(name: str, arguments: Sequence[Any]) -> tuple[Any, Plan | None]:
     """What a library op gives, and its plan if it has one; for the plan of the op that calls it."""
-    key = None if name in _WRITING else signature(arguments, {}, recorders=1)
+    key = signature(arguments, {}, recorders=1)
     if key is None:
         return _serve(name, arguments), None
     plan = _book(name).find(key)

@@ -12,15 +12,17 @@ from genai_fast.ops.dispatch import KernelFunction, differentiated_again, librar
 from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
+CASTING_MODES = ("gemma", "llama", "none")
+
 
 class _LayerNorm(KernelFunction):
     @staticmethod
-    def forward(x, residual, weight, bias, rms, eps, backend):
-        return library_call("layer_norm", x, residual, weight, bias, rms, eps, backend)
+    def forward(x, residual, weight, bias, rms, eps, casting, backend):
+        return library_call("layer_norm", x, residual, weight, bias, rms, eps, casting, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, _, ctx.rms, ctx.eps, ctx.backend = inputs
+        x, residual, weight, _, ctx.rms, ctx.eps, ctx.casting, ctx.backend = inputs
         _, h, mean, rstd = output
         ctx.summed = residual is not None
         ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
@@ -37,15 +39,18 @@ class _LayerNorm(KernelFunction):
             h, weight, mean, rstd = ctx.saved_tensors
             wanted = ctx.needs_input_grad[2:4]
             if differentiated_again():
-                results = reference.gradients(grad_y, grad_h, h, weight, *wanted, ctx.rms, ctx.eps)
+                results = reference.gradients(grad_y, grad_h, h, weight, *wanted, ctx.rms, ctx.eps, ctx.casting)
             else:
-                arguments = (grad_y, grad_h, h, weight, mean, rstd, *wanted, ctx.rms)
+                arguments = (grad_y, grad_h, h, weight, mean, rstd, *wanted, ctx.rms, ctx.casting)
                 results = library_call("layer_norm_backward", *arguments, ctx.backend)
             grad_x, grad_weight, grad_bias = results
         return dict(x=grad_x, residual=grad_x, weight=grad_weight, bias=grad_bias)
 
 
-def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool, offset: Any = 0.0) -> Any:
+def _call(
+    op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms: bool, offset: Any = 0.0,
+    casting: str = "gemma",
+) -> Any:  # fmt: skip
     checks.is_floating(op, "x", x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(
@@ -62,7 +67,8 @@ def _call(op: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, rms:
     weight = wide(weight)
     if offset != 0.0:
         weight = weight + checks.real(op, "offset", offset, "a finite float")
-    y, h, _, _ = _LayerNorm.call(x, residual, weight, wide(bias), rms, eps, forced_backend())
+        weight = wide(weight.to(x.dtype)) if casting == "none" else weight
+    y, h, _, _ = _LayerNorm.call(x, residual, weight, wide(bias), rms, eps, casting, forced_backend())
     return y if residual is None else (y, h)
 
 
@@ -111,6 +117,7 @@ def rms_norm(
     eps: float | None = None,
     residual: torch.Tensor | None = None,
     offset: float = 0.0,
+    casting_mode: str = "gemma",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """y = h / sqrt(mean(h^2) + eps) * (offset + weight), h = x + residual; the mean over the last dimension.
 
@@ -122,12 +129,17 @@ def rms_norm(
         eps: added to the mean square; None: that of float32's (float64's) precision, 1.2e-7, as F.rms_norm.
         residual: shape and dtype of x, or None for 0.
         offset: added to the weight, in float32: 1 in Gemma, whose weights are learned as deviations from 1.
+        casting_mode: where bfloat16 and float16 are rounded. "gemma": y alone, from float32. "llama": before the
+            product with the weight too, as Llama's norm. "none": each step, offset + weight and the mean square among
+            them, as plain PyTorch in that dtype; its mean of squares is summed in float32. Gradients take a rounding
+            for the identity.
 
-    y is rounded once, from float32. Llama's norm in bfloat16 or float16 rounds before it multiplies by the weight too.
+    No argument writes the gradient over its upstream one, as Liger-Kernel's in_place does: others may read that.
 
     Returns, Gradients, Backends, Raises: as `layer_norm`.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     if weight is None and offset != 0.0:
         raise ValueError(f"rms_norm: offset: expected 0 without a weight, got {offset!r}; it is added to the weight")
-    return _call("rms_norm", x, weight, None, eps, residual, True, offset)
+    checks.one_of("rms_norm", "casting_mode", casting_mode, CASTING_MODES)
+    return _call("rms_norm", x, weight, None, eps, residual, True, offset, casting_mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -14,6 +15,7 @@ from torch.autograd import forward_ad
 
 from genai_fast.backends import forced_backend
 from genai_fast.kernels.common import launch, plans
+from genai_fast.kernels.common.recorder import watching
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,8 +126,27 @@ def given(arguments: Sequence[Any], named: dict[str, Any]) -> dict[str, torch.Te
     return {expression: x for expression, x in found.items() if isinstance(x, torch.Tensor)}
 
 
+def unrecorded(check: Callable[..., None], *arguments: Any) -> None:
+    """check(*arguments), which is no part of a plan: `planned_with` calls it before each run of one."""
+    recorder = watching()
+    with contextlib.nullcontext() if recorder is None else recorder.unwatched():
+        check(*arguments)
+
+
 def planned(function: Callable[P, R]) -> Callable[P, R]:
     """The public op, by a plan where there is one. Its checks run when the plan is made."""
+    return _planned(None, function)
+
+
+def planned_with(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`planned`, and check(*arguments, **named) before a plan runs, of what no signature tells.
+
+    The op itself calls it by `unrecorded`, after its other checks.
+    """
+    return functools.partial(_planned, check)
+
+
+def _planned(check: Callable[..., None] | None, function: Callable[P, R]) -> Callable[P, R]:
     book = plans.Book()
 
     @functools.wraps(function)
@@ -137,6 +158,8 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
             return function(*arguments, **named)
         plan = book.find(key)
         if plan is not None:
+            if check is not None:
+                check(*arguments, **named)
             return plan.run(arguments, named)
         return book.call(key, functools.partial(function, *arguments, **named), given(arguments, named))
 

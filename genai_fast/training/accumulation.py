@@ -10,7 +10,7 @@ from torch import nn
 
 from genai_fast.contract import Carries, InTurns, offers
 from genai_fast.errors import UsageError
-from genai_fast.ops.cross_entropy import counted, is_sum
+from genai_fast.ops.linear_cross_entropy import counted, is_sum
 from genai_fast.training import loss_output
 
 Batch = tuple[torch.Tensor, ...]

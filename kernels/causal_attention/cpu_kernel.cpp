@@ -350,10 +350,10 @@ void causal_attention(const void* q, const void* k, const void* v, const void* o
   attend(forward, {starts_q, starts_k, queries, keys, nullptr}, sequences, threads);
 }
 
-// Appends rows to caches, then attends over what each sample's cache holds: `lengths` becomes that, 0 where it has no
-// room, whose results are NaN.
+// Appends rows to caches, then attends over what each sample's cache holds: `held` becomes that, -1 where it has no room,
+// whose results are NaN.
 void decode_attention(const void* q, const void* k_cache, const void* v_cache, const void* out, const void* k,
-                      const void* v, const int64_t* strides, float* lse, int* lengths, int64_t batch, int64_t heads,
+                      const void* v, const int64_t* strides, float* lse, const int* lengths, int* held, int64_t batch, int64_t heads,
                       int64_t key_heads, int64_t queries, int64_t room, int64_t channels, int dtype, double scale,
                       double cap, int64_t window, int threads) {
   const Settings s = settings(heads, key_heads, queries, room, channels, dtype, scale, cap, window, true, nullptr, 0, 0,
@@ -374,9 +374,9 @@ void decode_attention(const void* q, const void* k_cache, const void* v_cache, c
         append(forward.v, by.of(v, 5));
       }
     }
-    lengths[n] = fits ? int(lengths[n] + added) : -1;
+    held[n] = fits ? int(lengths[n] + added) : -1;
   }
-  attend(forward, {nullptr, nullptr, queries, room, lengths}, batch, threads);
+  attend(forward, {nullptr, nullptr, queries, room, held}, batch, threads);
 }
 
 void causal_attention_backward(const void* q, const void* k, const void* v, const void* out, const void* grad_out,

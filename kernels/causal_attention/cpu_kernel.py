@@ -1,13 +1,12 @@
 """causal_attention on the CPU: allocates results and calls cpu_kernel.cpp."""
 
-from array import array
-
 import torch
 
 from genai_fast.kernels.causal_attention.layout import empty_alike, require_heads, require_lengths, require_rows
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.philox import scale as grown
 from genai_fast.kernels.common.philox import threshold
+from genai_fast.kernels.common.recorder import Numbers
 from genai_fast.kernels.common.rows import DTYPE_CODE, address
 
 
@@ -21,9 +20,12 @@ def _arguments(q, k, starts_q, starts_k, seed, scale, window, softcap, causal, s
     return *packed, *sizes, scale, softcap, window, causal, *draw
 
 
+def _strides(tensors):
+    return Numbers(s for x in tensors for s in x.stride()[:3])
+
+
 def _call(name, tensors, more, arguments):
-    strides = array("q", [s for x in tensors for s in x.stride()[:3]])
-    getattr(cpp, name)(*(address(x) for x in tensors), strides.buffer_info()[0], *more, *arguments)
+    getattr(cpp, name)(*(address(x) for x in tensors), _strides(tensors), *more, *arguments)
 
 
 def causal_attention(q, k, v, starts_q, starts_k, most_q, most_k, seed, scale, window, softcap, causal, share, offset):
@@ -42,12 +44,14 @@ def decode_attention(q, k_cache, v_cache, lengths, k, v, scale, window, softcap)
     require_lengths(q, k_cache, lengths, k)
     out = empty_alike(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
-    lengths = lengths.clamp(-1, k_cache.size(2) + 1).to(torch.int32, copy=True)
+    if lengths.dtype is not torch.int32:
+        lengths = lengths.clamp(-1, k_cache.size(2) + 1).to(torch.int32)
+    lengths = lengths.contiguous()
+    held = torch.empty(q.size(0), dtype=torch.int32, device="cpu")
     tensors = (q, k_cache, v_cache, out) if k is None else (q, k_cache, v_cache, out, k, v)
-    strides = array("q", [s for x in tensors for s in x.stride()[:3]])
     cpp.decode_attention(
-        *(address(x) for x in tensors[:4]), address(k), address(v), strides.buffer_info()[0], address(lse),
-        address(lengths), q.size(0), q.size(1), k_cache.size(1), q.size(2), k_cache.size(2), q.size(3),
+        *(address(x) for x in tensors[:4]), address(k), address(v), _strides(tensors), address(lse),
+        address(lengths), address(held), q.size(0), q.size(1), k_cache.size(1), q.size(2), k_cache.size(2), q.size(3),
         DTYPE_CODE[q.dtype], scale, softcap, window
     )  # fmt: skip
     return out, lse

@@ -10,7 +10,8 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _MAKES = """
     empty empty_like empty_strided new_empty zeros zeros_like new_zeros zero_ full ones randint copy_ clone contiguous
     to float view view_as reshape flatten unflatten unsqueeze squeeze transpose t permute movedim expand detach unbind
     stack select narrow chunk split __getitem__ sum sqrt rsqrt neg __neg__ add __add__ __radd__ mul __mul__ __rmul__
-    linear pad mm matmul
+    linear pad mm matmul clamp
 """
 # What tells of a tensor, and not of its values.
 _TELLS = """
@@ -244,6 +245,16 @@ class Recorder(TorchFunctionMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
+
+
+class Numbers(int):
+    """Where integers lie that no tensor holds; they live as long as it."""
+
+    def __new__(cls, values: Iterable[int]) -> Numbers:
+        kept = array("q", values)
+        made = super().__new__(cls, kept.buffer_info()[0])
+        made._kept = kept  # type: ignore[attr-defined]
+        return made
 
 
 class Address(int):

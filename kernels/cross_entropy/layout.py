@@ -61,7 +61,7 @@ def require_targets(logits: torch.Tensor, target: torch.Tensor) -> None:
 def require_saved(logits: torch.Tensor, lse: torch.Tensor, count: torch.Tensor, reduction: str) -> None:
     """Raise unless these are what forward gave for such logits."""
     rows = logits.numel() // logits.size(-1)
-    for x, numbers in ((lse, 2 * rows), (count, reduction == "mean")):
+    for x, numbers in ((lse, 2 * rows), (count, 2 if reduction == "mean" else 0)):
         right = x.dtype is torch.float32 and x.device == logits.device and x.is_contiguous()
         if not right or x.numel() != numbers:
             raise ValueError(
@@ -70,19 +70,36 @@ def require_saved(logits: torch.Tensor, lse: torch.Tensor, count: torch.Tensor, 
             )
 
 
-def upstream(grad_loss: torch.Tensor, target: torch.Tensor, reduction: str) -> tuple[torch.Tensor, int]:
+def weights_of(class_weight: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor | None:
+    """The classes' weights side by side. Raises ValueError: not one float32 for each class, on the logits' device."""
+    if class_weight is None:
+        return None
+    x = class_weight
+    if x.shape != logits.shape[-1:] or x.dtype is not torch.float32 or x.device != logits.device:
+        raise ValueError(
+            f"genai_fast: expected class weights of float32 {tuple(logits.shape[-1:])} on {logits.device},"
+            f" got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+    return x.contiguous()
+
+
+def upstream(
+    grad_loss: torch.Tensor, target: torch.Tensor, reduction: str, class_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
     """The gradient of the loss in float32, and its stride from row to row: 0 for a single value.
 
-    Raises ValueError: it is not one value, or one for each target, on their device.
+    Raises ValueError: it is not one value, or one for each target, on their device. Rows of a chunk that are divided
+    by a mean's two denominators (linear.py) have one each.
     """
-    shape = tuple(target.shape) if reduction == "none" else ()
+    rows = reduction == "none" or (class_weight is not None and grad_loss.dim() > 0)
+    shape = tuple(target.shape) if rows else ()
     if tuple(grad_loss.shape) != shape or grad_loss.device != target.device:
         raise ValueError(
             f"genai_fast: expected a gradient {shape} on {target.device} as the loss has,"
             f" got {tuple(grad_loss.shape)} on {grad_loss.device}"
         )
     g = grad_loss.float()
-    if reduction != "none":
+    if not g.dim():
         return g, 0
     if g.dim() == 1:
         return g, g.stride(0)

@@ -1,5 +1,6 @@
 """linear_cross_entropy: a linear layer and its cross-entropy, by chunks of rows."""
 
+import torch
 import torch.nn.functional as F
 
 from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, Limits, OpSpec
@@ -7,8 +8,16 @@ from genai_fast.kernels.cross_entropy import spec
 from genai_fast.kernels.cross_entropy.schema import LINEAR_LIBRARY
 
 
-def _reference(x, weight, target, bias=None, *, chunk=None, **settings):
-    return spec.definition(F.linear(x, weight, bias), target, **settings)
+def _reference(x, weight, target, bias=None, *, chunk=None, token_scaling=False, **settings):
+    logits = F.linear(x, weight, bias)
+    if not token_scaling:
+        return spec.definition(logits, target, **settings)
+    reduction = settings.pop("reduction", "mean")  # of single losses, since those are scaled
+    found = spec.definition(logits, target, reduction="none", **settings)
+    capped = logits if (c := settings.get("softcap")) is None else c * torch.tanh(logits / c)
+    factors = (-F.cross_entropy(capped.flatten(0, -2), target.flatten(), reduction="none")).exp().detach()
+    loss = found * factors.view(target.shape)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / (target != -100).sum()
 
 
 def _eager(x, weight, target, bias=None, *, chunk=None, **settings):
@@ -66,6 +75,19 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         Case("chunk_of_one", _inputs(6, 5, classes=33, chunk=1)),
         Case("strided", _strided),
         Case("frozen_weight", _frozen_weight),
+        Case("capped", _inputs(9, 8, classes=33, softcap=2.0, z_loss=0.1, ignored=0.2, chunk=4)),
+        Case("weighted", spec.weighted(_inputs(9, 8, classes=33, ignored=0.2, chunk=4))),
+        Case("token_scaling", _inputs(9, 8, classes=33, token_scaling=True, z_loss=0.1, softcap=3.0, chunk=4)),
+        Case(
+            "outputs",
+            spec.weighted(_inputs(9, 8, classes=33, z_loss=0.1, label_smoothing=0.1, ignored=0.2, chunk=4,
+                                  **spec.ALL_OUTPUTS)),
+        ),
+        Case("outputs_none", _inputs(3, 4, 8, classes=33, reduction="none", z_loss=0.1, chunk=5, **spec.ALL_OUTPUTS)),
+        Case(
+            "target_gradient",
+            spec.weighted(_inputs(5, 3, classes=4, label_smoothing=0.2, z_loss=0.05, softcap=2.0, chunk=2)),
+        ),
         Case("empty", _inputs(0, 5, classes=9, reduction="sum")),
         Case("empty_none", _inputs(0, 5, classes=9, reduction="none")),
     ),
@@ -90,6 +112,10 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         ErrorCase("chunk_type", lambda t: {**_GOOD(t), "chunk": 0.5}, TypeError, r"chunk.*expected an int"),
         ErrorCase("smoothing", lambda t: {**_GOOD(t), "label_smoothing": -0.5}, ValueError,
                   r"label_smoothing.*\[0, 1\].*got -0\.5"),
+        ErrorCase("softcap", lambda t: {**_GOOD(t), "softcap": -1.0}, ValueError, r"softcap.*above 0.*got -1\.0"),
+        ErrorCase("class_weight", lambda t: {**_GOOD(t), "class_weight": t.uniform(8)}, ValueError,
+                  r"class_weight.*expected shape \(9,\).*got \(8,\)"),
+        ErrorCase("token_scaling", lambda t: {**_GOOD(t), "token_scaling": 2}, TypeError, r"token_scaling: .*bool"),
         ErrorCase("reduction", lambda t: {**_GOOD(t), "reduction": "avg"}, ValueError,
                   r"reduction.*'mean', 'sum', 'none', got 'avg'"),
     ),

@@ -3,71 +3,77 @@
 import torch
 
 from genai_fast.kernels.cross_entropy.linear import over_chunks
+from genai_fast.kernels.cross_entropy.targets import capped, count_of, targets_of, wide
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _targets(target, classes, ignore_index):
-    """[rows] each: what to gather by, whether the row counts, and whether it is NaN for want of such a class."""
-    t = target.reshape(-1)
-    counted = t != ignore_index
-    inside = (t >= 0) & (t < classes)
-    return t.where(inside, 0), counted, counted & ~inside
-
-
-def count_of(counted, dtype, reduction):
-    """0-d: rows that count, for a mean; else nothing."""
-    return counted.sum(dtype=dtype) if reduction == "mean" else counted.new_empty(0, dtype=dtype)
-
-
-def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reduction):
-    """(loss, (max, ln sum exp(x - max)) by row, rows that count): see `cross_entropy` in genai_fast.ops."""
+def cross_entropy(
+    logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, predict
+):  # fmt: skip
+    """(loss, (max, ln sum exp(x - max)) by row, what a mean divides by, predicted): see `cross_entropy` in ops."""
     classes = logits.size(-1)
-    x = wide(logits).reshape(-1, classes)
-    t, counted, missing = _targets(target, classes, ignore_index)
+    given = wide(logits).reshape(-1, classes)
+    x = capped(given, softcap)
+    t, counted, missing = targets_of(target, classes, ignore_index)
     m = x.amax(-1)
     log_sum = (x - m[:, None]).exp().sum(-1).log()
-    smooth = label_smoothing
-    loss = (1.0 - smooth) * (m - x.gather(-1, t[:, None])[:, 0]) + log_sum
-    if smooth:
-        loss = loss + smooth * (m - x.mean(-1))
+    smooth, hit = label_smoothing, x.gather(-1, t[:, None])[:, 0]
+    if class_weight is None:
+        loss = (1.0 - smooth) * (m - hit) + log_sum
+        if smooth:
+            loss = loss + smooth * (m - x.mean(-1))
+    else:
+        loss = (1.0 - smooth) * class_weight[t] * (m - hit + log_sum)
+        if smooth:
+            mean = class_weight.mean()
+            loss = loss + smooth * (mean * m - (x * class_weight).mean(-1) + mean * log_sum)
+    penalty = z_loss * (m + log_sum) ** 2
+    count = count_of(target, class_weight, ignore_index, x.dtype, reduction)
     if z_loss:
-        loss = loss + z_loss * (m + log_sum) ** 2
+        share = count[0] / count[1] if reduction == "mean" and class_weight is not None else 1.0
+        loss = loss + penalty * share
     loss = loss.masked_fill(missing, float("nan")).masked_fill(~counted, 0.0)
-    count = count_of(counted, x.dtype, reduction)
     if reduction == "none":
         loss = loss.view(target.shape)
-    elif reduction == "sum":
-        loss = loss.sum()
     else:
-        loss = loss.sum() / count
-    return loss, torch.stack((m, log_sum)), count
+        loss = loss.sum() if reduction == "sum" else loss.sum() / count[0]
+    m, log_sum = (s.masked_fill(~counted, 0.0) for s in (m, log_sum))
+    predicted = t.new_empty(0)
+    if predict:
+        place = given.masked_fill(given.isnan(), -torch.inf).argmax(-1)
+        predicted = place.masked_fill(~counted, -1).view(target.shape)
+    return loss, torch.stack((m, log_sum)), count, predicted
 
 
 def cross_entropy_backward(
-    grad_loss, logits, target, lse, count, ignore_index, label_smoothing, z_loss, reduction, inplace=False
-):
+    grad_loss, logits, target, lse, count, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+    inplace=False,
+):  # fmt: skip
     """dx = g ((1 + 2 z lse) softmax(x) - e / V - (1 - e) onehot(target)), with g = 0 where the target is ignored.
 
+    With weights w: (1 - e) w[target] + e mean(w) for 1, e w / V, (1 - e) w[target]. A cap's derivative is a factor.
     lse is found again, so that the formula can be differentiated by the logits. In place: written over the logits.
     """
     classes = logits.size(-1)
-    x = wide(logits).reshape(-1, classes)
-    t, counted, missing = _targets(target, classes, ignore_index)
+    x = capped(wide(logits).reshape(-1, classes), softcap)
+    t, counted, missing = targets_of(target, classes, ignore_index)
     g = grad_loss.to(x.dtype).expand(target.shape).reshape(-1)
-    if reduction == "mean":
-        g = g / count
+    by_rows = g / count[1] if reduction == "mean" else g
+    g = g / count[0] if reduction == "mean" else g
     g = g.masked_fill(missing, float("nan"))
-    slope = torch.softmax(x, -1)
+    smooth, kept, total, share = label_smoothing, 1.0 - label_smoothing, 1.0, label_smoothing / classes
+    if class_weight is not None:
+        kept = kept * class_weight[t]
+        total, share = (kept + smooth * class_weight.mean())[:, None], share * class_weight
+    probability = torch.softmax(x, -1)
+    grad = g[:, None] * (total * probability)
     if z_loss:
-        slope = slope * (1.0 + 2.0 * z_loss * torch.logsumexp(x, -1, keepdim=True))
-    if label_smoothing:
-        slope = slope - label_smoothing / classes
-    hit = torch.full_like(t, 1, dtype=x.dtype).mul(label_smoothing - 1.0)[:, None]
-    grad = (g[:, None] * slope.scatter_add(-1, t[:, None], hit)).masked_fill(~counted[:, None], 0.0)
-    grad = grad.view(logits.shape).to(logits.dtype)
+        grad = grad + (by_rows * 2.0 * z_loss * torch.logsumexp(x, -1))[:, None] * probability
+    if smooth:
+        grad = grad - g[:, None] * share
+    grad = grad.scatter_add(-1, t[:, None], (-g * kept)[:, None])
+    if softcap:
+        grad = grad * (1.0 - (x / softcap) ** 2)
+    grad = grad.masked_fill(~counted[:, None], 0.0).view(logits.shape).to(logits.dtype)
     return logits.copy_(grad) if inplace else grad
 
 

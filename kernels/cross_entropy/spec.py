@@ -7,18 +7,35 @@ from genai_fast.kernels.common.schema import wide_dtype
 from genai_fast.kernels.common.spec import Case, CompileCase, Cost, ErrorCase, Expected, Limits, OpSpec, choices_of
 from genai_fast.kernels.cross_entropy.schema import ROWS_LIBRARY
 
+ALL_OUTPUTS = dict(return_z_loss=True, return_token_accuracy=True, return_predicted_tokens=True)
 
-def definition(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False):
+
+def definition(
+    logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False,
+    class_weight=None, softcap=None, return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False,
+):  # fmt: skip
     """F.cross_entropy in float32 or wider, and the penalty by its formula."""
     x, t = logits.to(wide_dtype(logits)).reshape(-1, logits.size(-1)), target.reshape(-1)
-    loss = F.cross_entropy(x, t, None, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
-    if z_loss:
-        counted = t != ignore_index
-        penalty = z_loss * torch.where(counted, torch.logsumexp(x, -1) ** 2, 0.0)
-        loss = loss + (
-            penalty if reduction == "none" else penalty.sum() / (counted.sum() if reduction == "mean" else 1)
-        )
-    return loss.view(target.shape) if reduction == "none" else loss
+    predicted = x.argmax(-1)
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    w = class_weight if class_weight is None else class_weight.to(x.dtype)
+    loss = F.cross_entropy(x, t, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    counted = t != ignore_index
+    number = counted.sum() if reduction == "mean" else 1
+    penalty = z_loss * torch.where(counted, torch.logsumexp(x, -1) ** 2, 0.0)
+    penalty = penalty.view(target.shape) if reduction == "none" else penalty.sum() / number
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    loss = loss + penalty if z_loss else loss
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return loss
+    right = ((predicted == t) & counted).float()
+    right = right.view(target.shape) if reduction == "none" else right.sum() / counted.sum()
+    return (
+        loss,
+        penalty.detach() if return_z_loss else None,
+        right if return_token_accuracy else None,
+        predicted.masked_fill(~counted, -1).view(target.shape) if return_predicted_tokens else None,
+    )
 
 
 def _eager(logits, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False):
@@ -54,6 +71,19 @@ def _inputs(*shape, scale=3.0, ignored=0.0, ignore_index=-100, **more):
         return dict(logits=logits, target=target, **settings)
 
     return make
+
+
+def weighted(make):
+    """The same with a weight for each class, the first of them 0."""
+
+    def with_weights(t):
+        given = make(t)
+        classes = given["weight"].size(0) if "weight" in given else given["logits"].size(-1)
+        weights = t.uniform(classes, low=0.5, high=2.0)
+        weights[0] = 0.0
+        return {**given, "class_weight": weights}
+
+    return with_weights
 
 
 def _strided(t):
@@ -125,6 +155,21 @@ CASES = (
         "all_ignored_sum",
         lambda t: {**_inputs(6, 9, reduction="sum")(t), "target": torch.full((6,), -100, device=t.device)},
     ),
+    Case("capped", _inputs(6, 130, softcap=4.0, ignored=0.2)),
+    Case("weighted", weighted(_inputs(6, 130, ignored=0.2))),
+    Case("capped_long", _inputs(3, 4100, softcap=30.0, label_smoothing=0.1, z_loss=1e-2, scale=20.0)),
+    Case("weighted_smoothing", weighted(_inputs(6, 130, label_smoothing=0.1, z_loss=0.1, ignored=0.2))),
+    Case("outputs", _inputs(6, 130, z_loss=0.1, ignored=0.2, **ALL_OUTPUTS)),
+    Case(
+        "weighted_capped_none",
+        weighted(
+            _inputs(
+                2, 5, 37, label_smoothing=0.2, softcap=3.0, z_loss=0.1, ignored=0.2, reduction="none", **ALL_OUTPUTS
+            )
+        ),
+    ),
+    Case("outputs_long", weighted(_inputs(3, 9001, softcap=2.0, reduction="sum", **ALL_OUTPUTS))),
+    Case("target_gradient", weighted(_inputs(4, 5, label_smoothing=0.2, z_loss=0.05, softcap=2.0, ignored=0.2))),
     Case("empty", _inputs(0, 9, reduction="sum")),
     Case("empty_mean", _inputs(3, 0, 9)),
     Case("empty_none", _inputs(0, 9, reduction="none")),
@@ -169,6 +214,18 @@ ERROR_CASES = (
               r"label_smoothing.*\[0, 1\].*got 1\.5"),
     ErrorCase("z_loss", lambda t: {**_GOOD(t), "z_loss": -1.0}, ValueError, r"z_loss.*>= 0.*got -1\.0"),
     ErrorCase("z_loss_type", lambda t: {**_GOOD(t), "z_loss": "0"}, TypeError, r"z_loss.*expected a float.*got str"),
+    ErrorCase("softcap", lambda t: {**_GOOD(t), "softcap": 0.0}, ValueError, r"softcap.*above 0.*got 0\.0"),
+    ErrorCase("softcap_nan", lambda t: {**_GOOD(t), "softcap": float("nan")}, ValueError, r"softcap.*above 0.*got nan"),
+    ErrorCase("class_weight", lambda t: {**_GOOD(t), "class_weight": t.uniform(8)}, ValueError,
+              r"class_weight.*expected shape \(9,\).*got \(8,\)"),
+    ErrorCase("class_weight_list", lambda t: {**_GOOD(t), "class_weight": [1.0] * 9}, TypeError,
+              r"class_weight.*expected a tensor.*got list"),
+    ErrorCase("class_weight_device", lambda t: {**_GOOD(t), "class_weight": t.uniform(9).to("meta")}, ValueError,
+              r"class_weight.*expected device.*got meta"),
+    ErrorCase("class_weight_gradient", lambda t: {**_GOOD(t), "class_weight": t.uniform(9, grad=True)}, ValueError,
+              r"class_weight.*without a gradient.*detach"),
+    ErrorCase("return_z_loss", lambda t: {**_GOOD(t), "return_z_loss": "yes"}, TypeError,
+              r"return_z_loss: expected a bool"),
     ErrorCase("ignore_index", lambda t: {**_GOOD(t), "ignore_index": None}, TypeError,
               r"ignore_index.*expected an int.*got NoneType"),
     ErrorCase("reduction", lambda t: {**_GOOD(t), "reduction": "avg"}, ValueError,
@@ -184,7 +241,11 @@ BENCH_CASES = (
     Case("llama-256x128256", _inputs(256, 128256)),
 )
 
-_COMPILE_CASES = (CompileCase("gpt2-512x50257-smooth", _inputs(512, 50257, label_smoothing=0.1)),)
+_COMPILE_CASES = (
+    CompileCase("gpt2-512x50257-smooth", _inputs(512, 50257, label_smoothing=0.1)),
+    CompileCase("gemma-256x256000-capped", _inputs(256, 256000, softcap=30.0, **ALL_OUTPUTS)),
+    CompileCase("gpt2-512x50257-weighted", weighted(_inputs(512, 50257, label_smoothing=0.1, z_loss=1e-4))),
+)
 _EXPECTED = dict.fromkeys(  # rows of 50257 begin anywhere, those of 128256 at multiples of 16 bytes
     ("_cross_entropy_forward", "_cross_entropy_backward"), Expected(("inner_stride",), lambda c: c["BLOCK"])
 )
@@ -192,7 +253,8 @@ _EXPECTED = dict.fromkeys(  # rows of 50257 begin anywhere, those of 128256 at m
 CROSS_ENTROPY = OpSpec(
     name="cross_entropy",
     folder="cross_entropy",
-    formula="(1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2 over the last dimension, lse = logsumexp(x)",
+    formula="(1 - e) (lse - x[target]) + e (lse - mean x) + z lse^2 over the last dimension, lse = logsumexp(x); also"
+    " with class weights, and of capped logits",
     source="online sums: Milakov & Gimelshein 2018, arXiv:1805.02867; smoothing: Szegedy et al. 2015; z: PaLM 2022",
     library=ROWS_LIBRARY,
     reference=definition,

@@ -8,11 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
+from genai_fast.kernels.common.activations_triton import tanh
 from genai_fast.kernels.common.launch import ceil_div, next_power_of_2
 from genai_fast.kernels.common.math_triton import exp2
 from genai_fast.kernels.common.rows import dense_like
 from genai_fast.kernels.common.tuned import launch
-from genai_fast.kernels.cross_entropy.layout import as_rows, dense_layout, require_saved, require_targets, upstream
+from genai_fast.kernels.cross_entropy.layout import (
+    as_rows,
+    dense_layout,
+    require_saved,
+    require_targets,
+    upstream,
+    weights_of,
+)
 from genai_fast.kernels.cross_entropy.linear import over_chunks
 
 BLOCK_FORWARD = 4096  # columns a step of a row's program: 16 a thread
@@ -45,14 +53,48 @@ def _grown(x, most, total):
     return now, total * exp2((most - shift) * LOG2_E) + tl.sum(terms, axis=1)
 
 
+@triton.jit
+def _seen(
+    x, column, known, classes, sums, weight_ptr, cap,
+    MASKED: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, PREDICT: tl.constexpr,
+):  # fmt: skip
+    """`sums` after logits x [n, VECTOR] of these columns of the row; known: those that it has, if MASKED."""
+    most, total, plain, largest, place = sums
+    if PREDICT:
+        here = tl.max(x, axis=1)
+        at = tl.min(tl.where(x == here[:, None], column, classes), axis=1)
+        place = tl.where(here > largest, at, place)
+        largest = tl.maximum(largest, here)
+    if CAPPED:
+        x = cap * tanh(x / cap)
+        if MASKED:
+            x = tl.where(known, x, float("-inf"))
+    most, total = _grown(x, most, total)
+    if SMOOTH:
+        if MASKED:
+            x = tl.where(known, x, 0.0)
+        if weight_ptr is not None:
+            if MASKED:
+                x *= tl.load(weight_ptr + column, mask=known, other=0.0)
+            else:
+                x *= tl.load(weight_ptr + column)
+        plain += tl.sum(x, axis=1)
+    return most, total, plain, largest, place
+
+
 @triton.jit(do_not_specialize=["ignore_index", "rows", "units"])
 def _cross_entropy_forward(
     logits_ptr, target_ptr, loss_ptr, lse_ptr,   # [rows, classes], [rows], [rows], [2, rows]
-    rows, units, inner, outer_stride, inner_stride, ignore_index, label_smoothing, z_loss,  # classes = units * UNIT
-    SMOOTH: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, weight_mean_ptr, predicted_ptr,  # [classes], their mean if SMOOTH, [rows]; each may be None
+    rows, units, inner, outer_stride, inner_stride, ignore_index, label_smoothing, z_loss, cap,  # classes: units * UNIT
+    SMOOTH: tl.constexpr, CAPPED: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(1 - e) (lse - x[target]) + e (lse - mean of x) + z lse^2; one program a row."""
+    """w[target] (1 - e) (lse - x[target]) + e mean(w (lse - x)) + z lse^2, x = cap tanh(logits / cap) if CAPPED.
+
+    One program a row. Predicted is where the logits are largest, first of equal ones, or -1 at ignored targets.
+    """
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    PREDICT: tl.constexpr = predicted_ptr is not None
     classes = units * UNIT
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -60,81 +102,124 @@ def _cross_entropy_forward(
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         tl.store(lse_ptr + rows + row, 0.0)
+        if predicted_ptr is not None:
+            tl.store(predicted_ptr + row, -1)
     else:
         begin = _row(row, inner, outer_stride, inner_stride)
         lead = _lead(begin, VECTOR, ALIGNED)
         aligned = logits_ptr + begin // VECTOR * VECTOR
         column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        most = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK // VECTOR], tl.float32)
-        plain = tl.zeros([BLOCK // VECTOR], tl.float32)
+        nothing = tl.zeros([BLOCK // VECTOR], tl.float32)
+        sums = (nothing + float("-inf"), nothing, nothing, nothing + float("-inf"), nothing.to(tl.int32))
         end = lead + classes
         whole = tl.where(lead > 0, BLOCK, 0)
         after = tl.maximum((end // BLOCK) * BLOCK, whole)
         if lead > 0:  # a block of which the row has only a part
-            mask = (column >= lead) & (column < end)
-            x = tl.load(aligned + column, mask=mask, other=float("-inf")).to(tl.float32)
-            most, total = _grown(x, most, total)
-            if SMOOTH:
-                plain += tl.sum(tl.where(mask, x, 0.0), axis=1)
+            known = (column >= lead) & (column < end)
+            x = tl.load(aligned + column, mask=known, other=float("-inf")).to(tl.float32)
+            sums = _seen(x, column - lead, known, classes, sums, weight_ptr, cap, True, SMOOTH, CAPPED, PREDICT)
         for first in range(whole, after, BLOCK):
             x = tl.load(aligned + first + column).to(tl.float32)
-            most, total = _grown(x, most, total)
-            if SMOOTH:
-                plain += tl.sum(x, axis=1)
+            sums = _seen(x, first + column - lead, True, classes, sums, weight_ptr, cap, False, SMOOTH, CAPPED, PREDICT)
         for first in range(after, end, BLOCK):
-            mask = first + column < end
-            x = tl.load(aligned + first + column, mask=mask, other=float("-inf")).to(tl.float32)
-            most, total = _grown(x, most, total)
-            if SMOOTH:
-                plain += tl.sum(tl.where(mask, x, 0.0), axis=1)
-        largest = tl.max(most, axis=0)
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
+            known = first + column < end
+            x = tl.load(aligned + first + column, mask=known, other=float("-inf")).to(tl.float32)
+            sums = _seen(x, first + column - lead, known, classes, sums, weight_ptr, cap, True, SMOOTH, CAPPED, PREDICT)
+        most, total, plain, largest, place = sums
+        most_of_all = tl.max(most, axis=0)
+        shift = tl.where(most_of_all == float("-inf"), 0.0, most_of_all)
         log_sum = tl.log(tl.sum(total * exp2((most - shift) * LOG2_E), axis=0))
         inside = (target >= 0) & (target < classes)
         # A target that is no class reads as NaN.
         hit = tl.load(logits_ptr + begin + target, mask=inside, other=float("nan")).to(tl.float32)
-        lse = largest + log_sum
-        loss = (1.0 - label_smoothing) * (largest - hit) + log_sum
-        if SMOOTH:
-            loss += label_smoothing * (largest - tl.sum(plain, axis=0) / classes)
+        if CAPPED:
+            hit = cap * tanh(hit / cap)
+        lse = most_of_all + log_sum
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + target, mask=inside, other=float("nan"))
+            loss = (1.0 - label_smoothing) * weight * ((most_of_all - hit) + log_sum)
+            if SMOOTH:
+                mean = tl.load(weight_mean_ptr)
+                loss += label_smoothing * ((mean * most_of_all - tl.sum(plain, axis=0) / classes) + mean * log_sum)
+        else:
+            loss = (1.0 - label_smoothing) * (most_of_all - hit) + log_sum
+            if SMOOTH:
+                loss += label_smoothing * (most_of_all - tl.sum(plain, axis=0) / classes)
         loss += z_loss * lse * lse
+        if predicted_ptr is not None:
+            largest_of_all = tl.max(largest, axis=0)
+            tl.store(predicted_ptr + row, tl.min(tl.where(largest == largest_of_all, place, classes), axis=0))
         tl.store(loss_ptr + row, loss)
-        tl.store(lse_ptr + row, largest)
+        tl.store(lse_ptr + row, most_of_all)
         tl.store(lse_ptr + rows + row, log_sum)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "rows"])
+@triton.jit(do_not_specialize=["ignore_index"])
 def _cross_entropy_finalise(
-    rows_loss_ptr, target_ptr, loss_ptr, count_ptr,   # [rows], [rows], 0-d, 0-d or None
-    rows, ignore_index, BLOCK: tl.constexpr,
+    rows_loss_ptr, target_ptr, loss_ptr, count_ptr,   # [rows], [rows], 0-d, [2] or None
+    lse_ptr, weight_ptr,                              # [2, rows], [classes] or None
+    rows, classes, ignore_index, z_loss, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum over rows, or their mean if count_ptr is given; one program, in a fixed order."""
-    offs = tl.arange(0, BLOCK)
-    whole = rows // BLOCK * BLOCK
-    total = tl.load(rows_loss_ptr + whole + offs, mask=whole + offs < rows, other=0.0)
-    target = tl.load(target_ptr + whole + offs, mask=whole + offs < rows, other=ignore_index)
-    count = tl.where(target != ignore_index, 1.0, 0.0)
-    for first in range(0, whole, BLOCK):
-        total += tl.load(rows_loss_ptr + first + offs)
-        count += tl.where(tl.load(target_ptr + first + offs) != ignore_index, 1.0, 0.0)
+    """Sum over rows, or their mean if count_ptr is given; one program, in a fixed order.
+
+    With weights that is the rows' over the sum of their weights, and z lse^2, which they lack, over their number.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, rows, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < rows
+        total += tl.load(rows_loss_ptr + offs, mask=mask, other=0.0)
+        target = tl.load(target_ptr + offs, mask=mask, other=0)
+        known = mask & (target != ignore_index)
+        count += tl.where(known, 1.0, 0.0)
+        if weight_ptr is not None:
+            inside = known & (target >= 0) & (target < classes)
+            weight += tl.where(known, tl.load(weight_ptr + target, mask=inside, other=float("nan")), 0.0)
+            lse = tl.load(lse_ptr + offs, mask=mask, other=0.0) + tl.load(lse_ptr + rows + offs, mask=mask, other=0.0)
+            square += lse * lse
     loss = tl.sum(total, axis=0)
     if count_ptr is not None:
         counted = tl.sum(count, axis=0)
-        loss = tl.where(counted > 0.0, loss / tl.maximum(counted, 1.0), float("nan"))
-        tl.store(count_ptr, counted)
+        if weight_ptr is not None:
+            weights = tl.sum(weight, axis=0)
+            loss = loss / weights + z_loss * tl.sum(square, axis=0) / counted
+            tl.store(count_ptr, weights)
+        else:
+            loss = tl.where(counted > 0.0, loss / tl.maximum(counted, 1.0), float("nan"))
+            tl.store(count_ptr, counted)
+        tl.store(count_ptr + 1, counted)
     tl.store(loss_ptr, loss)
+
+
+@triton.jit
+def _slope(x, scale, most, log_sum, share, of_target, cap, CAPPED: tl.constexpr):
+    """scale exp(x - lse) - share - of_target, by the logits that are capped."""
+    if CAPPED:
+        y = tanh(x / cap)
+        x = cap * y
+    grad = scale * exp2((x - most) * LOG2_E - log_sum * LOG2_E) - share - of_target
+    if CAPPED:
+        grad *= 1.0 - y * y
+    return grad
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows", "units"])
 def _cross_entropy_backward(
-    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, count_ptr,  # [rows] or 0-d, ..., [2, rows], 0-d or None
+    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, count_ptr,  # [rows] or 0-d, ..., [2, rows], [2] or None
+    weight_ptr, weight_mean_ptr,                                # [classes], their mean; may be None
     grad_ptr,                                                   # [rows, classes]; may be logits_ptr
     grad_loss_stride, rows, units, splits, inner, outer_stride, inner_stride,  # classes = units * UNIT
-    grad_inner, grad_outer_stride, grad_inner_stride, ignore_index, label_smoothing, z_loss,
-    UNIT: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_inner, grad_outer_stride, grad_inner_stride, ignore_index, label_smoothing, z_loss, cap,
+    CAPPED: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = g ((1 + 2 z lse) exp(x - lse) - e / V - (1 - e) onehot(target)); a program has STEPS blocks of a row."""
+    """dx = g ((1 + 2 z lse) exp(x - lse) - e / V - (1 - e) onehot(target)); a program has STEPS blocks of a row.
+
+    With weights: g ((1 - e) w[target] + e mean(w)) exp(x - lse), e w / V, (1 - e) w[target] for its terms, and z's over
+    the number of rows. CAPPED: that by cap tanh(logits / cap), times its derivative.
+    """
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     classes = units * UNIT
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
@@ -149,11 +234,19 @@ def _cross_entropy_backward(
     most = tl.load(lse_ptr + row)
     log_sum = tl.load(lse_ptr + rows + row)
     g = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    by_rows = g
     if count_ptr is not None:
         g = g / tl.load(count_ptr)
-    g = tl.where((target >= 0) & (target < classes), g, float("nan"))
-    scale = g * (1.0 + 2.0 * z_loss * (most + log_sum))
+        by_rows = by_rows / tl.load(count_ptr + 1) if weight_ptr is not None else g
+    known = (target >= 0) & (target < classes)
+    g = tl.where(known, g, float("nan"))
+    of_target = g * (1.0 - label_smoothing)
     everywhere = g * (label_smoothing / classes)
+    if weight_ptr is not None:
+        of_target *= tl.load(weight_ptr + target, mask=known, other=float("nan"))
+        scale = of_target + g * label_smoothing * tl.load(weight_mean_ptr) + by_rows * (2.0 * z_loss * (most + log_sum))
+    else:
+        scale = g * (1.0 + 2.0 * z_loss * (most + log_sum))
     ignored = target == ignore_index
     hit = lead + target
     for step in range(STEPS):
@@ -165,13 +258,19 @@ def _cross_entropy_backward(
                 tl.store(aligned_out + offs, tl.zeros([BLOCK], grad_ptr.dtype.element_ty))
             else:
                 x = tl.load(aligned + offs).to(tl.float32)
-                grad = scale * exp2((x - most) * LOG2_E - log_sum * LOG2_E) - everywhere
+                share = everywhere
+                if weight_ptr is not None:
+                    share *= tl.load(weight_ptr + (offs - lead))
+                grad = _slope(x, scale, most, log_sum, share, 0.0, cap, CAPPED)
                 tl.store(aligned_out + offs, grad.to(grad_ptr.dtype.element_ty))
         else:
             mask = (offs >= lead) & (offs < lead + classes)
             x = tl.load(aligned + offs, mask=mask & (target != ignore_index), other=0.0).to(tl.float32)
-            grad = scale * exp2((x - most) * LOG2_E - log_sum * LOG2_E) - everywhere
-            grad = tl.where(ignored, 0.0, grad - tl.where(offs == hit, g * (1.0 - label_smoothing), 0.0))
+            share = everywhere
+            if weight_ptr is not None:
+                share *= tl.load(weight_ptr + (offs - lead), mask=mask, other=0.0)
+            grad = _slope(x, scale, most, log_sum, share, tl.where(offs == hit, of_target, 0.0), cap, CAPPED)
+            grad = tl.where(ignored, 0.0, grad)
             # Vectors are not known to be whole where rows begin anywhere.
             there = aligned_out + offs if ALIGNED else grad_ptr + out + (offs - lead)
             tl.store(there, grad.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -196,40 +295,54 @@ def _vectors(classes, dtype, *layouts):
     return dict(UNIT=math.gcd(classes, vector), ALIGNED=aligned), classes if aligned else classes + vector - 1
 
 
-def cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, reduction):
+def cross_entropy(
+    logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, predict
+):  # fmt: skip
     require_targets(logits, target)
     x, layout = as_rows(logits)
-    t = target.contiguous()
+    t, weights = target.contiguous(), weights_of(class_weight, logits)
     rows, classes = t.numel(), logits.size(-1)
     of_row = logits.new_empty(target.shape, dtype=torch.float32)
     lse = logits.new_empty((2, rows), dtype=torch.float32)
-    count = logits.new_empty(() if reduction == "mean" else 0, dtype=torch.float32)
+    count = logits.new_empty(2 if reduction == "mean" else 0, dtype=torch.float32)
+    predicted = t.new_empty(target.shape if predict else 0)
+    smooth = label_smoothing != 0.0
     if rows:
         constants, width = _vectors(classes, x.dtype, layout)
         chosen = _tile("forward", logits, rows, width, BLOCK_FORWARD)
         _cross_entropy_forward[(rows,)](
-            x, t, of_row, lse, rows, classes // constants["UNIT"], *layout, ignore_index, label_smoothing, z_loss,
-            SMOOTH=label_smoothing != 0.0, **constants, **chosen,
+            x, t, of_row, lse, weights, _mean(weights, smooth), predicted if predict else None, rows,
+            classes // constants["UNIT"], *layout, ignore_index, label_smoothing,
+            0.0 if weights is not None and reduction == "mean" else z_loss, softcap, SMOOTH=smooth,
+            CAPPED=softcap != 0.0, **constants, **chosen,
         )  # fmt: skip
     if reduction == "none":
-        return of_row, lse, count
+        return of_row, lse, count, predicted
     loss = logits.new_empty((), dtype=torch.float32)
     block, warps = _block(rows, FINALISE)
+    mean = reduction == "mean"
     _cross_entropy_finalise[(1,)](
-        of_row, t, loss, count if reduction == "mean" else None, rows, ignore_index, BLOCK=block, num_warps=warps
-    )
-    return loss, lse, count
+        of_row, t, loss, count if mean else None, lse, weights if mean else None, rows, logits.size(-1), ignore_index,
+        z_loss, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return loss, lse, count, predicted
+
+
+def _mean(weights, wanted):
+    """0-d, of the classes' weights; None where that is not asked for."""
+    return weights.sum() * (1.0 / weights.numel()) if wanted and weights is not None else None
 
 
 def cross_entropy_backward(
-    grad_loss, logits, target, lse, count, ignore_index, label_smoothing, z_loss, reduction, inplace=False
-):
+    grad_loss, logits, target, lse, count, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+    inplace=False,
+):  # fmt: skip
     """In place: written over the logits, which must be `writable`."""
     require_targets(logits, target)
     require_saved(logits, lse, count, reduction)
-    g, g_stride = upstream(grad_loss, target, reduction)
+    g, g_stride = upstream(grad_loss, target, reduction, class_weight)
     x, layout = as_rows(logits)
-    t = target.contiguous()
+    t, weights = target.contiguous(), weights_of(class_weight, logits)
     rows, classes = t.numel(), logits.size(-1)
     grad = logits if inplace else dense_like(logits)
     if rows:
@@ -239,8 +352,9 @@ def cross_entropy_backward(
         steps = min(next_power_of_2(ceil_div(width, chosen["BLOCK"])), STEPS)
         splits = ceil_div(width, steps * chosen["BLOCK"])
         _cross_entropy_backward[(rows * splits,)](
-            g, x, t, lse, count if reduction == "mean" else None, grad, g_stride, rows, classes // constants["UNIT"],
-            splits, *layout, *of_grad, ignore_index, label_smoothing, z_loss, STEPS=steps, **constants, **chosen,
+            g, x, t, lse, count if reduction == "mean" else None, weights, _mean(weights, True), grad, g_stride, rows,
+            classes // constants["UNIT"], splits, *layout, *of_grad, ignore_index, label_smoothing, z_loss, softcap,
+            CAPPED=softcap != 0.0, STEPS=steps, **constants, **chosen,
         )  # fmt: skip
     return grad
 

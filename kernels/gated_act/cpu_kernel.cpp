@@ -8,21 +8,33 @@
 
 namespace {
 
+template <class F>
+void with_flags(bool first, bool second, F f) {
+  with_flag(first, [&](auto a) { with_flag(second, [&](auto b) { f(a, b); }); });
+}
+
 // The activations of gates: layout.py.
 template <class F>
 void with_gate(int activation, F f) {
   with_one_of<kSilu, kGelu, kGeluTanh, kSigmoid, kRelu, kTanh, kNone>(activation, f);
 }
 
-// y = activate(gate + bias[i]) (up + bias[columns + i]); bias may be null.
+// One factor of each element where there are multipliers: a multiplication by 1 costs as much as any.
+template <bool Scaled>
+inline float times(float x, float factor) {
+  return Scaled ? x * factor : x;
+}
+
+// y = d activate(m (gate + bias[i])) (up + bias[columns + i]); bias may be null.
 void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, int dtype, void* y,
-               int64_t rows, int64_t columns, const float* bias, int activation, int threads) {
+               int64_t rows, int64_t columns, const float* bias, int activation, double m, double d, int threads) {
+  const float of_gate = float(m), of_y = float(d);
   const Pieces pieces(rows, columns);
   const Rows gates{gate, gate_stride, dtype}, ups{up, up_stride, dtype};
   const DenseOut out{y, columns, dtype};
   with_gate(activation, [&](auto a) {
-    with_flag(bias != nullptr, [&](auto biased) {
-      constexpr bool kBiased = decltype(biased)::value;
+    with_flags(bias != nullptr, m != 1.0 || d != 1.0, [&](auto biased, auto scaled) {
+      constexpr bool kBiased = decltype(biased)::value, kScaled = decltype(scaled)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns >= kParallel)
       for (int64_t k = 0; k < pieces.count(); ++k) {
         alignas(64) float g_buffer[kPiece], u_buffer[kPiece], to[kPiece];
@@ -36,7 +48,8 @@ void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up
         for (int64_t r = 0; r < p.rows; ++r, g += g_stride, u += u_stride, w += p.columns) {
 #pragma omp simd
           for (int64_t i = 0; i < p.columns; ++i) {
-            const float z = kBiased ? g[i] + b[i] : g[i], v = kBiased ? u[i] + b[columns + i] : u[i];
+            const float z = times<kScaled>(kBiased ? g[i] + b[i] : g[i], of_gate);
+            const float v = times<kScaled>(kBiased ? u[i] + b[columns + i] : u[i], of_y);
             w[i] = activate<decltype(a)::value>(z, 0.0f) * v;
           }
         }
@@ -46,11 +59,13 @@ void gated_act(const void* gate, int64_t gate_stride, const void* up, int64_t up
   });
 }
 
-// dgate = dy (up + bias) act'(gate + bias);  dup = dy act(gate + bias);  grad_bias = their sums over the rows, or null.
+// dgate = d m dy (up + bias) act'(m (gate + bias));  dup = d dy act(m (gate + bias));  grad_bias = their sums over the
+// rows, or null.
 void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, int64_t gate_stride, const void* up,
                         int64_t up_stride, int dtype, void* grad_gate, void* grad_up, int64_t grad_stride,
-                        float* grad_bias, int64_t rows, int64_t columns, const float* bias, int activation,
-                        int threads) {
+                        float* grad_bias, int64_t rows, int64_t columns, const float* bias, int activation, double m,
+                        double d, int threads) {
+  const float of_gates = float(m), of_y = float(d);
   constexpr int64_t kPart = 1024;  // columns of a tile
   const Tiles tiles({rows, columns, 1}, 2 * kTile, kPart);
   const Rows g_rows{grad_y, y_stride, dtype}, gates{gate, gate_stride, dtype}, ups{up, up_stride, dtype};
@@ -59,9 +74,10 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
   const int64_t partials = grad_bias ? tiles.partials() : 0;
   const Memory<float> sums(2 * partials);
   with_gate(activation, [&](auto a) {
-    with_flag(bias != nullptr, [&](auto biased) {
+    with_flags(bias != nullptr, m != 1.0 || d != 1.0, [&](auto biased, auto scaled) {
       with_flag(grad_bias != nullptr, [&](auto summed) {
-        constexpr bool kBiased = decltype(biased)::value, kSummed = decltype(summed)::value;
+        constexpr bool kBiased = decltype(biased)::value, kScaled = decltype(scaled)::value;
+        constexpr bool kSummed = decltype(summed)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
         for (int64_t k = 0; k < tiles.count(); ++k) {
           alignas(64) float dy_buffer[kPart], g_buffer[kPart], u_buffer[kPart], dg_buffer[kPart], du_buffer[kPart];
@@ -79,9 +95,11 @@ void gated_act_backward(const void* grad_y, int64_t y_stride, const void* gate, 
             float* const du = up_out.begin(row, du_buffer);
 #pragma omp simd
             for (int64_t i = 0; i < p.columns; ++i) {
-              const float z = kBiased ? g[i] + b[i] : g[i], v = kBiased ? u[i] + b[columns + i] : u[i];
-              const float of_gate = dy[i] * v * derivative<decltype(a)::value>(z, 0.0f);
-              const float of_up = dy[i] * activate<decltype(a)::value>(z, 0.0f);
+              const float z = times<kScaled>(kBiased ? g[i] + b[i] : g[i], of_gates);
+              const float v = kBiased ? u[i] + b[columns + i] : u[i], grad = times<kScaled>(dy[i], of_y);
+              const float slope = grad * v * derivative<decltype(a)::value>(z, 0.0f);
+              const float of_gate = times<kScaled>(slope, of_gates);
+              const float of_up = grad * activate<decltype(a)::value>(z, 0.0f);
               dg[i] = of_gate;
               du[i] = of_up;
               if constexpr (kSummed) {

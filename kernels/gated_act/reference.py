@@ -20,17 +20,18 @@ def shifted(x, up, bias):
     return gate + gate_bias, up + up_bias
 
 
-def gated_act(x, up, bias, activation):
-    """y = activate(gate + bias) (up + bias)."""
+def gated_act(x, up, bias, activation, gate_multiplier, down_multiplier):
+    """y = d activate(m (gate + bias)) (up + bias)."""
     gate, linear = shifted(x, up, bias)
-    return (activate(gate, activation, 0.0) * linear).to(x.dtype).contiguous()
+    y = activate(gate * gate_multiplier, activation, 0.0) * linear * down_multiplier
+    return y.to(x.dtype).contiguous()
 
 
-def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
+def gated_act_backward(grad_y, x, up, bias, with_bias, activation, gate_multiplier, down_multiplier):
     """(dx, dup or nothing, dbias or nothing); dx holds both gradients where x holds both halves."""
     gate, linear = shifted(x, up, bias)
-    dy = wide(grad_y)
-    grads = (dy * linear) * derivative(gate, activation, 0.0), dy * activate(gate, activation, 0.0)
+    gate, dy = gate * gate_multiplier, wide(grad_y) * down_multiplier
+    grads = ((dy * linear) * derivative(gate, activation, 0.0) * gate_multiplier, dy * activate(gate, activation, 0.0))
     grad_bias = torch.cat([g.sum(0) for g in grads]) if with_bias else gate.new_empty(0)
     if up is None:
         return torch.cat(grads, 1).to(x.dtype), x.new_empty(0), grad_bias

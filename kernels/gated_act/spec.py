@@ -18,12 +18,14 @@ from genai_fast.kernels.gated_act.reference import halves, shifted
 from genai_fast.kernels.gated_act.schema import LIBRARY
 
 
-def _reference(x, up=None, bias=None, activation="silu"):
+def _reference(x, up=None, bias=None, activation="silu", gate_multiplier=1.0, down_multiplier=1.0):
     """Each step rounded as PyTorch's own are."""
     gate, linear = halves(x, up)
     if bias is not None:
         gate, linear = (z.to(x.dtype) for z in shifted(x, up, bias))
-    return activate(gate, activation, 0.0) * linear
+    gate = gate * gate_multiplier if gate_multiplier != 1.0 else gate
+    y = activate(gate, activation, 0.0) * linear
+    return y * down_multiplier if down_multiplier != 1.0 else y
 
 
 def _eager(x, up=None, bias=None, activation="silu"):
@@ -89,6 +91,9 @@ CASES = (
     Case("pair", _inputs(6, 7, 40)),
     Case("packed", _inputs(6, 7, 40, packed=True)),
     Case("second_order", _inputs(3, 4, bias=True, packed=True, activation="gelu")),
+    Case("multipliers", _inputs(7, 5, 13, packed=True, bias=True, gate_multiplier=0.75, down_multiplier=-2.5)),
+    Case("target_gradient", _inputs(3, 4, activation="gelu", gate_multiplier=1.5, down_multiplier=0.5)),
+    Case("down_multiplier", _inputs(6, 7, 40, activation="gelu_tanh", down_multiplier=0.25)),
     Case("biased", _inputs(33, 130, packed=True, bias=True)),
     Case("biased_pair", _inputs(33, 130, bias=True, activation="gelu_tanh")),
     Case("odd", _inputs(7, 5, 13, packed=True, bias=True, activation="gelu")),
@@ -130,6 +135,10 @@ ERROR_CASES = (
               r"bias: expected device cpu as x has, got meta"),
     ErrorCase("integers", lambda t: dict(x=torch.ones(4, 6, dtype=torch.int32)), TypeError,
               r"x.*floating.*got torch\.int32"),
+    ErrorCase("gate_multiplier", lambda t: {**_GOOD(t), "gate_multiplier": float("inf")}, ValueError,
+              r"gate_multiplier: expected a finite float, got inf"),
+    ErrorCase("down_multiplier", lambda t: {**_GOOD(t), "down_multiplier": None}, ValueError,
+              r"down_multiplier: expected a finite float, got None"),
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "swish"}, ValueError,
               r"activation: expected one of 'silu', .*got 'swish'"),
 )  # fmt: skip
@@ -144,17 +153,18 @@ BENCH_CASES = (
 _COMPILE_CASES = (
     CompileCase("geglu_bias", _inputs(4096, 1024, packed=True, bias=True, activation="gelu")),
     CompileCase("geglu_tanh", _inputs(4096, 1024, packed=True, activation="gelu_tanh")),
+    CompileCase("multipliers", _inputs(4096, 1024, gate_multiplier=0.5, down_multiplier=2.0)),
 )
 _MOST = {"gelu": 60, "gelu_tanh": 50}  # instructions per element, in float32
 _EXPECTED = dict.fromkeys(
     ("_gated_act_forward", "_gated_act_backward"),
-    Expected((), lambda c: c["ROWS"] * c["BLOCK"] * c.get("STEPS", 1), lambda c: _MOST.get(c["ACTIVATION"], 45)),
+    Expected((), lambda c: c["ROWS"] * c["BLOCK"] * c.get("STEPS", 1), lambda c: _MOST.get(c["ACTIVATION"], 50)),
 )
 
 GATED_ACT = OpSpec(
     name="gated_act",
     folder="gated_act",
-    formula="activation(gate + bias) (up + bias): SwiGLU, GEGLU, GLU, ReGLU; also as swiglu, geglu",
+    formula="activation(gate + bias) (up + bias), and multipliers: SwiGLU, GEGLU, GLU, ReGLU; also as swiglu, geglu",
     source="Shazeer 2020, arXiv:2002.05202",
     library=LIBRARY,
     reference=_reference,

@@ -32,15 +32,18 @@ def _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_str
 @triton.jit
 def _gated_act_forward(
     gate_ptr, up_ptr, bias_ptr, y_ptr,       # [rows, columns] twice, [2 columns] or None, [rows, columns]
-    rows, columns, gate_stride, up_stride, splits,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, columns, gate_stride, up_stride, splits, gate_multiplier, down_multiplier,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = activate(gate + bias) (up + bias)."""
+    """y = d activate(m (gate + bias)) (up + bias), the multipliers m and d 1 unless SCALED."""
     group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     row = (group.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows * columns passes 2**31
     column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (row < rows) & (column < columns)
     gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
+    if SCALED:
+        gate *= gate_multiplier
+        up *= down_multiplier
     y = activate(gate, 0.0, ACTIVATION, y_ptr.dtype.element_ty != tl.float32) * up
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -50,10 +53,13 @@ def _gated_act_backward(
     grad_y_ptr, gate_ptr, up_ptr, bias_ptr,  # [rows, columns] three times, [2 columns] or None
     grad_gate_ptr, grad_up_ptr,              # [rows, columns] twice
     partial_ptr,                             # [programs / splits, 2 columns] or None
-    rows, columns, y_stride, gate_stride, up_stride, grad_stride, splits,
-    ACTIVATION: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, columns, y_stride, gate_stride, up_stride, grad_stride, splits, gate_multiplier, down_multiplier,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dgate = dy (up + bias) act'(gate + bias), dup = dy act(gate + bias), and their sums over this program's rows."""
+    """dgate = dy (up + bias) act'(gate + bias), dup = dy act(gate + bias), and their sums over this program's rows.
+
+    SCALED: d dy for dy, m (gate + bias) in act and act', and m times that dgate.
+    """
     first, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     NARROW: tl.constexpr = grad_gate_ptr.dtype.element_ty != tl.float32
     column = (split * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -65,8 +71,13 @@ def _gated_act_backward(
         mask = (row < rows) & (column < columns)
         grad = tl.load(grad_y_ptr + row * y_stride + column, mask=mask, other=0.0).to(tl.float32)
         gate, up = _operands(gate_ptr, up_ptr, bias_ptr, row, column, mask, gate_stride, up_stride, columns)
+        if SCALED:
+            gate *= gate_multiplier
+            grad *= down_multiplier
         of_gate = times_derivative(grad * up, gate, 0.0, ACTIVATION, NARROW)
         of_up = grad * activate(gate, 0.0, ACTIVATION, NARROW)
+        if SCALED:
+            of_gate *= gate_multiplier
         offs = row * grad_stride + column
         tl.store(grad_gate_ptr + offs, of_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_up_ptr + offs, of_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
@@ -89,20 +100,25 @@ def _tile(name, gate, bias):
     return rows, block, splits, chosen["num_warps"]
 
 
-def gated_act(x, up, bias, activation):
+def _scaled(gate_multiplier, down_multiplier):
+    return gate_multiplier != 1.0 or down_multiplier != 1.0
+
+
+def gated_act(x, up, bias, activation, gate_multiplier, down_multiplier):
     (gate, linear), bias, _ = operands(x, up, bias)
     y = x.new_empty(gate.shape)
     if y.numel():
         rows, columns = y.shape
         tile, block, splits, warps = _tile("forward", gate, bias)
         _gated_act_forward[(ceil_div(rows, tile) * splits,)](
-            gate, linear, bias, y, rows, columns, gate.stride(0), linear.stride(0), splits,
-            ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
+            gate, linear, bias, y, rows, columns, gate.stride(0), linear.stride(0), splits, gate_multiplier,
+            down_multiplier, ACTIVATION=activation, SCALED=_scaled(gate_multiplier, down_multiplier), ROWS=tile,
+            BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y
 
 
-def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
+def gated_act_backward(grad_y, x, up, bias, with_bias, activation, gate_multiplier, down_multiplier):
     (gate, linear), bias, grad_y = operands(x, up, bias, grad_y)
     (grad_x, grad_up), (grad_gate, grad_linear) = results(x, up)
     rows, columns = gate.shape
@@ -116,7 +132,7 @@ def gated_act_backward(grad_y, x, up, bias, with_bias, activation):
     partial = x.new_empty((groups, 2 * columns), dtype=torch.float32) if with_bias else None
     _gated_act_backward[(groups * splits,)](
         grad_y, gate, linear, bias, grad_gate, grad_linear, partial, rows, columns, grad_y.stride(0), gate.stride(0),
-        linear.stride(0), grad_gate.stride(0), splits, ACTIVATION=activation, STEPS=steps, ROWS=tile, BLOCK=block,
-        num_warps=warps,
+        linear.stride(0), grad_gate.stride(0), splits, gate_multiplier, down_multiplier, ACTIVATION=activation,
+        SCALED=_scaled(gate_multiplier, down_multiplier), STEPS=steps, ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return grad_x, grad_up, partial.sum(0) if with_bias else x.new_empty(0, dtype=torch.float32)

@@ -1,5 +1,5 @@
-// group_norm_act on the CPU, a sample at a time, which the caches hold between its passes. A dense sample is
-// [channels, positions], or [positions, channels] where channels lie last; parameters and statistics are float32.
+// group_norm_act on the CPU, a sample at a time, which the caches hold between its passes, or a few groups of it. A dense
+// sample is [channels, positions], or [positions, channels] where channels lie last; parameters and statistics are float32.
 #include <omp.h>
 
 #include "kernel.h"
@@ -8,10 +8,20 @@
 
 namespace {
 
+constexpr int64_t kUnit = 1 << 14;  // elements that are worth a turn of their own
+
 struct Groups {
   int64_t samples, channels, positions, groups;
   bool last;
   int dtype;
+
+  // The same memory as more and smaller samples of fewer groups each: none lies in one piece where channels lie last.
+  Groups in_units() const {
+    if (last) return *this;
+    int64_t count = 1;
+    while (count < groups && (groups % count || count * each() * positions < kUnit)) ++count;
+    return {samples * (groups / count), count * each(), positions, count, last, dtype};
+  }
 
   int64_t each() const { return channels / groups; }
   double elements() const { return double(each() * positions); }
@@ -27,11 +37,14 @@ struct Groups {
 
 struct Parameters {
   const float *weight, *bias, *scale, *shift;  // [channels] twice and [samples, channels] twice, or null
+  int64_t channels;
 
-  // z = (x-hat weight + bias) (1 + scale) + shift.
-  float factor(int64_t at, int64_t c) const { return (weight ? weight[c] : 1.0f) * modulation(at); }
+  // z = (x-hat weight + bias) (1 + scale) + shift, at an index of [samples, channels].
+  float factor(int64_t at) const { return (weight ? weight[at % channels] : 1.0f) * modulation(at); }
   float modulation(int64_t at) const { return scale ? 1.0f + scale[at] : 1.0f; }
-  float addend(int64_t at, int64_t c) const { return (bias ? bias[c] * modulation(at) : 0.0f) + (shift ? shift[at] : 0.0f); }
+  float addend(int64_t at) const {
+    return (bias ? bias[at % channels] * modulation(at) : 0.0f) + (shift ? shift[at] : 0.0f);
+  }
 };
 
 // f(sample, memory of `count` floats for it, threads for it): samples side by side where they are many, else one by one.
@@ -68,8 +81,8 @@ Coefficients coefficients(const Groups& g, const Parameters& p, int64_t n, const
   for (int64_t c = 0; c < g.channels; ++c) {
     const int64_t k = n * g.groups + c / g.each(), at = n * g.channels + c;
     values[c] = mean[k];
-    scale[c] = rstd[k] * p.factor(at, c);
-    shift[c] = p.addend(at, c);
+    scale[c] = rstd[k] * p.factor(at);
+    shift[c] = p.addend(at);
   }
   return {values, scale, shift, shift + g.channels, shift + 2 * g.channels};
 }
@@ -78,14 +91,14 @@ void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, 
                             int last, int64_t groups, const float* weight, const float* bias, const float* scale,
                             const float* shift, const void* residual, bool after, float* mean, float* rstd, double eps,
                             int activation, double negative_slope, int threads) {
-  const Groups g{samples, channels, positions, groups, last != 0, dtype};
-  const Parameters p{weight, bias, scale, shift};
+  const Groups g = Groups{samples, channels, positions, groups, last != 0, dtype}.in_units();
+  const Parameters p{weight, bias, scale, shift, channels};
   const Channels shape = g.sample(), summed = g.statistics();
   const Tiles tiles(summed);
-  const int64_t partial = 3 * tiles.partials(), most = partial > 5 * channels ? partial : 5 * channels;
-  over_samples(g, in_lines(most) + 4 * channels, threads, [&](int64_t n, float* work, int mine) {
-    float *const m = mean + n * groups, *const r = rstd + n * groups;
-    double *const means = reinterpret_cast<double*>(work + in_lines(most)), *const squares = means + channels;
+  const int64_t partial = 3 * tiles.partials(), most = partial > 5 * g.channels ? partial : 5 * g.channels;
+  over_samples(g, in_lines(most) + 4 * g.channels, threads, [&](int64_t n, float* work, int mine) {
+    float *const m = mean + n * g.groups, *const r = rstd + n * g.groups;
+    double *const means = reinterpret_cast<double*>(work + in_lines(most)), *const squares = means + g.channels;
     channel_moments(g.at(x, n), dtype, summed, tiles, work, mine, [&](int64_t c, double average, double deviations) {
       if (last) {
         means[c] = average, squares[c] = deviations;
@@ -107,31 +120,31 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
                              const float* bias, const float* scale, const float* shift, const void* beside,
                              bool from_output, const float* mean, const float* rstd, float* sum_dz,
                              float* sum_dz_x_hat, int activation, double negative_slope, int threads) {
-  const Groups g{samples, channels, positions, groups, last != 0, dtype};
-  const Parameters p{weight, bias, scale, shift};
+  const Groups g = Groups{samples, channels, positions, groups, last != 0, dtype}.in_units();
+  const Parameters p{weight, bias, scale, shift, channels};
   const Channels shape = g.sample();
   const Tiles tiles(shape);
   const float slope = float(negative_slope);
   // What takes an exponential is computed once, and waits where the result will be.
   const bool waits = beside || (dtype == kFloat32 && takes_exponential(activation));
   const Beside kind = !beside ? kNothing : from_output ? kOutput : kResidual;
-  over_samples(g, in_lines(5 * channels) + 2 * tiles.partials(), threads, [&](int64_t n, float* work, int mine) {
+  over_samples(g, in_lines(5 * g.channels) + 2 * tiles.partials(), threads, [&](int64_t n, float* work, int mine) {
     const Coefficients of = coefficients(g, p, n, mean, rstd, work);
-    float *const linear = work + 3 * channels, *const constant = linear + channels;
-    float *const sums = sum_dz + n * channels, *const products = sum_dz_x_hat + n * channels;
+    float *const linear = work + 3 * g.channels, *const constant = linear + g.channels;
+    float *const sums = sum_dz + n * g.channels, *const products = sum_dz_x_hat + n * g.channels;
     void* const waiting = waits ? g.at(beside ? dz : grad_x, n) : nullptr;
     gradient_sums<true>(
         g.at(grad_y, n), g.at(x, n), beside ? g.at(beside, n) : nullptr, kind, dtype, tiles, of, activation, slope,
-        work + in_lines(5 * channels), waiting, mine, [&](int64_t c, double total) { sums[c] = float(total); },
-        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * groups + c / g.each()])); });
-    for (int64_t k = 0, c = 0; k < groups; ++k) {
+        work + in_lines(5 * g.channels), waiting, mine, [&](int64_t c, double total) { sums[c] = float(total); },
+        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * g.groups + c / g.each()])); });
+    for (int64_t k = 0, c = 0; k < g.groups; ++k) {
       const int64_t end = c + g.each();
       double first = 0.0, second = 0.0;
       for (int64_t i = c; i < end; ++i) {
-        const double factor = double(p.factor(n * channels + i, i));
+        const double factor = double(p.factor(n * g.channels + i));
         first += factor * double(sums[i]), second += factor * double(products[i]);
       }
-      const double r = double(rstd[n * groups + k]);
+      const double r = double(rstd[n * g.groups + k]);
       for (; c < end; ++c) {
         constant[c] = float(-r * first / g.elements());
         linear[c] = float(-r * r * second / g.elements());

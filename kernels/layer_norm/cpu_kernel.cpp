@@ -28,10 +28,39 @@ struct Buffers {
   float* operator[](int64_t k) const { return values ? values + k * columns : nullptr; }
 };
 
-// h = x + residual;  y = (h - mean) rstd weight + bias. Without a residual, h is x and is not written.
+// What a norm in a narrow dtype rounds to it on its way: nothing, x-hat, or each step.
+enum Casting : int { kWide = 0, kRoundedBeforeWeight = 1, kRoundedThroughout = 2 };
+
+inline float rounded(float x, bool bfloat16) {
+  return bfloat16 ? from_bfloat16(to_bfloat16(x)) : from_half(to_half(x));
+}
+
+GENAI_FAST_ONCE void round_span(float* x, int64_t count, int dtype) {
+  if (dtype == kBFloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] = rounded(x[i], true);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] = rounded(x[i], false);
+  }
+}
+
+// 1 / sqrt(mean of squares + eps), each step rounded; `room` holds a row.
+GENAI_FAST_ONCE float rounded_rstd(const float* v, int64_t columns, float epsilon, int dtype, float* room) {
+  const bool bfloat16 = dtype == kBFloat16;
+  for (int64_t i = 0; i < columns; ++i) room[i] = v[i] * v[i];
+  round_span(room, columns, dtype);
+  float sum, unused;
+  sum_pairs(columns, [=](int64_t i, float& s, float&) { s += room[i]; }, &sum, &unused);
+  const float mean = rounded(sum / float(columns), bfloat16), variance = rounded(mean + epsilon, bfloat16);
+  return rounded(1.0f / __builtin_sqrtf(variance), bfloat16);
+}
+
+// h = x + residual;  y = (h - mean) rstd weight + bias. Without a residual, h is x and is not written. `casting` of a
+// narrow dtype and RMS alone.
 void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, int dtype, void* y,
                 void* h, const float* weight, const float* bias, float* mean, float* rstd, int64_t rows,
-                int64_t columns, double eps, int threads) {
+                int64_t columns, double eps, int casting, int threads) {
   const Rows x_rows{x, x_stride, dtype}, residual_rows{residual, residual_stride, dtype}, h_rows{h, columns, dtype};
   const StreamedOut y_out(y, rows, columns, dtype), h_out(h, rows, columns, dtype);
   const Parameter w(weight, columns, 1.0f), b(bias, columns, 0.0f);
@@ -66,9 +95,17 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
         sum_pairs(columns, [=](int64_t i, float& q, float&) { q += v[i] * v[i]; }, &squares, &unused);
       }
       const float variance = squares * share - rest * rest;
-      const float r = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);  // NaN stays
-      rstd[row] = r;
+      float r = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);  // NaN stays
       float* const out = y_out.begin(p, buffers[1]);
+      if (casting == kRoundedThroughout) r = rounded_rstd(v, columns, epsilon, dtype, out);
+      rstd[row] = r;
+      if (casting != kWide) {
+        for (int64_t i = 0; i < columns; ++i) out[i] = v[i] * r;
+        round_span(out, columns, dtype);
+        for (int64_t i = 0; i < columns; ++i) out[i] *= w.values[i];
+        y_out.end(p, out);
+        continue;
+      }
 #pragma omp simd
       for (int64_t i = 0; i < columns; ++i) {
         out[i] = multiply_add(((v[i] - m) - rest) * r, w.values[i], b.values[i]);
@@ -80,11 +117,12 @@ void layer_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
 }
 
 // dx = rstd (g - mean(g) - x-hat mean(g x-hat)) + dh with g = dy weight, where h's own gradient dh may be null; RMS is
-// without mean(g). Sums over the rows of dy x-hat and of dy, unless null: chunks of rows, then the chunks in order.
+// without mean(g). Sums over the rows of dy x-hat, which is rounded as forward did, and of dy, unless null: chunks of
+// rows, then the chunks in order.
 void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* grad_h, int64_t grad_h_stride,
                          const void* h, int64_t h_stride, int dtype, void* grad_x, const float* weight,
                          const float* mean, const float* rstd, float* grad_weight, float* grad_bias, int64_t rows,
-                         int64_t columns, int threads) {
+                         int64_t columns, int casting, int threads) {
   constexpr int64_t kMostRows = 64, kChunks = 32;
   const int64_t each = rows > kMostRows * kChunks ? kMostRows : rows ? (rows + kChunks - 1) / kChunks : 1;
   const int64_t chunks = (rows + each - 1) / each;
@@ -95,8 +133,9 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
   const Parameter w(weight, columns, 1.0f);
   const float share = 1.0f / float(columns);
   const Scratch scratch(dtype != kFloat32 || out.streamed ? 4 * columns : 0, parallel, threads);
-  with_flag(summed, [&](auto flag) {
-    constexpr bool kSummed = decltype(flag)::value;
+  with_flag(summed, [&](auto flag) { with_flag(casting != kWide, [&](auto cast) {
+    constexpr bool kSummed = decltype(flag)::value, kCast = decltype(cast)::value;
+    const bool bfloat16 = dtype == kBFloat16;
 #pragma omp parallel num_threads(threads) if (parallel)
     {
       const Buffers buffers{scratch.mine(), columns};
@@ -120,7 +159,7 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
                 s += of_x_hat;
                 q += of_x_hat * x_hat;
                 if constexpr (kSummed) {
-                  dw[i] += g[i] * x_hat;
+                  dw[i] += g[i] * (kCast ? rounded(x_hat, bfloat16) : x_hat);
                   db[i] += g[i];
                 }
               },
@@ -143,7 +182,7 @@ void layer_norm_backward(const void* grad_y, int64_t grad_y_stride, const void* 
       }
       streams_done();
     }
-  });
+  }); });
   if (!summed) return;
   for_channels(columns, parallel, threads, [&](int64_t at, int64_t count) {
     double dw[kLanes] = {}, db[kLanes] = {};

@@ -6,8 +6,14 @@ from genai_fast.kernels.common.channels import require_channels
 from genai_fast.kernels.common.extension import cpp
 from genai_fast.kernels.common.rows import DTYPE_CODE, address, as_matrix, dense_like, require_alike, require_rows
 
+_CASTING = {"gemma": 0, "llama": 1, "none": 2}  # as in cpu_kernel.cpp
 
-def layer_norm(x, residual, weight, bias, rms, eps):
+
+def _casting_of(x, casting):
+    return 0 if x.dtype is torch.float32 else _CASTING[casting]
+
+
+def layer_norm(x, residual, weight, bias, rms, eps, casting):
     require_alike(x, residual)
     matrix, stride = as_matrix(x)
     weight, bias = require_channels(matrix, weight, bias)
@@ -16,12 +22,13 @@ def layer_norm(x, residual, weight, bias, rms, eps):
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))
     cpp.layer_norm(
         address(matrix), stride, address(added), added_stride, DTYPE_CODE[x.dtype], address(y), address(h),
-        address(weight), address(bias), 0 if rms else address(mean), address(rstd), *matrix.shape, eps
+        address(weight), address(bias), 0 if rms else address(mean), address(rstd), *matrix.shape, eps,
+        _casting_of(x, casting)
     )  # fmt: skip
     return y, h, mean, rstd
 
 
-def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms):
+def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms, casting):
     require_alike(h, grad_y, grad_h)
     require_rows(h, None if rms else mean, rstd)
     matrix, stride = as_matrix(h)
@@ -34,6 +41,7 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     cpp.layer_norm_backward(
         address(dy), dy_stride, address(dh), dh_stride, address(matrix), stride, DTYPE_CODE[h.dtype],
         address(grad_x), address(weight), 0 if rms else address(mean), address(rstd),
-        address(sums[0]) if with_weight else 0, address(sums[1]) if with_bias else 0, *matrix.shape
+        address(sums[0]) if with_weight else 0, address(sums[1]) if with_bias else 0, *matrix.shape,
+        _casting_of(h, casting)
     )  # fmt: skip
     return grad_x, *sums

@@ -1,6 +1,7 @@
 """layer_norm and rms_norm in plain PyTorch: the definition, the fallback and the second derivatives.
 
 h = x + residual, x-hat = (h - mean) rstd, y = x-hat weight + bias; all by row of the last dimension. RMS: mean is 0.
+Its casting is where a norm of a narrow dtype rounds: "gemma" y alone, "llama" x-hat too, "none" each step.
 """
 
 import torch
@@ -8,8 +9,11 @@ import torch
 from genai_fast.kernels.common.channels import wide
 
 
-def _statistics(h, rms, eps):
-    """(mean or None, 1 / sqrt(mean of squared deviations + eps)), each [..., 1]."""
+def _statistics(x, rms, eps, casting):
+    """(mean or None, 1 / sqrt(mean of squared deviations + eps)), each [..., 1], float32 or wider."""
+    if casting == "none":
+        return None, wide(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    h = wide(x)
     if rms:
         return None, torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     mean = h.mean(-1, keepdim=True)
@@ -22,11 +26,15 @@ def _normalized(h, mean, rstd):
     return (h if mean is None else h - mean) * rstd
 
 
-def layer_norm(x, residual, weight, bias, rms, eps):
+def _cast(x_hat, dtype, casting):
+    return x_hat if casting == "gemma" else wide(x_hat.to(dtype))
+
+
+def layer_norm(x, residual, weight, bias, rms, eps, casting):
     """(y, h or nothing, mean or nothing, rstd)."""
     h = x if residual is None else x + residual
-    mean, rstd = _statistics(wide(h), rms, eps)
-    y = _normalized(wide(h), mean, rstd)
+    mean, rstd = _statistics(h, rms, eps, casting)
+    y = _cast(_normalized(wide(h), mean, rstd), x.dtype, casting)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     nothing = rstd.new_empty(0)
@@ -38,7 +46,7 @@ def layer_norm(x, residual, weight, bias, rms, eps):
     )
 
 
-def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms):
+def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms, casting):
     """dx = rstd (g - mean(g) - x-hat mean(g x-hat)) + dh, g = dy weight;  sums over rows of dy x-hat and of dy.
 
     RMS: without mean(g).
@@ -52,13 +60,13 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     rows = tuple(range(h.dim() - 1))
     grad_weight, grad_bias = (
         (s.sum(rows) if rows else s.clone()) if wanted else dy.new_empty(0)
-        for s, wanted in ((dy * x_hat, with_weight), (dy, with_bias))
+        for s, wanted in ((dy * _cast(x_hat, h.dtype, casting), with_weight), (dy, with_bias))
     )
     return dx.to(dense.dtype).contiguous(), grad_weight, grad_bias
 
 
-def gradients(grad_y, grad_h, h, weight, with_weight, with_bias, rms, eps):
+def gradients(grad_y, grad_h, h, weight, with_weight, with_bias, rms, eps, casting):
     """layer_norm_backward that can be differentiated again: statistics are computed from h again."""
-    mean, rstd = _statistics(wide(h), rms, eps)
+    mean, rstd = _statistics(h, rms, eps, casting)
     mean = None if mean is None else mean.squeeze(-1)
-    return layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd.squeeze(-1), with_weight, with_bias, rms)
+    return layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd.squeeze(-1), with_weight, with_bias, rms, casting)

@@ -19,11 +19,16 @@ def _layer_norm_reference(x, weight=None, bias=None, eps=1e-5, residual=None):
     return y if residual is None else (y, h)
 
 
-def _rms_norm_reference(x, weight=None, eps=None, residual=None, offset=0.0):
-    """F.rms_norm in float32 or wider, of the sum in x's dtype."""
+def _rms_norm_reference(x, weight=None, eps=None, residual=None, offset=0.0, casting_mode="gemma"):
+    """F.rms_norm in float32 or wider, of the sum in x's dtype; other casting as models of Hugging Face write it."""
     h = x if residual is None else x + residual
     weight = weight if weight is None else wide(weight) + offset
-    y = F.rms_norm(wide(h), h.shape[-1:], weight, eps).to(x.dtype)
+    if casting_mode == "gemma":
+        y = F.rms_norm(wide(h), h.shape[-1:], weight, eps).to(x.dtype)
+    else:
+        of = h if casting_mode == "none" else wide(h)
+        y = (of * torch.rsqrt(of.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        y = y if weight is None else (wide(y) * weight).to(x.dtype)
     return y if residual is None else (y, h)
 
 
@@ -79,6 +84,16 @@ def _mixed(t):
     """Activations of a narrow dtype beside float32 parameters."""
     wide_t = type(t)(torch.promote_types(t.dtype, torch.float32), t.device, t.generator)
     return dict(x=t.normal(6, 5, 48), residual=t.normal(6, 5, 48), weight=wide_t.normal(48))
+
+
+def _casting_cases():
+    for mode in ("llama", "none"):
+        more = dict(bias=False, eps=1e-6, casting_mode=mode)
+        yield Case(f"casting_{mode}", _inputs(3, 7, 48, **more))
+        yield Case(f"casting_{mode}_offset", _inputs(5, 130, residual=False, offset=1.0, **more))
+        yield Case(f"casting_{mode}_no_weight", _inputs(4, 33, residual=False, weight=False, **more))
+        yield Case(f"casting_{mode}_long_row", _inputs(2, 9001, **more))
+    yield Case("target_gradient", _inputs(3, 4, bias=False, residual=False, eps=1e-6, casting_mode="llama"))
 
 
 def _special(t):
@@ -171,6 +186,8 @@ _OFFSETS = (
     ErrorCase("offset_alone", lambda t: dict(x=t.normal(4, 6), offset=1.0), ValueError, r"offset.*without a weight"),
     ErrorCase("offset", lambda t: {**_inputs(4, 6, bias=False)(t), "offset": float("nan")}, ValueError,
               r"offset.*finite.*got nan"),
+    ErrorCase("casting_mode", lambda t: {**_inputs(4, 6, bias=False)(t), "casting_mode": "bert"}, ValueError,
+              r"casting_mode: expected one of 'gemma', 'llama', 'none', got 'bert'"),
     ErrorCase("offset_type", lambda t: {**_inputs(4, 6, bias=False)(t), "offset": "1"}, ValueError,
               r"offset.*finite.*got '1'"),
 )  # fmt: skip
@@ -180,6 +197,8 @@ def _compile_cases(bias):
     """Rows that need more warps than those of the bench cases, and rows in blocks."""
     for columns in (4096, 8192, 65536) if bias else (8192, 65536):
         yield CompileCase(f"columns_{columns}", _inputs(256, columns, bias=bias), ("fp32", "bf16"))
+    for mode in () if bias else ("llama", "none"):
+        yield CompileCase(f"casting_{mode}", _inputs(256, 4096, bias=False, eps=1e-6, casting_mode=mode))
 
 
 _EXPECTED = {
@@ -217,7 +236,11 @@ RMS_NORM = OpSpec(
     source="Zhang & Sennrich 2019, arXiv:1910.07467",
     library=LIBRARY,
     reference=_rms_norm_reference,
-    cases=(*_cases(False), Case("gemma", _inputs(3, 7, 48, bias=False, residual=False, eps=1e-6, offset=1.0))),
+    cases=(
+        *_cases(False),
+        Case("gemma", _inputs(3, 7, 48, bias=False, residual=False, eps=1e-6, offset=1.0)),
+        *_casting_cases(),
+    ),
     error_cases=(*_error_cases(False), *_OFFSETS),
     bench_cases=_bench_cases(("llama", 2, 1024, 4096), bias=False),
     peers={"eager": _eager_rms_norm},

@@ -40,6 +40,12 @@ def _scaled(x_hat, weight_ptr, bias_ptr, column, inside):
     return x_hat
 
 
+@triton.jit
+def _rounded(x, like_ptr):
+    """x as that dtype holds it."""
+    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _layer_norm_forward(
     x_ptr, residual_ptr,                     # [rows, columns], the second may be None
@@ -47,9 +53,9 @@ def _layer_norm_forward(
     y_ptr, h_ptr,                            # [rows, columns]; h is None without a residual
     mean_ptr, rstd_ptr,                      # [rows]; no mean: RMS
     rows, columns, x_stride, residual_stride, eps, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CASTING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """h = x + residual, y = (h - mean) rstd weight + bias; whole rows at a time."""
+    """h = x + residual, y = (h - mean) rstd weight + bias; whole rows at a time. CASTING: see reference.py."""
     column = tl.arange(0, BLOCK)
     inside = column < columns
     across = column[None, :]
@@ -67,9 +73,16 @@ def _layer_norm_forward(
             lost = tl.sum(h, axis=1) / columns  # to rounding, where the mean is far from 0
             h = tl.where(mask, h - lost[:, None], 0.0)
             tl.store(mean_ptr + row, mean + lost, mask=row < rows)
-        rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / columns + eps)
+        if CASTING == "none":
+            mean_square = _rounded(tl.sum(_rounded(h * h, x_ptr), axis=1) / columns, x_ptr)
+            rstd = _rounded(1.0 / tl.sqrt(_rounded(mean_square + eps, x_ptr)), x_ptr)
+        else:
+            rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / columns + eps)
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
-        y = _scaled(h * rstd[:, None], weight_ptr, bias_ptr, column, inside)
+        h *= rstd[:, None]
+        if CASTING != "gemma":
+            h = _rounded(h, x_ptr)
+        y = _scaled(h, weight_ptr, bias_ptr, column, inside)
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -77,7 +90,7 @@ def _layer_norm_forward(
 def _layer_norm_forward_long(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,  # as above
     columns, x_stride, residual_stride, eps,
-    BLOCK: tl.constexpr,
+    CASTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same, one row a program, read three times (RMS: twice)."""
     row = tl.program_id(0).to(tl.int64)
@@ -98,13 +111,16 @@ def _layer_norm_forward_long(
         h = _sum(x_ptr, residual_ptr, offs, offs, offs < columns)
         d = tl.where(offs < columns, h - mean, 0.0)
         lost += d
-        square += d * d
+        square += _rounded(d * d, x_ptr) if CASTING == "none" else d * d
     rest = 0.0
     if mean_ptr is not None:
         rest = tl.sum(lost, axis=0) / columns
         tl.store(mean_ptr + row, mean + rest)
     variance = tl.sum(square, axis=0) / columns - rest * rest
-    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
+    if CASTING == "none":
+        rstd = _rounded(1.0 / tl.sqrt(_rounded(_rounded(variance, x_ptr) + eps, x_ptr)), x_ptr)
+    else:
+        rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # rounding; NaN stays
     tl.store(rstd_ptr + row, rstd)
     for first in range(0, columns, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -113,6 +129,8 @@ def _layer_norm_forward_long(
         if h_ptr is not None:
             tl.store(h_ptr + row * columns + offs, h.to(h_ptr.dtype.element_ty), mask=inside)
         y = ((h - mean) - rest) * rstd
+        if CASTING != "gemma":
+            y = _rounded(y, x_ptr)
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + offs, mask=inside, other=0.0)
         if bias_ptr is not None:
@@ -128,7 +146,7 @@ def _layer_norm_backward(
     grad_x_ptr,                              # [rows, columns]
     weight_sums_ptr, bias_sums_ptr,          # [programs, columns] or None
     rows, columns, grad_y_stride, grad_h_stride, h_stride, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CASTING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (g - mean(g) - x-hat mean(g x-hat)) + dh, g = dy weight; this program's sums of dy x-hat and dy."""
     program = tl.program_id(0)
@@ -150,7 +168,7 @@ def _layer_norm_backward(
             x_hat -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
         x_hat = tl.where(mask, x_hat * rstd, 0.0)
         if weight_sums_ptr is not None:
-            weight_sum += g * x_hat
+            weight_sum += g * (x_hat if CASTING == "gemma" else _rounded(x_hat, h_ptr))
         if bias_sums_ptr is not None:
             bias_sum += g
         if weight_ptr is not None:
@@ -218,7 +236,7 @@ def _layer_norm_sums_long(
     grad_y_ptr, h_ptr, mean_ptr, rstd_ptr,   # [rows, columns] twice, [rows] twice
     weight_sums_ptr, bias_sums_ptr,          # [programs / blocks of columns, columns] or None
     rows, columns, grad_y_stride, h_stride, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CASTING: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """This program's sums of dy x-hat and of dy: `tiles` tiles of rows by a block of columns."""
     blocks = tl.cdiv(columns, BLOCK)
@@ -238,7 +256,8 @@ def _layer_norm_sums_long(
             if mean_ptr is not None:
                 h -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-            weight_sum += tl.where(mask, g * (h * rstd[:, None]), 0.0)
+            x_hat = h * rstd[:, None]
+            weight_sum += tl.where(mask, g * (x_hat if CASTING == "gemma" else _rounded(x_hat, h_ptr)), 0.0)
         bias_sum += g
     at = group * columns + column
     if weight_sums_ptr is not None:
@@ -302,13 +321,18 @@ def _backward_tile(matrix, rms):
     return _tile("backward", matrix, rms, warps * BACKWARD, warps)
 
 
-def layer_norm(x, residual, weight, bias, rms, eps):
+def _casting_of(x, casting):
+    return "gemma" if x.dtype is torch.float32 else casting  # which rounds nothing else
+
+
+def layer_norm(x, residual, weight, bias, rms, eps, casting):
     require_alike(x, residual)
     matrix, stride = as_matrix(x)
     weight, bias = require_channels(matrix, weight, bias)
     y, h = dense_like(x), x.new_empty(0) if residual is None else dense_like(x)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))
     rows, columns = matrix.shape
+    casting = _casting_of(x, casting)
     if rows:
         added, added_stride = (None, 0) if residual is None else as_matrix(residual)
         pointers = (matrix, added, weight, bias, y, None if residual is None else h, None if rms else mean, rstd)
@@ -317,13 +341,14 @@ def layer_norm(x, residual, weight, bias, rms, eps):
             tile = _forward_tile(matrix, rms)
             all_tiles = ceil_div(rows, tile["ROWS"])
             tiles = ceil_div(all_tiles * tile["num_warps"], WARPS)
-            _layer_norm_forward[(ceil_div(all_tiles, tiles),)](*pointers, rows, *sizes, tiles, **tile)
+            grid = (ceil_div(all_tiles, tiles),)
+            _layer_norm_forward[grid](*pointers, rows, *sizes, tiles, CASTING=casting, **tile)
         else:
-            _layer_norm_forward_long[(rows,)](*pointers, *sizes, BLOCK=BLOCK, num_warps=LONG_WARPS)
+            _layer_norm_forward_long[(rows,)](*pointers, *sizes, CASTING=casting, BLOCK=BLOCK, num_warps=LONG_WARPS)
     return y, h, mean, rstd
 
 
-def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms):
+def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with_bias, rms, casting):
     require_alike(h, grad_y, grad_h)
     require_rows(h, None if rms else mean, rstd)
     matrix, stride = as_matrix(h)
@@ -334,7 +359,7 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
         return grad_x, *(h.new_zeros(columns if w else 0, dtype=torch.float32) for w in wanted)
     dy, dy_stride = as_matrix(grad_y)
     dh, dh_stride = (None, 0) if grad_h is None else as_matrix(grad_h)
-    mean, rstd = None if rms else mean.contiguous(), rstd.contiguous()
+    mean, rstd, casting = None if rms else mean.contiguous(), rstd.contiguous(), _casting_of(h, casting)
     pointers, strides = (dy, dh, matrix, weight, mean, rstd, grad_x), (dy_stride, dh_stride, stride)
     short = columns <= (LONGEST if rms else LONGEST // 2)
     long_tile = dict(ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, num_warps=NUM_WARPS)
@@ -344,12 +369,12 @@ def layer_norm_backward(grad_y, grad_h, h, weight, mean, rstd, with_weight, with
     programs = ceil_div(all_tiles, tiles)
     sums = [h.new_empty((programs, columns), dtype=torch.float32) if w else None for w in wanted]
     if short:
-        _layer_norm_backward[(programs,)](*pointers, *sums, rows, columns, *strides, tiles, **tile)
+        _layer_norm_backward[(programs,)](*pointers, *sums, rows, columns, *strides, tiles, CASTING=casting, **tile)
     else:
         _layer_norm_backward_long[(rows,)](*pointers, columns, *strides, BLOCK=BLOCK, num_warps=LONG_WARPS)
         if any(wanted):
             _layer_norm_sums_long[(programs * ceil_div(columns, SUM_COLUMNS),)](
-                dy, matrix, mean, rstd, *sums, rows, columns, dy_stride, stride, tiles, **tile
+                dy, matrix, mean, rstd, *sums, rows, columns, dy_stride, stride, tiles, CASTING=casting, **tile
             )
     totals = [h.new_empty(columns if w else 0, dtype=torch.float32) for w in wanted]
     if any(wanted):

@@ -32,16 +32,49 @@ void rotate(const float* x, const float* cosine, const float* sine, bool inverse
   }
 }
 
-// The tables are [known, rotated], or [known, rotated / 2] unless full; a token's position is offset + its index, or what `positions` says. One that the
-// tables lack gives NaN. Tokens are second if by_token, else third.
+// Tables [axes, samples, known, rotated], or [..., rotated / 2] unless full: strides of the first three and `step`
+// between columns. Pairs from ends[a - 1] to ends[a] turn by axis a.
+constexpr int64_t kAxes = 4;
+
+struct Table {
+  const void* data;
+  int dtype;
+  int64_t axis, sample, row, step;
+
+  // `columns` of a row: where they lie, or collected in `buffer`.
+  const float* read(int64_t at, int64_t position, const int64_t* ends, bool full, bool interleaved, int64_t pairs,
+                    float* buffer) const {
+    const int64_t begin = at * sample + position * row, columns = full ? 2 * pairs : pairs;
+    if (step == 1 && ends[0] >= pairs) return Rows{data, 0, dtype}.read({0, 1, begin, columns}, buffer);
+    const int64_t wide = full && interleaved ? 2 : 1;
+    for (int64_t a = 0, first = 0; a < kAxes && first < pairs; first = ends[a++]) {
+      for (int64_t half = 0; half < columns; half += wide * pairs) {
+        copy(begin + a * axis, half + wide * first, half + wide * (ends[a] < pairs ? ends[a] : pairs), buffer);
+      }
+    }
+    return buffer;
+  }
+
+ private:
+  void copy(int64_t begin, int64_t first, int64_t end, float* buffer) const {
+    if (step == 1) return load_span(data, dtype, begin + first, end - first, buffer + first);
+    for (int64_t k = first; k < end; ++k) load_span(data, dtype, begin + k * step, 1, buffer + k);
+  }
+};
+
+// A token's position is offset + its index, or what `positions` says; one that the tables lack gives NaN. Tokens are
+// second if by_token, else third.
 void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, int dtype, const void* cosine,
-            int64_t cosine_stride, const void* sine, int64_t sine_stride, int table_dtype, int64_t known,
-            const int64_t* positions, int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second,
-            int64_t third, int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse,
-            bool full, int threads) {
-  const Rows in{x, 0, dtype}, cosines{cosine, cosine_stride, table_dtype}, sines{sine, sine_stride, table_dtype};
+            int64_t cosine_axis, int64_t cosine_sample, int64_t cosine_row, const void* sine, int64_t sine_axis,
+            int64_t sine_sample, int64_t sine_row, int table_dtype, int64_t cosine_step, int64_t sine_step,
+            int64_t end_0, int64_t end_1, int64_t end_2, int64_t known, const int64_t* positions,
+            int64_t positions_stride, int64_t offset, void* y, int64_t batch, int64_t second, int64_t third,
+            int64_t columns, int64_t rotated, bool by_token, bool interleaved, bool inverse, bool full, int threads) {
+  const Rows in{x, 0, dtype};
+  const Table cosines{cosine, table_dtype, cosine_axis, cosine_sample, cosine_row, cosine_step};
+  const Table sines{sine, table_dtype, sine_axis, sine_sample, sine_row, sine_step};
   const DenseOut out{y, columns, dtype};
-  const int64_t rows = batch * second * third, pairs = rotated / 2, angles_each = full ? rotated : pairs;
+  const int64_t rows = batch * second * third, pairs = rotated / 2, ends[kAxes] = {end_0, end_1, end_2, pairs};
   const int64_t each = columns > 0 && columns < kPiece ? kPiece / columns : 1;
   const bool parallel = rows * columns >= kParallel;
   constexpr int64_t kFar = int64_t(1) << 62;  // beyond any table, and no sum with an index overflows
@@ -54,7 +87,7 @@ void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, i
     float* const angles = buffer + columns;
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rows; first += each) {
-      int64_t sample = first / (second * third), i = first / third % second, j = first % third, held = -1;
+      int64_t sample = first / (second * third), i = first / third % second, j = first % third, held = -1, of = 0;
       const float *c = nullptr, *s = nullptr;
       for (int64_t row = first; row < rows && row < first + each; ++row) {
         const int64_t token = by_token ? i : j;
@@ -64,10 +97,10 @@ void rotary(const void* x, int64_t x_batch, int64_t x_second, int64_t x_third, i
         if (position < 0 || position >= known) {
           for (int64_t k = 0; k < rotated; ++k) w[k] = __builtin_nanf("");
         } else {
-          if (position != held) {
-            const Piece angle{position, 1, 0, angles_each};
-            c = cosines.read(angle, angles), s = sines.read(angle, angles + angles_each);
-            held = position;
+          if (position != held || sample != of) {
+            c = cosines.read(sample, position, ends, full, interleaved, pairs, angles);
+            s = sines.read(sample, position, ends, full, interleaved, pairs, angles + rotated);
+            held = position, of = sample;
           }
           if (interleaved) {
             rotate<true>(v, c, s, inverse, full, pairs, w);

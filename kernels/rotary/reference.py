@@ -1,5 +1,7 @@
 """rotary in plain PyTorch: the definition and the fallback; and the tables of cosines and sines."""
 
+from collections.abc import Sequence
+
 import torch
 
 from genai_fast.kernels.common.channels import wide
@@ -30,22 +32,37 @@ def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.size(3) < 2 or x.stride(3) == 1 else x.contiguous()
 
 
+def _of_axes(table: torch.Tensor, full: bool, interleaved: bool, sections: Sequence[int]) -> torch.Tensor:
+    """The table of one axis, each pair's columns from that of its section."""
+    parts = [s * 2 for s in sections] if full and interleaved else [*sections, *sections] if full else [*sections]
+    return torch.cat([t[k % len(sections)] for k, t in enumerate(table.split(parts, -1))], -1)
+
+
 def _looked_up(table: torch.Tensor, positions: torch.Tensor | None, offset: int, tokens: int) -> torch.Tensor:
     """[T, D_rot / 2] or [B, 1, T, D_rot / 2]; NaN at positions that the table lacks."""
     table = wide(table)
     if positions is None:
-        return table[offset : offset + tokens]
-    known = (positions >= 0) & (positions < table.size(0))
-    rows = torch.where(known.unsqueeze(-1), table[torch.where(known, positions, 0)], torch.nan)
-    return rows.unsqueeze(1) if positions.dim() == 2 else rows
+        rows = table.narrow(-2, offset, tokens)
+        return rows.unsqueeze(1) if rows.dim() == 3 else rows
+    known = (positions >= 0) & (positions < table.size(-2))
+    at = torch.where(known, positions, 0)
+    if table.dim() == 3:
+        at = at.expand(max(table.size(0), at.size(0) if at.dim() == 2 else 1), at.size(-1))
+        rows = table.expand(at.size(0), -1, -1).gather(1, at.unsqueeze(-1).expand(-1, -1, table.size(-1)))
+    else:
+        rows = table[at]
+    rows = torch.where(known.unsqueeze(-1), rows, torch.nan)
+    return rows.unsqueeze(1) if rows.dim() == 3 else rows
 
 
-def rotated(x, cos, sin, positions, offset, interleaved, inverse, full=False):
+def rotated(x, cos, sin, positions, offset, interleaved, inverse, full=False, sections=()):
     """y = (a cos - b sin, b cos + a sin) for each pair (a, b) of channels; the others as they are.
 
     full: a and b have a cosine and a sine each; the inverse is then the transpose.
     """
-    rotary = cos.size(1) if full else 2 * cos.size(1)
+    if sections:
+        cos, sin = (_of_axes(table, full, interleaved, sections) for table in (cos, sin))
+    rotary = cos.size(-1) if full else 2 * cos.size(-1)
     first = wide(x[..., :rotary])
 
     def halves(t):
@@ -60,6 +77,6 @@ def rotated(x, cos, sin, positions, offset, interleaved, inverse, full=False):
     return torch.cat((y.to(x.dtype), x[..., rotary:]), -1)
 
 
-def rotary(x, cos, sin, positions, offset, interleaved, inverse, full=False):
+def rotary(x, cos, sin, positions, offset, interleaved, inverse, full=False, sections=()):
     x = with_unit_stride(x)
-    return in_order_of(x).copy_(rotated(x, cos, sin, positions, offset, interleaved, inverse, full))
+    return in_order_of(x).copy_(rotated(x, cos, sin, positions, offset, interleaved, inverse, full, sections))

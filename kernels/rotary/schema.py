@@ -6,7 +6,7 @@ from genai_fast.kernels.rotary import reference
 LIBRARY = (
     LibraryOp(
         "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse,"
-        " bool full, str backend) -> Tensor",
+        " bool full, int[] sections, str backend) -> Tensor",
         lambda x, *rest: reference.in_order_of(reference.with_unit_stride(x)),
     ),
 )

@@ -8,16 +8,21 @@ from genai_fast.kernels.rotary import reference
 from genai_fast.kernels.rotary.schema import LIBRARY
 
 
-def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0, full=False):
+def _reference(x, cos, sin, *, interleaved=False, positions=None, offset=0, full=False, sections=()):
     if full and not interleaved:  # Hugging Face's words
+        if sections:
+            cos, sin = (
+                torch.cat([t[k % len(sections)] for k, t in enumerate(table.split(list(sections) * 2, -1))], -1)
+                for table in (cos, sin)
+            )
         cos, sin = (
-            table[offset : offset + x.size(2)] if positions is None else table[positions] for table in (cos, sin)
+            table.narrow(-2, offset, x.size(2)) if positions is None else table[positions] for table in (cos, sin)
         )
         cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (wide(cos), wide(sin)))
         turned, kept = wide(x).split((cos.size(-1), x.size(-1) - cos.size(-1)), -1)
         a, b = turned.chunk(2, -1)
         return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, kept), -1).to(x.dtype)
-    return reference.rotated(x, cos, sin, positions, offset, interleaved, False, full)
+    return reference.rotated(x, cos, sin, positions, offset, interleaved, False, full, sections)
 
 
 def _eager(x, cos, sin, *, interleaved=False, positions=None, offset=0):
@@ -97,6 +102,29 @@ def _full(*shape, rotary=None, **settings):
     return with_tables
 
 
+def _of_samples(
+    *shape, rotary=None, samples=None, axes=0, full=False, more=0, step=1, at=None, layout="contiguous", **options
+):
+    """Angles of each sample, and of each axis: tables [axes, samples, T, columns], `step` apart."""
+
+    def make(t):
+        batch, _, tokens, columns = shape
+        pairs = (rotary or columns) // 2
+        before = ((axes,) if axes else ()) + ((samples or batch,) if samples != 0 else ())
+        angles = torch.randn(*before, tokens + more, pairs, generator=t.generator) * 3.0
+        angles = torch.cat((angles, angles), -1) if full else angles
+        dtype = t.dtype if t.dtype is torch.float64 else torch.float32
+        both = torch.stack((angles.cos(), angles.sin()), -1).to(t.device, dtype)
+        cos, sin = both.unbind(-1) if step == 2 else (both[..., 0].contiguous(), both[..., 1].contiguous())
+        given = dict(x=_x(t, layout, *shape), cos=cos, sin=sin, **options)
+        if at is not None:
+            size = (tokens,) if at == "T" else (batch, tokens)
+            given["positions"] = torch.randint(tokens + more, size, generator=t.generator).to(t.device)
+        return given | (dict(full=True) if full else {})
+
+    return make
+
+
 def _shared_positions(t):
     """Of a batch, by expansion; tables with rows apart, as every second one of longer tables."""
     tables = {name: table[::2] for name, table in _tables(t, 40, 16).items()}
@@ -143,6 +171,17 @@ CASES = (
     Case("full_positions", _full(3, 2, 7, 16, at="BT", more=9)),
     Case("full_narrow", _full(2, 3, 7, 32, narrow=True)),
     Case("full_second_order", _full(1, 2, 3, 6, rotary=4)),
+    Case("of_samples", _of_samples(3, 2, 7, 32)),
+    Case("complex", _of_samples(3, 2, 7, 16, samples=0, step=2, interleaved=True)),
+    Case("full_of_samples", _of_samples(3, 2, 7, 32, full=True)),
+    Case("full_of_one_sample", _of_samples(3, 2, 7, 32, full=True, samples=1, rotary=20)),
+    Case("full_sections", _of_samples(2, 3, 5, 32, full=True, axes=3, sections=(4, 6, 6))),
+    Case("sections", _of_samples(2, 3, 5, 24, axes=2, sections=(3, 5), samples=0, rotary=16)),
+    Case("sections_interleaved", _of_samples(2, 3, 5, 16, full=True, axes=4, sections=(1, 0, 4, 3), interleaved=True)),
+    Case("complex_of_samples", _of_samples(2, 3, 5, 16, axes=3, sections=(2, 3, 3), step=2, more=4, at="BT")),
+    Case("of_samples_at", _of_samples(3, 2, 7, 16, more=5, at="BT", interleaved=True)),
+    Case("of_samples_at_shared", _of_samples(3, 2, 7, 16, more=5, at="T", full=False)),
+    Case("target_gradient", _of_samples(1, 2, 3, 6, full=True, axes=2, sections=(1, 2))),
     Case("empty_batch", _inputs(0, 2, 3, 8)),
     Case("no_tokens", _inputs(2, 2, 0, 8, at="T", more=3)),
     Case("special_values", _special(False)),
@@ -172,8 +211,14 @@ ERROR_CASES = (
               r"x.*floating.*got torch\.int32"),
     ErrorCase("too_many_channels", _with(x=lambda t, x: x[..., :6]), ValueError,
               r"cos: expected \[T_max, D_rot / 2\] with D_rot <= D = 6, got shape \(5, 4\)"),
-    ErrorCase("table_dimensions", _with(cos=lambda t, cos: cos[None]), ValueError,
-              r"cos: expected \[T_max, D_rot / 2\].*got shape \(1, 5, 4\)"),
+    ErrorCase("table_dimensions", _with(cos=lambda t, cos: cos[None, None]), ValueError,
+              r"cos: expected \[T_max, D_rot / 2\].*got shape \(1, 1, 5, 4\)"),
+    ErrorCase("table_samples", _with(cos=lambda t, cos: cos.expand(3, 5, 4), sin=lambda t, sin: sin.expand(3, 5, 4)),
+              ValueError, r"cos: expected \[T_max, D_rot / 2\].*got shape \(3, 5, 4\)"),
+    ErrorCase("complex", _with(cos=lambda t, cos: torch.complex(cos, cos)), TypeError, r"cos: expected real.*\.imag"),
+    ErrorCase("sections", _with(cos=lambda t, cos: cos.expand(2, 5, 4), sin=lambda t, sin: sin.expand(2, 5, 4),
+                                sections=lambda t, _: (1, 2)), ValueError, r"sections: .*got \(1, 2\).*\(2, 5, 4\)"),
+    ErrorCase("sections_type", _with(sections=lambda t, _: 3), TypeError, r"sections: expected a tuple.*got int"),
     ErrorCase("full_odd", lambda t: {**_GOOD(t), **{n: torch.ones(5, 7) for n in ("cos", "sin")}, "full": True},
               ValueError, r"cos: expected \[T_max, D_rot\] with an even D_rot <= D = 8, got shape \(5, 7\)"),
     ErrorCase("full_flag", _with(full=lambda t, _: "yes"), TypeError, r"full"),
@@ -211,6 +256,8 @@ BENCH_CASES = (
 _COMPILE_CASES = (
     CompileCase("pairs", _inputs(1, 32, 2048, 64, layout="by_token", interleaved=True), ("fp32", "bf16")),
     CompileCase("full", _full(1, 32, 2048, 64, layout="by_token"), ("fp32", "bf16")),
+    CompileCase("sections", _of_samples(2, 32, 1024, 64, layout="by_token", full=True, axes=3, sections=(8, 12, 12))),
+    CompileCase("complex", _of_samples(2, 32, 1024, 64, layout="by_token", step=2, samples=0, interleaved=True)),
     CompileCase("at_positions", _inputs(1, 32, 2048, 64, layout="by_token", at="BT", narrow=True)),
 )
 _EXPECTED = {"_rotary": Expected((), lambda c: c["ROWS"] * (2 * c["BLOCK"] + c["COLUMNS"] - 2 * c["HALF"]), 40)}
@@ -218,7 +265,7 @@ _EXPECTED = {"_rotary": Expected((), lambda c: c["ROWS"] * (2 * c["BLOCK"] + c["
 ROTARY = OpSpec(
     name="rotary",
     folder="rotary",
-    formula="(a cos p - b sin p, b cos p + a sin p) for pairs of channels, halves or neighbours",
+    formula="(a cos p - b sin p, b cos p + a sin p) for pairs of channels, halves or neighbours, of one or more axes",
     source="Su et al. 2021, arXiv:2104.09864",
     library=LIBRARY,
     reference=_reference,

@@ -244,7 +244,7 @@ def test_a_wrong_stride_is_caught(tmp_path):
     right, wrong = "tl.store(y_ptr + row * columns + column", "tl.store(y_ptr + row * (columns - 1) + column"
     module = broken_copy("gated_act", tmp_path, right, wrong)
     with emulated_gpu() as gpu, pytest.raises(KernelFault, match="_gated_act_forward: race in global memory") as error:
-        module.gated_act(*torch.randn(2, 40, 96).unbind(), None, "silu")
+        module.gated_act(*torch.randn(2, 40, 96).unbind(), None, "silu", 1.0, 1.0)
     assert "two writes" in str(error.value) and "y_ptr (float32 [40, 96])" in str(error.value)
     assert gpu.launches == 1
 

@@ -46,16 +46,23 @@ def test_cross_entropy_is_pytorchs(shape, reduction, dtype, calls):
     settings = dict(ignore_index=2, reduction=reduction, label_smoothing=0.1)
     x = torch.randn(shape, dtype=dtype)
     target = torch.randint(0, x.size(min(1, x.dim() - 1)), shape[:1] + shape[2:] if len(shape) > 1 else ())
-    for a, b in _both(layers.CrossEntropyLoss(**settings), nn.CrossEntropyLoss(**settings), x, target):
-        assert a.dtype is b.dtype and a.shape == b.shape
-        assert_close(a.float(), b.float(), 2e-2 if dtype is torch.bfloat16 else 1e-5)
-    assert calls
+    weight = torch.rand(x.size(min(1, x.dim() - 1))).to(dtype) + 0.5
+    for more in ({}, dict(weight=weight)):
+        calls.clear()
+        both = layers.CrossEntropyLoss(**settings, **more), nn.CrossEntropyLoss(**settings, **more)
+        for a, b in _both(*both, x, target):
+            assert a.dtype is b.dtype and a.shape == b.shape
+            assert_close(a.float(), b.float(), 2e-2 if dtype is torch.bfloat16 else 1e-5)
+        assert calls
 
 
 def test_cross_entropy_leaves_the_rest_to_pytorch(calls):
     x, target = torch.randn(6, 4), torch.randint(0, 4, (6,))
     weight, shares = torch.rand(4), torch.softmax(torch.randn(6, 4), 1)
-    assert torch.equal(layers.CrossEntropyLoss(weight)(x, target), F.cross_entropy(x, target, weight))
+    with pytest.raises(RuntimeError, match=r"(?i)float"):  # as PyTorch says it
+        layers.CrossEntropyLoss(weight.half())(x, target)
+    with pytest.raises(RuntimeError, match="weight tensor"):
+        layers.CrossEntropyLoss(weight[:3])(x, target)
     assert torch.equal(layers.CrossEntropyLoss()(x, shares), F.cross_entropy(x, shares))
     with pytest.raises(ValueError, match="batch_size"):
         layers.CrossEntropyLoss()(x, target[:3])

@@ -186,14 +186,16 @@ def test_statistics_take_both_running_vectors_in_any_dtype():
 
 def test_cross_entropy_without_classes():
     with pytest.raises(ValueError, match="at least one class"):
-        LIBRARY.cross_entropy(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), -100, 0.0, 0.0, "mean", "cpu")
+        LIBRARY.cross_entropy(
+            torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), None, -100, 0.0, 0.0, 0.0, "mean", False, "cpu"
+        )
 
 
 ZERO = {
-    "weight": ("layer_norm", lambda x, zero: (x, None, zero, None, False, 1e-5)),
-    "residual": ("layer_norm", lambda x, zero: (x, zero.expand(3, 8), None, None, False, 1e-5)),
+    "weight": ("layer_norm", lambda x, zero: (x, None, zero, None, False, 1e-5, "gemma")),
+    "residual": ("layer_norm", lambda x, zero: (x, zero.expand(3, 8), None, None, False, 1e-5, "gemma")),
     "input": ("act_dropout", lambda x, zero: (zero, None, 0.0, 0, "relu", 0.0)),
-    "bias": ("gated_act", lambda x, zero: (x, None, zero, "silu")),
+    "bias": ("gated_act", lambda x, zero: (x, None, zero, "silu", 1.0, 1.0)),
     "scale": ("batch_norm_act_apply", lambda x, zero: (x, zero, None, zero + 1, zero + 1, None, False, "relu", 0.0)),
 }
 

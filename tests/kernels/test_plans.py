@@ -14,10 +14,10 @@ from genai_fast.kernels.common.spec import Tensors
 from genai_fast.registry import OPS
 
 FOLDER = Path(__file__).resolve().parent
-# One whole plan each, and those whose parts alone have plans (targets are looked at, arrays have addresses).
+# One whole plan each, and those whose parts alone have plans (targets are looked at).
 SERVED = [
     "layer_norm", "rms_norm", "reparameterize", "reparameterize_kl", "vae_loss", "batch_norm_act", "bias_act",
-    "act_dropout", "gated_act", "rotary", "cross_entropy", "causal_attention",
+    "act_dropout", "gated_act", "rotary", "cross_entropy", "causal_attention", "decode_attention",
 ]  # fmt: skip
 
 
@@ -111,3 +111,26 @@ def test_a_plan_holds_while_what_it_read_is_the_same():
     assert plan.holds()
     setting[0] = "b"
     assert not plan.holds()
+
+
+def test_what_a_signature_does_not_tell_is_checked_in_planned_calls():
+    q, k, v = (torch.randn(2, 4, 1, 16) for _ in range(3))
+    caches, more = torch.zeros(2, 2, 4, 8, 16), torch.zeros(2, 4, 8, 16)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for _ in range(3):
+        ops.decode_attention(q, *caches, lengths, k, v)
+    assert torch.equal(caches[0][:, :, 0], k[:, :, 0]) and torch.equal(caches[1][:, :, 0], v[:, :, 0])
+    version = caches._version
+    lengths.fill_(7)
+    ops.decode_attention(q, *caches, lengths, k, v)
+    assert caches._version > version and torch.equal(caches[1][:, :, 7], v[:, :, 0])
+    lengths[1] = 8
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 to 7.*got 8"):
+        ops.decode_attention(q, *caches, lengths, k, v)
+    lengths[1] = -1
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0 to 7.*got -1"):
+        ops.decode_attention(q, *caches, lengths, k, v)
+    lengths.zero_()
+    with pytest.raises(ValueError, match="v_cache: expected other memory"):
+        ops.decode_attention(q, more, more, lengths, k, v)
+    assert not more.any()

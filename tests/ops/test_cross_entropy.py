@@ -363,9 +363,9 @@ def test_inplace_without_gradients_takes_anything():
 def test_a_target_that_is_no_class_is_nan_past_the_checks(backend):
     """As on CUDA and in compiled regions, where nobody looks; other rows are as they are."""
     x, target = torch.randn(4, 9), torch.tensor([1, 9, -100, -1])
-    settings = (-100, 0.1, 0.0, "none", backend)
-    loss, lse, count = torch.ops.genai_fast.cross_entropy(x, target, *settings)
-    grad = torch.ops.genai_fast.cross_entropy_backward(torch.ones(4), x, target, lse, count, *settings)
+    settings = (None, -100, 0.1, 0.0, 0.0, "none")
+    loss, lse, count, _ = torch.ops.genai_fast.cross_entropy(x, target, *settings, False, backend)
+    grad = torch.ops.genai_fast.cross_entropy_backward(torch.ones(4), x, target, lse, count, *settings, backend)
     assert torch.isnan(loss).tolist() == [False, True, False, True]
     assert torch.isnan(grad).all(1).tolist() == [False, True, False, True]
     assert torch.isfinite(grad[[0, 2]]).all()
@@ -374,19 +374,24 @@ def test_a_target_that_is_no_class_is_nan_past_the_checks(backend):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
     library, x, t = torch.ops.genai_fast, torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)
-    lse, count, g = torch.zeros(2, 4), torch.ones(()), torch.ones(())
-    settings = (-100, 0.0, 0.0, "mean", backend)
+    lse, count, g = torch.zeros(2, 4), torch.ones(2), torch.ones(())
+    plain = (-100, 0.0, 0.0, 0.0)
+    settings, forward = (None, *plain, "mean", backend), (*plain, "mean", True, backend)
     for call in (
-        lambda: library.cross_entropy(x, t[:3], *settings),
-        lambda: library.cross_entropy(x, t.int(), *settings),
+        lambda: library.cross_entropy(x, t[:3], None, *forward),
+        lambda: library.cross_entropy(x, t.int(), None, *forward),
+        lambda: library.cross_entropy(x, t, torch.ones(8), *forward),
+        lambda: library.cross_entropy(x, t, torch.ones(9).half(), *forward),
+        lambda: library.cross_entropy_backward(g, x, t, lse, count, torch.ones(8), *settings[1:]),
+        lambda: library.cross_entropy_backward(torch.ones(3), x, t, lse, count, torch.ones(9), *settings[1:]),
         lambda: library.cross_entropy_backward(g, x, t[:3], lse, count, *settings),
         lambda: library.cross_entropy_backward(g, x, t, lse[:1], count, *settings),
         lambda: library.cross_entropy_backward(g, x, t, lse.bfloat16(), count, *settings),
-        lambda: library.cross_entropy_backward(g, x, t, lse, torch.ones(0), *settings),
+        lambda: library.cross_entropy_backward(g, x, t, lse, torch.ones(1), *settings),
         lambda: library.cross_entropy_backward(torch.ones(4), x, t, lse, count, *settings),
-        lambda: library.cross_entropy_backward(g, x, t, lse, count[None][:0], *settings[:3], "none", backend),
+        lambda: library.cross_entropy_backward(g, x, t, lse, count[:0], None, *plain, "none", backend),
         lambda: library.linear_cross_entropy(
-            x, x[:, :5], None, t, None, -100, 0.0, 0.0, "sum", 2, True, True, False, backend
+            x, x[:, :5], None, t, None, None, *plain, False, "sum", False, 2, True, True, False, backend
         ),
     ):
         with pytest.raises(ValueError, match="genai_fast: expected"):

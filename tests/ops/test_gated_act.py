@@ -209,7 +209,7 @@ def test_under_autocast_gate_and_up_meet_in_the_wider_dtype():
 @pytest.mark.parametrize("backend", NATIVE)
 def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
     library = torch.ops.genai_fast
-    x, up, bias, settings = _normal(4, 8), _normal(4, 8), _normal(8), ("silu", backend)
+    x, up, bias, settings = _normal(4, 8), _normal(4, 8), _normal(8), ("silu", 1.0, 1.0, backend)
     for call in (
         lambda: library.gated_act(x[0], None, None, *settings),
         lambda: library.gated_act(x[:, :7], None, None, *settings),

@@ -192,11 +192,11 @@ def test_large_tensors_are_the_same_bits(op, dtype):
 def test_kernels_refuse_what_would_read_foreign_memory():
     x, rows = torch.zeros(4, 8), torch.zeros(4)
     for call in (
-        lambda: cpu_kernel.layer_norm(x, torch.zeros(4, 7), None, None, False, 1e-5),
-        lambda: cpu_kernel.layer_norm(x, None, torch.zeros(7), None, False, 1e-5),
-        lambda: cpu_kernel.layer_norm_backward(x, x[:2], x, None, rows, rows, True, True, False),
-        lambda: cpu_kernel.layer_norm_backward(x, None, x, None, rows[:2], rows, True, True, False),
-        lambda: cpu_kernel.layer_norm_backward(x, None, x, None, rows, rows.double(), True, True, True),
+        lambda: cpu_kernel.layer_norm(x, torch.zeros(4, 7), None, None, False, 1e-5, "gemma"),
+        lambda: cpu_kernel.layer_norm(x, None, torch.zeros(7), None, False, 1e-5, "gemma"),
+        lambda: cpu_kernel.layer_norm_backward(x, x[:2], x, None, rows, rows, True, True, False, "gemma"),
+        lambda: cpu_kernel.layer_norm_backward(x, None, x, None, rows[:2], rows, True, True, False, "gemma"),
+        lambda: cpu_kernel.layer_norm_backward(x, None, x, None, rows, rows.double(), True, True, True, "gemma"),
     ):
         with pytest.raises(ValueError, match="genai_fast: expected"):
             call()

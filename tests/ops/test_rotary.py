@@ -117,7 +117,7 @@ def test_a_position_that_the_table_lacks_comes_out_as_nan(backend, interleaved):
     """Where nobody looks at positions first: past the public function's checks, as on a GPU."""
     x, tables = _normal(2, 3, 5, 8), ops.rotary_tables(4, 6, device=DEVICE)
     at = torch.tensor([[0, 4, 1, -1, 3], [3, 2, 1, 0, 2**40]], device=DEVICE)
-    y = torch.ops.genai_fast.rotary(x, *tables, at, 0, interleaved, False, False, backend)
+    y = torch.ops.genai_fast.rotary(x, *tables, at, 0, interleaved, False, False, (), backend)
     lacking = ((at < 0) | (at > 3))[:, None, :, None]
     assert torch.equal(y[..., :6].isnan(), lacking.expand(2, 3, 5, 6))
     assert torch.equal(y[..., 6:], x[..., 6:])
@@ -170,7 +170,7 @@ def test_bad_tables_are_refused(arguments, error, message):
 @pytest.mark.parametrize("backend", NATIVE)
 def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
     x, (cos, sin) = _normal(2, 3, 5, 8), ops.rotary_tables(5, 8, device=DEVICE)
-    at, settings = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE), (0, False, False, False, backend)
+    at, settings = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE), (0, False, False, False, (), backend)
     for arguments in (
         (x[0], cos, sin, None),
         (x[..., :6], cos, sin, None),
@@ -185,3 +185,7 @@ def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
     ):
         with pytest.raises(ValueError, match="genai_fast: expected"):
             torch.ops.genai_fast.rotary(*arguments, *settings)
+    of_axes = cos.expand(2, 5, 4)
+    for table, sections in ((cos.expand(3, 5, 4), ()), (of_axes, (1, 2)), (of_axes, (1, 1, 2)), (cos, (2, 2))):
+        with pytest.raises(ValueError, match="genai_fast: expected"):
+            torch.ops.genai_fast.rotary(x, table, table, None, 0, False, False, False, sections, backend)
