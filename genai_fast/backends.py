@@ -26,6 +26,10 @@ __all__ = [
 
 BACKENDS = ("reference", "cpu", "triton")
 
+# By library op: what takes its Triton kernel and the arguments, and may give a call to a faster implementation of
+# PyTorch's; not where a backend was asked for by name.
+PEERS: dict[str, Callable[..., Any]] = {}
+
 _forced = Scoped("genai_fast.use_backend", "")
 
 
@@ -201,9 +205,8 @@ def select(name: str, forced: str, device: str, dtype: torch.dtype) -> Callable[
     if reason:
         warnings.warn(f"{name} runs on the PyTorch reference: {reason}", FallbackWarning, stacklevel=8)  # once: cached
     function, refuses = implementation(name, backend), LIBRARIES[name].refuses
-    if backend == "triton" and not forced and LIBRARIES[name].peers:
-        peers = importlib.import_module(f"genai_fast.kernels.{FOLDERS[name]}.peers")
-        function = functools.partial(getattr(peers, name), function)
+    if backend == "triton" and not forced and name in PEERS:
+        function = functools.partial(PEERS[name], function)
     if positions := written(LIBRARIES[name].schema):
         function = _counting(name, function, positions)
     if refuses is None or backend == "reference":

@@ -22,8 +22,7 @@ from genai_fast.fusion.classes import original
 from genai_fast.fusion.explanation import Explanation, Row
 from genai_fast.fusion.implementations import Decision
 from genai_fast.fusion.operands import Convolution
-from genai_fast.kernels.causal_attention import peers
-from genai_fast.ops import checks
+from genai_fast.ops import attention_peers, checks
 from genai_fast.planning import LAYERS, fused_class, plan_of, wrapper_of
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
@@ -226,7 +225,7 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     attention: dict[str, Choice] = {}
     token = implementations.listener.set(lambda modules, decision: decisions.append((tuple(modules), decision)))
     try:
-        with undisturbed(model), peers.heard(attention.__setitem__):
+        with undisturbed(model), attention_peers.heard(attention.__setitem__):
             if not was_fused and not wrapper_of(model):
                 fuse(model)
             model(*arguments)

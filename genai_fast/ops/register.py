@@ -10,6 +10,7 @@ import torch
 
 from genai_fast.backends import select, survey
 from genai_fast.kernels.common.schema import LibraryOp
+from genai_fast.ops import attention_peers  # noqa: F401  (which tells backends of them)
 from genai_fast.ops.checks import draw_seed
 from genai_fast.registry import LIBRARIES
 

@@ -17,13 +17,11 @@ CAUSAL_LIBRARY = (
     LibraryOp(
         f"causal_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor)",
         lambda q, *rest: (empty_alike(q), _empty_lse(q)),
-        peers=True,
     ),
     LibraryOp(
         "causal_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
         f" Tensor lse, {_PACKED}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
         lambda grad_out, grad_lse, q, k, v, *rest: tuple(empty_alike(x) for x in (q, k, v)),
-        peers=True,
     ),
 )
 DECODE_LIBRARY = (

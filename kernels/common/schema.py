@@ -29,9 +29,6 @@ class LibraryOp:
     # (backend, *arguments) -> why its kernel leaves such arguments to the reference, or "".
     refuses: Callable[..., str] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES  # that the kernels take
-    # Whether `peers.py` of the folder has a function of this name, which takes the Triton kernel's and the arguments
-    # and may give a call to a faster implementation of PyTorch's; not where a backend was asked for by name.
-    peers: bool = False
 
     @property
     def name(self) -> str:

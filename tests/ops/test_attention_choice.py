@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from genai_fast import autotune, backends
-from genai_fast.kernels.causal_attention import peers, reference
+from genai_fast.kernels.causal_attention import reference
 from genai_fast.kernels.causal_attention.layout import empty_alike
+from genai_fast.ops import attention_peers as peers
 
 
 def _own(*arguments):
