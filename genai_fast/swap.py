@@ -139,13 +139,20 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     """The fused call of a chain, and for a convolution the implementations among which measurement chooses."""
     if letters[-1] in "Dd":
         return "act_dropout in training"
+    if letters == "P":
+        return "bias_act (PReLU)"
     parts = []
-    inside = ["residual" if k == "R" else type(m).__name__ for k, m in zip(letters, modules, strict=True) if k in "AaR"]
+    inside = [
+        "residual" if k == "R" else type(m).__name__ for k, m in zip(letters, modules, strict=True) if k in "AaPR"
+    ]
     said = f" ({', '.join(inside)})" if inside else ""
     if "N" in letters:
         parts.append(f"batch_norm_act{said}")
     if letters[0] == "G":
         parts.append(f"group_norm_act{said}")
+    if letters[0] == "U":
+        parts.append("upsample_conv2d, or one after the other, whichever is faster")
+        letters, modules = letters[1:], modules[1:]
     if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
         conv = Convolution.of(modules[0])
         names = [option.name for option in implementations.CONVOLUTIONS]
@@ -177,7 +184,8 @@ def _why_not(module: nn.Module) -> str:
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
     ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
-    ((nn.PReLU,), "there is no fused PReLU; a batch norm before it runs as one call by itself"),
+    ((nn.PReLU,), "it is fused where an nn.Sequential or a method of its own module calls it"),
+    ((nn.Upsample,), "it is fused with a 3 x 3 convolution after it, at twice the size by nearest neighbour"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
     ((nn.Linear, nn.Bilinear), "PyTorch's matmul; genai_fast.tune_cpu() speeds it up if oneDNN is faster"),
 )
@@ -195,7 +203,7 @@ def _why_left(module: nn.Module) -> str:
 
 
 _WITHOUT_PARAMETERS = (
-    nn.Upsample, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
     nn.AlphaDropout, nn.CELU, nn.Softmax, nn.LogSoftmax,
     nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
 )  # fmt: skip
@@ -240,7 +248,9 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     for path, module in model.named_modules():
         if id(module) not in covered:
             for row in _rows(path, module, covered):
-                if not row.becomes.startswith(("batch_norm_act", "group_norm_act", "convolution", "act_dropout")):
+                if not row.becomes.startswith(
+                    ("batch_norm_act", "group_norm_act", "bias_act", "convolution", "act_dropout")
+                ):
                     yield row
 
 

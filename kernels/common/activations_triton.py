@@ -70,7 +70,7 @@ def mish_gate(z):
 def activate(z, slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         z = tl.where(z > 0.0, z, tl.where(z != z, z, 0.0))
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         z = tl.where(z > 0.0, z, slope * z)
     elif ACTIVATION == "tanh":
         z = tanh(z)
@@ -110,7 +110,7 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr):
     """grad * (d activate / dz), from z."""
     if ACTIVATION == "relu":
         grad = tl.where(z > 0.0, grad, 0.0 * grad)
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         grad = tl.where(z > 0.0, grad, slope * grad)
     elif ACTIVATION == "tanh":
         y = tanh(z)
@@ -143,6 +143,12 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr):
         gate, slope_of_gate = mish_gate(z)
         grad = grad * (z * slope_of_gate + gate)
     return grad
+
+
+@triton.jit
+def times_derivative_by_slope(grad, z):
+    """What each element adds to the gradient of prelu's slopes."""
+    return tl.where(z > 0.0, 0.0, grad * z)
 
 
 @triton.jit
