@@ -93,7 +93,7 @@ class BranchFinder(Reader):
             return False
         whole: Any = self._joined(norm, copy.deepcopy(statement))
         steps = [] if whole is None else [self.step(node) for node in ast.walk(whole.value)]
-        return any(s is not None and s.given is norm.value and letter(s.module) in ("A", "P") for s in steps)
+        return any(s is not None and s.given is norm.value and letter(s.module) in ("A", "a", "P") for s in steps)
 
     def _added(self, norm: Any, statement: ast.stmt) -> bool:
         """Whether the statement adds to a norm's result."""
