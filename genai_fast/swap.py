@@ -184,6 +184,13 @@ def _why_not(module: nn.Module) -> str:
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
     ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
+    ((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "PyTorch draws a number for each channel and multiplies in one pass"),
+    ((nn.AlphaDropout, nn.FeatureAlphaDropout), "PyTorch's, with its random numbers"),
+    (
+        (nn.BCELoss,),
+        "PyTorch's: where a sigmoid before it saturates, the loss is cut at 100 and has no gradient;"
+        " nn.BCEWithLogitsLoss of the logits is exact, as ops.vae_loss is",
+    ),
     ((nn.PReLU,), "it is fused where an nn.Sequential or a method of its own module calls it"),
     ((nn.Upsample,), "it is fused with a 3 x 3 convolution after it, at twice the size by nearest neighbour"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
@@ -248,10 +255,12 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     for path, module in model.named_modules():
         if id(module) not in covered:
             for row in _rows(path, module, covered):
-                if not row.becomes.startswith(
-                    ("batch_norm_act", "group_norm_act", "bias_act", "convolution", "act_dropout")
-                ):
+                if not row.becomes.startswith(_OBSERVED):
                     yield row
+
+
+# What a chain becomes: its calls have rows of their own.
+_OBSERVED = ("batch_norm_act", "group_norm_act", "bias_act", "convolution", "act_dropout", "upsample_conv2d")
 
 
 def _served(decision: Decision) -> str:

@@ -106,9 +106,11 @@ def _bias_act_backward(
             if bias_ptr is not None:
                 z += _spread(bias_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
             if slopes_ptr is not None:
-                slope = _spread(slopes_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
+                own = _spread(slopes_ptr, group, column, columns, channels, LAST, JOINED, ROWS)
                 by_slope += tl.where(mask, times_derivative_by_slope(grad, z), 0.0)
-            grad = times_derivative(grad, z, slope, ACTIVATION)
+                grad = times_derivative(grad, z, own, ACTIVATION)
+            else:
+                grad = times_derivative(grad, z, slope, ACTIVATION)
         tl.store(grad_x_ptr + offs, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
             total += tl.where(mask, grad, 0.0)
