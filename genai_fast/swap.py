@@ -46,6 +46,7 @@ def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
     methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`,
     calls F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
     `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
+    Upsampling to twice the size (nearest neighbour) and a 3 x 3 convolution after it become one where that is faster.
     Under torch.compile such calls are left to the compiler. Parameters, buffers, keys, hooks, copies and optimizers do
     not change; a pickle holds the original classes. `explain` reports what happens to each module and why.
 
