@@ -22,6 +22,7 @@ _HOMES = {
     "act_dropout.spec": "act_dropout",
     "conv_transpose.spec": "conv_transpose2d conv_transpose1d upsample_conv2d conv_transpose2d_batch_norm_act",
     "conv_transpose.conv2d_spec": "conv2d",
+    "causal_conv1d.spec": "causal_conv1d depthwise_causal_conv1d",
     "cross_entropy.spec": "cross_entropy",
     "cross_entropy.linear_spec": "linear_cross_entropy",
     "gated_act.spec": "gated_act",
