@@ -14,6 +14,7 @@ from genai_fast.ops.dispatch import KernelFunction, backward_call, differentiate
 from genai_fast.ops.planned import planned
 from genai_fast.precision import autocast_dtype
 
+
 class _Dense(KernelFunction):
     @staticmethod
     def forward(x, weight, bias, condition, dilation, activation, keep, backend):
@@ -127,11 +128,7 @@ def causal_conv1d(
 
 @planned
 def depthwise_causal_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    dilation: int = 1,
-    activation: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, activation: str = "none"
 ) -> torch.Tensor:
     """y[n, c, l] = activation(sum over k of x[n, c, l - (K - 1 - k) dilation] weight[c, 0, k] + bias[c]).
 
@@ -160,8 +157,8 @@ def depthwise_causal_conv1d(
     _shapes(op, x, weight)
     if tuple(weight.shape[:2]) != (x.size(1), 1):
         raise ValueError(
-            f"{op}: weight: expected [{x.size(1)}, 1, K], a filter for each channel of x, got {tuple(weight.shape)}; one"
-            f" of all channels goes to causal_conv1d"
+            f"{op}: weight: expected [{x.size(1)}, 1, K], a filter for each channel of x, got {tuple(weight.shape)};"
+            f" one of all channels goes to causal_conv1d"
         )
     x, weight = cast(op, x, weight)
     checks.per_channel(op, {"bias": bias}, x)

@@ -85,7 +85,11 @@ def causal_conv1d_gate_backward(grad_y, z, with_bias):
 
 def depthwise_causal_conv1d(x, weight, bias, dilation, activation):
     require(x, weight, (bias, (x.size(2),)))
-    x, taps, bias = sequences(x, True), weight.float().T.contiguous(), bias if bias is None else bias.float().contiguous()
+    x, taps, bias = (
+        sequences(x, True),
+        weight.float().T.contiguous(),
+        bias if bias is None else bias.float().contiguous(),
+    )
     y = x.new_empty(x.shape)
     cpp.depthwise_causal_conv1d(
         address(x), *x.stride(), DTYPE_CODE[x.dtype], address(taps), address(bias), address(y), *x.shape,

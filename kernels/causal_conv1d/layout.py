@@ -18,8 +18,10 @@ def out_channels(channels: int, activation: str) -> int:
 
 
 def sequences(x: torch.Tensor, turned: bool = False) -> torch.Tensor:
-    """x [N, L, C] with unit stride along the channels, or, if it may be `turned`, along the positions; copies only other
-    layouts, as of expanded gradients."""
+    """x [N, L, C] with unit stride along the channels, or, if it may be `turned`, along the positions.
+
+    Copies only other layouts, such as expanded gradients.
+    """
     _, length, channels = x.shape
     _, by_position, by_channel = x.stride()
     last = (by_channel == 1 or channels == 1) and by_position >= channels

@@ -47,8 +47,8 @@ def _reference_depthwise(x, weight, bias=None, dilation=1, activation="none"):
 
 
 def _cost(x, weight, bias=None, condition=None, dilation=1, activation="none"):
-    # Three matrix products. Forward reads x and the weight and writes y, and z if there is an activation; backward reads
-    # z, dy, x and the weight and writes dz, which is read twice, dx and dw.
+    # Three matrix products. Forward reads x and the weight and writes y, and z if there is an activation; backward
+    # reads z, dy, x and the weight and writes dz, which is read twice, dx and dw.
     positions = x.size(0) * x.size(2)
     y, z = out_channels(weight.size(0), activation), weight.size(0)
     numbers = positions * (3 * x.size(1) + 2 * y + (4 if activation == "none" else 5) * z) + 3 * weight.numel()
@@ -143,7 +143,8 @@ ERROR_CASES = tuple(
          {"x": lambda t: t.normal(2, 6, 0)}),
         ("dtype", r"weight.*expected torch\.float32.*got torch\.float64", TypeError,
          {"weight": lambda t: t.normal(4, 6, 2).double()}),
-        ("device", r"weight.*expected device.*got meta", ValueError, {"weight": lambda t: t.normal(4, 6, 2).to("meta")}),
+        ("device", r"weight.*expected device.*got meta", ValueError,
+         {"weight": lambda t: t.normal(4, 6, 2).to("meta")}),
         ("integers", r"x.*floating.*got torch\.int32", TypeError,
          {"x": lambda t: torch.ones(2, 6, 8, dtype=torch.int32)}),
         ("bias", r"bias.*expected shape \(4,\) as weight gives 4 channels, got \(6,\)", ValueError,
