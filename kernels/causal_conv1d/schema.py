@@ -28,9 +28,12 @@ def _refuses_grad_weight(backend, grad_z, x, kernel, dilation):
 
 
 def _too_large(x, out, channels, kernel, dilation):
-    """Why the kernels leave such sizes to PyTorch: they count the numbers of a sample and of a weight in 32 bits."""
-    if x.size(1) * max(out, channels) >= 2**31 or out * channels * kernel >= 2**31 or (kernel - 1) * dilation >= 2**31:
-        return "a sample, the weight or the padding has 2**31 numbers or more"
+    """Why the kernels leave such sizes to PyTorch: they count what is in a sample, and all positions, in 32 bits."""
+    batch, length = x.shape[:2]
+    if length * max(out, channels, x.stride(1)) >= 2**31 or batch * length >= 2**31 - 2**10:
+        return "a sample has 2**31 numbers, or there are as many positions, or more"
+    if out * channels * kernel >= 2**31 or kernel * dilation >= 2**31:
+        return "the weight or the padding has 2**31 numbers or more"
     return ""
 
 
@@ -44,37 +47,37 @@ DENSE = (
     LibraryOp(
         "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, int dilation, str activation,"
         " bool keep, str backend) -> (Tensor y, Tensor z)",
-        _fake_dense, ("cpu",), refuses=_refuses_dense,
+        _fake_dense, refuses=_refuses_dense,
     ),
     LibraryOp(
         "causal_conv1d_gate_backward(Tensor grad_y, Tensor z, bool with_bias, str backend)"
         " -> (Tensor grad_z, Tensor grad_bias)",
         lambda grad_y, z, with_bias: (
             z.new_empty(z.shape), z.new_empty(z.size(2) if with_bias else 0, dtype=wide_dtype(z))
-        ), ("cpu",),
+        ),
     ),
     LibraryOp(
         "causal_conv1d_grad_input(Tensor grad_z, Tensor weight, int dilation, str backend) -> Tensor",
         lambda grad_z, weight, dilation: grad_z.new_empty((grad_z.size(0), grad_z.size(1), weight.size(1))),
-        ("cpu",), refuses=_refuses_grad_input,
+        refuses=_refuses_grad_input,
     ),
     LibraryOp(
         "causal_conv1d_grad_weight(Tensor grad_z, Tensor x, SymInt kernel, int dilation, str backend) -> Tensor",
         lambda grad_z, x, kernel, dilation: x.new_empty((grad_z.size(2), x.size(2), kernel)),
-        ("cpu",), refuses=_refuses_grad_weight,
+        refuses=_refuses_grad_weight,
     ),
 )  # fmt: skip
 DEPTHWISE = (
     LibraryOp(
         "depthwise_causal_conv1d(Tensor x, Tensor weight, Tensor? bias, int dilation, str activation, str backend)"
         " -> Tensor",
-        lambda x, *rest: x.new_empty(x.shape), ("cpu",), refuses=_refuses_depthwise,
+        lambda x, *rest: x.new_empty(x.shape), refuses=_refuses_depthwise,
     ),
     LibraryOp(
         "depthwise_causal_conv1d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, int dilation,"
         " str activation, str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
         _fake_depthwise_backward,
-        ("cpu",), refuses=lambda backend, grad_y, *rest: _refuses_depthwise(backend, *rest),
+        refuses=lambda backend, grad_y, *rest: _refuses_depthwise(backend, *rest),
     ),
 )  # fmt: skip
 LIBRARY = (*DENSE, *DEPTHWISE)

@@ -7,7 +7,17 @@ from genai_fast.kernels.causal_conv1d.layout import GATED, out_channels
 from genai_fast.kernels.causal_conv1d.reference import activated
 from genai_fast.kernels.causal_conv1d.schema import DENSE, DEPTHWISE
 from genai_fast.kernels.common.channels import wide
-from genai_fast.kernels.common.spec import Case, Cost, ErrorCase, OpSpec
+from genai_fast.kernels.common.spec import (
+    ELEMENTWISE_CHOICES,
+    Case,
+    CompileCase,
+    Cost,
+    ErrorCase,
+    Expected,
+    Limits,
+    OpSpec,
+    choices_of,
+)
 
 
 def _convolved(x, weight, bias, condition, dilation, groups=1):
@@ -220,6 +230,24 @@ BENCH_CASES_DEPTHWISE = (
     Case("mamba_130m_contiguous-4x1536x1024-4", _depthwise(4, 1536, 1024, 4, layout="contiguous", activation="silu")),
 )
 
+_CHOICES = choices_of(
+    BLOCK_M=(64, 128, 128, 128), BLOCK_N=(64, 64, 32, 64), BLOCK_K=(64, 32, 64, 64), num_warps=(4, 4, 4, 8),
+    num_stages=(4, 4, 3, 3),
+)  # fmt: skip
+_TILES = Expected(tensor_cores=True)
+_EXPECTED = {
+    "_causal_conv1d": _TILES,
+    "_causal_conv1d_grad_weight": _TILES,
+    "_causal_conv1d_gate_backward": Expected((), lambda c: c["STEPS"] * c["ROWS"] * c["BLOCK"], 110),
+    "_depthwise_causal_conv1d": Expected((), lambda c: c["ROWS"] * c["BLOCK"], 60),
+    "_depthwise_causal_conv1d_backward": Expected((), lambda c: c["ROWS"] * c["BLOCK"], 110),
+}
+_NARROW = ("bf16", "fp16")
+_COMPILE_CASES = (
+    CompileCase("wavenet-8x64x2048-128", BENCH_CASES[0].inputs, ("fp32", "tf32", "fp16")),
+    CompileCase("silu-4x40x512-72", _inputs(4, 40, 512, to=72, kernel=3, activation="silu"), _NARROW),
+    CompileCase("one_channel", _inputs(1, 1, 1, to=2, kernel=1, activation=GATED), ("fp16",)),
+)
 CAUSAL_CONV1D = OpSpec(
     name="causal_conv1d",
     folder="causal_conv1d",
@@ -232,7 +260,13 @@ CAUSAL_CONV1D = OpSpec(
     bench_cases=BENCH_CASES,
     peers={"eager": _eager},
     cost=_cost,
-    backends=("reference", "cpu"),
+    compile_cases=_COMPILE_CASES,
+    expected=_EXPECTED,
+    limits=Limits(_inputs(2, 64, 512, to=128, kernel=2, dilation=8, activation=GATED), (1, 1, 1, 1)),
+    choices={
+        **{f"causal_conv1d/{kernel}": _CHOICES for kernel in ("gated", "forward", "grad_input", "grad_weight")},
+        "causal_conv1d/gate_backward": ELEMENTWISE_CHOICES,
+    },
 )
 DEPTHWISE_CAUSAL_CONV1D = OpSpec(
     name="depthwise_causal_conv1d",
@@ -246,5 +280,8 @@ DEPTHWISE_CAUSAL_CONV1D = OpSpec(
     bench_cases=BENCH_CASES_DEPTHWISE,
     peers={"eager": _eager_depthwise},
     cost=_cost_depthwise,
-    backends=("reference", "cpu"),
+    compile_cases=(CompileCase("two_taps", _depthwise(4, 1536, 1024, 2), ("bf16",)),),
+    expected=_EXPECTED,
+    limits=Limits(_depthwise(2, 256, 256, 4, activation="silu"), (1, 1, 1)),
+    choices={f"causal_conv1d/{kernel}": ELEMENTWISE_CHOICES for kernel in ("depthwise", "depthwise_backward")},
 )

@@ -1,4 +1,4 @@
-"""wavenet_decode in plain PyTorch: the loop over samples that people write, with what each layer looks back to cached."""
+"""wavenet_decode in plain PyTorch: the loop over samples that people write, with caches of what layers look back to."""
 
 import torch
 
@@ -40,7 +40,7 @@ def wavenet_decode(cache, codes, given, start, uniforms, condition, weights, dil
 
 
 def drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The level of each row that its uniform number falls on among softmax(logits / temperature); at 0 the likeliest."""
+    """The level that each row's uniform number falls on among softmax(logits / temperature); at 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     sums = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)

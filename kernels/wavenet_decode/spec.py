@@ -15,7 +15,7 @@ def _reference(codes, cache, given, start, uniforms, condition, weights, dilatio
 
 
 def _cost(codes, cache, given, start, uniforms, condition, weights, dilations, **settings):
-    """Each matrix meets each sequence at each step; what is read from memory is little where caches hold the weights."""
+    """Each matrix meets each sequence at each step; memory gives the weights once, where caches hold them."""
     steps, products = uniforms.numel(), sum(w.numel() for w in weights[1:] if w.dim() > 1)
     return Cost(flops=2 * steps * products, bytes=sum(w.nbytes for w in weights) + 2 * cache.nbytes)
 

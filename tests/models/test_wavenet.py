@@ -1,4 +1,4 @@
-"""WaveNet: what a code depends on, the twin with classes, the decoder, the windows of its data, and a run from end to end."""
+"""WaveNet: what a code depends on, the twin with classes, the decoder, the windows of its data, a whole run."""
 
 import math
 
@@ -159,22 +159,8 @@ def test_train_resume_sample_and_export(tmp_path, monkeypatch, capsys):
         for n in range(5):
             x = 0.8 * torch.sin(torch.arange(400) * (2 * math.pi * (hertz + 10 * n) / 8000) + k)
             write_wav(tmp_path / "tones" / name / f"{n}.wav", x, 8000)
-    small = [
-        "--width",
-        "8",
-        "--skip",
-        "8",
-        "--layers",
-        "3",
-        "--cycles",
-        "1",
-        "--block",
-        "128",
-        "--seconds",
-        "0.02",
-        "--batch-size",
-        "4",
-    ]
+    sizes = {"width": 8, "skip": 8, "layers": 3, "cycles": 1, "block": 128, "seconds": 0.02, "batch-size": 4}
+    small = [x for name, value in sizes.items() for x in (f"--{name}", str(value))]
     train = ["train", "wavenet", "--data", "tones", "--conditional", "--validation", "0.2", *small]
     assert main([*train, "--epochs", "2", "--run", "whole"]) == 0
     said = capsys.readouterr()

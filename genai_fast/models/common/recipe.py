@@ -16,8 +16,8 @@ from genai_fast.models.common.plain_loop import loss_step
 
 Values = dict[str, Any]
 """The settings, and what the data adds: `shape`, `channels`, `size`, `input_size` and `classes` of images, `shape`,
-`mels` and `frames` of spectrograms, `shape` and `classes` of waveforms, `vocabulary` and `end` of text. A constructor gets
-those that its parameters name."""
+`mels` and `frames` of spectrograms, `shape` and `classes` of waveforms, `vocabulary` and `end` of text. A constructor
+gets those that its parameters name."""
 Networks = dict[str, nn.Module]
 
 
