@@ -1,9 +1,9 @@
-"""Samples a second of a WaveNet on this CPU: our decoder, the same loop in eager PyTorch, and the network without caches.
+"""Samples a second of a WaveNet on this CPU: our decoder, the same loop in eager PyTorch, the network without caches.
 
     python -m bench.sound_decoding [--width 64] [--batch 1 8] [--rounds 5] [--threads 1]
 
-The three make the same codes from the same uniform numbers. They take turns, and each figure is the median of its rounds:
-ratios mean something on a busy machine, too. The loops are short where they are slow; each sample costs the same.
+They take turns, and each figure is the median of its rounds: ratios mean something on a busy machine, too. The loops are
+short where they are slow; each sample costs the same.
 """
 
 from __future__ import annotations

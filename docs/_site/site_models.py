@@ -124,7 +124,7 @@ def _kind_of_data(recipe: Recipe) -> str:
     if recipe.sounds:
         return "It trains on sounds, as log-mel spectrograms of clips."
     if recipe.waves:
-        return "It trains on sounds as they are, as windows of mu-law codes; held-out data is measured in bits a sample."
+        return "It trains on sounds as they are, in windows of mu-law codes; the measure is bits a held-out sample."
     if recipe.translates:
         return f"It trains on two sets of images{', in pairs' if recipe.pairs else ''}."
     return f"It trains on images{', and needs labels' if recipe.labelled else ''}."
