@@ -2,7 +2,7 @@
 
     python -m bench.sound_decoding [--width 64] [--batch 1 8] [--rounds 5] [--threads 1]
 
-They take turns, and each figure is the median of its rounds: ratios mean something on a busy machine, too. The loops are
+They take turns, and each figure is the median of its rounds: ratios mean something on a busy machine too. The loops are
 short where they are slow; each sample costs the same.
 """
 

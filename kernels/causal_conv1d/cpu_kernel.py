@@ -40,7 +40,7 @@ def _convolve(x, matrices, bias, condition, y, z, columns, dilation, ahead, acti
 def causal_conv1d(x, weight, bias, condition, dilation, activation, keep):
     batch, length, columns = *x.shape[:2], weight.size(0)
     shape = (batch, columns) if condition is not None and condition.dim() == 2 else (batch, length, columns)
-    require(x, weight, (bias, (columns,)), (condition, shape))
+    require(x, weight, dilation, (bias, (columns,)), (condition, shape))
     y = x.new_empty((batch, length, out_channels(columns, activation)))
     z = x.new_empty((batch, length, columns)) if keep else x.new_empty(0)
     matrices = weight.permute(2, 1, 0)
@@ -49,7 +49,7 @@ def causal_conv1d(x, weight, bias, condition, dilation, activation, keep):
 
 
 def causal_conv1d_grad_input(grad_z, weight, dilation):
-    require(grad_z, weight.transpose(0, 1))
+    require(grad_z, weight.transpose(0, 1), dilation)
     grad_x = grad_z.new_empty((*grad_z.shape[:2], weight.size(1)))
     _convolve(grad_z, weight.permute(2, 0, 1), None, None, grad_x, None, weight.size(1), dilation, True, "none")
     return grad_x
@@ -57,7 +57,7 @@ def causal_conv1d_grad_input(grad_z, weight, dilation):
 
 def causal_conv1d_grad_weight(grad_z, x, kernel, dilation):
     (batch, length, channels), columns = x.shape, grad_z.size(2)
-    require(x, x.new_empty(1).expand(columns, channels, kernel), (grad_z, (batch, length, columns)))
+    require(x, x.new_empty(1).expand(columns, channels, kernel), dilation, (grad_z, (batch, length, columns)))
     grad_z, x = sequences(grad_z.to(x.dtype), True), sequences(x, True)
     wide = channels + -channels % _VECTOR
     sums = torch.empty((kernel, columns, wide), dtype=torch.float32, device="cpu")
@@ -72,7 +72,7 @@ def causal_conv1d_grad_weight(grad_z, x, kernel, dilation):
 
 def causal_conv1d_gate_backward(grad_y, z, with_bias):
     half = z.size(2) // 2
-    require(grad_y, grad_y.new_empty(1).expand(half, 1), (z, (*grad_y.shape[:2], 2 * half)))
+    require(grad_y, grad_y.new_empty(1).expand(half, 1), 1, (z, (*grad_y.shape[:2], 2 * half)))
     grad_y, z = grad_y.to(z.dtype).contiguous(), z.contiguous()
     grad_z = torch.empty_like(z)
     sums = torch.empty(z.size(2) if with_bias else 0, dtype=torch.float32, device="cpu")
@@ -84,7 +84,7 @@ def causal_conv1d_gate_backward(grad_y, z, with_bias):
 
 
 def depthwise_causal_conv1d(x, weight, bias, dilation, activation):
-    require(x, weight, (bias, (x.size(2),)))
+    require(x, weight, dilation, (bias, (x.size(2),)))
     x, taps, bias = (
         sequences(x, True),
         weight.float().T.contiguous(),
@@ -99,7 +99,7 @@ def depthwise_causal_conv1d(x, weight, bias, dilation, activation):
 
 
 def depthwise_causal_conv1d_backward(grad_y, x, weight, bias, dilation, activation):
-    require(x, weight, (bias, (x.size(2),)), (grad_y, tuple(x.shape)))
+    require(x, weight, dilation, (bias, (x.size(2),)), (grad_y, tuple(x.shape)))
     x, grad_y = sequences(x, True), sequences(grad_y.to(x.dtype), True)
     taps, bias = weight.float().T.contiguous(), bias if bias is None else bias.float().contiguous()
     grad_x, (kernel, channels) = x.new_empty(x.shape), taps.shape

@@ -33,7 +33,9 @@ def sequences(x: torch.Tensor, turned: bool = False) -> torch.Tensor:
     return x
 
 
-def require(x: torch.Tensor, weight: torch.Tensor, *more: tuple[torch.Tensor | None, tuple[int, ...]]) -> None:
+def require(
+    x: torch.Tensor, weight: torch.Tensor, dilation: int, *more: tuple[torch.Tensor | None, tuple[int, ...]]
+) -> None:
     """Raise unless x is [N, L, C], the weight fits it, and each further tensor has its shape: kernels read by address.
 
     The public op has checked already, with better words. A depthwise weight is [C, K], a dense one [C_out, C, K].
@@ -44,6 +46,11 @@ def require(x: torch.Tensor, weight: torch.Tensor, *more: tuple[torch.Tensor | N
         raise ValueError(
             f"causal_conv1d: expected x [N, L, C] and a weight [C_out, C, K] or [C, K] of one dtype and device, got"
             f" {x.dtype} {tuple(x.shape)} on {x.device}, {weight.dtype} {tuple(weight.shape)} on {weight.device}"
+        )
+    if dilation < 1 or min(weight.shape) < 1 or (weight.dim() == 2 and weight.size(1) > LARGEST_KERNEL):
+        raise ValueError(
+            f"causal_conv1d: expected a dilation of at least 1, a weight with numbers, and depthwise up to"
+            f" {LARGEST_KERNEL} taps, got {dilation} and {tuple(weight.shape)}"
         )
     for t, shape in more:
         if t is not None and (t.shape != shape or t.device != x.device):
@@ -62,6 +69,6 @@ def condition_strides(condition: torch.Tensor | None) -> tuple[int, int]:
 
 def dense_condition(condition: torch.Tensor | None) -> torch.Tensor | None:
     """The condition with unit stride along the channels."""
-    if condition is None or condition.stride(-1) == 1 or condition.size(-1) == 1:
+    if condition is None or condition.stride(-1) == 1:
         return condition
     return condition.contiguous()

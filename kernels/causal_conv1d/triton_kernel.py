@@ -161,7 +161,7 @@ def _causal_conv1d_gate_backward(
 
 @triton.jit
 def _depthwise_causal_conv1d(
-    x_ptr, weight_ptr, bias_ptr, y_ptr,      # [N, L, C], [C, K], [C] or None, [N L, C]
+    x_ptr, weight_ptr, bias_ptr, y_ptr,      # [N, L, C], [K, C], [C] or None, [N L, C]
     rows, length, channels, x_sample, x_position, dilation, splits,
     KERNEL: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +180,7 @@ def _depthwise_causal_conv1d(
         source = position + SIGN * (KERNEL - 1 - tap) * dilation
         mask = ((row < rows) & (source >= 0) & (source < length))[:, None] & inside[None, :]
         x = tl.load(x_ptr + (source[:, None] * x_position + column[None, :]), mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + (column * KERNEL + tap), mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + (tap * channels + column), mask=inside, other=0.0).to(tl.float32)
         z += x * weight[None, :]
     z = activate(z, 0.0, ACTIVATION)
     at = row.to(tl.int64)[:, None] * channels + column[None, :]
@@ -189,7 +189,7 @@ def _depthwise_causal_conv1d(
 
 @triton.jit
 def _depthwise_causal_conv1d_backward(
-    grad_y_ptr, x_ptr, weight_ptr, bias_ptr,  # [N, L, C] twice, [C, K], [C] or None
+    grad_y_ptr, x_ptr, weight_ptr, bias_ptr,  # [N, L, C] twice, [K, C], [C] or None
     grad_z_ptr, partial_ptr,                  # [N L, C] or None, [programs / splits, K + 1, C]
     rows, length, channels, y_sample, y_position, x_sample, x_position, dilation, splits, steps,
     KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -216,15 +216,15 @@ def _depthwise_causal_conv1d_backward(
         x_2 = _seen(x_at, position, length, x_position, (KERNEL - 3) * dilation, exists & (KERNEL > 2))
         x_3 = _seen(x_at, position, length, x_position, (KERNEL - 4) * dilation, exists & (KERNEL > 3))
         if ACTIVATION != "none":
-            z = x_0 * _tap(weight_ptr, column, inside, 0, KERNEL)
+            z = x_0 * _tap(weight_ptr, column, inside, 0, channels)
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
             if KERNEL > 1:
-                z += x_1 * _tap(weight_ptr, column, inside, 1, KERNEL)
+                z += x_1 * _tap(weight_ptr, column, inside, 1, channels)
             if KERNEL > 2:
-                z += x_2 * _tap(weight_ptr, column, inside, 2, KERNEL)
+                z += x_2 * _tap(weight_ptr, column, inside, 2, channels)
             if KERNEL > 3:
-                z += x_3 * _tap(weight_ptr, column, inside, 3, KERNEL)
+                z += x_3 * _tap(weight_ptr, column, inside, 3, channels)
             dz = times_derivative(dz, z, 0.0, ACTIVATION)
             at = row.to(tl.int64)[:, None] * channels + column[None, :]
             tl.store(grad_z_ptr + at, dz.to(grad_z_ptr.dtype.element_ty), mask=exists)
@@ -254,8 +254,8 @@ def _seen(x_ptr, position, length, x_position, back, mask):
 
 
 @triton.jit
-def _tap(weight_ptr, column, inside, TAP: tl.constexpr, KERNEL: tl.constexpr):
-    return tl.load(weight_ptr + (column * KERNEL + TAP), mask=inside, other=0.0).to(tl.float32)[None, :]
+def _tap(weight_ptr, column, inside, tap, channels):
+    return tl.load(weight_ptr + (tap * channels + column), mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
 def _multiplier(x):
@@ -301,7 +301,7 @@ def _convolve(x, taps, bias, condition, y, z, columns, dilation, sign, activatio
 def causal_conv1d(x, weight, bias, condition, dilation, activation, keep):
     batch, length, columns = *x.shape[:2], weight.size(0)
     shape = (batch, columns) if condition is not None and condition.dim() == 2 else (batch, length, columns)
-    require(x, weight, (bias, (columns,)), (condition, shape))
+    require(x, weight, dilation, (bias, (columns,)), (condition, shape))
     y = x.new_empty((batch, length, out_channels(columns, activation)))
     z = x.new_empty((batch, length, columns) if keep else (0,))
     if y.numel():
@@ -311,7 +311,7 @@ def causal_conv1d(x, weight, bias, condition, dilation, activation, keep):
 
 
 def causal_conv1d_grad_input(grad_z, weight, dilation):
-    require(grad_z, weight.transpose(0, 1))
+    require(grad_z, weight.transpose(0, 1), dilation)
     grad_x = grad_z.new_empty((*grad_z.shape[:2], weight.size(1)))
     if grad_x.numel():
         taps = weight.permute(2, 0, 1).contiguous()
@@ -321,7 +321,7 @@ def causal_conv1d_grad_input(grad_z, weight, dilation):
 
 def causal_conv1d_grad_weight(grad_z, x, kernel, dilation):
     (batch, length, channels), columns = x.shape, grad_z.size(2)
-    require(x, x.new_empty(1).expand(columns, channels, kernel), (grad_z, (batch, length, columns)))
+    require(x, x.new_empty(1).expand(columns, channels, kernel), dilation, (grad_z, (batch, length, columns)))
     grad_z, x, rows = sequences(grad_z.to(x.dtype)), sequences(x), batch * length
     if not rows:
         return x.new_zeros((columns, channels, kernel))
@@ -342,7 +342,7 @@ def causal_conv1d_grad_weight(grad_z, x, kernel, dilation):
 
 def causal_conv1d_gate_backward(grad_y, z, with_bias):
     half = z.size(2) // 2
-    require(grad_y, grad_y.new_empty(1).expand(half, 1), (z, (*grad_y.shape[:2], 2 * half)))
+    require(grad_y, grad_y.new_empty(1).expand(half, 1), 1, (z, (*grad_y.shape[:2], 2 * half)))
     grad_y, z = grad_y.to(z.dtype).contiguous(), z.contiguous()
     grad_z, rows = torch.empty_like(z), z.size(0) * z.size(1)
     if not rows:
@@ -369,29 +369,29 @@ def _shares(groups, splits, summed):
     return ceil_div(groups, steps), steps
 
 
-def _filter(x, weight, bias, y, dilation, sign, activation):
-    """y = the depthwise convolution of x [N, L, C] by weight [C, K], dense."""
+def _filter(x, taps, bias, y, dilation, sign, activation):
+    """y = the depthwise convolution of x [N, L, C] by the taps [K, C], dense."""
     batch, length, channels = x.shape
     rows = batch * length
     tile, block, splits, warps = _elementwise("depthwise", x, rows, channels)
     _depthwise_causal_conv1d[(ceil_div(rows, tile) * splits,)](
-        x, weight, bias, y, rows, length, channels, x.stride(0), x.stride(1), dilation, splits,
-        KERNEL=weight.size(1), SIGN=sign, ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
+        x, taps, bias, y, rows, length, channels, x.stride(0), x.stride(1), dilation, splits,
+        KERNEL=taps.size(0), SIGN=sign, ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
 def depthwise_causal_conv1d(x, weight, bias, dilation, activation):
-    require(x, weight, (bias, (x.size(2),)))
+    require(x, weight, dilation, (bias, (x.size(2),)))
     x, bias = sequences(x), bias if bias is None else bias.float().contiguous()
     y = x.new_empty(x.shape)
     if y.numel():
-        _filter(x, weight.contiguous(), bias, y, dilation, -1, activation)
+        _filter(x, weight.T.contiguous(), bias, y, dilation, -1, activation)
     return y
 
 
 def depthwise_causal_conv1d_backward(grad_y, x, weight, bias, dilation, activation):
-    require(x, weight, (bias, (x.size(2),)), (grad_y, tuple(x.shape)))
-    x, grad_y, weight = sequences(x), sequences(grad_y.to(x.dtype)), weight.contiguous()
+    require(x, weight, dilation, (bias, (x.size(2),)), (grad_y, tuple(x.shape)))
+    x, grad_y, taps = sequences(x), sequences(grad_y.to(x.dtype)), weight.T.contiguous()
     bias, (batch, length, channels), kernel = (
         bias if bias is None else bias.float().contiguous(),
         x.shape,
@@ -405,10 +405,10 @@ def depthwise_causal_conv1d_backward(grad_y, x, weight, bias, dilation, activati
     groups, steps = _shares(ceil_div(rows, tile), splits, True)
     partial = x.new_empty((groups, kernel + 1, channels), dtype=torch.float32)
     _depthwise_causal_conv1d_backward[(groups * splits,)](
-        grad_y, x, weight, bias, None if activation == "none" else grad_z, partial, rows, length, channels,
+        grad_y, x, taps, bias, None if activation == "none" else grad_z, partial, rows, length, channels,
         grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), dilation, splits, steps,
         KERNEL=kernel, ACTIVATION=activation, ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    _filter(grad_z, weight, None, grad_x, dilation, 1, "none")
+    _filter(grad_z, taps, None, grad_x, dilation, 1, "none")
     sums = partial.sum(0)
     return grad_x, sums[:-1].T.contiguous(), sums[-1].clone()
