@@ -316,23 +316,43 @@ _FUNCTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+_ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.PReLU, nn.ELU, nn.Mish)
+_UNDER = (
+    "if self.flag: {v} = {e}", "if self.flag is not None: {v} = {e}", "{v} = {e} if self.flag else {v}",
+    "if not self.flag: {v} = {v}.tanh()\n        else: {v} = {e}",
+)  # fmt: skip
+_SUMS = (
+    "{v} = torch.add({v}, {k})", "{v} = torch.add({k}, {v})", "{v} = {v}.add({k})", "{v} = {k}.add({v})",
+    "{v}.add_({k})", "{v} = {v}.add_({k})", "if self.flag: {v} = {v} + {k}",
+)  # fmt: skip
+
+
 def _written(d: random.Random, layers: list[nn.Module], shapes: list[Shape], seed: int) -> tuple[nn.Module, str]:
     """A class with a forward that calls the layers: nested, by statements, with skips, branches and functions."""
     lines, names, expression, variable, kept = [], {}, "x", "x", ""
+    more = random.Random(~seed)  # what came later draws of its own
     for k, layer in enumerate(layers):
         functions = _FUNCTIONS.get(type(layer), ()) if d.random() < 0.5 else ()
+        under = more.choice(_UNDER) if isinstance(layer, _ELEMENTWISE) and more.random() < 0.25 else ""
+        if under and expression != variable:
+            lines.append(f"{variable} = {expression}")
+            expression = variable
         if functions:
             expression = d.choice(functions).format(expression)
         else:
             name = names.setdefault(id(layer), f"m{k}" if d.random() < 0.8 else f"blocks[{len(names)}]")
             expression = f"self.{name}({expression})"
+        if under:
+            lines.append(under.format(v=variable, e=expression))
+            expression = variable
         if d.random() < 0.55 or k == len(layers) - 1:
             variable = variable if d.random() < 0.8 else f"v{k}"
             lines.append(f"{variable} = {expression}")
             expression = variable
             if kept and shapes[k] == shapes[int(kept[1:])] and d.random() < 0.7:
-                joined = (f"= {variable} + {kept}", f"+= {kept}", f"= {kept} * {variable}")
-                lines.append(f"{variable} {d.choice(joined)}")
+                joined = d.choice((f"= {variable} + {kept}", f"+= {kept}", f"= {kept} * {variable}"))
+                spelled = more.choice(_SUMS).format(v=variable, k=kept) if more.random() < 0.4 else ""
+                lines.append(spelled or f"{variable} {joined}")
                 kept = ""
             elif not kept and d.random() < 0.4:
                 kept = f"h{k}"
@@ -347,6 +367,7 @@ def _written(d: random.Random, layers: list[nn.Module], shapes: list[Shape], see
     scope = {"torch": torch, "F": F, "Base": nn.Module, "__name__": "written_chain"}
     exec(compile(source, file, "exec"), scope)
     model = scope["Written"]()
+    model.flag = more.choice((True, True, False, None))
     model.blocks = nn.ModuleList([nn.Identity() for _ in names])
     for layer in layers:
         name = names.get(id(layer), "")
@@ -364,12 +385,16 @@ def draw(seed: int) -> Model:
     shape = _input_shape(d, d.random() < 0.12)
     x, layers, shapes = torch.randn(shape), [], []
     most = d.choice((1, 3, 4, 5, 6, 8, 10))
+    more, waiting = random.Random(~seed), []
     for _ in range(60):
         if len(layers) >= most:
             break
+        if x.dim() == 4 and more.random() < 0.1:
+            waiting += [nn.Upsample(scale_factor=2), nn.Conv2d(x.size(1), more.choice((3, 8)), 3, padding=1)]
         try:
             shared = layers and d.random() < 0.06
             layer = d.choice(layers) if shared else _layer(d, tuple(x.shape))
+            layer = waiting.pop(0) if waiting else layer
         except (ValueError, TypeError, AttributeError, RuntimeError):
             continue
         if isinstance(layer, nn.Module) and (y := _probed(layer.eval(), x)) is not None:

@@ -155,6 +155,26 @@ class AudioConfig(Config):
         return round(self.seconds * self.rate / self.hop)
 
 
+def changed(kind: type[Config], key: str, default: Any) -> Any:
+    """A setting of `kind` with another default."""
+    return field(default=default, metadata=kind.__dataclass_fields__[key].metadata)
+
+
+@dataclass(frozen=True)
+class WaveformConfig(Config):
+    """Settings of every recipe for sounds as they are, sample by sample."""
+
+    data: str = changed(AudioConfig, "data", "spoken-digits")
+    rate: int = changed(AudioConfig, "rate", 8000)
+    seconds: float = setting(0.5, "length of the sounds that are drawn", above=0, high=600)
+    trim: float = changed(AudioConfig, "trim", 0.0)
+    block: int = setting(2048, "samples of a training window; sounds are cut into such", low=2, high=1 << 20)
+    grid_every: int = setting(
+        1, "epochs between sounds that are drawn, and their spectrograms, in grids/; 0: none", low=0
+    )
+    clip: float = setting(1.0, "gradient clipping: largest norm; 0: none", low=0)
+
+
 class Command(NamedTuple):
     """What `genai-fast train NAME` says of itself before its model, and with it torch, is imported."""
 
@@ -162,11 +182,6 @@ class Command(NamedTuple):
     summary: str
     config: type[Config]
     examples: tuple[str, ...]
-
-
-def changed(kind: type[Config], key: str, default: Any) -> Any:
-    """A setting of `kind` with another default."""
-    return field(default=default, metadata=kind.__dataclass_fields__[key].metadata)
 
 
 def types(kind: type[Config]) -> dict[str, type]:

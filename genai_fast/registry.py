@@ -22,6 +22,7 @@ _HOMES = {
     "act_dropout.spec": "act_dropout",
     "conv_transpose.spec": "conv_transpose2d conv_transpose1d upsample_conv2d conv_transpose2d_batch_norm_act",
     "conv_transpose.conv2d_spec": "conv2d",
+    "causal_conv1d.spec": "causal_conv1d depthwise_causal_conv1d",
     "cross_entropy.spec": "cross_entropy",
     "cross_entropy.linear_spec": "linear_cross_entropy",
     "gated_act.spec": "gated_act",
@@ -32,6 +33,7 @@ _HOMES = {
     "causal_attention.decode_spec": "decode_attention",
     "decode_linear.spec": "decode_linear",
     "gpt_decode.spec": "gpt_decode",
+    "wavenet_decode.spec": "wavenet_decode",
 }
 _SPECS = {name: module for module, names in _HOMES.items() for name in names.split()}
 

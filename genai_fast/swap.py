@@ -47,6 +47,7 @@ def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
     methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by `softmax(q k^T) v`,
     calls F.cross_entropy, multiplies SiLU or GELU of a gate by another tensor, turns queries and keys by
     `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever these are called, as in transformers' models.
+    Upsampling to twice the size (nearest neighbour) and a 3 x 3 convolution after it become one where that is faster.
     Under torch.compile such calls are left to the compiler. Parameters, buffers, keys, hooks, copies and optimizers do
     not change; a pickle holds the original classes. `explain` reports what happens to each module and why.
 
@@ -140,13 +141,20 @@ def _becomes(letters: str, modules: Sequence[nn.Module]) -> str:
     """The fused call of a chain, and for a convolution the implementations among which measurement chooses."""
     if letters[-1] in "Dd":
         return "act_dropout in training"
+    if letters == "P":
+        return "bias_act (PReLU)"
     parts = []
-    inside = ["residual" if k == "R" else type(m).__name__ for k, m in zip(letters, modules, strict=True) if k in "AaR"]
+    inside = [
+        "residual" if k == "R" else type(m).__name__ for k, m in zip(letters, modules, strict=True) if k in "AaPR"
+    ]
     said = f" ({', '.join(inside)})" if inside else ""
     if "N" in letters:
         parts.append(f"batch_norm_act{said}")
     if letters[0] == "G":
         parts.append(f"group_norm_act{said}")
+    if letters[0] == "U":
+        parts.append("upsample_conv2d, or one after the other, whichever is faster")
+        letters, modules = letters[1:], modules[1:]
     if type(modules[0]) in (nn.Conv2d, nn.ConvTranspose2d):
         conv = Convolution.of(modules[0])
         names = [option.name for option in implementations.CONVOLUTIONS]
@@ -178,7 +186,15 @@ def _why_not(module: nn.Module) -> str:
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "genai_fast.enable_sdpa() serves its attention"),
     ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
-    ((nn.PReLU,), "there is no fused PReLU; a batch norm before it runs as one call by itself"),
+    ((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "PyTorch draws a number for each channel and multiplies in one pass"),
+    ((nn.AlphaDropout, nn.FeatureAlphaDropout), "PyTorch's, with its random numbers"),
+    (
+        (nn.BCELoss,),
+        "PyTorch's: where a sigmoid before it saturates, the loss is cut at 100 and has no gradient;"
+        " nn.BCEWithLogitsLoss of the logits is exact, as ops.vae_loss is",
+    ),
+    ((nn.PReLU,), "it is fused where an nn.Sequential or a method of its own module calls it"),
+    ((nn.Upsample,), "it is fused with a 3 x 3 convolution after it, at twice the size by nearest neighbour"),
     ((nn.LayerNorm,), "PyTorch's is one call already; layers.LayerNorm adds a residual to it"),
     ((nn.Linear, nn.Bilinear), "PyTorch's matmul; genai_fast.tune_cpu() speeds it up if oneDNN is faster"),
 )
@@ -196,7 +212,7 @@ def _why_left(module: nn.Module) -> str:
 
 
 _WITHOUT_PARAMETERS = (
-    nn.Upsample, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
     nn.AlphaDropout, nn.CELU, nn.Softmax, nn.LogSoftmax,
     nn.GLU, nn.PixelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
 )  # fmt: skip
@@ -245,8 +261,12 @@ def _observed_rows(model: nn.Module, example_input: Any) -> Iterator[Row]:
     for path, module in model.named_modules():
         if id(module) not in covered:
             for row in _rows(path, module, covered):
-                if not row.becomes.startswith(("batch_norm_act", "group_norm_act", "convolution", "act_dropout")):
+                if not row.becomes.startswith(_OBSERVED):
                     yield row
+
+
+# What a chain becomes: its calls have rows of their own.
+_OBSERVED = ("batch_norm_act", "group_norm_act", "bias_act", "convolution", "act_dropout", "upsample_conv2d")
 
 
 def _served(decision: Decision) -> str:

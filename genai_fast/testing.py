@@ -34,7 +34,7 @@ SECOND_ORDER = (
 )  # fmt: skip
 FEW = 8  # numbers, of which eager may get all right by luck: one more rounding is allowed
 AUTOMATIC = "automatic"  # as a run's backend: whatever serves each part of the op
-CONVOLUTIONS = "conv_transpose"  # the folder of the ops that multiply in TF32 unless they are told not to
+CONVOLUTIONS = ("conv_transpose", "causal_conv1d")  # folders of ops that multiply in TF32 by default
 TF32_ROUNDING = 2.0**-10  # of the largest value: a factor has 10 bits, and which rounding is the hardware's affair
 
 
@@ -77,7 +77,7 @@ def every_run(devices: tuple[str, ...] | None = None) -> Iterator[Run]:
                 for k, case in enumerate(op.cases):
                     for dtype in _dtypes(op, k, backend, device):
                         yield Run(op, case, dtype, backend, device)
-                if (op.folder, backend) == (CONVOLUTIONS, "triton") and (device == "cuda" or not interpreting()):
+                if op.folder in CONVOLUTIONS and backend == "triton" and (device == "cuda" or not interpreting()):
                     yield Run(op, op.cases[0], torch.float32, backend, device, tf32=True)
 
 

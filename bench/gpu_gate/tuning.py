@@ -112,7 +112,7 @@ def _precisions(*runs: Run) -> Iterator[Run]:
     """Each run, and it in TF32 where that has launches of its own."""
     for run in runs:
         yield run
-        if run.op.folder == CONVOLUTIONS and (run.dtype, run.device) == (torch.float32, "cuda"):
+        if run.op.folder in CONVOLUTIONS and (run.dtype, run.device) == (torch.float32, "cuda"):
             yield replace(run, tf32=True)
 
 

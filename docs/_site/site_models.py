@@ -16,7 +16,7 @@ from genai_fast.models.registry import RECIPES
 # Settings that recipes share, most general first.
 SHARED: dict[type[config.Config], str] = {
     config.Config: "Every recipe", config.ImageConfig: "Images", config.TranslationConfig: "Image translation",
-    config.AudioConfig: "Sounds", config.TextConfig: "Text",
+    config.AudioConfig: "Sounds", config.WaveformConfig: "Waveforms", config.TextConfig: "Text",
 }  # fmt: skip
 # Samples in docs/pictures/<name>.png, and the commands that made them.
 PICTURES = {
@@ -123,6 +123,8 @@ def _kind_of_data(recipe: Recipe) -> str:
         return f"It trains on text, fed as {recipe.feed} ([batches](/genai_fast/models/README.md))."
     if recipe.sounds:
         return "It trains on sounds, as log-mel spectrograms of clips."
+    if recipe.waves:
+        return "It trains on sounds as they are, in windows of mu-law codes; the measure is bits a held-out sample."
     if recipe.translates:
         return f"It trains on two sets of images{', in pairs' if recipe.pairs else ''}."
     return f"It trains on images{', and needs labels' if recipe.labelled else ''}."

@@ -12,13 +12,13 @@ from genai_fast.errors import UsageError
 from genai_fast.runs.run import Opened, open_run
 
 
-def opened(options: argparse.Namespace, need: str = "", protocol: type = object) -> Opened:
-    """A run by its folder, or its name under runs, whose model offers what `need` does."""
+def opened(options: argparse.Namespace, need: str = "", *protocols: type) -> Opened:
+    """A run by its folder, or its name under runs, whose model offers what `need` does, by one of the protocols."""
     folder = Path(options.folder)
     if not folder.exists() and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     run = open_run(folder, options.best)
-    if need and (run.tokenizer is not None or not offers(run.model, protocol)):
+    if need and (run.tokenizer is not None or not any(offers(run.model, protocol) for protocol in protocols)):
         raise UsageError(f"{folder}: expected a run of a model that can {need}, got one of {run.recipe}")
     return run
 

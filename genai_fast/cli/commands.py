@@ -25,6 +25,7 @@ from genai_fast.runs import text_generation
 from genai_fast.runs.audio_task import AudioTask
 from genai_fast.runs.run import CONFIG, Trained, new_folder, saved_settings, train
 from genai_fast.runs.text_task import TextTask
+from genai_fast.runs.wave_task import WaveTask
 from genai_fast.spelling import spelled
 from genai_fast.terminal import command, printable, say
 from genai_fast.training import distributed
@@ -73,7 +74,7 @@ def _say(recipe: str, result: Trained) -> None:
     if isinstance(result.task, TextTask):
         prompt = [] if RECIPES[recipe].feed == "sequences" else ["--prompt", "The"]
         say(f"next: {command('generate', folder, *prompt, '--max-tokens', 200)}", sys.stdout)
-    elif isinstance(result.task, AudioTask):
+    elif isinstance(result.task, (AudioTask, WaveTask)):
         say(f"next: {command('sample', folder, '--count', 16, '--seed', 1, '--out', 'samples.wav')}", sys.stdout)
     elif offers(result.model, Draws):
         say(f"next: {command('sample', folder, '--count', 64, '--seed', 1, '--out', 'grid.png')}", sys.stdout)

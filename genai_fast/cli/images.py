@@ -23,7 +23,7 @@ from genai_fast.data.picture import read_light, read_picture
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Translates, Upscales
+from genai_fast.models.common.protocol import Draws, DrawsWaves, Inpaints, Reconstructs, Translates, Upscales
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import pictures
 from genai_fast.runs.image_evaluation import decode, generate, shown, upscaled
@@ -37,8 +37,8 @@ _AT_ONCE = 100  # images that are read and written at a time
 def run_sample(options: argparse.Namespace) -> int:
     at_least("--count", 64 if options.count is None else options.count, 1)
     check_seed(options.seed)
-    run = opened(options, "sample", Draws)
-    if RECIPES[run.recipe].sounds:
+    run = opened(options, "sample", Draws, DrawsWaves)
+    if RECIPES[run.recipe].sounds or RECIPES[run.recipe].waves:
         return sounds.sample(run, options)
     count = options.count or 64
     options.out = free_path(options.out, "grid.png")

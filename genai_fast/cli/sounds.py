@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from genai_fast.cli.checks import check_parent, free_path, labels_of, replaced_n
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
+from genai_fast.models.registry import RECIPES
+from genai_fast.runs import wave_task
 from genai_fast.runs.audio_evaluation import drawn, pairs, write
 from genai_fast.runs.audio_task import clips_for, first_clip, spectrum_of
 from genai_fast.runs.image_evaluation import decode
@@ -19,23 +22,34 @@ from genai_fast.runs.run import Opened
 
 def sample(run: Opened, options: argparse.Namespace) -> int:
     """Samples one after the other in a WAV file, or each in a file of a folder."""
-    count, spectrum = options.count or 16, spectrum_of(run.config)
+    count = options.count or 16
     out = free_path(options.out, "samples.wav")
-    labels_of(run, options.label, count)  # there are none: an error if a class is asked for
+    labels = labels_of(run, options.label, count)  # of spectrograms there are none: an error if a class is asked for
     check_parent(out)
     if out.suffix and out.suffix.lower() != ".wav":
         raise UsageError(f"--out: expected the name of a WAV file or of a folder, got {out}")
     if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
-    replaced, features = replaced_note(out), drawn(run.model, run.shape, count, options.seed)
+    replaced, save = replaced_note(out), _writer(run)
+    if RECIPES[run.recipe].waves:
+        made = wave_task.drawn(run.model, run.config, count, options.seed, labels)
+    else:
+        made = drawn(run.model, run.shape, count, options.seed)
     if out.suffix:
-        write(features, spectrum, out)
+        save(made, out)
     else:
         out.mkdir(exist_ok=True)
-        for k, one in enumerate(features):
-            write(one[None], spectrum, out / f"{k:06d}.wav")
+        for k, one in enumerate(made):
+            save(one[None], out / f"{k:06d}.wav")
     print(f"{out}{replaced}: {count} samples of {run.folder}, and {'pictures' if not out.suffix else _picture(out)}")
     return 0
+
+
+def _writer(run: Opened) -> Callable[[torch.Tensor, Path], torch.Tensor]:
+    """What writes sounds as this run's model makes them, and their picture."""
+    if RECIPES[run.recipe].waves:
+        return lambda codes, path: wave_task.write_codes(codes, run.config.rate, path)
+    return lambda features, path: write(features, spectrum_of(run.config), path)
 
 
 def interpolate(run: Opened, options: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ MEANINGS = {
     "nats": "per text; lower is better",
     "tokens": "per text",
     "perplexity": "number of equally likely next tokens; lower is better",
+    "bits_per_sample": "of a sound's samples; lower is better",
     "bits_per_byte": "of text, whatever the tokenizer; lower is better",
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 GROUP_NORMS = (nn.GroupNorm, *INSTANCE_NORMS)
+UPSAMPLES = (nn.Upsample, nn.UpsamplingNearest2d)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "none", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu", nn.GELU: "gelu", nn.ELU: "elu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Hardswish: "hardswish",
-    nn.Softplus: "softplus", nn.Mish: "mish",
+    nn.Softplus: "softplus", nn.Mish: "mish", nn.PReLU: "prelu",
 }  # fmt: skip
 
 
@@ -30,9 +32,10 @@ class Residual(nn.Module):
 # One letter per child, so that a container is a word and a chain a pattern. Lower case works in place.
 _LETTERS: dict[type[nn.Module], str] = dict.fromkeys((*CONVS, *TRANSPOSED), "C") | {nn.Linear: "L"}
 _LETTERS |= dict.fromkeys(NORMS, "N") | dict.fromkeys(GROUP_NORMS, "G") | dict.fromkeys(ACTIVATIONS, "A")
-_LETTERS |= {nn.Identity: "I", nn.Dropout: "D", Residual: "R"}
+_LETTERS |= {nn.Identity: "I", nn.Dropout: "D", Residual: "R", nn.PReLU: "P"}
+_LETTERS |= dict.fromkeys(UPSAMPLES, "U")
 STOCK = tuple(_LETTERS)
-_CHAIN = re.compile("([CL]?N|G)(R[AaI]?|[AaI]R?)?|C[AaI](?![Dd])|[Aa]?[Dd]|.")
+_CHAIN = re.compile("(?:U?C|L)?N(?:R[AaIP]?|[AaIP]R?)?|G(?:R[AaI]?|[AaI]R?)?|U?C[AaI](?![Dd])|UC|[Aa]?[Dd]|.")
 
 # What a plain call of such a module runs: torch's own methods and functions, unless they are replaced.
 _METHODS = (
@@ -46,6 +49,7 @@ _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
     nn.ELU: ((F, "elu"),), nn.ReLU6: ((F, "hardtanh"),), nn.SELU: ((F, "selu"), (torch, "selu")),
     nn.Hardswish: ((F, "hardswish"),), nn.Softplus: ((F, "softplus"),), nn.Mish: ((F, "mish"),),
+    nn.PReLU: ((F, "prelu"),), **dict.fromkeys(UPSAMPLES, ((F, "interpolate"),)),
     **dict.fromkeys(NORMS, ((F, "batch_norm"), (torch, "batch_norm"))),
     nn.GroupNorm: ((F, "group_norm"), (torch, "group_norm")),
     **dict.fromkeys(INSTANCE_NORMS, ((F, "instance_norm"), (torch, "instance_norm"))),
@@ -117,15 +121,28 @@ def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
     return type(module) is cls and not obstacle(module) and not global_hooks()
 
 
+def doubles(upsample: nn.Module) -> bool:
+    """Whether it repeats pixels, and doubles the size or has a size of its own, which may be the double."""
+    state = upsample.__dict__
+    factor, mode, size = (state.get(name) for name in ("scale_factor", "mode", "size"))
+    if mode != "nearest" or state.get("align_corners") is not None or state.get("recompute_scale_factor"):
+        return False
+    if size is not None:
+        return factor is None
+    factors = factor if isinstance(factor, Sequence) else (factor,)
+    return len(factors) > 0 and all(isinstance(f, (int, float)) and f == 2 for f in factors)
+
+
 def letter(child: nn.Module, random: bool = True) -> str:
     """What a child counts as: C (convolution), L (Linear), N (batch norm), G (group or instance norm), A (activation),
-    I (Identity, which returns the very tensor it was given), D (Dropout), R (a residual's sum), or "." (other).
+    I (Identity, which returns the very tensor it was given), P (PReLU), U (upsampling to twice the size by nearest
+    neighbour), D (Dropout), R (a residual's sum), or "." (other).
 
     Only torch's classes themselves count: a subclass (a parametrized module is one) may do anything. Dropout does not
     where the random numbers must be PyTorch's (not `random`).
     """
     found = _LETTERS.get(type(child), ".")
-    if found == "." or (found == "D" and not random) or obstacle(child):
+    if found == "." or (found == "D" and not random) or (found == "U" and not doubles(child)) or obstacle(child):
         return "."
     return found.lower() if child.__dict__.get("inplace") else found
 
@@ -136,9 +153,9 @@ def _spans(word: str) -> tuple[Span, ...]:
     for match in _CHAIN.finditer(word):
         letters = match.group()
         # What works in place on a tensor that is not the container's own is seen outside: U-Nets rely on it.
-        fused = letters not in ("L", "A", "a", "I", "R", ".") and (owned or letters[0] not in "ad")
+        fused = letters not in ("L", "A", "a", "I", "R", "U", ".") and (owned or letters[0] not in "ad")
         found.append(Span(match.start(), match.end(), letters, fused))
-        owned = letters[0] in "CLNG" or (owned and letters != ".")
+        owned = letters[0] in "CLNGPU" or (owned and letters != ".")
     return tuple(found)
 
 

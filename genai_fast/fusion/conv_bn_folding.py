@@ -44,7 +44,7 @@ def why_not(chain: Chain, x: torch.Tensor) -> str:
     conv, norm = chain.conv, chain.norm
     if norm is None:
         return "there is no batch norm"
-    tensors = (x, conv.weight, conv.bias, *norm.tensors)
+    tensors = (x, conv.weight, conv.bias, *norm.tensors, chain.activation.weight)
     if norm.training or norm.mean is None or norm.var is None:
         return "the norm takes the batch's statistics"
     if not all(t is None or t.is_cpu for t in tensors) or autocast_dtype("cpu"):
@@ -93,7 +93,7 @@ def folded(conv: Convolution, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def run(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     """activation(norm(conv(x))), if there is no reason why not."""
-    conv, norm, (_, activation, slope, _) = chain.conv, chain.norm, chain.activation
+    conv, norm, activation, slope = chain.conv, chain.norm, chain.activation.name, chain.activation.slope
     if norm.module is not None:
         norm.module._check_input_dim(x)
     weight, bias = folded(conv, norm)
@@ -108,4 +108,6 @@ def run(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.mkldnn._convolution_pointwise(*given, *settings)
     if not after:
         return y
+    if activation == "prelu":
+        return chain.activation(y)
     return _AFTER[activation](y, slope) if activation in _AFTER else activate(y, activation, slope)

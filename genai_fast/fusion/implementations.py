@@ -19,7 +19,7 @@ from genai_fast import autotune, ops
 from genai_fast.backends import forced_backend
 from genai_fast.fusion import conv_bn_folding, im2col, thresholds
 from genai_fast.fusion.layout import guarded, of_result, relaid
-from genai_fast.fusion.norms import NORMS, WITHOUT_CONVOLUTION, Implementation
+from genai_fast.fusion.norms import NORMS, Implementation, without_convolution
 from genai_fast.fusion.operands import (
     Chain,
     Convolution,
@@ -53,9 +53,9 @@ listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 def decide(modules: Sequence[nn.Module], chain: Chain, x: torch.Tensor) -> Implementation:
     """What serves this call; the listener, if any, is told why."""
     if chain.conv is not None:
-        options, chosen, times = CONVOLUTIONS, *_fastest(chain, x)
+        options, chosen, times = _options(chain), *_fastest(chain, x)
     else:
-        options, times = WITHOUT_CONVOLUTION[type(chain.norm)], {}
+        options, times = without_convolution(chain), {}
         chosen = next(option for option in options if not option.why_not(chain, x))
     if not torch.compiler.is_compiling() and (tell := listener.get()) is not None:
         reasons = {option.name: option.why_not(chain, x) for option in options if option is not chosen}
@@ -186,14 +186,14 @@ def _kernel(chain: Chain, x: torch.Tensor) -> torch.Tensor:
         if not act.keeps_result and needs_gradient(x, conv.weight, conv.bias):
             return act(ops.conv_transpose2d(x, conv.weight, conv.bias, *settings))
         return ops.conv_transpose2d(x, conv.weight, conv.bias, *settings, act.name, act.slope)
-    if norm.group is None and norm.of_batch:
+    if norm.group is None and norm.of_batch and act.weight is None:
         if norm.module is not None:
             norm.module._check_input_dim(x)
         momentum = norm.counted()
         return ops.conv_transpose2d_batch_norm_act(
             x, conv.weight, conv.bias, *norm.tensors, momentum, norm.eps, *settings, act.name, act.slope
         )
-    if norm.group is None and not needs_gradient(x, conv.weight, conv.bias, norm.weight, norm.bias):
+    if norm.group is None and act.weight is None and not needs_gradient(x, *chain.leaves):
         if norm.module is not None:
             norm.module._check_input_dim(x)
         return ops.conv_transpose2d(x, *conv_bn_folding.folded(conv, norm), *settings, act.name, act.slope)
@@ -219,17 +219,53 @@ CONVOLUTIONS = (
     ),
     Implementation("kernel", _kernel_why_not, _kernel),
 )  # fmt: skip
-_BY_NAME = {option.name: option for option in CONVOLUTIONS}
+
+
+def _upsampled_why_not(chain: Chain, x: torch.Tensor) -> str:
+    """Why upsampling and convolution are not one convolution of the smaller image."""
+    conv = chain.conv
+    if reason := _plane_why_not(chain, x):
+        return reason
+    size = chain.upsample.size
+    if size is not None:
+        given = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if given != (2 * x.size(2), 2 * x.size(3)):
+            return "it does not double the size"
+    if conv.transposed or not conv.is_default or (conv.kernel, conv.stride, conv.padding) != ((3, 3), (1, 1), (1, 1)):
+        return "the convolution is not 3 x 3 with padding 1"
+    return ""
+
+
+def _upsampled(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return _after(chain, ops.upsample_conv2d(guarded(x), chain.conv.weight, chain.conv.bias))
+
+
+def _apart(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    larger, rest = chain.upsample(x), chain._replace(upsample=None)
+    return _fastest(rest, larger)[0].run(rest, larger)
+
+
+APART = Implementation("upsampled first", lambda chain, x: "", _apart)
+UPSAMPLED = (APART, Implementation("upsample_conv2d", _upsampled_why_not, _upsampled))
+_BY_NAME = {option.name: option for option in (*CONVOLUTIONS, *UPSAMPLED)}
+
+
+def _options(chain: Chain) -> tuple[Implementation, ...]:
+    return CONVOLUTIONS if chain.upsample is None else UPSAMPLED
 
 
 def _fastest(chain: Chain, x: torch.Tensor) -> tuple[Implementation, dict[str, float]]:
+    if chain.upsample is not None and _upsampled_why_not(chain, x):
+        return APART, {}
     if _plane_why_not(chain, x):
         folded = CONVOLUTIONS[0]
         return (TORCH if folded.why_not(chain, x) else folded), {}
     shape = (_measured_rows(chain.conv, x), *x.shape[2:])
 
     def candidates() -> tuple[dict[str, autotune.Maker], str]:
-        serving = [option for option in CONVOLUTIONS if not option.why_not(chain, x)]
+        serving = [option for option in _options(chain) if not option.why_not(chain, x)]
+        if chain.upsample is not None:
+            serving[0] = _known_apart(chain, x, shape[0])
         names = [option.name for option in serving]
         # Unmeasured, ours is taken where it has always won: for an image on a CPU.
         default = "kernel" if "kernel" in names and x.is_cpu and chain.norm is None else names[0]
@@ -237,6 +273,14 @@ def _fastest(chain: Chain, x: torch.Tensor) -> tuple[Implementation, dict[str, f
 
     choice = autotune.choose(_family(chain, x), shape, x.device, candidates)
     return _BY_NAME[choice.name], choice.microseconds
+
+
+def _known_apart(chain: Chain, x: torch.Tensor, rows: int) -> Implementation:
+    """Upsampling, then what is fastest after it: found now, as nothing is measured within a measurement."""
+    size = (rows, x.size(1), 2 * x.size(2), 2 * x.size(3))
+    larger = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    chosen, _ = _fastest(chain._replace(upsample=None), larger.requires_grad_(x.requires_grad))
+    return APART._replace(run=lambda made, x: chosen.run(made._replace(upsample=None), made.upsample(x)))
 
 
 def _measured_rows(conv: Convolution, x: torch.Tensor) -> int:
@@ -292,7 +336,8 @@ def _family(chain: Chain, x: torch.Tensor) -> autotune.Key:
     precision = (str(narrow),) if narrow else _multiplied(x)
     after = () if norm is None else ("norm", norm.training, norm.of_batch, norm.weight is not None)
     return (
-        "conv_transpose" if conv.transposed else "conv", conv.channels, "kernel", conv.kernel, "stride", conv.stride,
+        *(() if chain.upsample is None else ("upsample",)), "conv_transpose" if conv.transposed else "conv",
+        conv.channels, "kernel", conv.kernel, "stride", conv.stride,
         "padding", conv.padding, conv.output_padding, conv.padding_mode, "dilation", conv.dilation, "groups",
         conv.groups, *("bias" for _ in range(conv.bias is not None)), *after, act.name, str(x.dtype), *precision,
         _layout(x), "weight", _layout(conv.weight), "gradients", needs_gradient(x), needs_gradient(*chain.leaves),

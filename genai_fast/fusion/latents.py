@@ -54,9 +54,11 @@ class _Pattern:
         self.device = self.dtype = True
 
     def _expanded(self, node: ast.expr) -> ast.expr:
-        while isinstance(node, ast.Name) and node.id in self.defined:
-            self.used.add(node.id)
+        seen: set[str] = set()  # x = y; y = x
+        while isinstance(node, ast.Name) and node.id in self.defined and node.id not in seen:
+            seen.add(node.id)
             node = self.defined[node.id]
+        self.used |= seen
         return node
 
     def _operands(self, node: ast.expr, kind: str, fresh: bool = False) -> list[ast.expr]:

@@ -10,7 +10,7 @@ from genai_fast import ops
 from genai_fast.backends import is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.layout import for_norm, keeps_order
-from genai_fast.fusion.operands import Chain, GroupNorm, Norm, fit, needs_gradient, tensors_are_plain
+from genai_fast.fusion.operands import Chain, Norm, fit, needs_gradient, tensors_are_plain
 from genai_fast.kernels.common.activations import output_gives_derivative
 
 
@@ -36,22 +36,22 @@ def _norm_why_not(chain: Chain, x: torch.Tensor) -> str:
         return reason
     if norm.of_batch and norm.group is None and x.numel() == x.size(1):
         return "one value per channel"  # torch refuses it in training
-    if reason := residual_why_not(chain, x):
+    if reason := chain.activation.why_refused(x) or residual_why_not(chain, x):
         return reason
     if norm.module is not None and type(norm.module) is nn.SyncBatchNorm:
         return ""  # torch's refuses CPU tensors
-    return thresholds.norm(norm.training, x)
+    return thresholds.norm(norm.training, x, chain.activation.weight is not None)
 
 
 def _norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     """activation(norm(x)), with all that _BatchNorm.forward does besides."""
-    norm, (_, activation, slope, _) = chain.norm, chain.activation
+    norm, act = chain.norm, chain.activation
     if norm.module is not None:
         norm.module._check_input_dim(x)
     momentum = norm.counted()
     return ops.batch_norm_act(
-        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, activation, slope, _added(chain),
-        process_group=norm.group, residual_after=_is_after(chain),
+        for_norm(x), *norm.tensors, norm.of_batch, momentum, norm.eps, act.name, act.slope, _added(chain),
+        process_group=norm.group, residual_after=_is_after(chain), act_weight=act.act_weight(x),
     )  # fmt: skip
 
 
@@ -102,10 +102,10 @@ def _group_norm_why_not(chain: Chain, x: torch.Tensor) -> str:
 
 
 def _group_norm_act(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    norm, (_, activation, slope, _) = chain.norm, chain.activation
+    norm, act = chain.norm, chain.activation
     x = for_norm(x if norm.groups and x.is_cpu else x.contiguous())  # as PyTorch's norms lay out their results
     groups = norm.groups or x.size(1)
-    given = (norm.weight, norm.bias, norm.eps, activation, slope, _added(chain))
+    given = (norm.weight, norm.bias, norm.eps, act.name, act.slope, _added(chain))
     return ops.group_norm_act(x, groups, *given, residual_after=_is_after(chain))
 
 
@@ -125,6 +125,18 @@ def _act_dropout(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     return ops.act_dropout(x, float(chain.dropout.p), True, chain.activation.name, chain.activation.slope)
 
 
+def _prelu_why_not(chain: Chain, x: torch.Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if x.numel() == 0 or not keeps_order(x):
+        return "the input is empty, or the result would lie otherwise in memory"
+    return chain.activation.why_refused(x) or thresholds.prelu(needs_gradient(x, chain.activation.weight), x)
+
+
+def _prelu(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    return ops.bias_act(x, None, "prelu", act_weight=chain.activation.act_weight(x))
+
+
 def _always(chain: Chain, x: torch.Tensor) -> str:
     return ""
 
@@ -141,6 +153,18 @@ DROPOUTS = (
     Implementation("act_dropout", _dropout_why_not, _act_dropout),
     Implementation("modules", _always, lambda chain, x: chain.dropout(chain.activation(x))),
 )
-WITHOUT_CONVOLUTION = {Norm: NORMS, GroupNorm: GROUP_NORMS, type(None): DROPOUTS}
+PRELUS = (
+    Implementation("bias_act", _prelu_why_not, _prelu),
+    Implementation("modules", _always, lambda chain, x: chain.activation(x)),
+)
+
+
+def without_convolution(chain: Chain) -> tuple[Implementation, ...]:
+    """The ways to run a chain that has no convolution."""
+    if chain.norm is not None:
+        return NORMS if isinstance(chain.norm, Norm) else GROUP_NORMS
+    return PRELUS if chain.dropout is None else DROPOUTS
+
+
 # Dimensions of a batch, which instance norm's modules ask for.
 _BATCHED = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}

@@ -17,6 +17,7 @@ from torch import nn
 
 from genai_fast.backends import is_plain
 from genai_fast.fusion.chains import ACTIVATIONS, TRANSPOSED
+from genai_fast.precision import autocast_dtype
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -266,10 +267,11 @@ _FIXED: dict[str, dict[str, float]] = {"softplus": {"threshold": 20.0}, "relu6":
 class Activation(NamedTuple):
     """An activation by the name that ops know it by."""
 
-    module: nn.Module
+    module: nn.Module | None
     name: str
     slope: float
     inplace: bool
+    weight: torch.Tensor | None = None  # of PReLU
 
     @staticmethod
     def of(module: nn.Module) -> Activation:
@@ -280,15 +282,35 @@ class Activation(NamedTuple):
         for setting, value in _FIXED.get(name, {}).items():
             if _real(getattr(module, setting)) != value:
                 raise ValueError(f"{setting}: expected {value}")
-        return Activation(module, name, slope, bool(module.__dict__.get("inplace")))
+        weight = module._parameters["weight"] if name == "prelu" else None
+        return Activation(module, name, slope, bool(module.__dict__.get("inplace")), weight)
 
     @property
     def keeps_result(self) -> bool:
         """Whether PyTorch keeps the result for backward too, so that a program does not change it."""
         return self.inplace or self.name in ("none", "relu", "tanh", "sigmoid")
 
+    def why_refused(self, x: torch.Tensor) -> str:
+        """Why PyTorch's PReLU does not take x, or not as it is; "" if it does, and of other activations."""
+        weight, narrow = self.weight, autocast_dtype(x.device.type)
+        if weight is None:
+            return ""
+        if not is_plain(weight) or weight.shape not in ((1,), (x.size(1),)) or weight.device != x.device:
+            return "PReLU's weight does not match"
+        if narrow is not None:
+            return "" if x.dtype is narrow else "autocast casts PReLU's input"
+        return "" if weight.dtype is x.dtype else "PReLU's weight has another dtype"
+
+    def act_weight(self, x: torch.Tensor) -> torch.Tensor | None:
+        """PReLU's weight, rounded as autocast rounds it."""
+        weight, narrow = self.weight, autocast_dtype(x.device.type)
+        return weight if weight is None or narrow is None else weight.to(narrow)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module(x)
+        return F.prelu(x, self.weight) if self.module is None else self.module(x)
+
+    def made_up(self, generator: torch.Generator) -> Activation:
+        return self if self.weight is None else self._replace(module=None, weight=like(self.weight, generator))
 
 
 NO_ACTIVATION = Activation(nn.Identity(), "none", 0.0, False)
@@ -303,7 +325,7 @@ class Residual(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A convolution, a norm, a residual's sum, an activation and a dropout in a row, each of which may be missing."""
+    """Upsampling, convolution, norm, residual's sum, activation and dropout in a row, some of them missing."""
 
     letters: str
     conv: Convolution | None
@@ -311,11 +333,12 @@ class Chain(NamedTuple):
     activation: Activation
     dropout: nn.Module | None
     residual: Residual | None = None  # never after a convolution
+    upsample: nn.Module | None = None  # before a convolution alone
 
     @staticmethod
     def of(letters: str, modules: Sequence[nn.Module]) -> Chain:
         """Raises: ValueError, TypeError or KeyError on settings that are none: a plain call says what is wrong."""
-        conv = norm = dropout = None
+        conv = norm = dropout = upsample = None
         activation = NO_ACTIVATION
         for kind, module in zip(letters.upper(), modules, strict=True):
             if kind == "C":
@@ -326,9 +349,11 @@ class Chain(NamedTuple):
                 norm = GroupNorm.of(module)
             elif kind == "D":
                 dropout = module
+            elif kind == "U":
+                upsample = module
             elif kind != "R":
                 activation = Activation.of(module)
-        return Chain(letters, conv, norm, activation, dropout)
+        return Chain(letters, conv, norm, activation, dropout, None, upsample)
 
     def by_modules(self, x: torch.Tensor) -> torch.Tensor:
         """Norm, sum and activation one by one."""
@@ -342,11 +367,13 @@ class Chain(NamedTuple):
         """The same on tensors that belong to no module: with no hooks, no buffers of the user's and no collectives."""
         conv = self.conv and self.conv.made_up(generator)
         norm = self.norm and self.norm.made_up(generator)
-        return self._replace(conv=conv, norm=norm)
+        upsample = self.upsample and nn.Upsample(scale_factor=2)
+        return self._replace(conv=conv, norm=norm, activation=self.activation.made_up(generator), upsample=upsample)
 
     @property
     def leaves(self) -> list[torch.Tensor]:
         """Parameters that ask for gradients."""
         conv, norm = self.conv, self.norm
         found = [*((conv.weight, conv.bias) if conv else ()), *((norm.weight, norm.bias) if norm else ())]
+        found.append(self.activation.weight)
         return [t for t in found if t is not None and t.requires_grad]

@@ -16,28 +16,18 @@ from typing import Any
 from torch import nn
 
 from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
+from genai_fast.fusion.branches import BranchFinder
 from genai_fast.fusion.chains import letter, spans
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import Refused
-from genai_fast.fusion.statements import (
-    Replace,
-    append_to_branches,
-    ends,
-    is_read,
-    loads,
-    mentions,
-    plain_sum,
-    put,
-    sum_of,
-    target,
-)
-from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Reader, Step, Summed, calls_nothing
+from genai_fast.fusion.statements import Replace, is_read, loads, mentions, plain_sum, put, target
+from genai_fast.fusion.steps import METHODS, RESIDUAL, Begun, Chain, Step, Summed, calls_nothing
 from genai_fast.fusion.sums import SumFinder
 
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-class Rewriter(Reader, ProductFinder, SumFinder):
+class Rewriter(BranchFinder, ProductFinder, SumFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(
@@ -79,28 +69,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
                 joined[-1] = whole
             else:
                 joined.append(self._begun(joined, statement) or statement)
-        return [self.visit(statement) for statement in self._pushed(joined)]
-
-    def _pushed(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        """What activates the norm that a branch ends with, moved to the ends of all branches: it runs after either."""
-        found: list[ast.stmt] = []
-        for statement in statements:
-            before = found[-1] if found else None
-            if isinstance(before, ast.If) and any(self._activates(statement, end) for end in ends(before)):
-                append_to_branches(before, statement)
-            else:
-                found.append(statement)
-        return found
-
-    def _activates(self, statement: ast.stmt, end: ast.stmt) -> bool:
-        step = self.step(end.value) if target(end) in self.variables else None
-        if step is None or letter(step.module) not in "NG" or any(hasattr(n, "begun") for n in ast.walk(statement)):
-            return False
-        if self._joined(end, copy.deepcopy(statement)) is None:
-            return False
-        after = self._first(statement.value, target(end), False)
-        calls = (self.step(node) for node in ast.walk(statement.value))
-        return any(s is not None and s.given is after and letter(s.module) == "A" for s in calls)
+        return [self.visit(statement) for statement in self.moved(joined)]
 
     def _found(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         """The statements, with a call before those in a row that an op does at once."""
@@ -140,7 +109,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         if name not in self.variables:
             return None
         norm = self.norm(first.value)
-        if isinstance(second, ast.AugAssign):
+        if isinstance(second, (ast.AugAssign, ast.Expr)):
             whole = plain_sum(second, name, first.value) if norm is not None else None
             return whole if whole is not None and self.summed(whole.value) is not None else None
         if self.step(first.value) is None and self.summed(first.value) is None:
@@ -174,13 +143,15 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
             return self._first(node.func.value, name, summed, True)
         parts: list[ast.expr] = []
-        if isinstance(node, ast.BinOp):
+        if summed and (addends := self.addends(node)) is not None:
+            left, right, _ = addends
+            parts = [left, right]
+            if is_read(left, name):
+                return left
+            if is_read(right, name) and self.quiet(left):
+                return right
+        elif isinstance(node, ast.BinOp):
             parts = [node.left, node.right]
-            if summed and isinstance(node.op, ast.Add):
-                if is_read(node.left, name):
-                    return node.left
-                if is_read(node.right, name) and self.quiet(node.left):
-                    return node.right
         elif isinstance(node, (ast.Tuple, ast.List)):
             parts = node.elts
         elif isinstance(node, ast.Call) and self.function(node.func) is not None:
@@ -203,20 +174,25 @@ class Rewriter(Reader, ProductFinder, SumFinder):
             return None
         if not all(self._passes(s, name, norm) for s in joined[at + 1 :]):
             return None
-        if isinstance(statement, ast.AugAssign):
+        if isinstance(statement, (ast.AugAssign, ast.Expr)):
             whole = plain_sum(statement, name, ast.copy_location(ast.Name(name, ast.Load()), statement))
-            slot = whole and whole.value.left
+            slot = whole and self.addends(whole.value)[0]
         else:
             whole = statement if self._consumes(statement, name) else None
             slot = whole and self._first(statement.value, name, True)
-        if slot is None or sum_of(whole.value, slot) is None:
+        sums = [] if slot is None else [n for n in ast.walk(whole.value) if self._is_sum_of(n, slot)]
+        if not sums:
             return None
         slot.begun = begun = Begun(norm)
-        if self.summed(sum_of(whole.value, slot)) is None:
+        if self.summed(sums[0]) is None:
             del slot.begun
             return None
         joined[at].value.begun = begun
         return whole
+
+    def _is_sum_of(self, node: ast.AST, slot: ast.expr) -> bool:
+        addends = self.addends(node)
+        return addends is not None and slot in addends[:2]
 
     def _passes(self, statement: ast.stmt, name: str, norm: nn.Module) -> bool:
         """Whether the statement computes something beside a variable and a norm: assignments, perhaps under an if."""
@@ -238,7 +214,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
         total = self.summed(given)
         if total is None:
             return steps, self.visit(given)
-        act = steps.pop(0) if steps and letter(steps[0][0].module) in ("A", "a", "I") else None
+        act = steps.pop(0) if steps and letter(steps[0][0].module) in ("A", "a", "I", "P") else None
         whole = self._sum(total, act)
         if steps:
             put(*steps[0], whole)
@@ -247,6 +223,8 @@ class Rewriter(Reader, ProductFinder, SumFinder):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if begun := getattr(node, "begun", None):
             return self._begin(node, False, begun)
+        if (total := self.summed(node)) is not None:
+            return self._sum(total, None)
         function = self.function(node.func)
         if rotary_calls.rotary_of(function) is not None:
             return self._handed(node, "rotary", rotary_calls.call, (rotary_calls.describe(function), "rotary"))
@@ -339,9 +317,7 @@ class Rewriter(Reader, ProductFinder, SumFinder):
 
     def visit_With(self, node: ast.With) -> ast.AST:
         before = self.swallows
-        opened = (item.context_expr for item in node.items)
-        managers = (self.named(x.func) if isinstance(x, ast.Call) else None for x in opened)
-        self.swallows |= not all((getattr(m, "__module__", None) or "").startswith("torch.") for m in managers)
+        self.swallows |= not self.passes_errors_on(node)
         try:
             return self.visit_If(node)
         finally:

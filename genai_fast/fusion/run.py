@@ -97,7 +97,7 @@ def norm_at_end(modules: Sequence[nn.Module]) -> int | None:
     word = "".join([letter(module) for module in modules[-2:]])
     if word[-1:] in ("N", "G"):
         return len(modules) - 1
-    return len(modules) - 2 if len(word) == 2 and word[0] in "NG" and word[1] in "AaI" else None
+    return len(modules) - 2 if len(word) == 2 and word[0] in "NG" and word[1] in "AaIP" else None
 
 
 def end(pending: Pending, residual: Any, add: Callable[[Any, Any], Any], act: nn.Module | None) -> Any:

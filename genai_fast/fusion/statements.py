@@ -57,8 +57,18 @@ def is_read(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def plain_sum(statement: ast.AugAssign, name: str, given: ast.expr) -> ast.Assign | None:
-    """`name = given + residual`, which changes what is given, for `name += residual`."""
+def plain_sum(statement: ast.AugAssign | ast.Expr, name: str, given: ast.expr) -> ast.Assign | None:
+    """`name = given + residual`, which changes what is given, for `name += residual` or `name.add_(residual)`."""
+    if isinstance(statement, ast.Expr):
+        call = statement.value
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute) or call.func.attr != "add_":
+            return None
+        if not is_read(call.func.value, name) or loads(statement, name) != 1:
+            return None
+        method = ast.copy_location(ast.Attribute(given, "add_", ast.Load()), call)
+        changed = ast.copy_location(ast.Call(method, call.args, call.keywords), call)
+        stored = ast.copy_location(ast.Name(name, ast.Store()), call)
+        return ast.copy_location(ast.Assign([stored], changed), statement)
     if not isinstance(statement.op, ast.Add) or not isinstance(statement.target, ast.Name):
         return None
     if statement.target.id != name or loads(statement, name):
@@ -71,12 +81,6 @@ def plain_sum(statement: ast.AugAssign, name: str, given: ast.expr) -> ast.Assig
 def mentions(statement: ast.stmt, name: str) -> bool:
     """Whether the variable is in the statement."""
     return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(statement))
-
-
-def sum_of(node: ast.expr, slot: ast.expr) -> ast.BinOp | None:
-    """The sum of which the variable is a part."""
-    sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
-    return next((n for n in sums if n.left is slot or n.right is slot), None)
 
 
 def target(statement: ast.stmt) -> str | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genai_fast.fusion.chains import Residual, letter
+from genai_fast.fusion.chains import Residual, doubles, letter
 from genai_fast.fusion.run import flat, norm_at_end
 
 
@@ -34,16 +34,26 @@ class Sum(NamedTuple):
 
     left: bool
     inplace: bool
+    spelled: str = ""  # of a tensor's method, or "torch.add"
 
     def __call__(self, y: Any, residual: Any) -> Any:
         if self.inplace:
             return operator.iadd(y, residual)
-        return residual + y if self.left else y + residual
+        first, second = (residual, y) if self.left else (y, residual)
+        if self.spelled == "torch.add":
+            return torch.add(first, second)
+        return getattr(first, self.spelled)(second) if self.spelled else first + second
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is still PyTorch's sum."""
+        return self.spelled != "torch.add" or torch.add is _ADD
 
     def __str__(self) -> str:
         return "residual"
 
 
+_ADD = torch.add
 RESIDUAL = Residual()  # the module of a Sum in a chain
 
 # The constructors take what the functions do, except for torch.relu and torch.selu.
@@ -53,6 +63,16 @@ FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.mish: nn.Mish, torch.selu: lambda: nn.SELU(),
     **dict.fromkeys((F.tanh, torch.tanh), nn.Tanh), **dict.fromkeys((F.sigmoid, torch.sigmoid), nn.Sigmoid),
 }  # fmt: skip
+
+
+def _doubling(*settings: Any, **named: Any) -> nn.Module:
+    upsample = nn.Upsample(*settings, **named)
+    if not doubles(upsample):
+        raise ValueError("it does something else")
+    return upsample
+
+
+FUNCTIONS[F.interpolate] = _doubling
 METHODS = {"relu": lambda: nn.ReLU(), "relu_": lambda: nn.ReLU(True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
@@ -181,15 +201,33 @@ class Reader:
 
     def summed(self, node: ast.expr | None) -> Summed | None:
         """norm(...) + residual, or the other way round, if computing the residual leaves the norm alone."""
-        if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)):
+        addends = self.addends(node)
+        if addends is None:
             return None
+        first, second, spelled = addends
         inplace = getattr(node, "inplace", False)
-        for given, residual, left in ((node.left, node.right, False), (node.right, node.left, True)):
+        for given, residual, left in ((first, second, False), (second, first, True)):
+            if left and spelled == "add_":
+                return None  # the residual is changed
             begun = getattr(given, "begun", None)
             norm = begun.norm if begun is not None else self.norm(given)
             if norm is not None and not isinstance(residual, ast.Constant) and self.harmless(residual, norm):
-                return Summed(given, residual, Sum(left, inplace), begun)
+                return Summed(given, residual, Sum(left, inplace, spelled), begun)
         return None
+
+    def addends(self, node: ast.AST | None) -> tuple[ast.expr, ast.expr, str] | None:
+        """The two of a sum, as they are computed, and how it is spelled: "" with an operator."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return node.left, node.right, ""
+        if not isinstance(node, ast.Call) or node.keywords or any(isinstance(a, ast.Starred) for a in node.args):
+            return None
+        function = self.function(node.func)
+        if function in (_ADD, operator.add) and len(node.args) == 2:
+            return node.args[0], node.args[1], "torch.add" if function is _ADD else ""
+        method = isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_") and len(node.args) == 1
+        if not method or function is not None or self._path(node.func):
+            return None
+        return node.func.value, node.args[0], node.func.attr
 
     def harmless(self, node: ast.expr, norm: nn.Module) -> bool:
         """Whether the expression reads variables and calls children and activations, none of which holds the norm."""

@@ -5,6 +5,7 @@ call is too small, or "".
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -13,6 +14,8 @@ import torch
 NORM_TRAINING = {2: 1 << 18}  # elements, by number of dimensions
 NORM_TRAINING_PLANES = 1 << 17
 NORM_EVALUATION = 1 << 21  # an activation that works in place on what the cache holds is hard to beat
+NORM_PRELU = {False: 1 << 20, True: 1 << 16}  # in evaluation, in training
+PRELU = 1 << 16  # with gradients
 DROPOUT = 1 << 13
 FOLD = 1 << 21
 CONVOLUTION = 1 << 22  # multiplications: choosing an implementation costs 20 us
@@ -40,15 +43,31 @@ def ignored() -> Iterator[None]:
 
 
 def _too_small(what: str, size: int, least: int) -> str:
-    return "" if size >= least or _ignored.get() else f"{size} {what} are fewer than {least}"
+    return "" if size >= least or _ignored.get() else _fewer(what, size, least)
 
 
-def norm(training: bool, x: torch.Tensor) -> str:
+@functools.lru_cache(1024)  # small tensors are those that wait for Python
+def _fewer(what: str, size: int, least: int) -> str:
+    return f"{size} {what} are fewer than {least}"
+
+
+def norm(training: bool, x: torch.Tensor, prelu: bool = False) -> str:
     """Batch norm of x with the activation after it."""
     if not x.is_cpu or torch.compiler.is_compiling():
         return ""
+    if prelu:
+        return _too_small("elements", x.numel(), NORM_PRELU[training])
     least = NORM_TRAINING.get(x.dim(), NORM_TRAINING_PLANES) if training else NORM_EVALUATION
     return _too_small("elements", x.numel(), least)
+
+
+def prelu(gradients: bool, x: torch.Tensor) -> str:
+    """PReLU of x by itself."""
+    if not x.is_cpu:
+        return ""
+    if not gradients and not _ignored.get():
+        return "PyTorch's forward is one pass too, and no slower"
+    return _too_small("elements", x.numel(), PRELU)
 
 
 def dropout(x: torch.Tensor) -> str:

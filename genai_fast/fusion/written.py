@@ -69,6 +69,8 @@ def _calls(chain: Chain, random: bool) -> dict[str, Callable[..., Any]]:
 
     def end_chain(first: Any, second: Any, *called: Any) -> Any:
         y, residual = (second, first) if how.left else (first, second)
+        if not how.usual and isinstance(y, Pending):
+            y = run(y.modules, y.x)
         found, calls = _look(*after, called, residual)
         if isinstance(y, Pending):
             if found is not None:

@@ -9,7 +9,7 @@ from torch import nn
 from genai_fast import ops
 from genai_fast.fusion.classes import replaced_forward
 from genai_fast.fusion.functions import cross_entropy
-from genai_fast.precision import autocast_dtype
+from genai_fast.precision import autocast_dtype, without_autocast
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -59,6 +59,27 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
+
+
+class BCELoss(nn.BCELoss):
+    """nn.BCELoss: its constructor and results, logarithms clamped at -100; also under autocast, which PyTorch refuses.
+
+    Where a sigmoid before it saturates (beyond 17 in float32), the loss of a wrong target is 100 and its gradient 0, as
+    PyTorch's; of logits nn.BCEWithLogitsLoss is exact, and so is `ops.vae_loss`, which is one pass each way too.
+
+    Args:
+        weight, size_average, reduce, reduction: as for nn.BCELoss.
+
+    Returns: the loss; dtype of the input, float32 at least under autocast.
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if not isinstance(input, torch.Tensor) or autocast_dtype(input.device.type) is None:
+            return super().forward(input, target)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        with without_autocast(input.device.type):
+            return F.binary_cross_entropy(input.to(dtype), target.to(dtype), weight, reduction=self.reduction)
 
 
 class LinearCrossEntropyLoss(nn.Linear):

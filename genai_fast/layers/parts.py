@@ -1,4 +1,4 @@
-"""Parts of generative models as modules: gated MLPs, sampling of latents, dropout after an activation, upsampling."""
+"""Parts of generative models as modules: gated MLPs, sampling of latents, dropout, upsampling, causal convolution."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genai_fast import ops
+from genai_fast.kernels.causal_conv1d.layout import ACTIVATIONS
 from genai_fast.kernels.common.activations import activate
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import left_to_torch
@@ -128,6 +129,45 @@ class UpsampleConv2d(nn.Conv2d):
             y = super().forward(F.interpolate(input, scale_factor=2.0))
             return activate(y, self.activation, self.negative_slope)
         return ops.upsample_conv2d(input, self.weight, self.bias, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class CausalConv1d(nn.Conv1d):
+    """nn.Conv1d that sees no position after its own: zeros before the first one, bias and activation in one call.
+
+    Keys and initial values as of nn.Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, groups=groups).
+
+    Args:
+        in_channels, out_channels, kernel_size, dilation, bias, device, dtype: as for nn.Conv1d.
+        groups: 1, or as many as both have channels.
+        activation: as of `ops.causal_conv1d`; with groups "none" or "silu". "gated_tanh" halves the channels.
+
+    Raises ValueError: other groups, or an activation that there is not.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1, groups: int = 1,
+        bias: bool = True, *, activation: str = "none", device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        if groups not in (1, in_channels) or (groups > 1 and out_channels != in_channels):
+            raise ValueError(
+                f"CausalConv1d: groups: expected 1, or {in_channels} for as many channels in and out, got {groups}"
+            )
+        checks.one_of("CausalConv1d", "activation", activation, ACTIVATIONS[: -1 if groups > 1 else None])
+        place = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias, **place)
+        self.activation = activation
+
+    def forward(self, input: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, C, L] to [N, C_out, L]; a condition as of `ops.causal_conv1d` (without groups)."""
+        (dilation,) = self.dilation
+        if self.groups == 1:
+            return ops.causal_conv1d(input, self.weight, self.bias, condition, dilation, self.activation)
+        if condition is not None:
+            raise ValueError("CausalConv1d: condition: expected none with groups, got one; add it to the result")
+        return ops.depthwise_causal_conv1d(input, self.weight, self.bias, dilation, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

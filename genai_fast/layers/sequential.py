@@ -17,7 +17,8 @@ class FusedSequential(nn.Sequential):
     - Conv2d or ConvTranspose2d, with what follows it, by the fastest implementation (`genai_fast.autotune`);
 
     and calls everything else as nn.Sequential does. Activations: ReLU, LeakyReLU, Tanh, Sigmoid, SiLU, GELU, ELU,
-    ReLU6, SELU, Hardswish, Softplus, Mish. A child counts if it is of torch's own class, with no hooks, no
+    ReLU6, SELU, Hardswish, Softplus, Mish, PReLU (after batch norm, and by itself). Upsampling to twice the size joins
+    the 3 x 3 convolution after it where that is faster. A child counts if it is of torch's own class, with no hooks, no
     parametrization and no forward of its own. In evaluation on the CPU, if no gradient is needed, convolution, norm and
     activation are one oneDNN call.
 

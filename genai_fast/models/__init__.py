@@ -24,6 +24,8 @@ _HOMES = {
     "translation.networks": "PatchCritic ResNetGenerator UNetGenerator",
     "vae.model": "MLPVAE",
     "vrnn.model": "VRNN",
+    "wavenet.decoding": "WaveNetDecoder",
+    "wavenet.model": "WaveNet",
 }
 __all__ = sorted(" ".join(_HOMES.values()).split())
 __getattr__, __dir__ = imports.on_demand(__name__, _HOMES)

@@ -14,6 +14,7 @@ FAMILIES = (
     "translation",
     "srgan",
     "audio_vae",
+    "wavenet",
     "gpt",
     "lstm",
     "seq2seq",

@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def make(name: str, config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The model of recipe `name` for images of shape (C, H, W), or sounds of (mels, frames).
+    """The model of recipe `name` for images of shape (C, H, W), sounds of (mels, frames), or windows of (samples,).
 
     Raises UsageError: the settings and the data do not go together.
     """
@@ -52,5 +52,5 @@ def make(name: str, config: Config, shape: tuple[int, ...], classes: int) -> nn.
     try:
         return recipe.make(config, shape, classes)
     except ValueError as error:
-        hint = "" if recipe.sounds else "; the images' size is set by --size"
+        hint = "" if recipe.sounds or recipe.waves else "; the images' size is set by --size"
         raise UsageError(f"{name}: {error}{hint}") from error

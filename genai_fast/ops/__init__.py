@@ -6,6 +6,7 @@ from genai_fast.ops.adam import adam_step
 from genai_fast.ops.batch_norm_act import batch_norm_act
 from genai_fast.ops.bias_act import bias_act, bias_gelu
 from genai_fast.ops.causal_attention import causal_attention
+from genai_fast.ops.causal_conv1d import causal_conv1d, depthwise_causal_conv1d
 from genai_fast.ops.conv2d import conv2d
 from genai_fast.ops.conv_transpose import (
     conv_transpose1d,
@@ -25,12 +26,13 @@ from genai_fast.ops.recurrent import gru, lstm
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.rotary import rotary, rotary_tables
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
+from genai_fast.ops.wavenet_decode import wavenet_decode
 
 __all__ = [
     "CrossEntropyOutput", "GPTDecoder", "VAELoss", "act_dropout", "adam_step", "batch_norm_act", "bias_act",
-    "bias_gelu", "causal_attention", "conv2d", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "gated_act", "geglu",
-    "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm", "linear_cross_entropy", "lstm",
-    "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables", "swiglu", "upsample_conv2d",
-    "vae_loss",
+    "bias_gelu", "causal_attention", "causal_conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "depthwise_causal_conv1d",
+    "gated_act", "geglu", "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm",
+    "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables",
+    "swiglu", "upsample_conv2d", "vae_loss", "wavenet_decode",
 ]  # fmt: skip

@@ -19,15 +19,16 @@ _OP = "batch_norm_act"
 class _BatchNormAct(KernelFunction):
     @staticmethod
     def forward(
-        x, weight, bias, mean, rstd, residual, after, batch_statistics, eps, activation, slope, total, group, backend
+        x, weight, bias, slopes, mean, rstd, residual, after, batch_statistics, eps, activation, slope, total, group,
+        backend,
     ):  # fmt: skip
         settings = (after, activation, slope, backend)
-        return library_call("batch_norm_act_apply", x, weight, bias, mean, rstd, residual, *settings)
+        return library_call("batch_norm_act_apply", x, weight, bias, slopes, mean, rstd, residual, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, residual, after, ctx.batch_statistics, ctx.eps = inputs[:9]
-        *ctx.settings, ctx.total, ctx.group, ctx.backend = inputs[9:]
+        *tensors, residual, after, ctx.batch_statistics, ctx.eps = inputs[:10]
+        *ctx.settings, ctx.total, ctx.group, ctx.backend = inputs[10:]
         beside, ctx.from_output = beside_input(None if after else residual, output, *ctx.settings)
         ctx.save_for_backward(*tensors, beside)
 
@@ -43,13 +44,13 @@ class _BatchNormAct(KernelFunction):
                 )
             more = (beside, ctx.from_output, ctx.batch_statistics, ctx.eps)
             return reference.gradients(*arguments, *more, *settings)
-        grad_x = sum_dz = sum_dz_x_hat = None
+        grad_x = sum_dz = sum_dz_x_hat = grad_slopes = None
         dz = grad_y  # the residual's gradient, if it is added to the result itself
-        if beside is not None or ctx.batch_statistics or any(ctx.needs_input_grad[1:3]):
+        if beside is not None or ctx.batch_statistics or any(ctx.needs_input_grad[1:4]):
             given = (*arguments, beside, ctx.from_output, *settings, ctx.backend)
-            sum_dz, sum_dz_x_hat, derived = library_call("batch_norm_act_reduce", *given)
+            sum_dz, sum_dz_x_hat, derived, grad_slopes = library_call("batch_norm_act_reduce", *given)
             if beside is not None:
-                dz, settings = derived, ("none", 0.0)
+                dz, settings, tensors[3] = derived, ("none", 0.0), None
         if ctx.needs_input_grad[0]:
             used, count = (sum_dz, sum_dz_x_hat), x.numel() // max(x.size(1), 1)
             if not ctx.batch_statistics:
@@ -58,7 +59,7 @@ class _BatchNormAct(KernelFunction):
                 used, count = _sum_over_processes(used, ctx.total, ctx.group), 1
             given = (dz, *tensors, *used, count, *settings, ctx.backend)
             grad_x = library_call("batch_norm_act_grad", *given)
-        return dict(x=grad_x, weight=sum_dz_x_hat, bias=sum_dz, residual=dz)
+        return dict(x=grad_x, weight=sum_dz_x_hat, bias=sum_dz, slopes=grad_slopes, residual=dz)
 
 
 def _sum_over_processes(sums, total, group):
@@ -105,6 +106,7 @@ def batch_norm_act(
     *,
     residual_after: bool = False,
     process_group: Any = None,
+    act_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var by channel.
 
@@ -127,10 +129,11 @@ def batch_norm_act(
         residual_after: add it after the activation instead.
         process_group: in training, take the statistics over the batches of all its processes, which must all call
             (torch.distributed.group.WORLD or a group; None: this process alone).
+        act_weight: of prelu, as in `bias_act`.
 
     Returns: y, shape and dtype of x.
-    Gradients: x, weight, bias, residual, to any order (the second and higher through plain PyTorch; torch.compile
-        refuses those, and so do statistics of several processes).
+    Gradients: x, weight, bias, residual, act_weight, to any order (the second and higher through plain PyTorch;
+        torch.compile refuses those, and so do statistics of several processes).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). Statistics are means and squared
         deviations of tiles combined in a fixed order: accurate at any mean, and bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is changed.
@@ -148,11 +151,12 @@ def batch_norm_act(
         raise ValueError(f"{_OP}: running_mean and running_var: expected both or neither; pass the missing one")
     if not training and running_mean is None:
         raise ValueError(f"{_OP}: running_mean: expected [C] with training=False, got None; pass training=True")
-    slope = checks.activation(_OP, activation, negative_slope)
+    slope, slopes = checks.activation_with_weight(_OP, x, activation, negative_slope, act_weight)
     momentum = checks.real(_OP, "momentum", momentum, "a finite float")
     eps = checks.epsilon(_OP, eps, "> 0 (0 with training=False alone)", math.ulp(0.0) if training else 0.0)
     backend, total = forced_backend(), None
-    weight, bias = wide(weight), wide(bias)
+    slopes = None if slopes is None else slopes.expand(x.size(1))
+    weight, bias, slopes = wide(weight), wide(bias), wide(slopes)
     if training:
         count = x.numel() // x.size(1) if x.numel() else 0
         if count < 2 and process_group is None:
@@ -169,8 +173,9 @@ def batch_norm_act(
     elif running_mean is not None and running_var is not None:
         original = running_mean.detach()
         mean, rstd = wide(original), torch.rsqrt(wide(running_var.detach()) + eps)
-        if mean is original and needs_graph((x, weight, bias, residual)):
+        if mean is original and needs_graph((x, weight, bias, residual, slopes)):
             mean = mean.clone()  # a later forward in training moves the original, and backward needs this one
     return _BatchNormAct.call(
-        x, weight, bias, mean, rstd, residual, after, training, eps, activation, slope, total, process_group, backend
-    )
+        x, weight, bias, slopes, mean, rstd, residual, after, training, eps, activation, slope, total, process_group,
+        backend,
+    )  # fmt: skip

@@ -14,24 +14,24 @@ _OP = "bias_act"
 
 class _BiasAct(KernelFunction):
     @staticmethod
-    def forward(x, bias, activation, slope, from_output, backend):
-        return library_call("bias_act", x, bias, activation, slope, backend)
+    def forward(x, bias, slopes, activation, slope, from_output, backend):
+        return library_call("bias_act", x, bias, slopes, activation, slope, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, bias, *ctx.settings, ctx.from_output, ctx.backend = inputs
+        x, bias, slopes, *ctx.settings, ctx.from_output, ctx.backend = inputs
         if ctx.settings[0] == "none":
-            ctx.save_for_backward(None, None)
+            ctx.save_for_backward(None, None, None)
         else:
-            ctx.save_for_backward(*((output, None) if ctx.from_output else (x, bias)))
+            ctx.save_for_backward(*((output, None) if ctx.from_output else (x, bias)), slopes)
 
     @staticmethod
     def backward(ctx, grad_y):
-        saved, bias = ctx.saved_tensors
+        saved, bias, slopes = ctx.saved_tensors
         saved = grad_y if saved is None else saved  # of an activation whose derivative is 1
-        arguments = (grad_y, saved, bias, ctx.from_output, ctx.needs_input_grad[1], *ctx.settings, ctx.backend)
-        grad_x, grad_bias = backward_call("bias_act_backward", *arguments)
-        return dict(x=grad_x, bias=grad_bias)
+        arguments = (grad_y, saved, bias, slopes, ctx.from_output, ctx.needs_input_grad[1], *ctx.settings, ctx.backend)
+        grad_x, grad_bias, grad_slopes = backward_call("bias_act_backward", *arguments)
+        return dict(x=grad_x, bias=grad_bias, slopes=grad_slopes)
 
 
 @planned
@@ -42,6 +42,7 @@ def bias_act(
     negative_slope: float | None = None,
     *,
     save_output: bool = False,
+    act_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = activation(x + bias[c]).
 
@@ -50,27 +51,31 @@ def bias_act(
             contiguous or channels-last x.
         bias: [C] or None for 0; the dtype of x, or float32.
         activation: "none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "elu", "relu6",
-            "selu", "hardswish", "softplus" (of threshold 20) or "mish": PyTorch's functions of these names.
+            "selu", "hardswish", "softplus" (of threshold 20), "mish" or "prelu": PyTorch's functions of these names.
         negative_slope: of leaky_relu; alpha of elu; beta of softplus. None: 0.2, 1 and 1.
         save_output: keep y for backward instead of x, as an activation in place does, so that x can be freed. y must
             then stay as it is until backward: autograd refuses one that was changed in place. relu, tanh and sigmoid
             always keep y; leaky_relu can where its slope is above 0; the others cannot.
+        act_weight: of prelu, its slopes: [1] for all channels or [C]; the dtype of x, or float32.
 
     Returns: y, shape and dtype of x.
-    Gradients: x and bias, to any order (the second and higher through plain PyTorch; torch.compile refuses those).
+    Gradients: x, bias and act_weight, to any order (the second and higher through plain PyTorch; torch.compile refuses
+        those).
     Backends: C++ (CPU), Triton (CUDA), reference (elsewhere, and float64). The sums by channel are bitwise repeatable.
     Raises: TypeError, ValueError on arguments that do not fit, before anything is allocated.
-    Source: Maas, Hannun & Ng 2013 (leaky ReLU).
+    Source: Maas, Hannun & Ng 2013 (leaky ReLU); He et al. 2015, arXiv:1502.01852 (PReLU).
     """
-    return _call(_OP, x, bias, activation, negative_slope, save_output)
+    return _call(_OP, x, bias, activation, negative_slope, save_output, act_weight)
 
 
-def _call(op, x, bias, activation, slope, save_output):
+def _call(op, x, bias, activation, slope, save_output, act_weight=None):
     checks.has_channels(op, x)
     checks.per_channel(op, {"bias": bias}, x)
-    slope = checks.activation(op, activation, slope)
+    slope, slopes = checks.activation_with_weight(op, x, activation, slope, act_weight)
     from_output = checks.saves_output(op, activation, slope, save_output, ("relu", "tanh", "sigmoid"))
-    return _BiasAct.call(x, wide(bias), activation, slope, from_output, forced_backend())
+    if bias is not None and slopes is not None:
+        slopes = slopes.expand(x.size(1))
+    return _BiasAct.call(x, wide(bias), wide(slopes), activation, slope, from_output, forced_backend())
 
 
 @planned

@@ -176,6 +176,23 @@ def activation(op: str, name: Any, slope: Any) -> float:
     return real(op, "negative_slope", slope_of(name, slope), "a finite float")
 
 
+def activation_with_weight(
+    op: str, x: torch.Tensor, name: Any, slope: Any, weight: Any
+) -> tuple[float, torch.Tensor | None]:
+    """The slope, and of prelu the weight [1] or [C], for ops that have this activation too."""
+    if name != "prelu":
+        if weight is not None:
+            raise ValueError(f"{op}: act_weight: expected None with activation {name!r}, got a weight; pass 'prelu'")
+        one_of(op, "activation", name, (*ACTIVATIONS, "prelu"))
+        return activation(op, name, slope), None
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(
+            f"{op}: act_weight: expected a tensor with activation 'prelu', got {type(weight).__name__}; pass [1] or [C]"
+        )
+    per_channel(op, {"act_weight": weight}, x, 1 if weight.shape == (1,) else None)
+    return 0.0, weight
+
+
 def saves_output(op: str, activation: str, slope: float, asked: Any, always: tuple[str, ...]) -> bool:
     """Whether backward keeps the result instead of the input: if asked, and for the activations in `always`."""
     if flag(op, "save_output", asked) and not output_gives_derivative(activation, slope):

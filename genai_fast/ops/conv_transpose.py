@@ -49,8 +49,8 @@ class _ConvTranspose(KernelFunction):
         x, weight, y = ctx.saved_tensors
         grad_bias = None
         if y is not None:
-            arguments = (grad_y, y, None, True, ctx.needs_input_grad[2], *ctx.activation, ctx.backend)
-            grad_y, grad_bias = backward_call("bias_act_backward", *arguments)
+            arguments = (grad_y, y, None, None, True, ctx.needs_input_grad[2], *ctx.activation, ctx.backend)
+            grad_y, grad_bias, _ = backward_call("bias_act_backward", *arguments)
         elif ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(reduced_dims(grad_y), dtype=torch.promote_types(grad_y.dtype, torch.float32))
         return dict(**_convolution_gradients(ctx, grad_y, x, weight), bias=grad_bias)
@@ -63,7 +63,7 @@ class _ConvTransposeBatchNormAct(KernelFunction):
         backend,
     ):  # fmt: skip
         return library_call(
-            "batch_norm_act_apply", y, bn_weight, bn_bias, mean, rstd, None, False, activation, slope, backend
+            "batch_norm_act_apply", y, bn_weight, bn_bias, None, mean, rstd, None, False, activation, slope, backend
         )
 
     @staticmethod
@@ -79,12 +79,12 @@ class _ConvTransposeBatchNormAct(KernelFunction):
             settings = (ctx.stride, ctx.padding, ctx.output_padding, "none", 0.0)
             y = reference.conv_transpose(x, weight, bias, *settings)  # again: the saved one carries no graph
             norm = batch_norm_reference.gradients(
-                grad_out, y, bn_weight, bn_bias, mean, rstd, None, False, True, ctx.eps, *activation
+                grad_out, y, bn_weight, bn_bias, None, mean, rstd, None, False, True, ctx.eps, *activation
             )
             grad_y, grad_bn_weight, grad_bn_bias = norm["x"], norm["weight"], norm["bias"]
         else:
-            arguments = (grad_out, y, bn_weight, bn_bias, mean, rstd)
-            *sums, _ = library_call("batch_norm_act_reduce", *arguments, None, False, *activation, ctx.backend)
+            arguments = (grad_out, y, bn_weight, bn_bias, None, mean, rstd)
+            *sums, _, _ = library_call("batch_norm_act_reduce", *arguments, None, False, *activation, ctx.backend)
             count = y.numel() // y.size(1)
             grad_y = library_call("batch_norm_act_grad", *arguments, *sums, count, *activation, ctx.backend)
             grad_bn_bias, grad_bn_weight = sums

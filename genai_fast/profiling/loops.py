@@ -89,8 +89,9 @@ def _with_data(system: System, source: str) -> tuple[System, Feed]:
     if text:
         system = replace(system, config=config, vocabulary=task.tokenizer.size)
     else:
-        shape = tuple(task.images.shape)
-        system = replace(system, config=config, shape=shape, classes=len(task.images.classes) if system.classes else 0)
+        about = task.about
+        classes = len(about["classes"]) if system.classes else 0
+        system = replace(system, config=config, shape=tuple(about["shape"]), classes=classes)
     return system, task.feeds(system.model())[0]
 
 

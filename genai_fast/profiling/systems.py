@@ -30,8 +30,8 @@ class System:
     """A recipe, its settings, a batch, and the same in plain PyTorch.
 
     Both steps take images or log-mel spectrograms [batch, *shape], in [-1, 1] or [0, 1] as the model wants, and labels
-    where it has classes; of text ids of `vocabulary`, shape (tokens,), as the recipe's feed gives them; of a
-    translation images of both sets.
+    where it has classes; of waveforms codes, and the codes after them, [batch, *shape]; of text ids of `vocabulary`,
+    shape (tokens,), as the recipe's feed gives them; of a translation images of both sets.
     """
 
     recipe: str
@@ -76,6 +76,8 @@ class System:
         generator = torch.Generator().manual_seed(0)
         if self.is_text:
             return self._ids(device, generator)
+        if RECIPES[self.recipe].waves:
+            return self._codes(device, generator)
         count = self.batch * getattr(self.config, "n_critic", 1)
         x = torch.rand(count, *self.shape, generator=generator).to(device)
         x = x * 2 - 1 if self.signed else x
@@ -93,6 +95,11 @@ class System:
         pairs = (x, lengths, y, lengths)
         by_feed = {"windows": (x, y), "streams": (x, y, carry), "sequences": (x, lengths), "pairs": pairs}
         return by_feed[RECIPES[self.recipe].feed]
+
+    def _codes(self, device: str, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        codes = torch.randint(256, (self.batch, self.shape[0] + 1), generator=generator).to(device)
+        labels = torch.randint(max(self.classes, 1), (self.batch,), generator=generator).to(device)
+        return codes[:, :-1].contiguous(), codes[:, 1:].contiguous(), *([labels] if self.classes else [])
 
     def model(self) -> nn.Module:
         return RECIPES[self.recipe].make(self.config, *self._of_data)

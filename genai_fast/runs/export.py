@@ -85,6 +85,9 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     elif RECIPES[run.recipe].sounds:
         command, use = export_template.draw_sounds, {"latent": run.model.latent, "spectrum": spectrum_of(run.config)}
         call = f"draw_sounds(load(), {_arguments(use)})"
+    elif RECIPES[run.recipe].waves:
+        command, use = export_template.draw_waves, {"rate": run.config.rate, "classes": run.classes}
+        call = f"draw_waves(load(), {_arguments(use)})"
     elif offers(run.model, Draws):
         traits, command = image_traits(run.model), export_template.draw
         use = {"shape": run.shape, "latent": traits.latent, "classes": run.classes, "signed": traits.signed}
@@ -101,7 +104,8 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     roots = [kind, *([export_template.Tokenizer, export_template.picker] if run.tokenizer is not None else []), command]
     imports, definitions = _copied(roots)
     name, definitions = (re.sub(r"\bPlain(?=[A-Z])", "", x) for x in (kind.__name__, definitions))
-    pictures = run.tokenizer is None and command is not export_template.draw_sounds
+    sounds = (export_template.draw_sounds, export_template.draw_waves)
+    pictures = run.tokenizer is None and command not in sounds
     needs = "torch and safetensors" + ("; pictures need pillow" if pictures else "")
     return f'''"""{name}, trained by `genai-fast train {run.recipe}` (version {__version__}), in plain PyTorch.
 
@@ -169,7 +173,7 @@ def _copied(roots: list[Any]) -> tuple[str, str]:
 
 def _write_graph(run: Opened, plain: nn.Module, values: Values, path: Path) -> None:
     """ONNX of what draws; batches may have any size, and texts any length up to the model's block."""
-    graph = RECIPES[run.recipe].graph or _of_images(run, plain)
+    graph = graph_of(run, plain)
     plain.forward = getattr(plain, graph.method)
     tensors, axes = zip(*(_input(axes.split(), values) for axes in graph.inputs.values()), strict=True)
     chatter = logging.getLogger("torch.onnx")
@@ -188,10 +192,15 @@ def _write_graph(run: Opened, plain: nn.Module, values: Values, path: Path) -> N
     program.save(path, external_data=size > _LARGEST)
 
 
-def _of_images(run: Opened, plain: nn.Module) -> Graph:
+def graph_of(run: Opened, plain: nn.Module) -> Graph:
+    """What ONNX export traces of a run's plain network."""
+    if (found := RECIPES[run.recipe].graph) is not None:
+        return found
+    labels = {"labels": "batch"} if run.classes else {}
+    if RECIPES[run.recipe].waves:
+        return Graph({"codes": "batch tokens", **labels}, ("logits",))
     if not offers(run.model, Draws):
         return Graph({"images": "batch channels size size"}, ("reconstructions",))
-    labels = {"labels": "batch"} if run.classes else {}
     return Graph({"z": "batch latent", **labels}, ("images",), "decode" if hasattr(plain, "decode") else "forward")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from genai_fast.data.audio.mel import Spectrum, to_sound
+from genai_fast.data.audio.mu_law import mu_law_decode
 from genai_fast.data.text.tokenizers import byte_alphabet
 
 
@@ -108,6 +109,40 @@ def draw_sounds(model: nn.Module, latent: int, spectrum: Spectrum) -> None:
             for part in features.split(100):
                 for x in nn.functional.pad(to_sound(part, spectrum), (0, spectrum.rate // 5)):
                     file.writeframes(struct.pack(f"<{len(x)}h", *(x * 32767).round().int().tolist()))
+    print(f"{options.out}: {options.count} samples")
+
+
+def draw_waves(model: nn.Module, rate: int, classes: tuple[str, ...]) -> None:
+    """The command line of a model that makes mu-law codes one after the other: sounds in a WAV file."""
+    parser = argparse.ArgumentParser(description="Draw samples; each code takes the whole network.")
+    parser.add_argument("--count", type=int, default=4, help="how many; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of each; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    if classes:
+        parser.add_argument("--class", dest="label", metavar="NAME", choices=classes, help="default: each in turn")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.wav"),
+        help="a WAV file, or a .pt file of codes [N, T] int64; default: %(default)s",
+    )
+    options = parser.parse_args()
+    labels = None
+    if classes:
+        labels = torch.arange(options.count) % len(classes)
+        labels = labels if options.label is None else torch.full_like(labels, classes.index(options.label))
+    generator = torch.Generator().manual_seed(options.seed)
+    steps = max(round(options.seconds * rate), 1)
+    codes = torch.stack([*model.generate(options.count, steps, labels, generator=generator)], 1)
+    if options.out.suffix == ".pt":
+        torch.save(codes, options.out)
+    else:
+        with wave.open(str(options.out), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            for x in nn.functional.pad(mu_law_decode(codes), (0, rate // 5)):
+                file.writeframes(struct.pack(f"<{len(x)}h", *(x * 32767).round().int().tolist()))
     print(f"{options.out}: {options.count} samples")
 
 

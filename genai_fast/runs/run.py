@@ -21,6 +21,7 @@ from genai_fast.runs.audio_task import AudioTask
 from genai_fast.runs.image_task import ImageTask
 from genai_fast.runs.text_task import TextTask
 from genai_fast.runs.translation_task import TranslationTask
+from genai_fast.runs.wave_task import WaveTask
 from genai_fast.terminal import say
 from genai_fast.training import accumulation, checkpoint, distributed, parallel
 from genai_fast.training.loop import METRICS, finishing, fit
@@ -56,7 +57,7 @@ class Opened:
     recipe: str
     config: Config
     model: nn.Module
-    shape: tuple[int, ...] = ()  # (C, H, W) of an image, (mels, frames) of a sound
+    shape: tuple[int, ...] = ()  # (C, H, W) of an image, (mels, frames) of a sound, (samples,) of a window of one
     classes: tuple[str, ...] = ()  # names of the labels
     tokenizer: Tokenizer | None = None  # of a model of text
 
@@ -67,6 +68,8 @@ def task_of(name: str) -> type[ImageTask] | type[TextTask]:
         return TextTask
     if RECIPES[name].sounds:
         return AudioTask
+    if RECIPES[name].waves:
+        return WaveTask
     return TranslationTask if RECIPES[name].translates else ImageTask
 
 

@@ -38,54 +38,58 @@ struct OfBatch {
   const Memory<float> values;
   const int64_t columns;
 
-  OfBatch(int64_t channels, int64_t repeat, const float* weight, const float* bias, const float* mean,
-          const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count)
-      : values(5 * channels * repeat), columns(channels * repeat) {
+  OfBatch(int64_t channels, int64_t repeat, const float* weight, const float* bias, const float* slopes,
+          const float* mean, const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count)
+      : values(6 * channels * repeat), columns(channels * repeat) {
     const float share = 1.0f / float(count);
     for (int64_t c = 0; c < channels; ++c) {
       const float a = weight ? weight[c] * rstd[c] : rstd[c];
-      const float five[5] = {mean[c], a, bias ? bias[c] : 0.0f, sum_dz ? -a * rstd[c] * (sum_dz_x_hat[c] * share) : 0.0f,
-                             sum_dz ? -a * (sum_dz[c] * share) : 0.0f};
+      const float six[6] = {mean[c], a, bias ? bias[c] : 0.0f, sum_dz ? -a * rstd[c] * (sum_dz_x_hat[c] * share) : 0.0f,
+                            sum_dz ? -a * (sum_dz[c] * share) : 0.0f, slopes ? slopes[c] : 0.0f};
       for (int64_t i = c * repeat; i < (c + 1) * repeat; ++i) {
-        for (int64_t k = 0; k < 5; ++k) values[k * columns + i] = five[k];
+        for (int64_t k = 0; k < 6; ++k) values[k * columns + i] = six[k];
       }
     }
   }
   Coefficients get() const {
     float* const v = values;
-    return {v, v + columns, v + 2 * columns, v + 3 * columns, v + 4 * columns};
+    return {v, v + columns, v + 2 * columns, v + 3 * columns, v + 4 * columns, v + 5 * columns};
   }
 };
 
 void batch_norm_act_apply(const void* x, int dtype, void* y, int64_t outer, int64_t channels, int64_t inner,
-                          const float* weight, const float* bias, const float* mean, const float* rstd,
-                          const void* residual, bool after, int activation, double negative_slope, int threads) {
-  const OfBatch of(channels, 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
+                          const float* weight, const float* bias, const float* slopes, const float* mean,
+                          const float* rstd, const void* residual, bool after, int activation, double negative_slope,
+                          int threads) {
+  const OfBatch of(channels, 1, weight, bias, slopes, mean, rstd, nullptr, nullptr, 1);
   normalized(x, residual, after, dtype, y, {outer, channels, inner}, of.get(), activation, float(negative_slope), threads);
 }
 
-// beside: the residual, or y if from_output; null, and so is dz, without a residual.
+// beside: the residual, or y if from_output; null, and so is dz, without a residual. grad_slopes: null but of kPrelu.
 void batch_norm_act_reduce(const void* grad_y, const void* x, int dtype, int64_t outer, int64_t channels,
-                           int64_t inner, const float* weight, const float* bias, const float* mean, const float* rstd,
-                           const void* beside, bool from_output, float* sum_dz, float* sum_dz_x_hat, void* dz,
-                           int activation, double negative_slope, int threads) {
+                           int64_t inner, const float* weight, const float* bias, const float* slopes,
+                           const float* mean, const float* rstd, const void* beside, bool from_output, float* sum_dz,
+                           float* sum_dz_x_hat, void* dz, float* grad_slopes, int activation, double negative_slope,
+                           int threads) {
   const Tiles tiles({outer, channels, inner});
-  const OfBatch of(channels, tiles.shape.last() ? tiles.per : 1, weight, bias, mean, rstd, nullptr, nullptr, 1);
-  const Memory<float> partial(2 * tiles.partials());
+  const int64_t repeat = tiles.shape.last() ? tiles.per : 1;
+  const OfBatch of(channels, repeat, weight, bias, slopes, mean, rstd, nullptr, nullptr, 1);
+  const Memory<float> partial((grad_slopes ? 3 : 2) * tiles.partials());
   const Beside kind = !beside ? kNothing : from_output ? kOutput : kResidual;
   gradient_sums<false>(
       grad_y, x, beside, kind, dtype, tiles, of.get(), activation, float(negative_slope), partial, dz, threads,
       [&](int64_t c, double total) { sum_dz[c] = float(total); },
-      [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); });
+      [&](int64_t c, double total) { sum_dz_x_hat[c] = float(total * double(rstd[c])); },
+      [&](int64_t c, double total) { grad_slopes[c] = float(total); });
 }
 
 // dx = scale (dz - sum_dz / count - x-hat sum_dz_x_hat / count); null sums: the statistics do not depend on x.
 void batch_norm_act_grad(const void* grad_y, const void* x, int dtype, void* grad_x, int64_t outer, int64_t channels,
-                         int64_t inner, const float* weight, const float* bias, const float* mean, const float* rstd,
-                         const float* sum_dz, const float* sum_dz_x_hat, int64_t count, int activation,
-                         double negative_slope, int threads) {
+                         int64_t inner, const float* weight, const float* bias, const float* slopes, const float* mean,
+                         const float* rstd, const float* sum_dz, const float* sum_dz_x_hat, int64_t count,
+                         int activation, double negative_slope, int threads) {
   require_both("sum_dz and sum_dz_x_hat", sum_dz, sum_dz_x_hat, channels);
-  const OfBatch of(channels, 1, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count);
+  const OfBatch of(channels, 1, weight, bias, slopes, mean, rstd, sum_dz, sum_dz_x_hat, count);
   input_gradient(grad_y, x, dtype, grad_x, {outer, channels, inner}, of.get(), activation,
                  float(negative_slope), threads);
 }

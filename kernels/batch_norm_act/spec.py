@@ -21,7 +21,7 @@ from genai_fast.kernels.common.spec import (
 
 def _reference(
     x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-    activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False,
+    activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False, act_weight=None,
 ):  # fmt: skip
     """F.batch_norm, the sum and the activation, in float32 or wider."""
     running = [None if r is None else wide(r).clone() for r in (running_mean, running_var)]
@@ -31,17 +31,19 @@ def _reference(
         running_mean.copy_(running[0])
         running_var.copy_(running[1])
     z = z if residual is None or residual_after else z + wide(residual)
-    y = activate(z, activation, negative_slope)
+    y = activate(z, activation, negative_slope) if act_weight is None else F.prelu(z, act_weight.to(z.dtype))
     return (y + wide(residual) if residual is not None and residual_after else y).to(x.dtype)
 
 
 def _eager(inplace):
     def run(
         x, weight=None, bias=None, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5,
-        activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False,
+        activation="leaky_relu", negative_slope=None, residual=None, *, residual_after=False, act_weight=None,
     ):  # fmt: skip
         """What people write: BatchNorm, the sum, then the activation module."""
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if act_weight is not None:
+            return F.prelu(z, act_weight)
         if residual_after:
             return activate(z, activation, negative_slope) + residual
         if residual is not None:
@@ -81,6 +83,16 @@ def _inputs(*shape, layout="contiguous", mean=0.5, running=True, residual=False,
     def make(t):
         found = dict(x=t.laid_out(layout, *shape, scale=2.0, mean=mean), **_parameters(t, shape[1], running), **more)
         return found | dict(residual=t.laid_out(layout, *shape)) if residual else found
+
+    return make
+
+
+def _prelu(*shape, slopes=None, **more):
+    """With a weight for each channel, or of that many slopes."""
+
+    def make(t):
+        weight = t.uniform(slopes or shape[1], low=-0.5, high=0.8, grad=True)
+        return _inputs(*shape, **more)(t) | dict(activation="prelu", act_weight=weight)
 
     return make
 
@@ -152,6 +164,15 @@ CASES = (
         )
         for name, layout in (("relu", "channels_last"), ("silu", "contiguous"), ("mish", "strided"))
     ),
+    Case("prelu", _prelu(4, 24, 9, 7)),
+    Case("prelu_channels_last", _prelu(4, 24, 9, 7, layout="channels_last", slopes=1)),
+    Case("prelu_small_planes", _prelu(20, 34, 4, 4, slopes=1)),
+    Case("prelu_large_plane", _prelu(2, 3, 96, 128)),
+    Case("prelu_eval", _prelu(4, 6, 5, 5, training=False)),
+    Case("prelu_residual", _prelu(4, 24, 9, 7, residual=True)),
+    Case("prelu_residual_channels_last", _prelu(4, 24, 9, 7, layout="channels_last", residual=True)),
+    Case("prelu_after", _prelu(4, 24, 9, 7, residual=True, residual_after=True)),
+    Case("second_order_prelu", _prelu(3, 2, 3, 2, residual=True)),
     Case("residual_small_planes", _inputs(20, 34, 4, 4, activation="relu", residual=True)),
     Case("residual_linear", _inputs(33, 130, activation="leaky_relu", negative_slope=-0.5, residual=True)),
     Case("residual_large_plane", _inputs(2, 3, 96, 128, activation="tanh", residual=True)),
@@ -185,6 +206,8 @@ ERROR_CASES = (
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
               r"activation.*'leaky_relu'.*got 'leaky'"),
     ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": "0.2"}, ValueError, r"negative_slope.*got '0.2'"),
+    ErrorCase("prelu_without_weight", lambda t: {**_GOOD(t), "activation": "prelu"}, TypeError,
+              r"act_weight.*expected a tensor.*NoneType"),
     ErrorCase("residual_shape", lambda t: {**_GOOD(t), "residual": t.normal(4, 6, 5)}, ValueError,
               r"residual.*expected shape \(4, 6, 5, 5\).*got \(4, 6, 5\)"),
     ErrorCase("residual_dtype", lambda t: {**_GOOD(t), "residual": t.normal(4, 6, 5, 5).half()}, TypeError,
@@ -203,6 +226,7 @@ BENCH_CASES = (
     Case("dcgan_64-32x128x16x16-channels_last", _inputs(32, 128, 16, 16, layout="channels_last")),
     Case("dcgan_64-32x128x16x16", _inputs(32, 128, 16, 16)),
     Case("dense_to_image-128x6272", _inputs(128, 6272, activation="relu")),
+    Case("srresnet-16x64x24x24-prelu", _prelu(16, 64, 24, 24, slopes=1)),
     Case("resnet-32x128x28x28-residual", _inputs(32, 128, 28, 28, activation="relu", residual=True)),
 )
 GPU_CASES = tuple(
@@ -215,6 +239,7 @@ _COMPILE_CASES = (
     CompileCase(
         "after", _inputs(64, 64, 32, 32, layout="channels_last", activation="relu", residual=True, residual_after=True)
     ),
+    CompileCase("prelu", _prelu(64, 64, 32, 32, layout="channels_last")),
     CompileCase("residual", _inputs(64, 64, 32, 32, layout="channels_last", activation="silu", residual=True)),
 )
 _SUMS, _EACH = Expected(()), Expected((), lambda c: c["ROWS"] * c["BLOCK"])

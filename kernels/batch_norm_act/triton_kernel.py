@@ -6,7 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from genai_fast.kernels.common.activations_triton import activate, times_derivative, times_derivative_from_output
+from genai_fast.kernels.common.activations import code_beside
+from genai_fast.kernels.common.activations_triton import (
+    activate,
+    times_derivative,
+    times_derivative_by_slope,
+    times_derivative_from_output,
+)
 from genai_fast.kernels.common.channels import dense_channels, extent, like_partner, require_channels
 from genai_fast.kernels.common.launch import ceil_div, row_tile
 from genai_fast.kernels.common.moments_triton import combine_grid, combine_moments
@@ -164,7 +170,7 @@ def _matrix_tile(rows, columns, channels, across, LAST: tl.constexpr, ROWS: tl.c
 @triton.jit
 def _batch_norm_act_apply(
     x_ptr, residual_ptr, y_ptr,              # [rows, columns], the second may be None
-    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
+    weight_ptr, bias_ptr, slopes_ptr, mean_ptr, rstd_ptr,  # [channels], the first three may be None
     rows, columns, channels, across, slope,
     LAST: tl.constexpr, ACTIVATION: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -175,6 +181,8 @@ def _batch_norm_act_apply(
     z = (x - mean) * scale + shift
     if residual_ptr is not None and not AFTER:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + channel, mask=channel < channels, other=0.0)
     y = activate(z, slope, ACTIVATION)
     if residual_ptr is not None and AFTER:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -185,16 +193,19 @@ def _batch_norm_act_apply(
 def _batch_norm_act_sums(
     grad_y_ptr, x_ptr,                       # [outer, channels, inner]
     beside_ptr, dz_ptr,                      # the same: the residual, or y if FROM_OUTPUT, and dz; or both None
-    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
-    partial_ptr,                             # [2, groups, channels]
+    weight_ptr, bias_ptr, slopes_ptr, mean_ptr, rstd_ptr,  # [channels], the first three may be None
+    partial_ptr,                             # [2, groups, channels], with slopes [3, groups, channels]
     outer, channels, inner, row_stride, plane, tiles, slope,
     LAST: tl.constexpr, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and of dz (x - mean) over this program's tiles, dz = dy activate'(z)."""
+    """Sums of dz, of dz (x - mean) and of the slopes' gradient over this program's tiles, dz = dy activate'(z)."""
     group, channel, base, limit, across, begin, end = _range(outer, channels, inner, tiles, LAST, PARTS, ROWS, WIDTH)
     inside = channel < channels
     mean, scale, shift = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, inside)
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + channel, mask=inside, other=0.0)[:, None, :]
+        by_slope = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     total = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     product = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
     for tile in range(begin, end):
@@ -214,16 +225,20 @@ def _batch_norm_act_sums(
             tl.store(dz_ptr + offs, together.to(dz_ptr.dtype.element_ty), mask=mask)
         mask = _apart(mask, PARTS)
         dz = tl.where(mask, dz, 0.0)
+        if slopes_ptr is not None:
+            by_slope += tl.where(mask, times_derivative_by_slope(grad, z), 0.0)
         total += dz
         product += tl.where(mask, dz * d, 0.0)
     at = partial_ptr + group.to(tl.int64) * channels + channel
     tl.store(at, _by_channel(total, LAST), mask=inside)
     tl.store(at + plane, _by_channel(product, LAST), mask=inside)
+    if slopes_ptr is not None:
+        tl.store(at + 2 * plane, _by_channel(by_slope, LAST), mask=inside)
 
 
 @triton.jit
 def _batch_norm_combine_sums(
-    partial_ptr, rstd_ptr,                   # [2, groups, channels], [channels]
+    partial_ptr, rstd_ptr,                   # [2 or 3, groups, channels], [channels]
     sum_dz_ptr, sum_dz_x_hat_ptr,            # [channels]
     groups, channels, plane,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -246,7 +261,7 @@ def _batch_norm_combine_sums(
 @triton.jit
 def _batch_norm_act_grad(
     grad_y_ptr, x_ptr, grad_x_ptr,           # [rows, columns]
-    weight_ptr, bias_ptr, mean_ptr, rstd_ptr,  # [channels], the first two may be None
+    weight_ptr, bias_ptr, slopes_ptr, mean_ptr, rstd_ptr,  # [channels], the first three may be None
     sum_dz_ptr, sum_dz_x_hat_ptr,            # [channels] or None
     rows, columns, channels, across, share, slope,
     LAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -258,6 +273,8 @@ def _batch_norm_act_grad(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     d = x - mean
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + channel, mask=inside, other=0.0)
     dx = scale * times_derivative(grad, d * scale + shift, slope, ACTIVATION)
     if sum_dz_ptr is not None:
         rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
@@ -306,10 +323,11 @@ def batch_norm_statistics(x, running_mean, running_var, momentum, eps):
     return combine_moments(partial, running_mean, running_var, outer * inner, momentum, eps)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, after, activation, slope):
+def batch_norm_act_apply(x, weight, bias, slopes, mean, rstd, residual, after, activation, slope):
+    code_beside(slopes, activation)
     x = dense_channels(x)
     residual = like_partner(residual, x)
-    parameters = require_channels(x, weight, bias, mean, rstd)
+    parameters = require_channels(x, weight, bias, slopes, mean, rstd)
     y = torch.empty_like(x)
     if x.numel():
         grid, sizes, constants = _matrix("apply", x)
@@ -319,31 +337,33 @@ def batch_norm_act_apply(x, weight, bias, mean, rstd, residual, after, activatio
     return y
 
 
-def batch_norm_act_reduce(grad_y, x, weight, bias, mean, rstd, beside, from_output, activation, slope):
+def batch_norm_act_reduce(grad_y, x, weight, bias, slopes, mean, rstd, beside, from_output, activation, slope):
+    code_beside(slopes, activation)
     x = dense_channels(x)
     grad_y, beside = like_partner(grad_y, x), like_partner(beside, x)
-    parameters = require_channels(x, weight, bias, mean, rstd)
+    parameters = require_channels(x, weight, bias, slopes, mean, rstd)
     grid, groups, sizes, constants = _sums("sums", x)
     channels = x.size(1)
-    partial = x.new_empty((2, groups, channels), dtype=torch.float32)
+    partial = x.new_empty((2 if slopes is None else 3, groups, channels), dtype=torch.float32)
     results = tuple(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     dz = None if beside is None else torch.empty_like(x)
     narrow = x.new_empty(0) if dz is None else dz
     if not x.numel():
-        return *(r.zero_() for r in results), narrow
+        return *(r.zero_() for r in results), narrow, x.new_zeros(0 if slopes is None else channels).float()
     _batch_norm_act_sums[grid](
         grad_y, x, beside, dz, *parameters, partial, *sizes, slope, ACTIVATION=activation, FROM_OUTPUT=from_output,
         **constants,
     )  # fmt: skip
     grid, constants = combine_grid(channels)
-    _batch_norm_combine_sums[grid](partial, parameters[3], *results, groups, channels, groups * channels, **constants)
-    return *results, narrow
+    _batch_norm_combine_sums[grid](partial, parameters[4], *results, groups, channels, groups * channels, **constants)
+    grad_slopes = x.new_empty(0, dtype=torch.float32) if slopes is None else partial[2].sum(0)
+    return *results, narrow, grad_slopes
 
 
-def batch_norm_act_grad(grad_y, x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
+def batch_norm_act_grad(grad_y, x, weight, bias, slopes, mean, rstd, sum_dz, sum_dz_x_hat, count, activation, slope):
     x = dense_channels(x)
     grad_y = like_partner(grad_y, x)
-    parameters = require_channels(x, weight, bias, mean, rstd, sum_dz, sum_dz_x_hat)
+    parameters = require_channels(x, weight, bias, slopes, mean, rstd, sum_dz, sum_dz_x_hat)
     grad_x = torch.empty_like(x)
     if x.numel():
         grid, sizes, constants = _matrix("grad", x)

@@ -18,16 +18,18 @@ from genai_fast.kernels.common.spec import (
 )
 
 
-def _reference(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
+def _reference(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False, act_weight=None):
     """A layer's bias, rounded as its result is, then the activation in x's dtype."""
     z = x if bias is None else (wide(x) + per_channel(wide(bias), x)).to(x.dtype)
-    return activate(z, activation, negative_slope)
+    return activate(z, activation, negative_slope) if act_weight is None else F.prelu(z, act_weight.to(z.dtype))
 
 
 def _eager(inplace):
-    def run(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
+    def run(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False, act_weight=None):
         """What people write: a bias, then the activation module."""
         z = x if bias is None else x + per_channel(bias, x)
+        if act_weight is not None:
+            return F.prelu(z, act_weight)
         if activation == "leaky_relu":
             return F.leaky_relu(z, slope_of(activation, negative_slope), inplace=inplace and bias is not None)
         return activate(z, activation, negative_slope)
@@ -35,7 +37,7 @@ def _eager(inplace):
     return run
 
 
-def _cost(x, bias=None, activation="leaky_relu", negative_slope=None, *, save_output=False):
+def _cost(x, bias=None, activation="leaky_relu", negative_slope=None, **settings):
     # Forward reads x and writes y; backward reads dy and x or y and writes dx.
     return Cost(flops=6 * x.numel(), bytes=5 * x.numel() * x.element_size())
 
@@ -44,6 +46,16 @@ def _inputs(*shape, layout="contiguous", bias=True, **more):
     def make(t):
         x = t.laid_out(layout, *shape, scale=2.0)
         return dict(x=x, bias=t.normal(shape[1], scale=0.5) if bias else None, **more)
+
+    return make
+
+
+def _prelu(*shape, slopes=None, **more):
+    """With a weight for each channel, or of that many slopes."""
+
+    def make(t):
+        weight = t.uniform(slopes or shape[1], low=-0.5, high=0.8, grad=True)
+        return _inputs(*shape, **more)(t) | dict(activation="prelu", act_weight=weight)
 
     return make
 
@@ -98,6 +110,16 @@ CASES = (
         for name in ("elu", "softplus")
         for v in (0.3, -1.5)
     ),
+    Case("prelu", _prelu(4, 24, 9, 7, bias=False)),
+    Case("prelu_channels_last", _prelu(4, 24, 9, 7, layout="channels_last", bias=False)),
+    Case("prelu_one", _prelu(4, 24, 9, 7, slopes=1, bias=False)),
+    Case("prelu_bias", _prelu(20, 6, 5, 5, slopes=1)),
+    Case("prelu_linear", _prelu(33, 130, bias=False)),
+    Case("prelu_image", _prelu(4, 3, 8, 8, layout="channels_last")),
+    Case("prelu_large_plane", _prelu(2, 3, 96, 128, bias=False)),
+    Case("prelu_strided", _prelu(4, 6, 5, 5, layout="strided", bias=False)),
+    Case("prelu_empty", _prelu(0, 6, 5, 5)),
+    Case("second_order_prelu", _prelu(3, 5, 3, 3)),
     Case("negative_slope_below_0", _inputs(4, 6, 5, 5, negative_slope=-0.5)),
     Case("saved_output", _inputs(4, 6, 5, 5, save_output=True)),
     Case("saved_output_channels_last", _inputs(4, 6, 5, 5, layout="channels_last", save_output=True)),
@@ -122,6 +144,12 @@ ERROR_CASES = (
     ErrorCase("activation", lambda t: {**_GOOD(t), "activation": "leaky"}, ValueError,
               r"activation.*'leaky_relu'.*got 'leaky'"),
     ErrorCase("slope", lambda t: {**_GOOD(t), "negative_slope": float("nan")}, ValueError, r"negative_slope.*got nan"),
+    ErrorCase("weight_of_relu", lambda t: {**_GOOD(t), "activation": "relu", "act_weight": t.normal(6)}, ValueError,
+              r"act_weight.*expected None.*'relu'"),
+    ErrorCase("prelu_without_weight", lambda t: {**_GOOD(t), "activation": "prelu"}, TypeError,
+              r"act_weight.*expected a tensor.*NoneType"),
+    ErrorCase("prelu_channels", lambda t: {**_GOOD(t), "activation": "prelu", "act_weight": t.normal(5)}, ValueError,
+              r"act_weight.*expected shape \(6,\).*got \(5,\)"),
     ErrorCase("saved_output_slope", lambda t: {**_GOOD(t), "negative_slope": 0.0, "save_output": True}, ValueError,
               r"save_output.*expected False.*leaky_relu.*negative_slope 0\.0.*got True"),
     ErrorCase("saved_output_silu", lambda t: {**_GOOD(t), "activation": "silu", "save_output": True}, ValueError,
@@ -148,6 +176,10 @@ _COMPILE_CASES = (
         for name in ("elu", "relu6", "selu", "hardswish", "softplus", "mish")
     ),
     CompileCase("small_planes", _inputs(128, 128, 14, 14), ("fp32",)),
+    *(
+        CompileCase(f"prelu-{layout}", _prelu(64, 64, 32, 32, layout=layout, bias=False), ("fp32", "bf16"))
+        for layout in ("contiguous", "channels_last")
+    ),
 )
 _MOST = {"gelu": 60, "gelu_tanh": 50, "elu": 35, "selu": 35, "softplus": 40, "mish": 45}  # instructions per element
 _EXPECTED = {

@@ -19,11 +19,12 @@ enum Activation : int {
   kHardswish = 11,
   kSoftplus = 12,
   kMish = 13,
+  kPrelu = 14,  // of a slope for each channel
 };
 
 // Those whose derivative takes an exponential.
 constexpr bool takes_exponential(int activation) {
-  return activation > kLeakyRelu && activation != kRelu6 && activation != kHardswish;
+  return activation > kLeakyRelu && activation != kRelu6 && activation != kHardswish && activation != kPrelu;
 }
 
 // Those whose result alone may give the derivative.
@@ -101,7 +102,7 @@ constexpr float kSoftplusThreshold = 20.0f;
 template <int A>
 inline float activate(float z, float slope) {
   if constexpr (A == kRelu) return z > 0.0f ? z : z != z ? z : 0.0f;
-  if constexpr (A == kLeakyRelu) return z > 0.0f ? z : slope * z;
+  if constexpr (A == kLeakyRelu || A == kPrelu) return z > 0.0f ? z : slope * z;
   if constexpr (A == kTanh) return tanh_fast(z);
   if constexpr (A == kSigmoid) return sigmoid(z);
   if constexpr (A == kSilu) return z * sigmoid(z);
@@ -131,7 +132,7 @@ inline float activate(float z, float slope) {
 template <int A>
 inline float derivative(float z, float slope) {
   if constexpr (A == kRelu) return z > 0.0f ? 1.0f : 0.0f;
-  if constexpr (A == kLeakyRelu) return z > 0.0f ? 1.0f : slope;
+  if constexpr (A == kLeakyRelu || A == kPrelu) return z > 0.0f ? 1.0f : slope;
   if constexpr (A == kTanh) {
     const float y = tanh_fast(z);
     return 1.0f - y * y;
@@ -192,7 +193,7 @@ inline void with_one_of(int activation, F f) {
   (void)((activation == Codes && (f(Constant<Codes>{}), true)) || ...);
 }
 
-// The same among all.
+// The same among all but kPrelu.
 template <class F>
 inline void with_activation(int activation, F f) {
   with_one_of<kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kElu, kRelu6, kSelu, kHardswish,

@@ -1,10 +1,12 @@
 """The activations of fused blocks, one table: formula, derivative, and which derivatives the result alone gives.
 
 `activations.h` and `activations_triton.py` hold the same formulas for the kernels. An activation has at most one
-parameter, here called slope: leaky_relu's slope, elu's alpha, softplus' beta (its threshold is PyTorch's 20).
+parameter, here called slope: leaky_relu's slope, elu's alpha, softplus' beta (its threshold is PyTorch's 20). prelu
+has a tensor of slopes, one for each channel and with a gradient: ops that take it say so.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +27,35 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu6": F.relu6, "selu": F.selu, "hardswish": F.hardswish,
     "mish": F.mish,
 }  # fmt: skip
-_WITH_SLOPE: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "leaky_relu": F.leaky_relu, "elu": F.elu, "softplus": F.softplus
+_WITH_SLOPE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    "leaky_relu": F.leaky_relu, "elu": F.elu, "softplus": F.softplus,
+    "prelu": lambda z, slopes: torch.where(z > 0, z, slopes * z),
 }  # fmt: skip
 
 
-def slope_of(activation: str, slope: float | None) -> float:
+def slope_of(activation: str, slope: Any) -> Any:
     """The slope itself, or for None the activation's own."""
     return DEFAULT_SLOPE.get(activation, 0.0) if slope is None else slope
 
 
-def activate(z: torch.Tensor, activation: str, slope: float | None) -> torch.Tensor:
+def code_beside(slopes: torch.Tensor | None, activation: str) -> int:
+    """The kernels' code of an activation, where a tensor of slopes makes it prelu. Raises ValueError on one without."""
+    if (slopes is None) is (activation == "prelu"):
+        raise ValueError(f"genai_fast: expected slopes with activation 'prelu' and no other, got {activation!r}")
+    return len(ACTIVATIONS) if activation == "prelu" else ACTIVATION_CODE[activation]
+
+
+def activate(z: torch.Tensor, activation: str, slope: Any) -> torch.Tensor:
+    """activation(z); slope: a number, None for the activation's own, or for prelu a tensor that spreads over z."""
     if activation in _WITH_SLOPE:
         return _WITH_SLOPE[activation](z, slope_of(activation, slope))
     return _PLAIN[activation](z)
 
 
-def derivative(z: torch.Tensor, activation: str, slope: float) -> torch.Tensor:
+def derivative(z: torch.Tensor, activation: str, slope: Any) -> torch.Tensor:
     """d activate / dz, itself differentiable; at kinks, and beyond them, as PyTorch has it."""
+    if activation == "prelu":
+        return torch.where(z > 0, torch.ones_like(z), slope)
     if activation in ("none", "relu", "leaky_relu"):
         below = {"none": 1.0, "relu": 0.0, "leaky_relu": slope}[activation]
         return torch.where(z > 0, torch.ones_like(z), torch.full_like(z, below))
@@ -78,6 +91,11 @@ def output_gives_derivative(activation: str, slope: float) -> bool:
     result, would not find relu6's 6 again.
     """
     return activation in ("none", "relu", "tanh", "sigmoid") or (activation == "leaky_relu" and slope > 0)
+
+
+def derivative_by_slope(grad_y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """What each element adds to the gradient of prelu's slopes."""
+    return torch.where(z > 0, torch.zeros_like(z), grad_y * z)
 
 
 def derivative_from_output(y: torch.Tensor, activation: str, slope: float) -> torch.Tensor:

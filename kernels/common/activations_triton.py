@@ -96,7 +96,7 @@ def mish_gate(z):
 def activate(z, slope, ACTIVATION: tl.constexpr, NARROW: tl.constexpr = False):
     if ACTIVATION == "relu":
         z = tl.where(z > 0.0, z, tl.where(z != z, z, 0.0))
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         z = tl.where(z > 0.0, z, slope * z)
     elif ACTIVATION == "tanh":
         z = tanh(z, NARROW)
@@ -136,7 +136,7 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr, NARROW: tl.conste
     """grad * (d activate / dz), from z."""
     if ACTIVATION == "relu":
         grad = tl.where(z > 0.0, grad, 0.0 * grad)
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         grad = tl.where(z > 0.0, grad, slope * grad)
     elif ACTIVATION == "tanh":
         y = tanh(z, NARROW)
@@ -169,6 +169,12 @@ def times_derivative(grad, z, slope, ACTIVATION: tl.constexpr, NARROW: tl.conste
         gate, slope_of_gate = mish_gate(z)
         grad = grad * (z * slope_of_gate + gate)
     return grad
+
+
+@triton.jit
+def times_derivative_by_slope(grad, z):
+    """What each element adds to the gradient of prelu's slopes."""
+    return tl.where(z > 0.0, 0.0, grad * z)
 
 
 @triton.jit

@@ -28,6 +28,18 @@ struct Param<false> {
   float operator[](int64_t) const { return value; }
 };
 
+// An activation's slope, seen from a row: one for all, or each channel's own.
+template <bool Own, bool Last>
+struct Slope {
+  float value;
+  Slope(const float*, int64_t, float all) : value(all) {}
+  float operator[](int64_t) const { return value; }
+};
+template <bool Last>
+struct Slope<true, Last> : Param<Last> {
+  Slope(const float* slopes, int64_t at, float) : Param<Last>(slopes + at) {}
+};
+
 constexpr int64_t kTile = 8192;  // elements: 32 KiB, for the caches to hold; no row of a tile is longer
 
 // How sums are cut: whole rows, or parts of long ones. Partial sums stand as [groups, channels, per].

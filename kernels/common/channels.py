@@ -73,6 +73,15 @@ def require_channels(
     return vectors if dense else tuple(p if p is None else p.contiguous() for p in vectors)
 
 
+def require_bias_and_slopes(
+    x: torch.Tensor, bias: torch.Tensor | None, slopes: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """require_channels of both; without a bias, one slope may stand for all channels."""
+    if bias is None and slopes is not None and slopes.numel() == 1:
+        return None, *require_channels(x[:, :1], slopes)
+    return require_channels(x, bias, slopes)
+
+
 def joined_extent(x: torch.Tensor, by_channel: bool) -> tuple[tuple[int, int, int], int]:
     """extent(x), and how many rows count as one: a few channels that lie last make short rows.
 

@@ -106,9 +106,9 @@ void channel_moments(const void* x, int dtype, const Channels& shape, const Tile
 }
 
 // What elementwise passes need of each channel: z = (x - mean) scale + shift, and dx = scale dz + linear (x - mean)
-// + constant. The last two may be null in a forward pass.
+// + constant. linear and constant may be null in a forward pass, slopes are null but of kPrelu.
 struct Coefficients {
-  const float *mean, *scale, *shift, *linear, *constant;
+  const float *mean, *scale, *shift, *linear, *constant, *slopes;
 };
 
 // An activation that is not compiled into the loops, but computed where a buffer holds z, as few networks have it after a
@@ -116,7 +116,7 @@ struct Coefficients {
 constexpr int kBuffered = -1;
 
 constexpr bool is_buffered(int activation) {
-  return activation > kGeluTanh && activation != kRelu6 && activation != kHardswish;
+  return activation > kGeluTanh && activation != kRelu6 && activation != kHardswish && activation != kPrelu;
 }
 
 // z[i] = activate(z[i]).
@@ -140,14 +140,14 @@ template <class F>
 void with_loops(int activation, bool last, F f) {
   with_flag(last, [&](auto by_column) {
     if (is_buffered(activation)) return f(Constant<kBuffered>{}, by_column);
-    with_one_of<kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kRelu6, kHardswish>(
+    with_one_of<kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kRelu6, kHardswish, kPrelu>(
         activation, [&](auto a) { f(a, by_column); });
   });
 }
 
 // y = activate(z + residual), or activate(z) + residual if `after`; the residual or null.
 inline void normalized(const void* x, const void* residual, bool after, int dtype, void* y, const Channels& shape,
-                       const Coefficients& of, int activation, float slope, int threads) {
+                       const Coefficients& of, int activation, float negative, int threads) {
   const Pieces pieces(shape.rows(), shape.columns());
   const Rows in{x, shape.columns(), dtype}, added{residual, shape.columns(), dtype};
   const DenseOut out{y, shape.columns(), dtype};
@@ -165,15 +165,16 @@ inline void normalized(const void* x, const void* residual, bool after, int dtyp
       for (int64_t r = 0; r < p.rows; ++r, v += p.columns, w += p.columns) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at);
+        const Slope<A == kPrelu, kLast> slope(of.slopes, at, negative);
 #pragma omp simd
         for (int64_t i = 0; i < p.columns; ++i) {
           float z = multiply_add(v[i] - m[i], scale[i], shift[i]);
           if constexpr (kMore) z += b[i];
-          w[i] = A == kBuffered ? z : activate<A>(z, slope);
+          w[i] = A == kBuffered ? z : activate<A>(z, slope[i]);
         }
         if constexpr (kMore) b += p.columns;
       }
-      if constexpr (A == kBuffered) activate_buffer(activation, slope, begin, p.count());
+      if constexpr (A == kBuffered) activate_buffer(activation, negative, begin, p.count());
       if (!kMore && residual) {
         b = added.read(p, also);
 #pragma omp simd
@@ -190,22 +191,23 @@ inline void normalized(const void* x, const void* residual, bool after, int dtyp
 // What a backward pass finds the derivative with, besides x: nothing, the residual, or y itself.
 enum Beside : int { kNothing = 0, kResidual = 1, kOutput = 2 };
 
-// store_dz(channel, sum of dz) and store_product(channel, sum of dz (x - mean)) for each channel, in float64; dz is
-// grad_y times the derivative, and goes to `dz` if that is not null: there must be one beside a residual or y.
-// `of.mean`, `scale` and `shift` stand `tiles.per` times in a row for each channel where `tiles.shape.last()`. `sums`:
-// room for 2 floats a partial sum. kKeeps: whether dz may be asked for beside nothing, of what takes an exponential.
-template <bool kKeeps, class StoreDz, class StoreProduct>
+// store_dz(channel, sum of dz), store_product(channel, sum of dz (x - mean)) and of kPrelu store_slope(channel, sum of
+// grad_y z over z <= 0) for each channel, in float64; dz is grad_y times the derivative, and goes to `dz` if that is not
+// null: there must be one beside a residual or y. The coefficients stand `tiles.per` times in a row for each channel
+// where `tiles.shape.last()`. `sums`: room for 2 floats a partial sum, of kPrelu for 3. kKeeps: whether dz may be asked for beside nothing, of what takes an exponential.
+template <bool kKeeps, class StoreDz, class StoreProduct, class StoreSlope>
 void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside kind, int dtype, const Tiles& tiles,
-                   const Coefficients& of, int activation, float slope, float* sums, void* dz, int threads,
-                   StoreDz store_dz, StoreProduct store_product) {
+                   const Coefficients& of, int activation, float negative, float* sums, void* dz, int threads,
+                   StoreDz store_dz, StoreProduct store_product, StoreSlope store_slope) {
   const Channels shape = tiles.shape;
   const int64_t columns = shape.columns();
   const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype}, b_rows{beside, columns, dtype};
   const DenseOut dz_rows{dz, columns, dtype};
   const bool parallel = shape.elements() >= kParallel;
-  float* const products = sums + tiles.partials();
+  float *const products = sums + tiles.partials(), *const by_slopes = products + tiles.partials();
   const auto run = [&](auto a, auto last, auto what, auto keep) {
     constexpr int A = decltype(a)::value, kWhat = decltype(what)::value;
+    constexpr bool kSlopes = A == kPrelu;
     constexpr bool kLast = decltype(last)::value, kKeep = decltype(keep)::value;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
     for (int64_t k = 0; k < tiles.count(); ++k) {
@@ -229,12 +231,14 @@ void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside
 #pragma omp simd
           for (int64_t i = 0; i < p.columns; ++i) to[i] = z_of(row[i] - m[i], scale[i], shift[i], more, i);
         }
-        derive_buffer(activation, slope, derivatives, p.count());
+        derive_buffer(activation, negative, derivatives, p.count());
       }
       float* s = sums + tiles.partial(p);
       float* q = products + tiles.partial(p);
+      float* t = kSlopes ? by_slopes + tiles.partial(p) : nullptr;
       if (kLast) {
         for (int64_t i = 0; i < p.columns; ++i) s[i] = q[i] = 0.0f;
+        for (int64_t i = 0; kSlopes && i < p.columns; ++i) t[i] = 0.0f;
       }
       for (int64_t r = 0; r < p.rows; ++r, v += stride, g += stride) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
@@ -242,16 +246,16 @@ void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside
         const Piece row{p.row + r, 1, p.column, p.columns};
         float* const u = kKeep ? dz_rows.begin(row, dz_buffer) : nullptr;
         const float* const known = derivatives + (A == kBuffered ? r * p.columns : 0);
-        const float negative = slope;  // Clang does not find it in two lambdas
+        const Slope<kSlopes, kLast> slope(of.slopes, at, negative);
         const auto add = [=](int64_t i, float& sum, float& product) {
           const float d = v[i] - m[i];
           float factor;
           if constexpr (A == kBuffered) {
             factor = known[i];
           } else if constexpr (kWhat == kOutput) {
-            factor = derivative_from_output<A>(b[i], negative);
+            factor = derivative_from_output<A>(b[i], slope[i]);
           } else {
-            factor = derivative<A>(z_of(d, scale[i], shift[i], b, i), negative);
+            factor = derivative<A>(z_of(d, scale[i], shift[i], b, i), slope[i]);
           }
           const float value = g[i] * factor;
           if constexpr (kKeep) u[i] = value;
@@ -264,6 +268,20 @@ void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside
         } else {
           sum_pairs(p.columns, add, s + r * tiles.per, q + r * tiles.per);
         }
+        if constexpr (kSlopes) {  // again, of what the caches hold
+          const auto add_slope = [=](int64_t i, float& sum, float&) {
+            const float z = z_of(v[i] - m[i], scale[i], shift[i], b, i);
+            const float product = g[i] * z;  // always, so that the choice becomes no branch
+            sum += z > 0.0f ? 0.0f : product;
+          };
+          if constexpr (kLast) {
+#pragma omp simd
+            for (int64_t i = 0; i < p.columns; ++i) add_slope(i, t[i], t[i]);
+          } else {
+            float unused;
+            sum_pairs(p.columns, add_slope, t + r * tiles.per, &unused);
+          }
+        }
         if constexpr (kWhat) b += stride;
         if constexpr (kKeep) dz_rows.end(row, u);
       }
@@ -272,7 +290,10 @@ void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside
   constexpr Constant<true> kept{};
   const bool from_y = kind == kOutput && activation != kNone && output_gives_derivative(activation);
   if (kind != kNothing && !from_y) {
-    with_flag(shape.last(), [&](auto last) { run(Constant<kBuffered>{}, last, Constant<kResidual>{}, kept); });
+    with_flag(shape.last(), [&](auto last) {
+      if (activation == kPrelu) return run(Constant<kPrelu>{}, last, Constant<kResidual>{}, kept);
+      run(Constant<kBuffered>{}, last, Constant<kResidual>{}, kept);
+    });
   } else {
     with_loops(activation, shape.last(), [&](auto a, auto last) {
       constexpr int A = decltype(a)::value;
@@ -287,11 +308,12 @@ void gradient_sums(const void* grad_y, const void* x, const void* beside, Beside
   }
   sum_tiles(tiles, sums, parallel, threads, store_dz);
   sum_tiles(tiles, products, parallel, threads, store_product);
+  if (activation == kPrelu) sum_tiles(tiles, by_slopes, parallel, threads, store_slope);
 }
 
 // dx = scale dz + linear (x - mean) + constant, dz = grad_y times the derivative at z.
 inline void input_gradient(const void* grad_y, const void* x, int dtype, void* grad_x, const Channels& shape,
-                           const Coefficients& of, int activation, float slope, int threads) {
+                           const Coefficients& of, int activation, float negative, int threads) {
   const Pieces pieces(shape.rows(), shape.columns());
   const int64_t columns = shape.columns();
   const Rows x_rows{x, columns, dtype}, g_rows{grad_y, columns, dtype};
@@ -315,13 +337,14 @@ inline void input_gradient(const void* grad_y, const void* x, int dtype, void* g
 #pragma omp simd
           for (int64_t i = 0; i < p.columns; ++i) z[i] = multiply_add(row[i] - m[i], scale[i], shift[i]);
         }
-        derive_buffer(activation, slope, derivatives, p.count());
+        derive_buffer(activation, negative, derivatives, p.count());
       }
       float* w = begin;
       for (int64_t r = 0; r < p.rows; ++r, v += p.columns, g += p.columns, w += p.columns) {
         const int64_t at = kLast ? p.column : shape.channel_of(p.row + r);
         const Param<kLast> m(of.mean + at), scale(of.scale + at), shift(of.shift + at), linear(of.linear + at),
             constant(of.constant + at);
+        const Slope<A == kPrelu, kLast> slope(of.slopes, at, negative);
         const float* const known = derivatives + (A == kBuffered ? r * p.columns : 0);
 #pragma omp simd
         for (int64_t i = 0; i < p.columns; ++i) {
@@ -330,7 +353,7 @@ inline void input_gradient(const void* grad_y, const void* x, int dtype, void* g
           if constexpr (A == kBuffered) {
             factor = known[i];
           } else {
-            factor = derivative<A>(multiply_add(d, scale[i], shift[i]), slope);
+            factor = derivative<A>(multiply_add(d, scale[i], shift[i]), slope[i]);
           }
           w[i] = multiply_add(scale[i], g[i] * factor, multiply_add(linear[i], d, constant[i]));
         }

@@ -84,7 +84,7 @@ Coefficients coefficients(const Groups& g, const Parameters& p, int64_t n, const
     scale[c] = rstd[k] * p.factor(at);
     shift[c] = p.addend(at);
   }
-  return {values, scale, shift, shift + g.channels, shift + 2 * g.channels};
+  return {values, scale, shift, shift + g.channels, shift + 2 * g.channels, nullptr};
 }
 
 void group_norm_act_forward(const void* x, int dtype, void* y, int64_t samples, int64_t channels, int64_t positions,
@@ -136,7 +136,8 @@ void group_norm_act_backward(const void* grad_y, const void* x, int dtype, void*
     gradient_sums<true>(
         g.at(grad_y, n), g.at(x, n), beside ? g.at(beside, n) : nullptr, kind, dtype, tiles, of, activation, slope,
         work + in_lines(5 * g.channels), waiting, mine, [&](int64_t c, double total) { sums[c] = float(total); },
-        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * g.groups + c / g.each()])); });
+        [&](int64_t c, double total) { products[c] = float(total * double(rstd[n * g.groups + c / g.each()])); },
+        [](int64_t, double) {});
     for (int64_t k = 0, c = 0; k < g.groups; ++k) {
       const int64_t end = c + g.each();
       double first = 0.0, second = 0.0;

@@ -56,6 +56,11 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "srresnet": ("srresnet", {"width": 4, "blocks": 1, "scale": 4}, ((3, 32, 32), 0)),
     "srgan": ("srgan", {"width": 4, "blocks": 1, "scale": 2}, ((1, 32, 32), 0)),
     "audio-vae": ("audio-vae", {"latent": 4, "width": 8, "layers": 2, "mels": 20, "seconds": 0.3}, ((20, 13), 0)),
+    "wavenet": (
+        "wavenet",
+        {"width": 8, "skip": 8, "layers": 3, "cycles": 1, "rate": 1000, "conditional": True},
+        ((2048,), 3),
+    ),
     "gpt": ("gpt", {**SMALL, "layers": 2, "block": 16}, "bpe"),
     "lstm": ("lstm", {"layers": 2, "embedding": 8, "hidden": 16}, "char"),
     "seq2seq": ("seq2seq", {**SMALL, "block": 32}, "byte"),
@@ -65,7 +70,7 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
 TEXT = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].feed]
 TRANSLATING = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].translates]
 ENLARGING = ["srresnet", "srgan"]
-OTHERS = (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder", "audio-vae")
+OTHERS = (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder", "audio-vae", "wavenet")
 DRAWING = [name for name in RUNS if name not in OTHERS]
 
 
@@ -120,9 +125,9 @@ for folder in folders:
         sys.argv = ["model.py", "--count", "5", "--seed", "3", "--out", out]
         if "reconstruct" in model_py:
             sys.argv[1:5] = [folder + "/../picture.png"]
-        if not {"draw", "draw_sounds", "reconstruct"} & model_py.keys():
+        if not {"draw", "draw_sounds", "draw_waves", "reconstruct"} & model_py.keys():
             sys.argv[1:] = [folder + "/../wide.png", "--out", folder + "/made"]
-        commands = ("draw", "draw_sounds", "reconstruct", "translate", "upscale")
+        commands = ("draw", "draw_sounds", "draw_waves", "reconstruct", "translate", "upscale")
         command = next(model_py[k] for k in commands if k in model_py)
         runpy.run_path(folder + "/model.py", run_name="__main__")
         continue
@@ -184,6 +189,17 @@ def test_a_script_draws_the_sounds_that_the_run_draws(exported, elsewhere, tmp_p
     spectrum = spectrum_of(run.config)
     heard = (audio.to_features(audio.mel_power(x / 32767, spectrum), spectrum.scale) for x in (ours, theirs))
     assert audio.mel_error(*heard, spectrum.scale) < 0.3
+
+
+def test_a_script_makes_sounds_sample_by_sample(exported, elsewhere):
+    run, _ = exported["wavenet"]
+    codes = elsewhere["wavenet"]
+    assert codes.shape == (5, 250) and codes.dtype is torch.int64 and codes.min() >= 0 and codes.max() < 256
+    assert len(codes.unique()) > 20
+    with torch.no_grad():  # what was drawn is as likely as what the run draws
+        nats = [run.model.training_step(x[:, :-1], x[:, 1:], torch.arange(5) % 3).loss
+                for x in (codes, run.model.draw_codes(5, 250, seed=3))]  # fmt: skip
+    assert abs(nats[0] - nats[1]) < 0.3
 
 
 def test_an_autoencoders_script_reconstructs(exported, elsewhere):
@@ -369,6 +385,15 @@ def test_onnx_of_sounds(exported, tmp_path):
     for rows in (1, 5):
         z = latents.normal(rows, 4, 0)
         assert_close(graph(z=z)[0], run.model.decode(z))
+
+
+@torch.no_grad()
+def test_onnx_of_waves(exported, tmp_path):
+    run, _ = exported["wavenet"]
+    graph = graph_of(run, tmp_path / "a")
+    for rows, steps in ((1, 20), (3, 9)):
+        codes, labels = torch.randint(256, (rows, steps)), torch.arange(rows) % 3
+        assert_close(graph(codes=codes, labels=labels)[0], run.model(codes, labels), 1e-4)
 
 
 @torch.no_grad()

@@ -514,10 +514,13 @@ def test_explain_with_an_example():
 
 def test_explain_names_every_leaf_that_costs_time():
     model = nn.Sequential(
-        nn.LSTM(4, 4), nn.PReLU(), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(3), nn.Linear(3, 3), nn.Flatten()
-    )
+        nn.LSTM(4, 4), nn.PReLU(), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(3), nn.Linear(3, 3), nn.Flatten(),
+        nn.Dropout2d(), nn.AlphaDropout(), nn.BCELoss(),
+    )  # fmt: skip
     rows = {row.path: row for row in explain(model)}
-    assert "one call already" in rows["0"].reason and "PReLU" in rows["1"].reason and "Upsample" in rows["2"].reason
+    assert "one call already" in rows["0"].reason and "3 x 3 convolution" in rows["2"].reason
+    assert rows["1"].becomes == "bias_act (PReLU)"
+    assert "one pass" in rows["6"].reason and "random numbers" in rows["7"].reason and "logits" in rows["8"].reason
     assert rows["3"].becomes == "group_norm_act" and "5" not in rows
 
 

@@ -213,3 +213,18 @@ def test_a_compiled_model_samples():
     z = model(mu, logvar)
     torch.manual_seed(5)
     assert torch.equal(z, ops.reparameterize(mu, logvar))
+
+
+class _NamesInARing(nn.Module):
+    """Variables that are each other's values have no end."""
+
+    def forward(self, x):
+        y = x
+        x = y
+        x = x
+        return x
+
+
+def test_variables_that_are_each_others_values():
+    model, x = _NamesInARing(), torch.ones(2)
+    assert type(fuse(model)) is _NamesInARing and model(x) is x

@@ -319,10 +319,13 @@ def test_raw_operators_refuse_what_would_read_foreign_memory(backend):
     library, seed = torch.ops.genai_fast, torch.tensor(1, device=DEVICE)
     x, short, bias = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 7, device=DEVICE), torch.zeros(8, device=DEVICE)
     for call in (
-        lambda: library.bias_act(x, bias[:7], "relu", 0.0, backend),
-        lambda: library.bias_act(x, bias.bfloat16(), "relu", 0.0, backend),
-        lambda: library.bias_act_backward(short, x, bias, False, True, "silu", 0.0, backend),
-        lambda: library.bias_act_backward(x.bfloat16(), x, bias, False, True, "silu", 0.0, backend),
+        lambda: library.bias_act(x, bias[:7], None, "relu", 0.0, backend),
+        lambda: library.bias_act(x, bias.bfloat16(), None, "relu", 0.0, backend),
+        lambda: library.bias_act(x, bias, bias[:7], "prelu", 0.0, backend),
+        lambda: library.bias_act(x, bias, None, "prelu", 0.0, backend),
+        lambda: library.bias_act(x, bias, bias, "relu", 0.0, backend),
+        lambda: library.bias_act_backward(short, x, bias, None, False, True, "silu", 0.0, backend),
+        lambda: library.bias_act_backward(x.bfloat16(), x, bias, None, False, True, "silu", 0.0, backend),
         lambda: library.act_dropout(x, seed.int(), 0.5, 0, "relu", 0.0, backend),
         lambda: library.act_dropout(x, seed.expand(2), 0.5, 0, "relu", 0.0, backend),
         lambda: library.act_dropout_backward(short, x, seed, 0.5, 0, False, "silu", 0.0, backend),

@@ -196,7 +196,10 @@ ZERO = {
     "residual": ("layer_norm", lambda x, zero: (x, zero.expand(3, 8), None, None, False, 1e-5, "gemma")),
     "input": ("act_dropout", lambda x, zero: (zero, None, 0.0, 0, "relu", 0.0)),
     "bias": ("gated_act", lambda x, zero: (x, None, zero, "silu", 1.0, 1.0)),
-    "scale": ("batch_norm_act_apply", lambda x, zero: (x, zero, None, zero + 1, zero + 1, None, False, "relu", 0.0)),
+    "scale": (
+        "batch_norm_act_apply",
+        lambda x, zero: (x, zero, None, None, zero + 1, zero + 1, None, False, "relu", 0.0),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from genai_fast.contract import HasNetworks, HasTrainingStep, InTurns, image_tra
 from genai_fast.data import text
 from genai_fast.models import Sampler
 from genai_fast.models.common.plain_vae import PlainVAE
-from genai_fast.models.common.protocol import Draws, Inpaints, Reconstructs, Request, Translates, Upscales
+from genai_fast.models.common.protocol import Draws, DrawsWaves, Inpaints, Reconstructs, Request, Translates, Upscales
 from genai_fast.models.registry import RECIPES
 from genai_fast.profiling.systems import System, of_recipe
 from genai_fast.runs import export, image_evaluation, text_generation, translation_evaluation
@@ -38,7 +38,7 @@ def system(request):
     recipe = RECIPES[name]
     names = {f.name for f in fields(recipe.config)}
     config = recipe.config(**{key: value for key, value in TINY.items() if key in names} | settings)
-    shape = (12,) if recipe.feed else (8, 13) if recipe.sounds else (1, 28, 28)
+    shape = (12,) if recipe.feed or recipe.waves else (8, 13) if recipe.sounds else (1, 28, 28)
     return System(name, config, 4, shape, TOKENIZER.size, classes=3 if recipe.labelled else 0)
 
 
@@ -103,6 +103,11 @@ def test_it_draws_or_writes(run, system):
         style = text_generation.Style(max_tokens=9)
         assert "".join(text_generation.write(model, TOKENIZER, "ab", style)) is not None
         assert isinstance(model.continues, bool)
+        return
+    if offers(model, DrawsWaves):
+        labels = torch.arange(5) % system.classes if system.classes else None
+        codes = [model.draw_codes(5, 20, labels, seed=3) for _ in range(2)]
+        assert torch.equal(*codes) and codes[0].shape == (5, 20)
         return
     assert offers(model, Draws) or offers(model, Reconstructs) or offers(model, Translates) or offers(model, Upscales)
     if offers(model, Draws):
@@ -171,7 +176,7 @@ def test_it_is_exported(run, system, tmp_path):
     imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not any("genai_fast" in ast.unparse(node) for node in imported)
     script = runpy.run_path(str(tmp_path / "out" / "model.py"))
-    net, recipe = script["load"](), RECIPES[run.recipe]
+    net = script["load"]()
     network = export.network_of(run)
     for key, value in network.state_dict().items():
         assert torch.equal(net.state_dict()[key], value)
@@ -181,6 +186,9 @@ def test_it_is_exported(run, system, tmp_path):
             ids = net.generate(prompt, pick, TOKENIZER.end, torch.Generator().manual_seed(7))
             expected = list(run.model.write_ids(Request(prompt, TOKENIZER.end, Sampler(temperature=0), 9, 7)))
             assert [token for token, _ in zip(ids, expected)] == expected  # noqa: B905
+    elif offers(run.model, DrawsWaves):
+        codes, _, *labels = system.inputs("cpu")
+        assert_close(net(codes, *labels), run.model(codes, *labels))
     elif offers(run.model, Draws):
         z = torch.randn(5, image_traits(run.model).latent)
         inputs = (z, torch.arange(5) % system.classes) if system.classes else (z,)
@@ -196,7 +204,7 @@ def test_it_is_exported(run, system, tmp_path):
     else:
         x, *labels = system.inputs("cpu")
         assert_close(net(x, *labels), run.model.reconstruct(x, *labels))
-    graph = recipe.graph or export._of_images(run, net)
+    graph = export.graph_of(run, net)
     inputs = [export._input(axes.split(), system.values)[0] for axes in graph.inputs.values()]
     found = getattr(net, graph.method)(*inputs)
     assert len(found if isinstance(found, tuple) else (found,)) == len(graph.outputs)

@@ -8,6 +8,7 @@ _HOMES = {
     "sound": "Treatment read_sound write_wav",
     "sounds": "Clips Sounds clips_of",
     "sources": "load treatment",
+    "waves": "WaveFeed Waves waves_of",
 }
 __all__ = sorted(" ".join(_HOMES.values()).split())
 __getattr__, __dir__ = imports.on_demand(__name__, _HOMES)

@@ -63,6 +63,18 @@ class Upscales(Protocol):
         """Images [N, C, H, W] of any size -> [N, C, scale H, scale W]."""
 
 
+class DrawsWaves(Protocol):
+    """Sounds, sample by sample. reach: codes that the distribution of the next one depends on."""
+
+    reach: int
+
+    def draw_codes(
+        self, count: int, steps: int, labels: torch.Tensor | None = None, *, temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`count` sounds of `steps` mu-law codes, [count, steps] int64; a seed gives the same draws on every device."""
+
+
 class Request(NamedTuple):
     """A text that is asked for."""
 

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from genai_fast.config import AudioConfig, Command, Config, TranslationConfig
+from genai_fast.config import AudioConfig, Command, Config, TranslationConfig, WaveformConfig
 from genai_fast.errors import UsageError
 from genai_fast.models.common.plain_loop import loss_step
 
 Values = dict[str, Any]
 """The settings, and what the data adds: `shape`, `channels`, `size`, `input_size` and `classes` of images, `shape`,
-`mels` and `frames` of sounds, `vocabulary` and `end` of text. A constructor gets those that its parameters name."""
+`mels` and `frames` of spectrograms, `shape` and `classes` of waveforms, `vocabulary` and `end` of text. A constructor
+gets those that its parameters name."""
 Networks = dict[str, nn.Module]
 
 
@@ -54,7 +55,8 @@ class Bench:
 
     name: of the system, in records.
     batch: samples a step.
-    shape: (C, H, W) of an image, (mels, frames) of a sound, (tokens,) of a text.
+    shape: (C, H, W) of an image, (mels, frames) of a spectrogram, (samples,) of a waveform,
+        (tokens,) of a text.
     settings: over the recipe's own. Dropout, clipping and decay, which the plain loop does not have, are off.
     tolerance: of the losses, relative: noise, dropout and a narrow type differ.
     gpu: a CPU takes too long for it.
@@ -103,7 +105,8 @@ class Recipe:
     loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
         plain loop.
     summed: the plain loss is a sum over the batch, where ours is a mean.
-    graph: None: of images, what draws them, or what reconstructs them if nothing does.
+    graph: None: of waveforms, the logits of codes; of images, what draws them, or what reconstructs them if nothing
+        does.
     unrolled: torch.compile takes many minutes, as it unrolls the loop over tokens.
     pretrained: reads other libraries' files of such a model; None: there is nothing of the kind.
     """
@@ -138,6 +141,11 @@ class Recipe:
         return issubclass(self.config, AudioConfig)
 
     @property
+    def waves(self) -> bool:
+        """A batch is mu-law codes of sounds."""
+        return issubclass(self.config, WaveformConfig)
+
+    @property
     def name(self) -> str:
         return self.command.name
 
@@ -153,6 +161,9 @@ class Recipe:
         elif self.sounds:
             (mels, frames), _ = of_data
             values |= {"shape": (mels, frames), "mels": mels, "frames": frames}
+        elif self.waves:
+            shape, classes = of_data
+            values |= {"shape": shape, "classes": classes}
         else:
             shape, classes = of_data
             if self.square and shape[1] != shape[2]:
