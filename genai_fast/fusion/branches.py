@@ -64,7 +64,7 @@ class BranchFinder(Reader):
         return whole if self._enters(found[-1], whole) else statement
 
     def _enters(self, norm: ast.stmt, branches: ast.If) -> bool:
-        """Whether a norm is computed before branches one of which goes on with it, and may as well be within them."""
+        """Whether a norm is computed before branches, one of which continues with it, and could as well be inside them."""
         name = target(norm)
         if name not in self.variables or _begun(norm) or _begun(branches) or not self._changes_no_setting(norm.value):
             return False
@@ -79,7 +79,7 @@ class BranchFinder(Reader):
         )
 
     def _follows(self, statement: ast.stmt, end: ast.stmt) -> bool:
-        """Whether a statement goes on with the norm that a branch ends with."""
+        """Whether a statement continues with the norm that a branch ends with."""
         if target(end) not in self.variables:
             return False
         if isinstance(statement, ast.If):

@@ -1,6 +1,6 @@
 """causal_conv1d on the GPU: implicit matrix products over taps and channels, with the gate on the accumulators.
 
-All tensors are [N, L, C], channels last: a tap reads the rows of x that lie so many positions away, in the same sample.
+All tensors are [N, L, C], channels last: each tap reads the rows of x at its distance, in the same sample.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def reads(read: Callable[[], Any]) -> Any:
 
 
 def as_step(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), which a plan does as one step: PyTorch's own kernels, whose launches nobody records."""
+    """function(*arguments), one step of a plan: PyTorch's own kernels, whose launches are not recorded."""
     recorder = watching()
     if recorder is None:
         return function(*arguments)
