@@ -64,7 +64,7 @@ class BranchFinder(Reader):
         return whole if self._enters(found[-1], whole) else statement
 
     def _enters(self, norm: ast.stmt, branches: ast.If) -> bool:
-        """Whether a norm is computed before branches, one of which continues with it, and could as well be inside them."""
+        """Whether a norm is computed before branches, one of which continues with it, and could be inside them."""
         name = target(norm)
         if name not in self.variables or _begun(norm) or _begun(branches) or not self._changes_no_setting(norm.value):
             return False
