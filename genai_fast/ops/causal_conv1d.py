@@ -38,8 +38,8 @@ class _Dense(KernelFunction):
                 arguments = (grad_y, z, needs_bias, ctx.backend)
                 grad_z, grad_bias = backward_call("causal_conv1d_gate_backward", *arguments)
             else:
-                arguments = (grad_y.mT, z.mT, None, False, needs_bias, ctx.activation, 0.0, ctx.backend)
-                grad_z, grad_bias = backward_call("bias_act_backward", *arguments)
+                arguments = (grad_y.mT, z.mT, None, None, False, needs_bias, ctx.activation, 0.0, ctx.backend)
+                grad_z, grad_bias, _ = backward_call("bias_act_backward", *arguments)
                 grad_z = grad_z.mT
         elif needs_bias:
             grad_bias = grad_z.sum((0, 1), dtype=wide(grad_z[:0]).dtype)

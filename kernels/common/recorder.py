@@ -22,7 +22,7 @@ _MAKES = """
     empty empty_like empty_strided new_empty zeros zeros_like new_zeros zero_ full ones randint copy_ clone contiguous
     to float view view_as reshape flatten unflatten unsqueeze squeeze transpose t permute movedim expand detach unbind
     stack select narrow chunk split __getitem__ sum sqrt rsqrt neg __neg__ add __add__ __radd__ mul __mul__ __rmul__
-    linear pad mm matmul clamp
+    linear pad mm matmul clamp T mT
 """
 # What tells of a tensor, and not of its values.
 _TELLS = """

@@ -24,7 +24,7 @@ def product(isa, a, b):
     """a b in float32, rounded to float16, by the kernel of gated_act."""
     y = torch.empty_like(a)
     MODULE.kernels(isa)["gated_act"](
-        a.data_ptr(), a.numel(), b.data_ptr(), b.numel(), FLOAT16, y.data_ptr(), 1, a.numel(), 0, 0, 1
+        a.data_ptr(), a.numel(), b.data_ptr(), b.numel(), FLOAT16, y.data_ptr(), 1, a.numel(), 0, 0, 1.0, 1.0, 1
     )
     return y
 

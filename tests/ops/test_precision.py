@@ -44,7 +44,9 @@ def test_each_convolution_has_one_run_in_tf32_on_a_gpu(monkeypatch):
     assert len({str(run) for run in runs}) == len(runs)
     rounded = [str(run) for run in runs if run.tf32]
     assert rounded and rounded == [
-        f"{op}-{op.cases[0]}-tf32-triton-cuda" for op in OPS.values() if op.folder == "conv_transpose"
+        f"{op}-{op.cases[0]}-tf32-triton-cuda"
+        for op in OPS.values()
+        if op.folder in ("conv_transpose", "causal_conv1d")
     ]
     assert not any(run.tf32 for run in every_run(("cpu",)))
 
