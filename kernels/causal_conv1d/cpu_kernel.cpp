@@ -97,14 +97,14 @@ void finish(const float* z, int64_t columns, float* y) {
 }
 
 // z[l] = sum over the taps k of x[l -+ (K - 1 - k) dilation] weight[k] + bias + condition; y = act(z), and z itself if it
-// is asked for. weight [K, C, whole_vectors(columns)]; `ahead`: the taps look ahead (the gradient of x).
+// is asked for. weight [K, C, padded(columns)]; `ahead`: the taps look ahead (the gradient of x).
 void causal_conv1d(const void* x, int64_t x_sample, int64_t x_position, int64_t x_channel, int dtype,
                    const float* weight, const float* bias, const void* condition, int64_t condition_sample, int64_t condition_position,
                    void* y, void* z, int64_t batch, int64_t length, int64_t channels, int64_t columns, int64_t kernel,
                    int64_t dilation, bool ahead, int activation, int threads) {
   const Sequences in{x, x_sample, x_position, x_channel, dtype};
   const Sequences given{condition, condition_sample, condition_position, 1, dtype};
-  const int64_t wide = whole_vectors(columns), half = activation == kGated ? columns / 2 : columns;
+  const int64_t wide = padded(columns), half = activation == kGated ? columns / 2 : columns;
   const int64_t tiles = (length + kPositions - 1) / kPositions, all = batch * tiles;
   const bool parallel = batch * length * columns * channels * kernel >= 8 * kParallel && all > 1;
   const Out out{y, half, dtype}, kept{z, columns, dtype};
@@ -153,14 +153,14 @@ void causal_conv1d(const void* x, int64_t x_sample, int64_t x_position, int64_t 
 
 constexpr int64_t kTogether = kLongest;  // positions whose products with dz are added up while both are in the cache
 
-// gradient [K, columns, whole_vectors(channels)]: sum over all positions of dz[l, i] x[l - (K - 1 - k) dilation, j]. The
+// gradient [K, columns, padded(channels)]: sum over all positions of dz[l, i] x[l - (K - 1 - k) dilation, j]. The
 // positions are cut into `groups` parts, whose sums are added in order, so that threads change no bit.
 void causal_conv1d_grad_weight(const void* grad_z, int64_t z_sample, int64_t z_position, int64_t z_channel,
                                const void* x, int64_t x_sample, int64_t x_position, int64_t x_channel, int dtype,
                                float* gradient, int64_t batch, int64_t length, int64_t channels, int64_t columns,
                                int64_t kernel, int64_t dilation, int64_t groups, int threads) {
   const Sequences in{x, x_sample, x_position, x_channel, dtype}, dz{grad_z, z_sample, z_position, z_channel, dtype};
-  const int64_t wide = whole_vectors(channels), size = columns * wide;
+  const int64_t wide = padded(channels), size = columns * wide;
   const int64_t tiles = (length + kTogether - 1) / kTogether, all = batch * tiles;
   const bool parallel = batch * length * columns * channels * kernel >= 8 * kParallel;
   const Memory<float> sums(groups * kernel * size);

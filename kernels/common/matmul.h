@@ -18,6 +18,8 @@ using Vector __attribute__((vector_size(4 * kWidth))) = float;
 using VectorAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias)) = float;
 
 constexpr int64_t whole_vectors(int64_t columns) { return (columns + kWidth - 1) / kWidth * kWidth; }
+// Whole vectors of each instruction set: how Python pads the rows of a matrix.
+constexpr int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 // a[i][k] = data[i row + k column]. While a block of rows from i on is read, soon[i soon_row + k soon_column] is
 // fetched into the cache: what is read next, which the processor does not foresee where it has many streams to follow.

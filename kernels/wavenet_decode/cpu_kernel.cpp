@@ -24,15 +24,15 @@ struct Net {
   const float* last(int64_t k) const { return tensor(1 + layers * kOfLayer + k); }
 };
 
-// out [rows, columns] += x [rows, depth] matrix [depth, whole_vectors(columns)]; x's rows are `x_row` apart.
+// out [rows, columns] += x [rows, depth] matrix [depth, padded(columns)]; x's rows are `x_row` apart.
 void add_product(const float* x, int64_t x_row, int64_t rows, int64_t depth, const float* matrix, int64_t columns,
                  float* out) {
-  const int64_t wide = whole_vectors(columns);
+  const int64_t wide = padded(columns);
   multiply({Strided::rows(x, x_row), depth, matrix, wide, out, wide, true}, rows, wide);
 }
 
 void fill(float* out, int64_t rows, const float* bias, int64_t columns) {
-  const int64_t wide = whole_vectors(columns);
+  const int64_t wide = padded(columns);
   for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * wide, bias, size_t(wide) * sizeof(float));
 }
 
@@ -63,18 +63,18 @@ class Worker {
  public:
   Worker(const Net& net, float* cache, const float* condition, int64_t batch, int64_t first, int64_t rows, float* memory)
       : net_(net), cache_(cache + first * net.room * net.width), condition_(condition), batch_(batch), first_(first),
-        rows_(rows), x_(memory), z_(x_ + kRowsTogether * whole_vectors(net.width)),
-        h_(z_ + kRowsTogether * whole_vectors(2 * net.width)), skip_(h_ + kRowsTogether * whole_vectors(net.width)),
-        hidden_(skip_ + kRowsTogether * whole_vectors(net.skip)),
-        logits_(hidden_ + kRowsTogether * whole_vectors(net.skip)) {}
+        rows_(rows), x_(memory), z_(x_ + kRowsTogether * padded(net.width)),
+        h_(z_ + kRowsTogether * padded(2 * net.width)), skip_(h_ + kRowsTogether * padded(net.width)),
+        hidden_(skip_ + kRowsTogether * padded(net.skip)),
+        logits_(hidden_ + kRowsTogether * padded(net.skip)) {}
   static int64_t memory(const Net& net) {
-    return kRowsTogether * (2 * whole_vectors(net.width) + whole_vectors(2 * net.width) + 2 * whole_vectors(net.skip) +
-                            whole_vectors(net.levels)) + whole_vectors(net.levels);
+    return kRowsTogether * (2 * padded(net.width) + padded(2 * net.width) + 2 * padded(net.skip) +
+                            padded(net.levels)) + padded(net.levels);
   }
 
-  // One position, whose codes are codes[r code_row]: the logits of the next, [rows, whole_vectors(levels)].
+  // One position, whose codes are codes[r code_row]: the logits of the next, [rows, padded(levels)].
   const float* step(int64_t position, const int64_t* codes, int64_t code_row) {
-    const int64_t width = net_.width, wide = whole_vectors(width), skip_wide = whole_vectors(net_.skip);
+    const int64_t width = net_.width, wide = padded(width), skip_wide = padded(net_.skip);
     for (int64_t r = 0; r < rows_; ++r) {
       std::memcpy(x_ + r * wide, net_.tensor(0) + codes[r * code_row] * width, size_t(width) * sizeof(float));
     }
@@ -93,11 +93,11 @@ class Worker {
     return logits_;
   }
 
-  float* after_logits() const { return logits_ + kRowsTogether * whole_vectors(net_.levels); }
+  float* after_logits() const { return logits_ + kRowsTogether * padded(net_.levels); }
 
  private:
   void layer(int64_t l, int64_t position, int64_t offset) {
-    const int64_t width = net_.width, wide = whole_vectors(width), both = whole_vectors(2 * width);
+    const int64_t width = net_.width, wide = padded(width), both = padded(2 * width);
     const int64_t held = (net_.kernel - 1) * net_.dilations[l], sample = net_.room * width;
     for (int64_t r = 0; r < rows_; ++r) {
       const float* const given = condition_ + (l * batch_ + first_ + r) * 2 * width;
@@ -163,7 +163,7 @@ void wavenet_decode(const int64_t* tensors, const int64_t* dilations, int64_t* c
   const Scratch scratch(Worker::memory(net), parallel, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = part * each, rows = least(each, batch - first), wide = whole_vectors(levels);
+    const int64_t first = part * each, rows = least(each, batch - first), wide = padded(levels);
     std::memset(scratch.mine(), 0, size_t(Worker::memory(net)) * sizeof(float));
     Worker worker(net, cache, condition, batch, first, rows, scratch.mine());
     for (int64_t t = 0; t < steps; ++t) {
