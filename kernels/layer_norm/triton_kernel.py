@@ -297,7 +297,7 @@ def _add(sums_ptr, total_ptr, block, programs, columns, ROWS: tl.constexpr, BLOC
 
 
 def _tile(name, matrix, rms, elements, warps):
-    """ROWS, BLOCK and warps of programs that hold whole rows: at least so many elements."""
+    """ROWS, BLOCK and warps of programs that hold whole rows, of at least this many elements."""
     chosen = launch(
         f"layer_norm/{'rms_' if rms else ''}{name}", matrix, tuple(matrix.shape), elements=elements, num_warps=warps
     )
