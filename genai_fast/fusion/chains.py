@@ -45,6 +45,7 @@ _METHODS = (
 _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     nn.Linear: ((F, "linear"),), nn.Embedding: ((F, "embedding"),), nn.RMSNorm: ((F, "rms_norm"),),
     nn.CrossEntropyLoss: ((F, "cross_entropy"),), nn.Dropout: ((F, "dropout"),),
+    nn.MultiheadAttention: ((F, "multi_head_attention_forward"), (F, "scaled_dot_product_attention")),
     nn.ReLU: ((F, "relu"), (torch, "relu")), nn.LeakyReLU: ((F, "leaky_relu"),),
     nn.SiLU: ((F, "silu"),), nn.GELU: ((F, "gelu"),), nn.Tanh: ((torch, "tanh"),), nn.Sigmoid: ((torch, "sigmoid"),),
     nn.ELU: ((F, "elu"),), nn.ReLU6: ((F, "hardtanh"),), nn.SELU: ((F, "selu"), (torch, "selu")),
@@ -57,7 +58,10 @@ _FUNCTIONS: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
     **{cls: ((F, f"conv_transpose{dims}d"),) for dims, cls in enumerate(TRANSPOSED, 1)},
 }  # fmt: skip
 # Classes whose parameters are read past a call, and those whose forward fuse replaces.
-_READ = (*STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.CrossEntropyLoss, nn.Sequential)
+_READ = (
+    *STOCK, nn.Embedding, nn.LSTM, nn.GRUCell, nn.GRU, nn.RMSNorm, nn.CrossEntropyLoss, nn.MultiheadAttention,
+    nn.Sequential,
+)  # fmt: skip
 _OWN = {
     cls: [
         (owner, name, getattr(owner, name))

@@ -18,6 +18,7 @@ from torch import nn
 from genai_fast.fusion import attention_calls, functions, latents, rotary_calls
 from genai_fast.fusion.branches import BranchFinder
 from genai_fast.fusion.chains import letter, spans
+from genai_fast.fusion.multihead import WeightsFinder
 from genai_fast.fusion.products import ProductFinder
 from genai_fast.fusion.source import Refused
 from genai_fast.fusion.statements import Replace, is_read, loads, mentions, plain_sum, put, target
@@ -27,7 +28,7 @@ from genai_fast.fusion.sums import SumFinder
 _SEE_ALL = {"locals", "vars", "eval", "exec"}  # who calls these may look at any variable
 
 
-class Rewriter(BranchFinder, ProductFinder, SumFinder):
+class Rewriter(BranchFinder, WeightsFinder, ProductFinder, SumFinder):
     """Puts one call in the place of each chain that holds something to run as one."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Rewriter(BranchFinder, ProductFinder, SumFinder):
             raise Refused(f"it assigns to {self.self}")
         self.variables = set() if _SEE_ALL & set(code.co_names) else set(code.co_varnames) - set(code.co_cellvars)
         self.parameters = {a.arg for a in ast.walk(definition.args) if isinstance(a, ast.arg)}
+        self.read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
         self.uses = {name: sum(node.id == name for node in names) for name in self.variables}
         self.prefix = "chain"
         while any(name.startswith(self.prefix) for name in {*self.bound, *code.co_names}):

@@ -1,9 +1,9 @@
-"""nn.GRU with one call per layer and direction."""
+"""nn.GRU and nn.LSTM with one call per layer and direction."""
 
 import contextlib
 import functools
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +16,77 @@ from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype, without_autocast
 
 
-class GRU(nn.GRU):
+class _Recurrent:
+    """What GRU and LSTM share: nn.RNNBase's loop over layers and directions, by the op of one."""
+
+    _op: ClassVar[str]  # of x, states and weights: y and the last states
+    _states: ClassVar[int]
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        if (now := replaced_forward(self)) is not None:
+            return now(self, input, hx)
+        states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        if not self._is_ours(input, states):
+            return super().forward(input, hx)
+        # PyTorch's carry states of one dtype in it under autocast too.
+        alike = all(t is None or t.dtype is self.weight_hh_l0.dtype for t in (input, *states))
+        with without_autocast(input.device.type) if alike else contextlib.nullcontext():
+            y, last = self._run(input, states)
+        return y, last[0] if self._states == 1 else last
+
+    def _run(self, input: torch.Tensor, states: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        x = x.transpose(0, 1) if batched and self.batch_first else x
+        before = [(hx if batched else hx.unsqueeze(1)).unbind() for hx in states]
+        last: list[tuple[torch.Tensor, ...]] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                x = ops.act_dropout(x, self.dropout, True, "none")
+            directions = []
+            for suffix in ("", "_reverse") if self.bidirectional else ("",):
+                first = [of_layer[len(last)] for of_layer in before] or [None] * self._states
+                y, *after = getattr(ops, self._op)(x.flip(0) if suffix else x, *first, *self._weights(layer, suffix))
+                directions.append(y.flip(0) if suffix else y)
+                last.append(tuple(after))
+            x = torch.cat(directions, -1) if self.bidirectional else directions[0]
+        if x is directions[0] and x.requires_grad:
+            x = x.clone()  # backward needs the states, and what is returned may be changed in place
+        ends = tuple(torch.stack(of_layers) for of_layers in zip(*last, strict=True))
+        if not batched:
+            return x.squeeze(1), tuple(end.squeeze(1) for end in ends)
+        return x.transpose(0, 1) if self.batch_first else x, ends
+
+    def _weights(self, layer: int, suffix: str) -> list[torch.Tensor]:
+        """weight_ih, weight_hh and, where there are any, bias_ih, bias_hh."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
+
+    def _is_ours(self, input: Any, states: tuple[Any, ...]) -> bool:
+        raise NotImplementedError
+
+    def _fits(self, input: Any, states: tuple[Any, ...]) -> bool:
+        """Whether the op takes these; else PyTorch says what is wrong with them."""
+        if not is_plain(input) or input.dim() not in (2, 3) or 0 in input.shape:
+            return False
+        if input.size(-1) != self.input_size or len(states) not in (0, self._states):
+            return False
+        weight = self.weight_hh_l0
+        own = [p for p in self._parameters.values() if p is not None]
+        if any(not is_plain(p) or p.device != input.device or p.dtype is not weight.dtype for p in (weight, *own)):
+            return False
+        mixed = autocast_dtype(input.device.type) is not None
+        if input.dtype is not weight.dtype and not mixed:
+            return False
+        batch = (input.size(0 if self.batch_first else 1),) if input.dim() == 3 else ()
+        shape = (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
+        return all(
+            is_plain(hx) and hx.shape == shape and hx.device == input.device and (hx.dtype is input.dtype or mixed)
+            for hx in states
+        )
+
+
+class GRU(_Recurrent, nn.GRU):
     """nn.GRU: same constructor, keys, results and gradients; on a CPU one fused call per layer and direction.
 
     PyTorch's own forward serves short sequences; CUDA (cuDNN), unless `use_backend` selects a backend; torch.export,
@@ -27,48 +97,12 @@ class GRU(nn.GRU):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for nn.GRU.
     """
 
-    def forward(self, input: Any, hx: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:
-        if (now := replaced_forward(self)) is not None:
-            return now(self, input, hx)
-        if not self._is_ours(input, hx):
-            return super().forward(input, hx)
-        # nn.GRU carries states of one dtype in it under autocast too.
-        alike = all(t is None or t.dtype is self.weight_hh_l0.dtype for t in (input, hx))
-        with without_autocast(input.device.type) if alike else contextlib.nullcontext():
-            return self._run(input, hx)
+    _op, _states = "gru", 1
 
-    def _run(self, input: torch.Tensor, hx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        x = x.transpose(0, 1) if batched and self.batch_first else x
-        states = None if hx is None else (hx if batched else hx.unsqueeze(1)).unbind()
-        last: list[torch.Tensor] = []
-        for layer in range(self.num_layers):
-            if layer and self.dropout and self.training:
-                x = ops.act_dropout(x, self.dropout, True, "none")
-            directions = []
-            for suffix in ("", "_reverse") if self.bidirectional else ("",):
-                h0 = None if states is None else states[len(last)]
-                y, h_n = ops.gru(x.flip(0) if suffix else x, h0, *self._weights(layer, suffix))
-                directions.append(y.flip(0) if suffix else y)
-                last.append(h_n)
-            x = torch.cat(directions, -1) if self.bidirectional else directions[0]
-        if x is directions[0] and x.requires_grad:
-            x = x.clone()  # backward needs the states, and what is returned may be changed in place
-        h_n = torch.stack(last)
-        if not batched:
-            return x.squeeze(1), h_n.squeeze(1)
-        return x.transpose(0, 1) if self.batch_first else x, h_n
-
-    def _weights(self, layer: int, suffix: str) -> list[torch.Tensor]:
-        """weight_ih, weight_hh and, where there are any, bias_ih, bias_hh."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        return [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
-
-    def _is_ours(self, input: Any, hx: Any) -> bool:
+    def _is_ours(self, input: Any, states: tuple[Any, ...]) -> bool:
         if isinstance(input, nn.utils.rnn.PackedSequence):
             return _served("packed sequences are PyTorch's")
-        if not self._fits(input, hx) or left_to_torch():
+        if not self._fits(input, states) or left_to_torch():
             return False
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
         if not forced_backend() and (input.is_cuda or thresholds.recurrence(input, steps)):
@@ -78,26 +112,23 @@ class GRU(nn.GRU):
             return dtype is not torch.float64
         return _served(choose("gru", forced_backend(), kind, dtype)[1])
 
-    def _fits(self, input: Any, hx: Any) -> bool:
-        """Whether the ops take these; else PyTorch says what is wrong with them."""
-        if not is_plain(input) or input.dim() not in (2, 3) or 0 in input.shape:
-            return False
-        if input.size(-1) != self.input_size:
-            return False
-        weight = self.weight_hh_l0
-        own = [p for p in self._parameters.values() if p is not None]
-        if any(not is_plain(p) or p.device != input.device or p.dtype is not weight.dtype for p in (weight, *own)):
-            return False
-        mixed = autocast_dtype(input.device.type) is not None
-        if input.dtype is not weight.dtype and not mixed:
-            return False
-        if hx is None:
-            return True
-        batch = (input.size(0 if self.batch_first else 1),) if input.dim() == 3 else ()
-        shape = (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
-        if not is_plain(hx) or hx.shape != shape or hx.device != input.device:
-            return False
-        return hx.dtype is input.dtype or mixed
+
+class LSTM(_Recurrent, nn.LSTM):
+    """nn.LSTM: same constructor, keys, results and gradients, and PyTorch's own forward: oneDNN's and cuDNN's are fast.
+
+    What those do not have, `ops.lstm` does inside `use_backend`, one call per layer and direction: second derivatives,
+    and one launch for a whole sequence on CUDA where the weights fit on chip. Not with projections (`proj_size`) and
+    packed sequences.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
+            for nn.LSTM.
+    """
+
+    _op, _states = "lstm", 2
+
+    def _is_ours(self, input: Any, states: tuple[Any, ...]) -> bool:
+        return bool(forced_backend()) and not self.proj_size and self._fits(input, states) and not left_to_torch()
 
 
 @functools.cache
