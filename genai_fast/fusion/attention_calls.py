@@ -271,9 +271,7 @@ def ready(q: Any, k: Any, v: Any) -> bool | None:
         return None
     if any(x.size(3) > 1 and x.stride(3) != 1 for x in (q, k, v)):
         return None
-    if autocast_dtype(q.device.type) not in (None, q.dtype) or thresholds.attention(
-        q, q.numel() // q.size(3) * k.size(2)
-    ):
+    if autocast_dtype(q.device.type) not in (None, q.dtype) or thresholds.attention(q, k):
         return None
     return None if choose("causal_attention", forced_backend(), q.device.type, q.dtype)[1] else True
 

@@ -19,6 +19,7 @@ from genai_fast.backends import choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.chains import obstacle, watched
 from genai_fast.fusion.classes import original
+from genai_fast.fusion.operands import needs_gradient
 from genai_fast.ops.causal_attention import MOST_CHANNELS
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype
@@ -45,7 +46,9 @@ def is_served(
     kind, dtype = query.device.type, autocast_dtype(query.device.type) or query.dtype
     steps = 1 if module.batch_first else 0
     scores = query.size(1 - steps) * module.num_heads * query.size(steps) * key.size(steps)
-    if dtype not in _DTYPES.get(kind, ()) or thresholds.attention(query, scores):
+    given = (query, key, value, *module._parameters.values())
+    gradients, drops = needs_gradient(*given), module.training and module.dropout > 0
+    if dtype not in _DTYPES.get(kind, ()) or thresholds.multihead(query, scores, drops, gradients):
         return False
     return not choose("causal_attention", forced_backend(), kind, dtype)[1]
 

@@ -24,6 +24,7 @@ RMS_NORM = 1 << 17
 CROSS_ENTROPY = 1 << 17
 SAMPLING = 1 << 13
 ATTENTION = 1 << 17  # scores
+MULTIHEAD = {"dropout": 1 << 15, "gradients": 1 << 20, "neither": 3 << 19}  # scores: PyTorch's is one call too
 WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
 GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
 ROTARY = 1 << 16
@@ -97,9 +98,15 @@ def rms_norm(x: torch.Tensor) -> str:
     return _too_small("elements", x.numel(), RMS_NORM) if x.is_cpu else ""
 
 
-def attention(x: torch.Tensor, scores: int) -> str:
-    """Attention on x's device in one call, in place of products and a softmax."""
-    return _too_small("scores", scores, ATTENTION) if x.is_cpu else ""
+def attention(q: torch.Tensor, k: torch.Tensor) -> str:
+    """Attention in one call, in place of products and a softmax."""
+    return _too_small("scores", q.numel() // q.size(3) * k.size(2), ATTENTION) if q.is_cpu else ""
+
+
+def multihead(x: torch.Tensor, scores: int, dropout: bool, gradients: bool) -> str:
+    """The attention of nn.MultiheadAttention as one call of ours."""
+    kind = "dropout" if dropout else "gradients" if gradients else "neither"
+    return _too_small("scores", scores, MULTIHEAD[kind]) if x.is_cpu else ""
 
 
 def sampling(mu: torch.Tensor) -> str:
