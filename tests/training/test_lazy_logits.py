@@ -195,12 +195,12 @@ import transformers
 from genai_fast import lazy_logits
 
 settings = dict(vocab_size=1 << 17, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)
+                num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)
 torch.manual_seed(0)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).train()
 if sys.argv[1] == "lazy":
     lazy_logits(model)
-tokens = torch.randint(1 << 17, (1, 1024), generator=torch.Generator().manual_seed(1))
+tokens = torch.randint(1 << 17, (1, 512), generator=torch.Generator().manual_seed(1))
 model(tokens[:, :8], labels=tokens[:, :8]).loss.backward()  # gradients and what is made once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 loss = model(tokens, labels=tokens).loss
