@@ -19,7 +19,8 @@ from genai_fast.terminal import Steady, command, say
 
 _PROFILE = """\
 Times the training step of a recipe, or of your own loop, in up to three variants (eager PyTorch, torch.compile and
-genai_fast), and reports where the time goes and what to change.
+genai_fast), and reports where the time goes and what to change. With --generate it times generation: the latency of a
+token, images or sounds a second.
 
 Your own loop: FILE.py:FUNCTION, where FUNCTION returns
   a function that runs one training step and is called repeatedly,
@@ -307,9 +308,20 @@ def _add_profile(commands: Any) -> None:
     profile = commands.add_parser("profile", help=what, description=_PROFILE, allow_abbrev=False)
     profile.add_argument("model", metavar="MODEL", help="a recipe of `train`, or FILE.py:FUNCTION or MODULE:FUNCTION")
     profile.add_argument(
-        "--compare", metavar="VARIANTS", help="two or three of eager,compile,fused; default: eager,fused"
+        "--compare",
+        metavar="VARIANTS",
+        help="some of eager,compile,fused,tuned (your own loop, fused, under tune_cpu); default: all but compile",
     )
-    profile.add_argument("--batch", type=int, help="samples per step; default: the recipe's, or your function's")
+    profile.add_argument(
+        "--batch",
+        help="samples per step; several, as 16,32,64: where throughput stops growing; default: the recipe's, or your"
+        " function's",
+    )
+    profile.add_argument(
+        "--generate",
+        action="store_true",
+        help="profile generation instead: MODEL is a recipe or the folder of a run; --batch 1,8 as many at once",
+    )
     profile.add_argument(
         "--precision", choices=("float32", "bfloat16", "bf16"), help="default: float32, or that of your loop"
     )

@@ -15,9 +15,9 @@ from genai_fast import atomic_files
 from genai_fast.cpu import tune_cpu
 from genai_fast.errors import UsageError, require
 from genai_fast.models.registry import RECIPES
-from genai_fast.profiling import loops, report
+from genai_fast.profiling import generation, loops, report, sweep
 from genai_fast.profiling.figures import figures
-from genai_fast.profiling.loops import COMPILE, LOOP, Subject
+from genai_fast.profiling.loops import COMPILE, LOOP, TUNED, Subject
 from genai_fast.profiling.measure import Measurement, measure
 from genai_fast.runs.run import device_of, new_folder
 
@@ -28,11 +28,12 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, and leave a folder."""
     if not 0 < options.seconds < math.inf:
         raise UsageError(f"--seconds: expected a number > 0, got {options.seconds:g}")
-    if options.batch is not None and options.batch < 1:
-        raise UsageError(f"--batch: expected at least 1, got {options.batch}")
+    batches = _batches(options.batch)
     for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         require(module, "train")  # now, not after the measurement
-    subject, device = _subject(options)
+    if options.generate:
+        return _run_generation(options, batches)
+    subject, _ = _subject(options, batches[0])
     variants = _variants(options.compare, subject)
     out = new_folder(Path("."), f"profile-{subject.name}") if options.out is None else options.out
     own = ":" in options.model  # a recipe is measured as `genai-fast train` runs it
@@ -41,19 +42,73 @@ def run(options: argparse.Namespace) -> int:
         _new(out) as folder,
         contextlib.redirect_stdout(sys.stderr),  # a loop's own words are not the report
     ):
-        measurement = measure(subject, variants, options.seconds, device, folder, _say)
-        _check(subject, measurement)
-        _say("measuring the peak of matmuls on this machine")
-        found = figures(subject, measurement)
-        text, data = report.as_text(found), json.dumps(found, indent=1, allow_nan=False)
+        if len(batches) > 1:
+            found = sweep.sweep(
+                {batch: _profiled(options, batch, variants, folder, f"batch {batch}: ") for batch in batches}
+            )
+            shown = sweep
+        else:
+            found, shown = _profiled(options, batches[0], variants, folder), report
+        text, data = shown.as_text(found), json.dumps(found, indent=1, allow_nan=False)
         (folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
         (folder / "profile.json").write_text(data + "\n", encoding="utf-8")
-        report.draw(found, folder / "profile.png")
+        shown.draw(found, folder / "profile.png")
     print(data if options.json else f"{text}\n\n{out}: {FILES}")
     return 0
 
 
-def _subject(options: argparse.Namespace) -> tuple[Subject, torch.device | None]:
+def _batches(text: str | None) -> list[int | None]:
+    """Of --batch: one, or several to find out where throughput stops growing."""
+    if text is None:
+        return [None]
+    try:
+        found: list[int | None] = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--batch: expected a number, or several as 16,32,64, got {text!r}") from None
+    if any(batch < 1 for batch in found) or len(set(found)) < len(found):
+        raise UsageError(f"--batch: expected numbers from 1 on, each once, got {text}")
+    return found
+
+
+def _profiled(
+    options: argparse.Namespace, batch: int | None, variants: list[str], folder: Path, where: str = ""
+) -> dict[str, Any]:
+    """The figures of one batch size."""
+    subject, device = _subject(options, batch)
+    if where:
+        folder = folder / f"batch-{batch}"
+        folder.mkdir()
+    together = [name for name in variants if name != TUNED]
+    measurement = measure(subject, together, options.seconds, device, folder, lambda text: _say(where + text))
+    tuning = ""
+    if TUNED in variants and not measurement.cuda:
+        with tune_cpu() as tuned:  # it is of the whole process: the others have had their turns
+            more = measure(subject, [TUNED], options.seconds, device, folder, lambda text: _say(where + text))
+            measurement.variants += more.variants
+            tuning = str(tuned)
+    _check(subject, measurement)
+    _say(f"{where}measuring the peak of matmuls on this machine")
+    return {**figures(subject, measurement), "tuned": tuning}
+
+
+def _run_generation(options: argparse.Namespace, batches: list[int | None]) -> int:
+    unused = {"--compare": options.compare, "--data": options.data, "--precision": options.precision}
+    if given := [flag for flag, value in unused.items() if value]:
+        raise UsageError(f"{given[0]}: --generate has no use for it; remedy: omit it")
+    device = device_of(options.device or "auto")
+    sizes = generation.BATCHES if batches == [None] else tuple(batches)
+    name = Path(options.model).name or options.model
+    out = new_folder(Path("."), f"profile-{name}-generate") if options.out is None else options.out
+    with tune_cpu(), _new(out) as folder:
+        found = generation.profile(options.model, device, sizes, options.seconds)
+        text, data = generation.as_text(found), json.dumps(found, indent=1, allow_nan=False)
+        (folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
+        (folder / "profile.json").write_text(data + "\n", encoding="utf-8")
+    print(data if options.json else f"{text}\n\n{out}: profile.json, profile.txt")
+    return 0
+
+
+def _subject(options: argparse.Namespace, batch: int | None) -> tuple[Subject, torch.device | None]:
     """What is profiled, and the device that it certainly uses."""
     name, bf16 = options.model, options.precision in ("bfloat16", "bf16")
     device = None if options.device is None else device_of(options.device)
@@ -62,14 +117,14 @@ def _subject(options: argparse.Namespace) -> tuple[Subject, torch.device | None]
     if ":" in name:
         if options.data:
             raise UsageError(f"--data: {name} has its own; remedy: omit it")
-        return loops.own(name, device, options.batch, bf16, options.own), device
+        return loops.own(name, device, batch, bf16, options.own), device
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"MODEL: expected {loops.names()}, got {name!r}{hint}")
     device = device or device_of("auto")
     precision = "bfloat16" if bf16 else "float32"
-    return loops.recipe(name, device, options.batch, precision, options.data), device
+    return loops.recipe(name, device, batch, precision, options.data), device
 
 
 def _variants(wanted: str | None, subject: Subject) -> list[str]:
@@ -85,6 +140,11 @@ def _variants(wanted: str | None, subject: Subject) -> list[str]:
             f"--compare: {subject.what} takes no `prepare`; remedy: give it that parameter and call"
             f" model = prepare(model) in it, once per network"
         )
+    if variants == [TUNED]:
+        raise UsageError("--compare: tuned: expected something to compare it with; remedy: --compare fused,tuned")
+    if TUNED in variants and TUNED not in subject.variants:
+        what = "on a GPU there is nothing to tune" if ":" in subject.what else "a recipe runs under tune_cpu already"
+        raise UsageError(f"--compare: tuned: {what}; remedy: --compare eager,fused")
     if missing := [name for name in variants if name not in subject.variants]:
         raise UsageError(
             f"--compare: {subject.name} has no plain script for {missing[0]}; remedy: --compare"

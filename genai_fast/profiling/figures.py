@@ -89,7 +89,7 @@ def _variant(
         "unit": unit,
         "per_second": amount / variant.wall,
         "steps": steps,
-        "step_seconds": {"p50": statistics.median(variant.seconds), "p95": _percentile(variant.seconds, 0.95),
+        "step_seconds": {"p50": statistics.median(variant.seconds), "p95": percentile(variant.seconds, 0.95),
                          "max": max(variant.seconds)},
         "first_step_seconds": variant.first_step_seconds,
         "data_wait": variant.waited / variant.wall if variant.batches else None,
@@ -121,6 +121,6 @@ def _variant(
     }  # fmt: skip
 
 
-def _percentile(values: list[float], share: float) -> float:
+def percentile(values: list[float], share: float) -> float:
     """The least value that at least that share of them does not pass."""
     return sorted(values)[math.ceil(share * len(values)) - 1]

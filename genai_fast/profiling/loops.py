@@ -20,7 +20,8 @@ from genai_fast.swap import Row, explain, fuse
 from genai_fast.training.batches import Feed
 
 EAGER, COMPILE, FUSED, LOOP = "eager", "compile", "fused", "loop"
-VARIANTS = (EAGER, COMPILE, FUSED)
+TUNED = "tuned"  # fused, or the loop as it is, under `tune_cpu`, which is of the whole process
+VARIANTS = (EAGER, COMPILE, FUSED, TUNED)
 _KNOWN = ("prepare", "batch", "device")  # what a user's function may ask for
 
 
@@ -75,7 +76,7 @@ def recipe(name: str, device: torch.device, batch: int | None, precision: str, s
 
     sizes = "x".join(map(str, system.shape))
     what = f"a step of {system.batch} x {sizes}, {precision}, {'data: ' + source if source else 'a synthetic batch'}"
-    variants = VARIANTS if system.has_plain else (FUSED,)
+    variants = (EAGER, COMPILE, FUSED) if system.has_plain else (FUSED,)
     return Subject(name, what, variants, make, system.block, "the batch is synthetic; --data measures it", waiting)
 
 
@@ -125,11 +126,14 @@ def own(
     auto = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make(variant: str) -> Callable[[], int | None]:
-        values = {"prepare": preparing(variant, bf16, left_alone), "batch": batch, "device": auto}
+        prepare = preparing(variant, bf16, left_alone if variant == FUSED else None)
+        values = {"prepare": prepare, "batch": batch, "device": auto}
         given = {k: v for k, v in values.items() if k in wanted and v is not None}
         return _stepper(name, function(**given))
 
-    variants = VARIANTS if "prepare" in wanted else (LOOP,)
+    variants = VARIANTS if "prepare" in wanted else (LOOP, TUNED)
+    if auto.type == "cuda":
+        variants = tuple(variant for variant in variants if variant != TUNED)
     return Subject(name.rpartition(":")[2], name, variants, make, left_alone=left_alone)
 
 
@@ -188,7 +192,7 @@ def preparing(
     def prepare(model: nn.Module, method: str = "forward") -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: expected an nn.Module, got {type(model).__name__}")
-        if variant == FUSED:
+        if variant in (FUSED, TUNED):
             if left_alone is not None:
                 left_alone.append((type(model).__name__, [row for row in explain(model) if row.reason]))
             fuse(model)

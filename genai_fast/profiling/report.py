@@ -6,7 +6,7 @@ from typing import Any
 
 from genai_fast.errors import require
 from genai_fast.profiling.diagnosis import diagnose
-from genai_fast.profiling.loops import EAGER, FUSED, LOOP
+from genai_fast.profiling.loops import EAGER, FUSED, LOOP, TUNED
 
 UNKNOWN = "unknown"
 _BARS = 10  # operators in the picture
@@ -15,40 +15,49 @@ _SHORTENED = 38  # characters of an operator's name there
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for people: what ran where, one column per variant, what to change."""
-    where = report["environment"]
-    threads = "" if report["device"] == "cuda" else f" (threads: {where['threads']})"
-    lines = [f"{report['model']}: {report['what']}", f"{where['device']}{threads}, torch {where['torch']}"]
-    if report["tune_cpu"]:
-        lines.append(f"tune_cpu: {report['tune_cpu']}")
+    lines = [f"{report['model']}: {report['what']}", *machine_lines(report)]
     good = {name: v for name, v in report["variants"].items() if "failed" not in v}
     lines += [*_headline(report, good), "", *_table(report, good)]
     lines += [f"{name}: failed: {v['failed']}" for name, v in report["variants"].items() if "failed" in v]
     lines += _remarks(report, good)
     first = next(iter(good))
-    lines += ["", f"what to change ({first}):", *_numbered(diagnose(report, first))]
+    lines += ["", f"what to change ({first}):", *advice(report, first)]
     if FUSED in good and first != FUSED:
-        lines += [f"what remains ({FUSED}):", *_numbered(diagnose(report, FUSED))]
+        lines += [f"what remains ({FUSED}):", *advice(report, FUSED)]
     return "\n".join(lines)
+
+
+def machine_lines(report: dict[str, Any]) -> list[str]:
+    """Device, threads, versions, and what tune_cpu does here."""
+    where = report["environment"]
+    threads = "" if report["device"] == "cuda" else f" (threads: {where['threads']})"
+    tuned = [f"tune_cpu: {report['tune_cpu']}"] if report["tune_cpu"] else []
+    return [f"{where['device']}{threads}, torch {where['torch']}", *tuned]
+
+
+def advice(report: dict[str, Any], name: str) -> list[str]:
+    """What to change about a variant, numbered."""
+    return [f"  {k}. {text}" for k, text in enumerate(diagnose(report, name), 1)] or ["  nothing stands out"]
 
 
 def _headline(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]:
     """How many times faster each variant is than the first, by the medians of steps that took turns; and the load."""
-    first, *others = good
+    first, *others = (name for name in good if name != TUNED)
+    tuned = []
+    if TUNED in good:
+        how = f"tuned {_ratio(good[first], good[TUNED]):.2f} x {first}, after the others, under genai_fast.tune_cpu()"
+        tuned = [f"{how}: {report['tuned']}"]
     if not others:
-        return []
+        return tuned
     ratios = ", ".join(f"{name} {_ratio(good[first], good[name]):.2f} x {first}" for name in others)
     load = report["foreign_load"]
     busy = "an unknown number of" if load is None else f"{load:.1f}"
     cores = report["environment"]["cores"]
-    return [f"{ratios} (medians of alternating steps; other programs kept {busy} of {cores} cores busy)"]
+    return [f"{ratios} (medians of alternating steps; other programs kept {busy} of {cores} cores busy)", *tuned]
 
 
 def _ratio(base: dict[str, Any], variant: dict[str, Any]) -> float:
     return base["step_seconds"]["p50"] / variant["step_seconds"]["p50"]
-
-
-def _numbered(said: list[str]) -> list[str]:
-    return [f"  {k}. {text}" for k, text in enumerate(said, 1)] or ["  nothing stands out"]
 
 
 def _table(report: dict[str, Any], good: dict[str, dict[str, Any]]) -> list[str]:
@@ -147,7 +156,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = figures.Figure(figsize=(11, 3.2 + 2.6 * len(good)), dpi=110, layout="constrained")
     figure.suptitle(f"{report['model']}: {report['what']}, {report['environment']['device']}", fontsize=9)
     line, *bars = figure.subplots(1 + len(good), 1, height_ratios=[3, *[2.6] * len(good)])
-    colours = {EAGER: "C0", LOOP: "C0", FUSED: "C2"}
+    colours = {EAGER: "C0", LOOP: "C0", FUSED: "C2", TUNED: "C3"}
     for name, v in good.items():
         times = [1e3 * t for t in v["timeline"]]
         line.plot(range(1, len(times) + 1), times, lw=0.8, marker=".", ms=3, color=colours.get(name, "C1"), label=name)

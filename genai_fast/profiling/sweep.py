@@ -37,20 +37,19 @@ def as_text(found: dict[str, Any]) -> str:
     heads += [f"{name} x" for name in names[1:]] + [f"{name} {memory}" for name in names]
     rows = [tuple(heads), *(_row(batch, one, names) for batch, one in reports.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{found['model']}: {first['what']}", *report.machine_lines(first), ""]
+    others = ", ".join(str(batch) for batch in [*reports][1:])
+    lines = [f"{found['model']}: {first['what']}; then batches of {others}", *report.machine_lines(first), ""]
     lines += ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += [""] + [
-        f"knee of {name}: a batch of {batch} has {ENOUGH:.0%} of the highest throughput or more; a larger one takes"
-        " memory and adds little" + _open_end(reports, batch)
-        for name, batch in found["knee"].items()
-    ]
+    lines += ["", *(f"knee of {name}: {_said(batch, reports)}" for name, batch in found["knee"].items())]
     last = names[-1]
     at = found["knee"][last]
     return "\n".join([*lines, "", f"what to change ({last}, batch {at}):", *report.advice(reports[at], last)])
 
 
-def _open_end(reports: dict[int, Any], batch: int) -> str:
-    return " (the largest that was measured: try larger ones)" if batch == max(reports) else ""
+def _said(batch: int, reports: dict[int, Any]) -> str:
+    if batch == max(reports):
+        return f"not reached; {batch} is the largest that was measured"
+    return f"a batch of {batch} has {ENOUGH:.0%} of the highest throughput or more; a larger one adds little but memory"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from genai_fast.cli.parser import main
-from genai_fast.profiling import machine, measure
+from genai_fast.models import GPT
+from genai_fast.profiling import generation, machine, measure, sweep
 
 SCRIPT = """
 import time
@@ -99,10 +100,11 @@ def test_a_loop_that_waits_for_its_data_is_told_so(here, capsys):
     said = capsys.readouterr().out
     assert "waiting for data takes" in said and "num_workers" in said and "a word" not in said
     folder = here / "profile-train"
-    assert {p.name for p in folder.iterdir()} == FILES | {"trace-loop.json"}
+    assert {p.name for p in folder.iterdir()} == FILES | {"trace-loop.json", "trace-tuned.json"}
     assert (folder / "profile.txt").read_text().strip() in said
     found = json.loads((folder / "profile.json").read_text())
     loop = found["variants"]["loop"]
+    assert "tuned" in found["variants"] and "threads" in found["tuned"] and "under genai_fast.tune_cpu()" in said
     assert loop["unit"] == "samples" and 0.5 < loop["data_wait"] <= 1.0
     # Two steps' worth of samples a loader, however fast: a rate of samples is four times that of steps.
     assert loop["per_second"] == pytest.approx(4 * loop["steps"] / sum(loop["timeline"]), rel=0.2)
@@ -130,6 +132,34 @@ def test_variants_of_a_loop_with_prepare(here, capsys, small_is_fused):
     assert [eager["convolutions"], eager["convolutions_not_channels_last"]] == [2, 2]
     assert call(*arguments, "--out", "p") == 2
     assert "--out: expected a new or empty folder, got p" in capsys.readouterr().err
+
+
+def test_batches_have_a_knee(here, capsys):
+    assert call("mine.py:compared", "--batch", "2,8,16", "--compare", "eager,fused", "--seconds", "0.1") == 0
+    said, folder = capsys.readouterr().out, here / "profile-compared"
+    found = json.loads((folder / "profile.json").read_text())
+    assert [*found["batches"]] == ["2", "8", "16"] and found["knee"].keys() == {"eager", "fused"}
+    for name, at in found["knee"].items():
+        speeds = {int(batch): one["variants"][name]["per_second"] for batch, one in found["batches"].items()}
+        assert at == min(batch for batch, speed in speeds.items() if speed >= 0.9 * max(speeds.values()))
+        assert f"knee of {name}: " in said
+    assert (folder / "profile.txt").read_text().strip() in said and "what to change (fused, batch " in said
+    assert {p.name for p in folder.iterdir()} == FILES | {"batch-2", "batch-8", "batch-16"}
+    assert {p.name for p in (folder / "batch-8").iterdir()} == {"trace-eager.json", "trace-fused.json"}
+    assert sweep.knee({1: 10.0, 2: 19.0, 4: 30.0, 8: 33.0, 16: 31.0}) == 4
+
+
+def test_generation_has_latencies(here, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "_model", lambda name: GPT(11, block=8, layers=1, heads=1, width=8))
+    assert call("gpt", "--generate", "--batch", "1,3", "--seconds", "0.05", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unit"] == "tokens" and found["what"] == "4 tokens after a prompt of 4, the likeliest each"
+    for one in found["batches"].values():
+        assert 0 < one["first_seconds"]["p50"] <= one["first_seconds"]["p95"] and one["calls"] >= 3
+        assert 0 < one["seconds"]["p50"] <= one["seconds"]["p95"] < 1
+    monkeypatch.undo()
+    assert call("vae", "--generate", "--batch", "2", "--seconds", "0.05", "--out", str(here / "images")) == 0
+    assert "images/s" in capsys.readouterr().out and (here / "images" / "profile.json").exists()
 
 
 def test_a_variant_that_fails_is_reported_beside_the_others(here, capsys):
@@ -181,13 +211,23 @@ MISTAKES = {
     "returns": (["mine.py:number"], "got int 3; remedy: return the step function"),
     "asks": (["mine.py:asks"], "without arguments but for prepare, batch, device, got x"),
     "no batch": (["mine.py:sized"], "--batch: mine.py:sized asks for it"),
-    "batch": (["vae", "--batch", "0"], "--batch: expected at least 1, got 0"),
+    "batch": (["vae", "--batch", "0"], "--batch: expected numbers from 1 on, each once, got 0"),
+    "batches": (["vae", "--batch", "8,8"], "--batch: expected numbers from 1 on, each once, got 8,8"),
+    "no number": (["vae", "--batch", "8,all"], "--batch: expected a number, or several as 16,32,64, got '8,all'"),
+    "tuned alone": (["mine.py:compared", "--compare", "tuned"], "remedy: --compare fused,tuned"),
+    "tuned recipe": (["vae", "--compare", "eager,tuned"], "tuned: a recipe runs under tune_cpu already"),
+    "generates": (["autoencoder", "--generate"], "expected a model that writes on, or draws images or sounds of noise"),
+    "generates data": (["vae", "--generate", "--data", "mnist"], "--data: --generate has no use for it"),
+    "no run": (["none", "--generate"], "with --generate expected a recipe or the folder of a run, got 'none'"),
     "its batch": (["mine.py:train", "--batch", "3"], "mine.py:train takes no `batch`"),
     "its precision": (["mine.py:train", "--precision", "bf16"], "mine.py:train takes no `prepare`"),
     "its data": (["mine.py:train", "--data", "mnist"], "--data: mine.py:train has its own"),
     "seconds": (["vae", "--seconds", "0"], "--seconds: expected a number > 0, got 0"),
     "compare": (["mine.py:train", "--compare", "eager,fused"], "takes no `prepare`; remedy"),
-    "variant": (["vae", "--compare", "eager,fast"], "--compare: expected some of eager,compile,fused, got 'fast'"),
+    "variant": (
+        ["vae", "--compare", "eager,fast"],
+        "--compare: expected some of eager,compile,fused,tuned, got 'fast'",
+    ),
     "twice": (["vae", "--compare", "eager,eager"], "--compare: expected each variant once"),
     "no script": (["cgan", "--compare", "eager"], "no plain script for eager; remedy: --compare fused"),
     "device": (["vae", "--device", "tpu9"], "device: expected one that works here"),
