@@ -34,6 +34,7 @@ _HOMES = {
     "decode_linear.spec": "decode_linear",
     "gpt_decode.spec": "gpt_decode",
     "wavenet_decode.spec": "wavenet_decode",
+    "vector_quantize.spec": "vector_quantize segment_sum",
 }
 _SPECS = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -40,6 +40,7 @@ SAME = {
     "vae": ("vae", {**IMAGES, "hidden": 16, "latent": 4, "batch_size": 256, "rotate": 10, "crop": 1, "flip": 0.5,
                     "jitter": 0.1, "epochs": 2, "checkpoint_every": 4}),
     "conv-vae": ("conv-vae", {**WIDE, "latent": 4}),
+    "vq-vae": ("vq-vae", {**WIDE, "codebook": 16, "embedding": 4, "hidden": 8, "blocks": 1}),
     "mlp-gan": ("mlp-gan", {**IMAGES, "batch_size": 128, "latent": 8, "ema": 0.5}),
     "dcgan": ("dcgan", {**WIDE, "latent": 8, "width": 4, "clip": 1.0}),
     "cgan": ("cgan", {**WIDE, "latent": 8, "width": 4}),

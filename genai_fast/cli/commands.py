@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from genai_fast import atomic_files, config
+from genai_fast.cli import labelled
 from genai_fast.cli.checks import at_least, check_parent, check_seed, opened, replaced_note
 from genai_fast.cli.images import run_inpaint, run_interpolate, run_reconstruct, run_sample, run_translate, run_upscale  # noqa: F401
 from genai_fast.contract import offers
@@ -23,7 +24,7 @@ from genai_fast.models.common.protocol import Draws, Reconstructs, Translates, U
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import text_generation
 from genai_fast.runs.audio_task import AudioTask
-from genai_fast.runs.run import CONFIG, Trained, new_folder, saved_settings, train
+from genai_fast.runs.run import CONFIG, Trained, new_folder, saved_settings, train, with_codes
 from genai_fast.runs.text_task import TextTask
 from genai_fast.runs.wave_task import WaveTask
 from genai_fast.spelling import spelled
@@ -33,8 +34,9 @@ from genai_fast.training import distributed
 
 def run_train(options: argparse.Namespace) -> int:
     kind, given = RECIPES[options.recipe].config, dict(options.settings)
-    if "init" in given:
-        given["init"] = _run_or_file(given["init"], options.out)
+    for name in ("init", "codes"):
+        if name in given:
+            given[name] = _run_or_file(given[name], options.out)
     if options.name and Path(options.name).is_relative_to(options.out):  # as messages and file names in a shell have it
         options.name = str(Path(options.name).relative_to(options.out))
     resume = options.resume
@@ -46,7 +48,7 @@ def run_train(options: argparse.Namespace) -> int:
     if resume:
         settings = saved_settings(options.recipe, options.out / options.name, given)
     else:
-        settings = config.build(kind, given, "settings")
+        settings = config.build(kind, with_codes(options.recipe, given), "settings")
     settings = replace(settings, init=_run_or_file(settings.init, options.out))
     default = f"{options.recipe}-{Path(settings.data).stem}"
     folder = options.out / options.name if options.name else new_folder(options.out, default)
@@ -164,6 +166,10 @@ def run_export(options: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{options.out}{replaced}: {type(network).__name__} of {run.folder}, {parameters:,} parameters; {use}")
     return 0
+
+
+def run_augment_study(options: argparse.Namespace) -> int:
+    return labelled.study(options)
 
 
 def run_tune(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ genai-fast train gpt --data BOOK.txt --run book
 genai-fast train gpt --run book --resume --epochs 20
 genai-fast sample runs/dcgan-mnist --count 100 --out grid.png
 genai-fast sample runs/cgan-mnist --class 7 --count 1000 --out sevens
+genai-fast sample runs/cvae-mnist --classes all --count 500 --out generated
 genai-fast sample runs/audio-vae-DRUMS --count 20 --out drums.wav
 genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out between.png
 genai-fast interpolate runs/audio-vae-DRUMS --between a.wav b.wav --steps 8
@@ -22,6 +23,7 @@ genai-fast generate runs/seq2seq-PAIRS --prompts questions.txt --out answers.jso
 genai-fast export runs/gpt-BOOK --out book
 genai-fast export runs/dcgan-mnist --out generator.safetensors
 genai-fast export runs/dcgan-mnist --out digits --onnx
+genai-fast augment-study runs/cvae-mnist --count 200 --seeds 10
 genai-fast profile dcgan --compare eager,compile,fused --batch 128 --precision bf16
 genai-fast profile gpt --data BOOK.txt
 genai-fast profile train.py:train --out where-the-time-goes

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from genai_fast import data
-from genai_fast.cli import sounds
+from genai_fast.cli import labelled, sounds
 from genai_fast.cli.checks import (
     at_least,
     check_parent,
@@ -39,7 +39,13 @@ def run_sample(options: argparse.Namespace) -> int:
     check_seed(options.seed)
     run = opened(options, "sample", Draws, DrawsWaves)
     if RECIPES[run.recipe].sounds or RECIPES[run.recipe].waves:
+        if options.classes is not None:
+            raise UsageError(
+                f"--classes: expected a run of a model of images, got one of {run.recipe}; remedy: --class"
+            )
         return sounds.sample(run, options)
+    if options.classes is not None:
+        return labelled.write(run, options)
     count = options.count or 64
     options.out = free_path(options.out, "grid.png")
     check_parent(options.out)

@@ -177,6 +177,12 @@ def parser_of() -> argparse.ArgumentParser:
         help="a PNG file for a grid, or a new folder for one file per picture; of sounds a WAV file, with a PNG"
         " file of spectrograms next to it, or a folder; default: grid.png or samples.wav, or a free number",
     )
+    sample.add_argument(
+        "--classes",
+        metavar="all|NAMES",
+        help="write --count pictures of each of these classes, such as 0,3, into a folder with a subfolder for each,"
+        " which `train` reads; for a conditional model of images",
+    )
     interpolate = _of_a_run(commands, "interpolate", "interpolate between pairs of latents, or two sounds")
     interpolate.add_argument(
         "--between", nargs=2, type=Path, metavar=("A", "B"), help="two sound files, for a run of a model of sounds"
@@ -258,6 +264,14 @@ def parser_of() -> argparse.ArgumentParser:
         "--to", default="b", choices=("a", "b"), help="of a CycleGAN, the generator of this set; default: %(default)s"
     )
     export.add_argument("--onnx", action="store_true", help="also write ONNX into that folder")
+
+    what = "train small classifiers with and without a conditional model's images, and compare their accuracies"
+    study = _of_a_run(commands, "augment-study", what, draws=False)
+    study.add_default("--count", 100, "images to generate of each class")
+    study.add_default("--seeds", 5, "classifiers to train on each set of images")
+    study.add_default("--steps", 400, "training steps of a classifier")
+    study.add_default("--seed", 1, "random seed of the generated images")
+    study.add_argument("--out", type=Path, metavar="FILE.json", help="also write the accuracies there")
 
     tune = commands.add_parser(
         "tune",

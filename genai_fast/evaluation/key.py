@@ -20,6 +20,8 @@ MEANINGS = {
     "density": "neighbourhoods of real images that a sample is in; 1 as real images are",
     "coverage": "share of real images with a sample near by; 1 is best",
     "diversity": "distance between samples over that between real images; 1 is best",
+    "commitment": "distance of an image's vectors from their codes, as the loss weighs it",
+    "codes_used": "perplexity of the codes in a batch: how many there are if all are equally frequent",
     "l1": "mean distance of pixels to the partner's, in [0, 1]; lower is better",
     "psnr": "dB between images and what they should be; higher is better",
     "ssim": "structural similarity to what they should be; 1 is best",

@@ -23,6 +23,8 @@ _HOMES = {
     "translation.model": "CycleGAN ImagePool Pix2Pix",
     "translation.networks": "PatchCritic ResNetGenerator UNetGenerator",
     "vae.model": "MLPVAE",
+    "vq_vae.model": "VQVAE",
+    "vq_vae.prior": "VQGPT",
     "vrnn.model": "VRNN",
     "wavenet.decoding": "WaveNetDecoder",
     "wavenet.model": "WaveNet",

@@ -10,6 +10,7 @@ FAMILIES = (
     "vae",
     "conv_vae",
     "autoencoder",
+    "vq_vae",
     "gan",
     "translation",
     "srgan",

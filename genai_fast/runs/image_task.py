@@ -30,7 +30,7 @@ class ImageTask:
         self.name, self.settings, self.images = name, settings, images
         self.train, self.validation = images.split(settings.validation, settings.seed)
         self.about: dict[str, Any] = {"recipe": name, "shape": list(images.shape), "images": len(images)}
-        self.about |= {"classes": list(images.classes) if RECIPES[name].labelled else [], "data": digest_of(images)}
+        self.about |= {"classes": list(images.classes) if RECIPES[name].takes_labels else [], "data": digest_of(images)}
 
     @property
     def described(self) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from genai_fast import atomic_files, config
-from genai_fast.config import Config, ConfigError, TextConfig
+from genai_fast.config import Config, ConfigError, ImageConfig, TextConfig
 from genai_fast.data.text import Tokenizer, read_tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.models.common.recipe import Pretrained
@@ -31,6 +31,7 @@ from genai_fast.training.tensorboard import Board
 
 CONFIG, CURVES = "config.toml", "curves.png"
 _NAMED = 8  # tensors that do not match, in a message
+_OF_DATA = ("data", "size", "validation", "seed")  # what a run has in common with that whose codes it learns
 # What a resumed run may change.
 ON_RESUME = (
     "epochs", "threads", "device", "log_every", "checkpoint_every", "keep", "grid_every", "quality_every",
@@ -130,6 +131,9 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
         require(module, "train")  # now rather than after the training
     if settings.tensorboard:
         require("tensorboard", "tensorboard")
+    if RECIPES[name].codes_of and not settings.codes:
+        of = RECIPES[name].codes_of
+        raise UsageError(f"{name}: expected --codes RUN, a run of {of}, got none; remedy: genai-fast train {of} first")
     if not resume and (found := _pretrained(name, settings.init)):
         reader, begun = found
         settings = reader.sized(begun, settings)
@@ -154,6 +158,8 @@ def _train(name: str, settings: Config, folder: Path, resume: bool) -> Trained:
             raise ConfigError("--accumulate: expected 1 in several processes, which share the batch already")
         if resume and not newest and distributed.first():
             say(f"{folder}: stopped before its first checkpoint; starting again")
+        if RECIPES[name].codes_of and not newest:
+            _take_codes(name, settings, model)
         if settings.init and not newest:
             _begin_with(name, Path(settings.init), model)
         model = parallel.placed(model, device, settings)
@@ -238,6 +244,41 @@ def _begin_with(name: str, source: Path, model: nn.Module) -> None:
         text += f", these do not match: {'; '.join(left[:_NAMED])}" + (" ..." if len(left) > _NAMED else "")
     if distributed.first():
         say(text)
+
+
+def with_codes(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of recipe `name` with those of the run whose codes it learns: its sizes, data and their split.
+
+    Raises: UsageError: `codes` is no run of the right recipe; ConfigError: other sizes were asked for.
+    """
+    if not given.get("codes"):
+        return given
+    source, recipe = _codes_of(name, given["codes"]), RECIPES[name]
+    images = {f.name for f in fields(ImageConfig)}
+    sizes = {f.name for f in fields(source.config)} & {f.name for f in fields(recipe.config)} - images
+    for key in sorted(sizes & given.keys()):
+        if given[key] != (own := getattr(source.config, key)):
+            raise ConfigError(f"{key}: expected {own} as {source.folder} has, got {given[key]}; remedy: omit it")
+    return {key: getattr(source.config, key) for key in (*sizes, *_OF_DATA)} | given
+
+
+def _codes_of(name: str, source: str) -> Opened:
+    opened = open_run(Path(source))
+    if opened.recipe != RECIPES[name].codes_of:
+        raise UsageError(f"--codes: expected a run of {RECIPES[name].codes_of}, got {source}, one of {opened.recipe}")
+    return opened
+
+
+def _take_codes(name: str, settings: Config, model: nn.Module) -> None:
+    """Put the model whose codes are learned into `model.vq`."""
+    source = _codes_of(name, settings.codes)
+    if source.shape != model.vq.shape:
+        raise UsageError(
+            f"--codes: expected a run on images of {model.vq.shape} as the data have, got {source.shape}; remedy: omit"
+            f" --data and --size"
+        )
+    own = model.vq.state_dict()  # with moving averages, which codes that were trained by gradients lack
+    model.vq.load_state_dict({**own, **source.model.state_dict()})
 
 
 def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:

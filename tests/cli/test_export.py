@@ -44,6 +44,8 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "conv-vae": ("conv-vae", {"latent": 4}, ((3, 28, 28), 0)),
     "cvae": ("cvae", {"latent": 4}, ((1, 28, 28), 3)),
     "autoencoder": ("autoencoder", {"latent": 4}, ((3, 16, 16), 0)),
+    "vq-vae": ("vq-vae", {"codebook": 16, "embedding": 4, "hidden": 8, "blocks": 1}, ((3, 16, 16), 0)),
+    "vq-gpt": ("vq-gpt", {**SMALL, "codebook": 16, "embedding": 4, "hidden": 8, "blocks": 1}, ((1, 8, 8), 3)),
     "mlp-gan": ("mlp-gan", {"latent": 4}, ((1, 6, 5), 0)),
     "dcgan-28": ("dcgan", {"latent": 4, "width": 4, "ema": 0.9}, ((1, 28, 28), 0)),
     "dcgan-128": ("dcgan", {"latent": 4, "width": 2}, ((3, 128, 128), 0)),
@@ -70,7 +72,7 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
 TEXT = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].feed]
 TRANSLATING = [name for name, (recipe, *_) in RUNS.items() if RECIPES[recipe].translates]
 ENLARGING = ["srresnet", "srgan"]
-OTHERS = (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder", "audio-vae", "wavenet")
+OTHERS = (*TEXT, *TRANSLATING, *ENLARGING, "autoencoder", "vq-vae", "audio-vae", "wavenet")
 DRAWING = [name for name in RUNS if name not in OTHERS]
 
 

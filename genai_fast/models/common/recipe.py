@@ -98,6 +98,8 @@ class Recipe:
     build: values -> model. None: `model` with the values that it has parameters for.
     derived: values -> more of them.
     labelled: it needs labels.
+    labels_if_any: it takes them where there are some.
+    codes_of: the recipe whose codes it learns: setting `codes` names the run, and its model is loaded into `vq`.
     square: its images must be square.
     pairs: of a recipe that translates, images of one number or file name in both sets belong together.
     feed: how text comes: windows, streams, sequences or pairs; "" for images and sounds.
@@ -117,6 +119,8 @@ class Recipe:
     build: Callable[[Values], nn.Module] | None = None
     derived: Callable[[Values], Values] = lambda values: {}
     labelled: bool = False
+    labels_if_any: bool = False
+    codes_of: str = ""
     square: bool = True
     pairs: bool = False
     feed: str = ""
@@ -129,6 +133,10 @@ class Recipe:
     unrolled: bool = False
     pretrained: Pretrained | None = None
     benches: tuple[Bench, ...] = ()
+
+    @property
+    def takes_labels(self) -> bool:
+        return self.labelled or self.labels_if_any
 
     @property
     def translates(self) -> bool:
@@ -169,7 +177,7 @@ class Recipe:
             if self.square and shape[1] != shape[2]:
                 raise UsageError(f"expected square images, got {shape[1]} x {shape[2]}; remedy: --size PIXELS")
             values |= {"shape": shape, "channels": shape[0], "size": shape[1], "input_size": math.prod(shape)}
-            values["classes"] = classes if self.labelled else 0
+            values["classes"] = classes if self.takes_labels else 0
         return values | self.derived(values)
 
     def make(self, settings: Config, *of_data: Any) -> nn.Module:
