@@ -13,7 +13,7 @@ from genai_fast.fusion.chains import obstacle, replaced
 from genai_fast.fusion.classes import original, replacement, subclass
 from genai_fast.fusion.functions import SERVED
 from genai_fast.fusion.latents import NAMES
-from genai_fast.layers import GRU, CrossEntropyLoss, FusedSequential, MultiheadAttention, RMSNorm
+from genai_fast.layers import GRU, LSTM, CrossEntropyLoss, FusedSequential, MultiheadAttention, RMSNorm
 
 if TYPE_CHECKING:
     from genai_fast.fusion.rms_norms import RMS
@@ -28,6 +28,7 @@ _NAMED = NAMES | {function.__name__ for function in SERVED}
 # Modules that become a layer of ours as they are.
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRU: GRU,
+    nn.LSTM: LSTM,
     nn.RMSNorm: RMSNorm,
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.MultiheadAttention: MultiheadAttention,

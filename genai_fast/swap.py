@@ -1,6 +1,6 @@
 """fuse(model): containers and methods run convolution, batch norm, activation and dropout as fused calls.
 
-GRU, multi-head attention and RMS norm become the layers that compute them in one call; PyTorch's layer norm is one.
+GRU, LSTM, multi-head attention and RMS norm become layers of ours; PyTorch's layer norm is one call already.
 
 The model remains the same object, with its children, keys and hooks; only the class of some modules changes, to a
 subclass of the original. `genai_fast.fusion` decides at each call whether a chain is fused.
@@ -42,9 +42,9 @@ def _check(name: str, model: Any, wrapped: bool = False) -> None:
 def fuse(model: nn.Module, *, random: bool = True) -> nn.Module:
     """Run a model's norms, activations, gates, attention, dropout, latents, losses and GRUs as fused calls, in place.
 
-    nn.GRU, nn.RMSNorm and nn.MultiheadAttention become their counterparts in `layers`; nn.Sequential at any depth
-    becomes a `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a subclass
-    with these methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by
+    nn.GRU, nn.LSTM, nn.RMSNorm and nn.MultiheadAttention become their counterparts in `layers`; nn.Sequential at any
+    depth becomes a `layers.FusedSequential`; a class whose methods call norms and activations in sequence gets a
+    subclass with these methods recompiled, and so does one that samples `mu + exp(logvar / 2) * noise`, attends by
     `softmax(q k^T) v`, takes no weights of an nn.MultiheadAttention, calls F.cross_entropy, multiplies SiLU or GELU of
     a gate by another tensor, turns queries and keys by `x * cos + rotate_half(x) * sin`, or is an RMS norm, whatever
     these are called, as in transformers' models.
@@ -185,7 +185,7 @@ def _why_not(module: nn.Module) -> str:
 
 # Expensive leaves that fuse leaves to PyTorch: what helps.
 _REMEDIES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.LSTM, nn.RNN), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
+    ((nn.RNN,), "PyTorch's recurrence is one call already; genai_fast.tune_cpu() speeds up its matmuls"),
     ((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "PyTorch draws a number for each channel and multiplies in one pass"),
     ((nn.AlphaDropout, nn.FeatureAlphaDropout), "PyTorch's, with its random numbers"),
     (

@@ -12,6 +12,7 @@ from genai_fast import ops
 from genai_fast.backends import FallbackWarning, choose, forced_backend, is_plain
 from genai_fast.fusion import thresholds
 from genai_fast.fusion.classes import replaced_forward
+from genai_fast.fusion.operands import needs_gradient
 from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype, without_autocast
 
@@ -46,7 +47,7 @@ class _Recurrent:
             directions = []
             for suffix in ("", "_reverse") if self.bidirectional else ("",):
                 first = [of_layer[len(last)] for of_layer in before] or [None] * self._states
-                y, *after = getattr(ops, self._op)(x.flip(0) if suffix else x, *first, *self._weights(layer, suffix))
+                y, *after = self._layer(x.flip(0) if suffix else x, *first, *self._weights(layer, suffix))
                 directions.append(y.flip(0) if suffix else y)
                 last.append(tuple(after))
             x = torch.cat(directions, -1) if self.bidirectional else directions[0]
@@ -61,6 +62,10 @@ class _Recurrent:
         """weight_ih, weight_hh and, where there are any, bias_ih, bias_hh."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
         return [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
+
+    def _layer(self, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+        """A layer in one direction, of x [T, B, I], states and weights: y and the last states."""
+        return getattr(ops, self._op)(x, *given)
 
     def _is_ours(self, input: Any, states: tuple[Any, ...]) -> bool:
         raise NotImplementedError
@@ -114,11 +119,12 @@ class GRU(_Recurrent, nn.GRU):
 
 
 class LSTM(_Recurrent, nn.LSTM):
-    """nn.LSTM: same constructor, keys, results and gradients, and PyTorch's own forward: oneDNN's and cuDNN's are fast.
+    """nn.LSTM: same constructor, keys, results and gradients; a token at a time without oneDNN's packing of weights.
 
-    What those do not have, `ops.lstm` does inside `use_backend`, one call per layer and direction: second derivatives,
-    and one launch for a whole sequence on CUDA where the weights fit on chip. Not with projections (`proj_size`) and
-    packed sequences.
+    PyTorch's own forward serves sequences, where oneDNN's and cuDNN's kernels are fast, and whatever has gradients. On
+    a CPU a single step, as text is generated, is that of PyTorch's cell: oneDNN packs all weights at each call. Inside
+    `use_backend` it is `ops.lstm`, one call per layer and direction, which has second derivatives, and is one launch
+    for a sequence on CUDA where the weights fit on chip. Projections (`proj_size`) and packed sequences are PyTorch's.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
@@ -128,7 +134,36 @@ class LSTM(_Recurrent, nn.LSTM):
     _op, _states = "lstm", 2
 
     def _is_ours(self, input: Any, states: tuple[Any, ...]) -> bool:
-        return bool(forced_backend()) and not self.proj_size and self._fits(input, states) and not left_to_torch()
+        if self.proj_size or not self._fits(input, states) or left_to_torch():
+            return False
+        if forced_backend():
+            return True
+        batch = input.size(0 if self.batch_first else 1) if input.dim() == 3 else 1
+        steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
+        plain = input.is_cpu and input.dtype is torch.float32 and autocast_dtype("cpu") is None
+        if not plain or torch.compiler.is_compiling() or (self.dropout and self.training):
+            return False
+        return takes_cells(steps, batch) and not needs_gradient(input, *states, *self._parameters.values())
+
+    def _layer(self, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+        return super()._layer(x, *given) if forced_backend() else lstm_cells(x, *given)
+
+
+def takes_cells(steps: int, batch: int) -> bool:
+    """Whether cells, a step at a time, are faster on a CPU than oneDNN's LSTM, which packs its weights first."""
+    return (steps == 1 and batch <= 32) or (steps <= 4 and batch == 1)
+
+
+def lstm_cells(
+    x: torch.Tensor, h: torch.Tensor | None, c: torch.Tensor | None, *weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer of an LSTM step by step: x [T, B, I], states [B, H], None for zeros -> y [T, B, H] and the last ones."""
+    zeros = x.new_zeros(x.size(1), weights[1].size(1)) if h is None or c is None else None
+    h, c, outputs = zeros if h is None else h, zeros if c is None else c, []
+    for step in x.unbind():
+        h, c = torch.lstm_cell(step, (h, c), *weights)
+        outputs.append(h)
+    return torch.stack(outputs), h, c
 
 
 @functools.cache

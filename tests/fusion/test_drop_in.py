@@ -514,7 +514,7 @@ def test_explain_with_an_example():
 
 def test_explain_names_every_leaf_that_costs_time():
     model = nn.Sequential(
-        nn.LSTM(4, 4), nn.PReLU(), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(3), nn.Linear(3, 3), nn.Flatten(),
+        nn.RNN(4, 4), nn.PReLU(), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(3), nn.Linear(3, 3), nn.Flatten(),
         nn.Dropout2d(), nn.AlphaDropout(), nn.BCELoss(),
     )  # fmt: skip
     rows = {row.path: row for row in explain(model)}

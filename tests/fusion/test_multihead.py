@@ -250,6 +250,30 @@ def test_lstm_is_pytorchs_and_ours_within_use_backend(settings):
         own(x, states[0])
 
 
+@pytest.mark.parametrize("settings", (dict(), dict(num_layers=2, bidirectional=True, batch_first=True, bias=False)))
+def test_an_lstm_that_generates_runs_cells(settings, monkeypatch):
+    torch.manual_seed(0)
+    plain, made, cell = nn.LSTM(6, 8, **settings), [], torch.lstm_cell
+    fused = fuse(copy.deepcopy(plain))
+    monkeypatch.setattr(torch, "lstm_cell", lambda *given: made.append(given) or cell(*given))
+    count = settings.get("num_layers", 1) * (1 + settings.get("bidirectional", False))
+    for shape, steps in (((1, 1, 6), 1), ((1, 6), 1), ((3, 6), 3), ((9, 9, 6), 0)):
+        x, states = torch.randn(shape), None
+        for _ in range(2):
+            made.clear()
+            with torch.no_grad():
+                y, after = fused(x, states)
+                expected, other = plain(x, states)
+            assert len(made) == steps * count
+            for found, value in zip((y, *after), (expected, *other), strict=True):
+                assert_close(found, value)
+            states = after
+    made.clear()
+    fused(torch.randn(1, 1, 6))
+    assert not made  # with gradients it is PyTorch's
+    assert type(unfuse(fused)) is nn.LSTM
+
+
 def test_functional_attention_replaced_is_called(monkeypatch):
     fused, plain = _pair(_Hinted)
     x = torch.randn(B, T, E)

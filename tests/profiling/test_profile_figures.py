@@ -31,7 +31,7 @@ def test_flops_of_products_attention_and_recurrence():
     assert count.total == 2 * (2 * 2 * 3 * 8 * 8 * 16)
     assert y.shape == q.shape
     with FlopCount() as count:
-        nn.LSTM(3, 5)(torch.randn(7, 2, 3))
+        nn.RNN(3, 5)(torch.randn(7, 2, 3))
     assert count.total == 2 * 7 * 2 * (4 * 5 * 3 + 4 * 5 * 5)
 
 
@@ -74,16 +74,16 @@ def test_every_network_that_is_fused_is_reported():
     left_alone = []
     for variant in ("eager", "fused"):
         prepare = loops.preparing(variant, False, left_alone)
-        for network in (nn.Sequential(nn.LSTM(2, 2)), nn.LSTM(2, 2), nn.Sequential(nn.Softmax(1))):
+        for network in (nn.Sequential(nn.RNN(2, 2)), nn.RNN(2, 2), nn.Sequential(nn.Softmax(1))):
             prepare(network)
     subject = SimpleNamespace(left_alone=left_alone)
     assert [row[:2] for row in figures._left_alone(subject)] == [
-        ["Sequential.0", "LSTM"], ["LSTM", "LSTM"], ["Sequential 2.0", "Softmax"],
+        ["Sequential.0", "RNN"], ["RNN", "RNN"], ["Sequential 2.0", "Softmax"],
     ]  # fmt: skip
     subject.left_alone = left_alone[:1]
-    assert [row[:2] for row in figures._left_alone(subject)] == [["0", "LSTM"]]
+    assert [row[:2] for row in figures._left_alone(subject)] == [["0", "RNN"]]
     subject.left_alone = left_alone[1:2]
-    assert [row[:2] for row in figures._left_alone(subject)] == [[".", "LSTM"]]
+    assert [row[:2] for row in figures._left_alone(subject)] == [[".", "RNN"]]
 
 
 def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):

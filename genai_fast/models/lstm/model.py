@@ -10,6 +10,7 @@ from torch import nn
 
 from genai_fast import ops
 from genai_fast.fusion.chains import untouched
+from genai_fast.layers.recurrent import lstm_cells, takes_cells
 from genai_fast.models.common import checks
 from genai_fast.models.common.generation import WriteOn, unrounded
 from genai_fast.models.common.protocol import Decoder
@@ -150,15 +151,20 @@ class LSTMLanguageModel(WriteOn, nn.Module):
     def _recurrence(self, y: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
         lstm = self.lstm
         usual = untouched(lstm, nn.LSTM) and not (lstm.bidirectional or lstm.batch_first or lstm.proj_size)
-        if not (usual and self.training and y.is_cpu):
+        if usual and takes_cells(*y.shape[:2]) and y.is_cpu and not (self.training or torch.is_grad_enabled()):
+            layer_of = lstm_cells
+        elif usual and self.training and y.is_cpu:
+            layer_of = ops.lstm
+        else:
             return lstm(y, state)
         # Layer by layer, which is a little faster than all at once; and PyTorch draws masks number by number on a CPU.
+        # A single step by cells: oneDNN packs all weights at each call.
         last: list[State] = []
         for layer, weights in enumerate(lstm.all_weights):
             h, c = (None, None) if state is None else (s[layer] for s in state)
-            if layer and lstm.dropout:
+            if layer and lstm.dropout and self.training:
                 y = ops.act_dropout(y, lstm.dropout, True, "none")
-            y, *after = ops.lstm(y, h, c, *weights)
+            y, *after = layer_of(y, h, c, *weights)
             last.append(after)
         h, c = (torch.stack(s) for s in zip(*last, strict=True))
         return y, (h, c)
