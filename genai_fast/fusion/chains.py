@@ -91,7 +91,7 @@ def obstacle(child: nn.Module) -> str:
         return "it is compiled"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"
-    if not _REPLACEABLE.isdisjoint(state):
+    if not _REPLACEABLE.isdisjoint(state) and not isinstance(state.get("bias"), bool):  # a recurrent layer's setting
         return "a method or tensor of its own is replaced"
     if state["_buffers"].get("running_mean") is not None and isinstance(child, GROUP_NORMS):
         return "it keeps running statistics"

@@ -7,12 +7,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from alike import assert_close, plain_of
+from alike import assert_close, calls_of, plain_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from genai_fast import explain, fuse, unfuse
+from genai_fast.fusion import chains
+from genai_fast.models import VRNN, LSTMLanguageModel
 
 pytestmark = pytest.mark.usefixtures("small_is_fused")
 
@@ -231,3 +233,32 @@ def test_classes_of_another_metaclass(cls):
     assert type(model) is not cls and type(unfuse(model)) is cls
     assert Registry.classes == {"Registered": Registered}
     assert isinstance(fuse(cls()), cls) and not isinstance(Written(), type(fuse(cls())))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LSTM(2, 3),
+        nn.GRU(2, 3),
+        nn.GRUCell(2, 3),
+        nn.LSTM(2, 3, bias=False),
+        nn.MultiheadAttention(4, 2),
+        nn.Linear(2, 3),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_module_as_it_was_made_is_untouched(module):
+    """Recurrent layers have a setting of the name `bias`."""
+    assert chains.untouched(module, type(module))
+    module.forward = module.forward
+    assert not chains.untouched(module, type(module))
+
+
+def test_the_short_ways_of_recurrent_models_are_taken():
+    """Their own ways, which ask whether modules are as they were made."""
+    torch.manual_seed(0)
+    model = LSTMLanguageModel(20, 8, 8, 2)
+    with calls_of("lstm") as made:
+        model.training_step(*torch.randint(20, (2, 3, 5)), torch.ones(3))
+    assert len(made) == 2
+    assert VRNN(20, embedding=8, hidden=8, latent=4)._is_as_made()
