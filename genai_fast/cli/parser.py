@@ -51,7 +51,7 @@ _GROUPS = {
     "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block"
     " rate seconds trim mels n_fft hop scale",
     "model": "init",
-    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip"
+    "optimizer": "epochs batch_size optimizer lr lr_discriminator warmup decay beta1 beta2 weight_decay clip"
     " accumulate seed",
     "machine": "device threads precision tf32 sync_bn shard",
     "output": "log_every checkpoint_every keep grid_every quality_every sample_every tensorboard",
