@@ -28,6 +28,7 @@ TINY = {
 }  # fmt: skip
 NETWORKS = {f"dcgan {kind}": ("dcgan", {"network": kind}) for kind in ("dense", "dense-k4", "keras", "keras-k4")}
 VARIANTS = {**{name: (name, {}) for name in RECIPES}, "vae gaussian": ("vae", {"likelihood": "gaussian"}), **NETWORKS}
+VARIANTS["wgan-gp without norms"] = ("wgan-gp", {"norm": "none"})
 VARIANTS["autoencoder denoising"] = ("autoencoder", {"noise": 0.3, "masking": 0.25})
 VARIANTS["vae of one layer back"] = ("vae", {"widths": "16,8", "decoder_widths": "none"})
 TOKENIZER = text.make_tokenizer("byte", [], None)

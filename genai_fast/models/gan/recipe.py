@@ -9,7 +9,7 @@ from torch import nn
 
 from genai_fast.errors import UsageError
 from genai_fast.models.common.recipe import Bench, Networks, Recipe, Values, by_name
-from genai_fast.models.gan import dcgan, dense, plain, settings
+from genai_fast.models.gan import dcgan, dense, plain, plain_critics, settings
 from genai_fast.models.gan.model import GAN, WGANGP
 
 _DROPOUT = {"dcgan": 0.0, "dense": 0.3, "dense-k4": 0.3}  # of D, as the authors of these networks have it
@@ -81,6 +81,17 @@ def _loop(networks: Networks, values: Values, device: str) -> Callable[..., tupl
     return plain.gan_step(networks["generator"], networks["discriminator"], values["latent"], device)
 
 
+def _conditional_loop(networks: Networks, values: Values, device: str) -> Callable[..., plain_critics.Losses]:
+    pair = networks["generator"], networks["discriminator"]
+    return plain_critics.cgan_step(*pair, values["latent"], values["classes"], device)
+
+
+def _critic_loop(networks: Networks, values: Values, device: str) -> Callable[..., plain_critics.Losses]:
+    pair = networks["generator"], networks["discriminator"]
+    settings = values["latent"], values["n_critic"], values["penalty"], device, values["lr"]
+    return plain_critics.wgan_gp_step(*pair, *settings, (values["beta1"], values["beta2"]))
+
+
 def _sampler(gan: nn.Module) -> nn.Module:
     return gan.sampler
 
@@ -110,13 +121,16 @@ RECIPES = (
     ),
     Recipe(
         settings.CGAN, GAN,
-        lambda values: {"generator": plain.PlainConditionalGenerator},
+        lambda values: {
+            "generator": plain.PlainConditionalGenerator, "discriminator": plain_critics.PlainConditionalDiscriminator,
+        },
         build=_pair(dcgan.ConditionalGenerator, dcgan.ConditionalDiscriminator), derived=_norm, labelled=True,
-        network=_sampler, loop=None,
+        network=_sampler, loop=_conditional_loop, benches=(Bench("cgan_64", 64, _SHAPE),),
     ),
     Recipe(
         settings.WGAN_GP, WGANGP,
-        lambda values: {"generator": plain.PlainDCGANGenerator},
-        build=_pair(dcgan.DCGANGenerator, dcgan.DCGANDiscriminator, WGANGP), network=_sampler, loop=None,
+        lambda values: {"generator": plain.PlainDCGANGenerator, "discriminator": plain_critics.PlainCritic},
+        build=_pair(dcgan.DCGANGenerator, dcgan.DCGANDiscriminator, WGANGP), network=_sampler, loop=_critic_loop,
+        benches=(Bench("wgan_gp_32", 64, (3, 32, 32)),),
     ),
 )  # fmt: skip
