@@ -30,6 +30,16 @@ class HasAfterStep(Protocol):
         """Called after each step that updated something, such as for a moving average."""
 
 
+class AdaptsRates(Protocol):
+    """Learning rates that follow what the networks do."""
+
+    def rate_factors(self) -> dict[str, torch.Tensor]:
+        """Names of `networks()` -> by what their learning rates are multiplied now, 0-d, from a buffer; {}: fixed."""
+
+    def adapt_rates(self, losses: Any) -> None:
+        """Called after each step with its losses, those of all processes."""
+
+
 class Carries(Protocol):
     """A state that continues from batch to batch and is not part of the state dict."""
 
@@ -44,6 +54,12 @@ class Shards(Protocol):
         """The modules whose weights, gradients and optimizer state are divided together among processes (FSDP2)."""
 
 
+class HasAddedTensors(Protocol):
+    """added_tensors: names in the state dict that checkpoints of earlier versions lack; they stay as they are then."""
+
+    added_tensors: tuple[str, ...]
+
+
 class ImageTraits(NamedTuple):
     """What a model of images says of itself, by attributes of these names; without one, the default holds."""
 
@@ -52,6 +68,7 @@ class ImageTraits(NamedTuple):
     n_critic: int = 1  # batches in a step
     latent: int = 0  # dimensions of z; 0: it has none
     likelihood: str = "gaussian"  # of a pixel; "bernoulli": `decode` gives logits
+    nats: bool = True  # a generator's loss is -ln D(G(z))
     logits: bool = False  # a discriminator's outputs are logits, so that its accuracy in a step tells how it fares
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from genai_fast import atomic_files, config
 from genai_fast.cli import labelled
 from genai_fast.cli.checks import at_least, check_parent, check_seed, opened, replaced_note
+from genai_fast.cli.codes import run_compress, run_decompress  # noqa: F401
 from genai_fast.cli.images import run_inpaint, run_interpolate, run_reconstruct, run_sample, run_translate, run_upscale  # noqa: F401
 from genai_fast.contract import offers
 from genai_fast.cpu import tune_cpu

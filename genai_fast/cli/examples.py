@@ -14,6 +14,8 @@ genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32
 genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png
 genai-fast reconstruct runs/autoencoder-PHOTOS --count 8
 genai-fast reconstruct runs/audio-vae-DRUMS --data OTHERS.zip --out drums.wav
+genai-fast compress runs/autoencoder-PHOTOS --data OTHERS --out others.safetensors
+genai-fast decompress runs/autoencoder-PHOTOS others.safetensors --out others
 genai-fast translate runs/cyclegan-HORSES --to b --data PHOTOS --out ZEBRAS
 genai-fast translate runs/cyclegan-mnist --to a --data digits --count 12 --out digits.png
 genai-fast upscale runs/srgan-PHOTOS photo.png --out large.png

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -48,22 +50,28 @@ def run_sample(options: argparse.Namespace) -> int:
         return labelled.write(run, options)
     count = options.count or 64
     options.out = free_path(options.out, "grid.png")
-    check_parent(options.out)
-    picture = options.out.suffix.lower() == ".png"
-    if not picture and options.out.suffix:
-        raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {options.out}")
-    if not picture and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
-    replaced = replaced_note(options.out)
-    images = generate(run.model, run.shape, count, options.seed, labels_of(run, options.label, count))
-    if picture:
-        pictures.grid(images, options.out)
-    else:
-        options.out.mkdir(exist_ok=True)
-        for k, image in enumerate(images):
-            pictures.single(image, options.out / f"{k:06d}.png")
-    print(f"{options.out}{replaced}: {count} samples of {run.folder}")
+    labels = labels_of(run, options.label, count)
+    draw = partial(generate, run.model, run.shape, count, options.seed, labels)
+    write_pictures(options.out, draw, f"{count} samples of {run.folder}")
     return 0
+
+
+def write_pictures(out: Path, draw: Callable[[], torch.Tensor], what: str) -> None:
+    """Write images [N, C, H, W] that `draw` makes once `out` is known to serve: a PNG file, or a new folder."""
+    check_parent(out)
+    picture = out.suffix.lower() == ".png"
+    if not picture and out.suffix:
+        raise UsageError(f"--out: expected the name of a PNG file or of a folder, got {out}")
+    if not picture and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: expected a new or empty folder, got {out}; remedy: another name")
+    replaced, images = replaced_note(out), draw()
+    if picture:
+        pictures.grid(images, out)
+    else:
+        out.mkdir(exist_ok=True)
+        for k, image in enumerate(images):
+            pictures.single(image, out / f"{k:06d}.png")
+    print(f"{out}{replaced}: {what}")
 
 
 def run_interpolate(options: argparse.Namespace) -> int:

@@ -52,7 +52,8 @@ _GROUPS = {
     "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block"
     " rate seconds trim mels n_fft hop scale",
     "model": "init",
-    "optimizer": "epochs batch_size lr lr_discriminator warmup decay beta1 beta2 weight_decay clip accumulate seed",
+    "optimizer": "epochs batch_size optimizer lr lr_discriminator warmup decay beta1 beta2 weight_decay clip"
+    " accumulate seed",
     "machine": "device threads precision tf32 sync_bn shard",
     "output": "log_every checkpoint_every keep grid_every quality_every sample_every tensorboard",
 }
@@ -217,6 +218,20 @@ def parser_of() -> argparse.ArgumentParser:
     reconstruct.add_argument("--count", type=int, default=12, help="number of them; default: %(default)s")
     what = "PNG file, of sounds WAV; default: reconstructed.png or .wav, or a free number"
     reconstruct.add_argument("--out", type=Path, help=what)
+    what = "write pictures as the codes of an autoencoder, by a run of autoencoder, vae or conv-vae"
+    compress = _of_a_run(commands, "compress", what, draws=False)
+    compress.add_argument(
+        "--data", default="", metavar="DATA", help="pictures, in any form that `train` reads; default: the run's"
+    )
+    compress.add_argument("--count", type=int, help="number of pictures, the first ones; default: all")
+    compress.add_argument(
+        "--bits", type=int, default=8, choices=(8, 16, 32), help="of each number of a code; default: %(default)s"
+    )
+    compress.add_argument("--out", type=Path, help="a .safetensors file; default: codes.safetensors, or a free number")
+    decompress = _of_a_run(commands, "decompress", "turn codes of `compress` into pictures again", draws=False)
+    decompress.add_argument("codes", type=Path, metavar="CODES", help="a file that `compress` wrote")
+    what = "a new folder, or a PNG file for a grid; default: decompressed, or a free number"
+    decompress.add_argument("--out", type=Path, help=what)
     what = "translate pictures by a run of cyclegan or pix2pix"
     translate = _of_a_run(commands, "translate", what, draws=False)
     translate.add_argument(

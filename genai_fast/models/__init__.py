@@ -8,10 +8,12 @@ _HOMES = {
     "audio_vae.model": "AudioVAE",
     "autoencoder.model": "Autoencoder",
     "common.generation": "Sampler decoder_for generate",
+    "common.keras": "load_keras",
     "common.latents": "slerp",
     "conv_vae.model": "ConditionalVAE ConvVAE",
     "gan.dcgan": "ConditionalDiscriminator ConditionalGenerator DCGANDiscriminator DCGANGenerator dcgan_init",
-    "gan.dense": "DenseDiscriminator DenseGenerator DenseGeneratorK4 MLPDiscriminator MLPGenerator",
+    "gan.dense": "DenseDiscriminator DenseGenerator DenseGeneratorK4 KerasDiscriminator KerasDiscriminatorK4"
+    " KerasGenerator KerasGeneratorK4 MLPDiscriminator MLPGenerator keras_init",
     "gan.model": "GAN GANLosses WGANGP",
     "gpt.model": "GPT load_gpt2",
     "lstm.model": "LSTMLanguageModel",

@@ -88,7 +88,7 @@ def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str
     elif RECIPES[run.recipe].waves:
         command, use = export_template.draw_waves, {"rate": run.config.rate, "classes": run.classes}
         call = f"draw_waves(load(), {_arguments(use)})"
-    elif offers(run.model, Draws):
+    elif RECIPES[run.recipe].draws and offers(run.model, Draws):
         traits, command = image_traits(run.model), export_template.draw
         use = {"shape": run.shape, "latent": traits.latent, "classes": run.classes, "signed": traits.signed}
         call = f"draw(load(), {_arguments(use)})"
@@ -199,7 +199,7 @@ def graph_of(run: Opened, plain: nn.Module) -> Graph:
     labels = {"labels": "batch"} if run.classes else {}
     if RECIPES[run.recipe].waves:
         return Graph({"codes": "batch tokens", **labels}, ("logits",))
-    if not offers(run.model, Draws):
+    if not (RECIPES[run.recipe].draws and offers(run.model, Draws)):
         return Graph({"images": "batch channels size size"}, ("reconstructions",))
     return Graph({"z": "batch latent", **labels}, ("images",), "decode" if hasattr(plain, "decode") else "forward")
 

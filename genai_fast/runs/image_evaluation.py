@@ -14,7 +14,7 @@ from genai_fast.contract import InTurns, image_traits, offers
 from genai_fast.data.images import Images
 from genai_fast.evaluation import SampleQuality, bits_per_dim, psnr, ssim, warnings_of
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, Encodes, Reconstructs, Upscales
+from genai_fast.models.common.protocol import Draws, Encodes, FitsDensity, Reconstructs, Upscales
 from genai_fast.runs import pictures
 from genai_fast.training import distributed
 from genai_fast.training.batches import ImageFeed, batch_for
@@ -24,6 +24,7 @@ from genai_fast.training.tensorboard import Board
 _SAMPLES = 64  # in a grid
 _MOST = 1000  # images that figures compare
 _AT_ONCE = 100  # images generated or encoded at a time
+_FITTED = 5000  # images to whose codes a density is fitted
 
 
 def generate(
@@ -77,13 +78,14 @@ def latent_plane(model: nn.Module, train: Images, path: Path) -> None:
         return
     with torch.no_grad(), latents.evaluating(model):
         codes = [model.encode(*batch_for(model, train, part)) for part in _parts(len(train))]
-    mu = torch.cat([code if isinstance(code, torch.Tensor) else code[0] for code in codes])  # of VAEs (mu, logvar)
-    title = f"{'Mean of q(z | x)' if offers(model, Draws) else 'Code of x'}, {train.name}"
+    plain = isinstance(codes[0], torch.Tensor)
+    mu = torch.cat([code if plain else code[0] for code in codes])  # of VAEs (mu, logvar)
+    title = f"{'Code of x' if plain else 'Mean of q(z | x)'}, {train.name}"
     pictures.plane(mu, train.labels, train.classes, path, title)
 
 
 def _parts(count: int) -> Iterator[slice]:
-    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+    return (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE))
 
 
 def _reconstructions(model: nn.Module, images: Images, path: Path) -> torch.Tensor:
@@ -146,13 +148,19 @@ class Watch:
     def __call__(self, epoch: int, train: dict[str, float]) -> Look:
         """Figures and warnings of epoch `epoch`, whose mean losses in training were `train`."""
         model, config, draws = self._model, self._config, distributed.first()
+        warnings: list[str] = []
+        if offers(model, FitsDensity):  # in all processes, whose checkpoints have it
+            parts = _parts(min(len(self._train), _FITTED))
+            try:
+                model.fit_density(batch_for(model, self._train, part)[0] for part in parts)
+            except ValueError as error:
+                warnings.append(f"samples are of an earlier density: {error}")
         if draws and config.grid_every and epoch % config.grid_every == 0:
             self._grid(self._folder / "grids" / f"epoch-{epoch:04d}.png")
         figures = {} if offers(model, InTurns) else self._likelihood()
         if draws and config.quality_every and epoch % config.quality_every == 0 and offers(model, Upscales):
             figures |= self._fidelity()
         said: dict[str, Any] = {"latent": image_traits(model).latent or None, "kl": figures.get("kl")}
-        warnings: list[str] = []
         if draws and config.quality_every and epoch % config.quality_every == 0 and offers(model, Draws):
             try:
                 quality, samples, real = self._compare()
@@ -163,7 +171,8 @@ class Watch:
                 said |= {"samples": samples, "real": real}
                 said |= {name: quality[name] for name in ("diversity", "coverage")}
         if image_traits(model).logits:  # a critic's outputs have no unit
-            said |= {"discriminator_accuracy": train["accuracy"], "generator_loss": train["generator"]}
+            said["discriminator_accuracy"] = train["accuracy"]
+            said["generator_loss"] = train["generator"] if image_traits(model).nats else None
         return Look(figures, warnings + warnings_of(figures, **said))
 
     def _likelihood(self) -> dict[str, float]:

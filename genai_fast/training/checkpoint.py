@@ -334,7 +334,9 @@ def _short(x: Any, most: int = 60) -> str:
 def _fill_model(checkpoint: Path, model: nn.Module, state: dict) -> None:
     path = checkpoint / _MODEL
     tensors = _tensors(checkpoint, _MODEL, state)
-    wanted, got = ({k: _kind(v) for k, v in x.items()} for x in (model.state_dict(), tensors))
+    present = model.state_dict()
+    tensors |= {k: present[k] for k in getattr(model, "added_tensors", ()) if k not in tensors}
+    wanted, got = ({k: _kind(v) for k, v in x.items()} for x in (present, tensors))
     for key in sorted(wanted.keys() | got.keys()):
         if wanted.get(key) != got.get(key):
             raise CheckpointError(

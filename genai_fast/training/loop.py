@@ -103,7 +103,7 @@ def fit(
     train.rows = distributed.chooser(image_traits(model).n_critic)
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
-    schedule = Schedule(optimizer, config, config.epochs * train.steps)
+    schedule = Schedule(optimizer, config, config.epochs * train.steps, model)
     record: dict[str, Any] = {}
     warned: set[str] = set()
     recipe = (about or {}).get("recipe", "RECIPE")
@@ -141,7 +141,9 @@ def fit(
                     left = train.samples - at.batch * train.size
                     samples = len(batch[0]) if train.rows is None else min(train.size, left)
                     with distributed.sharing(samples):
-                        meter.add(step(*batch), samples)
+                        losses = step(*batch)
+                        schedule.after(losses)
+                        meter.add(losses, samples)
                     at.batch, at.step = at.batch + 1, at.step + 1
                     last = at.batch == train.steps
                     if last or at.step % config.log_every == 0:

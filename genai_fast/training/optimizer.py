@@ -21,6 +21,9 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
     A model with `networks()`, name -> module, gets a group of parameters for each, whose rate is `config.lr_<name>` if
     there is such a setting and it is not 0. `config.weight_decay` makes it AdamW; vectors (biases, norms) do not decay.
+    `config.optimizer` "rmsprop", where there is such a setting, takes RMSprop as Keras has it by default.
+
+    Raises UsageError: RMSprop with weight decay.
     """
     on_cuda, sharded = next(model.parameters()).is_cuda, hasattr(next(model.parameters()), "full_tensor")
     groups = []
@@ -34,6 +37,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
                 # A tensor, so that a captured graph reads the rate of the day.
                 lr = torch.tensor(rate, device=members[0].device) if on_cuda else rate
                 groups.append({"params": members, "lr": lr, "weight_decay": decay})
+    if getattr(config, "optimizer", "adam") == "rmsprop":
+        if config.weight_decay:
+            raise UsageError(f"--weight-decay: expected 0 with --optimizer rmsprop, got {config.weight_decay:g}")
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=0.9, eps=1e-7)
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     if on_cuda or sharded:
         options |= {"fused": True, "capturable": True} if on_cuda else {}

@@ -202,4 +202,7 @@ class JointStep(Step):
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Step:
     """A `Step`, of this process or of all."""
-    return (Step if distributed.size() == 1 else JointStep)(model, optimizer, **settings)
+    if distributed.size() > 1:
+        return JointStep(model, optimizer, **settings)
+    graph = None if isinstance(optimizer, torch.optim.Adam) else False  # RMSprop has no form that a graph could hold
+    return Step(model, optimizer, graph=graph, **settings)

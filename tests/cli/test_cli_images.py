@@ -71,7 +71,7 @@ def test_every_recipe_trains_and_goes_on_exactly(here, digits, recipe, capsys):
     epochs = records(run, "epoch")
     figures = set(epochs[-1]["validation"])
     expected = {
-        "autoencoder": {"loss"},
+        "autoencoder": {"loss"} | QUALITY,
         "vae": ELBO | {"bits_per_dim"},
         "conv-vae": ELBO | QUALITY,
         "cvae": ELBO | QUALITY,
@@ -297,14 +297,40 @@ def test_with_a_handful_of_pictures_there_is_nothing_to_compare(here, digits, ca
     assert said.count("warning: no comparison of samples with held-out images: ") == 1 and "at least 6" in said
 
 
+@pytest.mark.parametrize("recipe", ["autoencoder", "vae"])
+def test_pictures_become_codes_and_pictures_again(here, digits, capsys, recipe):
+    flat(digits, here / "flat")
+    assert call("train", recipe, "--data", "flat", *NETWORKS[recipe], *QUICK, "--run", "a") == 0
+    capsys.readouterr()
+    assert call("compress", "a", "--bits", "32", "--out", "c.safetensors") == 0
+    assert re.search(
+        r"c.safetensors: 30 images of flat.* in [\d,]+ bytes, 16 for each image of 784 \(49.0 times less\); PSNR ",
+        capsys.readouterr().out,
+    )
+    assert call("decompress", "a", "c.safetensors", "--out", "back") == 0
+    assert "back: 30 images of c.safetensors, by runs" in capsys.readouterr().out
+    run = genai_fast.runs.run.open_run(here / "runs" / "a")
+    images = data.load("flat")
+    x = images.batch(slice(0, 1), signed=run.model.signed)
+    expected = image_evaluation.shown(run.model, run.model.eval().reconstruct(x))[0, 0]
+    assert np.abs(picture(here / "back" / "000000.png") / 255 - expected.numpy()).max() < 0.004
+    assert call("compress", "a", "--count", "3") == 0
+    assert call("decompress", "a", "codes.safetensors", "--out", "back.png") == 0
+    assert call("decompress", "a", "codes.safetensors", "--out", "back") == 2
+    assert "expected a new or empty folder, got back" in capsys.readouterr().err
+
+
 def test_commands_refuse_what_a_model_cannot(here, digits, capsys):
-    for recipe, name in (("mlp-gan", "g"), ("autoencoder", "e")):
+    for recipe, name in (("mlp-gan", "g"), ("autoencoder", "e"), ("cvae", "c")):
         assert call("train", recipe, "--data", digits, *NETWORKS[recipe], *QUICK, "--epochs", "1", "--run", name) == 0
     capsys.readouterr()
     box = ["--data", digits, "--box", "0,0,4,4"]
     for arguments, message in (
         (["inpaint", "g", *box], "expected a run of a model that can inpaint, got one of mlp-gan"),
-        (["sample", "e"], "expected a run of a model that can sample, got one of autoencoder"),
+        (["compress", "g"], "expected a run of a model that can compress, got one of mlp-gan"),
+        (["compress", "c"], "expected a run of an autoencoder or VAE of images without classes, got one of cvae"),
+        (["compress", "e", "--out", "e.npz"], "--out: expected the name of a .safetensors file, got e.npz"),
+        (["decompress", "e", "none.safetensors"], "none.safetensors: expected a file that `genai-fast compress` wrote"),
         (["sample", "g", "--class", "3"], "--class: expected a run of a conditional model, got one of mlp-gan"),
         (["inpaint", "g", "--data", digits], "expected either --box LEFT,TOP,WIDTH,HEIGHT or --mask FILE"),
         (["export", "g", "--out", "g.pt"], "--out: expected the name of a .safetensors file, or of a folder"),

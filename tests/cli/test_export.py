@@ -51,6 +51,8 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "dcgan-128": ("dcgan", {"latent": 4, "width": 2}, ((3, 128, 128), 0)),
     "dense": ("dcgan", {"latent": 4, "network": "dense"}, ((1, 8, 8), 0)),
     "dense-k4": ("dcgan", {"latent": 4, "network": "dense-k4"}, ((3, 8, 8), 0)),
+    "keras": ("dcgan", {"latent": 4, "network": "keras"}, ((1, 8, 8), 0)),
+    "keras-k4": ("dcgan", {"latent": 4, "network": "keras-k4"}, ((3, 8, 8), 0)),
     "cgan": ("cgan", {"latent": 4, "width": 4}, ((1, 32, 32), 3)),
     "wgan-gp": ("wgan-gp", {"latent": 4, "width": 4}, ((3, 64, 64), 0)),
     "cyclegan": ("cyclegan", {"width": 4, "blocks": 1}, ((3, 32, 32), 0)),

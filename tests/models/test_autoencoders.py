@@ -1,16 +1,19 @@
 """Convolutional autoencoder and VAEs: the same as stock modules, and what they make of real digits."""
 
 import copy
+import math
 
 import pytest
 import torch
 from alike import assert_close, assert_gradients, step, strides
 from torch import nn
 
-from genai_fast import data
+from genai_fast import atomic_files, data
+from genai_fast.errors import UsageError
 from genai_fast.models import MLPVAE, Autoencoder, ConditionalVAE, ConvVAE
 from genai_fast.models.conv_vae.plain import PlainConvVAE
-from genai_fast.runs import image_evaluation
+from genai_fast.runs import codes, image_evaluation
+from genai_fast.training import checkpoint
 
 SMALL = {"channels": 1, "latent": 4, "widths": (6, 8)}
 
@@ -82,6 +85,109 @@ def test_autoencoders_loss_is_the_summed_squared_error():
     expected.backward()
     for (name, p), q in zip(model.named_parameters(), peer.parameters(), strict=True):
         assert_close(p.grad.double(), q.grad, 1e-3, scale=max(q.grad.abs().max().item(), 1e-2), what=name)
+
+
+def test_denoising_trains_on_corrupted_input_towards_the_clean_one():
+    model, (x, _) = Autoencoder(8, noise=0.5, masking=0.25, **SMALL), digits(64)
+    torch.manual_seed(1)
+    found = model.training_step(x).loss
+    torch.manual_seed(1)
+    noisy = x + 0.5 * torch.randn(x.shape)
+    noisy = torch.where(torch.rand(64, 1, 8, 8) < 0.25, -1.0, noisy)
+    assert_close(found, (model(noisy) - x).square().sum() / 64)
+    assert abs(float((noisy == -1).float().mean()) - 0.25) < 0.03
+    with pytest.raises(ValueError, match="expected noise >= 0 and 0 <= masking < 1"):
+        Autoencoder(8, masking=1.0, **SMALL)
+    # It removes noise that a plain one keeps.
+    errors = []
+    for noise in (0.0, 0.5):
+        torch.manual_seed(0)
+        trained_, _, _ = trained(Autoencoder(8, channels=1, latent=16, widths=(16, 32), noise=noise), x, steps=120)
+        dirty = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        errors.append(float((trained_.reconstruct(dirty) - x).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_density_of_codes_is_fitted_and_samples_follow_it():
+    model, (x, _) = Autoencoder(8, **SMALL), digits(200)
+    model.training_step(x)  # running statistics
+    model.eval()
+    code = model.coded(x)[0].detach()
+    assert torch.equal(model.encode(x), code)  # before it is fitted
+    model.train().fit_density(x.split(70))
+    assert model.training
+    model.eval()
+    covariance = torch.cov(code.double().T)
+    covariance += 1e-4 * (covariance.diagonal().mean() * torch.eye(4) - covariance)
+    assert_close(model.code_mean, code.mean(0))
+    assert_close(model.code_factor @ model.code_factor.T, covariance.float())
+    z = model.encode(x).detach()
+    assert_close(torch.cov(z.T), torch.eye(4), 1e-3)
+    assert_close(model.decode(z), model.reconstruct(x), 1e-4)
+    drawn = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    expected = model.decoded(model.code_mean + drawn @ model.code_factor.T)
+    assert_close(model.sample(3, seed=5), expected)
+    before = model.code_mean.clone()
+    for images, got in ((x[:1], "fewer"), (x[:0], "fewer"), (torch.full_like(x, math.nan), "infinite or NaN")):
+        with pytest.raises(ValueError, match=f"finite codes of at least 2 images, got {got}"):
+            model.fit_density([images] if len(images) else [])
+    assert torch.equal(model.code_mean, before)
+    model.fit_density([x[:1].repeat(3, 1, 1, 1)])  # all alike: no direction in which they differ
+    assert model.sample(2, seed=0).isfinite().all()
+
+
+def test_a_checkpoint_from_before_there_was_a_density_loads(tmp_path):
+    model = Autoencoder(8, **SMALL)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.fit_density([digits(20)[0]])
+    fitted = model.code_mean.clone()
+    kept = model.code_mean, model.code_factor
+    del model._buffers["code_mean"], model._buffers["code_factor"]
+    checkpoint.save(tmp_path, model, optimizer, 1, {}, {})
+    model.register_buffer("code_mean", kept[0])
+    model.register_buffer("code_factor", kept[1])
+    other = Autoencoder(8, **SMALL)
+    checkpoint.load_model(checkpoint.latest(tmp_path), other)
+    assert not other.code_mean.any() and fitted.any()
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_codes_in_a_file_and_back(bits, tmp_path):
+    model, (x, _) = Autoencoder(8, **SMALL).eval(), digits(50)
+    z = model.encode(x).detach()
+    size = codes.write(tmp_path / "c.safetensors", z, model, (1, 8, 8), bits)
+    assert 50 * 4 * bits // 8 < size < 50 * 4 * bits // 8 + 800
+    found = codes.read(tmp_path / "c.safetensors", model, (1, 8, 8))
+    error = (found - z).abs().amax(0)
+    most = {8: (z.amax(0) - z.amin(0)) / 255 / 2 * 1.001, 16: z.abs().amax(0) * 2**-11, 32: torch.zeros(4)}[bits]
+    assert (error <= most).all() and found.dtype is torch.float32
+
+
+def test_files_that_hold_no_codes_are_refused(tmp_path):
+    model, path, shape = Autoencoder(8, **SMALL), tmp_path / "c.safetensors", (1, 8, 8)
+    z = torch.randn(5, 4)
+    codes.write(path, z, model, shape, 8)
+    good = atomic_files.read_tensors(path)
+
+    def refused(match, **changes):
+        tensors = {name: x for name, x in {**good, **changes}.items() if x is not None}
+        atomic_files.write_tensors(path, tensors)
+        with pytest.raises(UsageError, match=match):
+            codes.read(path, model, shape)
+
+    refused("expected a file that `genai-fast compress` wrote, got one of codes, low, shape, weights", step=None)
+    refused(r"codes: expected codes \[N, 4\] as the model has, got codes of torch.uint8 \(4, 5\)",
+            codes=good["codes"].T.contiguous())  # fmt: skip
+    refused(r"low: expected codes", low=torch.zeros(3))
+    refused("expected finite codes", low=torch.full((4,), math.nan))
+    refused("expected codes of this run's weights, got those of others", shape=torch.tensor([1, 8, 9]))
+    refused("expected codes of this run's weights, got those of others", weights=good["weights"].flip(0))
+    path.write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="expected a file that `genai-fast compress` wrote, got "):
+        codes.read(path, model, shape)
+    with pytest.raises(UsageError, match="that 16 bits hold, got others; remedy: --bits 32"):
+        codes.write(path, z * 1e6, model, shape, 16)
 
 
 @pytest.mark.parametrize("make", [Autoencoder, ConditionalVAE])

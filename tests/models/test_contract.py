@@ -26,8 +26,11 @@ TINY = {
     "n_critic": 2, "dropout": 0.0, "word_dropout": 0.0, "annealing": 10, "clip": 0.0, "warmup": 0, "decay": "none",
     "weight_decay": 0.0, "beta2": 0.999,
 }  # fmt: skip
-NETWORKS = {f"dcgan {kind}": ("dcgan", {"network": kind}) for kind in ("dense", "dense-k4")}
+NETWORKS = {f"dcgan {kind}": ("dcgan", {"network": kind}) for kind in ("dense", "dense-k4", "keras", "keras-k4")}
 VARIANTS = {**{name: (name, {}) for name in RECIPES}, "vae gaussian": ("vae", {"likelihood": "gaussian"}), **NETWORKS}
+VARIANTS["wgan-gp without norms"] = ("wgan-gp", {"norm": "none"})
+VARIANTS["autoencoder denoising"] = ("autoencoder", {"noise": 0.3, "masking": 0.25})
+VARIANTS["vae of one layer back"] = ("vae", {"widths": "16,8", "decoder_widths": "none"})
 TOKENIZER = text.make_tokenizer("byte", [], None)
 CLASSES = ("nought", "one", "two")
 

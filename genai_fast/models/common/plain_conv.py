@@ -6,6 +6,17 @@ import torch
 from torch import nn
 
 
+class HalfTurn(nn.Module):
+    """Images [B, C, H, W] turned by 180 degrees.
+
+    Where a stride leaves an odd number of pixels to pad, Keras' padding "same" puts the odd one at the right and the
+    bottom, PyTorch's at the left and the top. So Keras' network is PyTorch's on turned images with turned kernels.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flip(2, 3)
+
+
 def conv_block(conv: nn.Module) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU())
 

@@ -1,6 +1,6 @@
 """What models may offer besides `genai_fast.contract`, by these names: commands and evaluation ask with `offers`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,13 @@ class Encodes(Protocol):
 class Reconstructs(Protocol):
     def reconstruct(self, x: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
         """What encoder and decoder make of images, in their shape."""
+
+
+class FitsDensity(Protocol):
+    """Codes have a density that is fitted to them, from which samples are drawn."""
+
+    def fit_density(self, batches: Iterable[torch.Tensor]) -> None:
+        """Fit it to the codes of images. Raises ValueError on codes that have none."""
 
 
 class Inpaints(Protocol):

@@ -107,6 +107,7 @@ class Recipe:
     loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
         plain loop.
     summed: the plain loss is a sum over the batch, where ours is a mean.
+    draws: an exported script draws samples, if the model has them; False: it reconstructs pictures.
     graph: None: of waveforms, the logits of codes; of images, what draws them, or what reconstructs them if nothing
         does.
     unrolled: torch.compile takes many minutes, as it unrolls the loop over tokens.
@@ -129,6 +130,7 @@ class Recipe:
         networks[""], device, values["lr"]
     )
     summed: bool = False
+    draws: bool = True
     graph: Graph | None = None
     unrolled: bool = False
     pretrained: Pretrained | None = None

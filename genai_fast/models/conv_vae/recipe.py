@@ -16,5 +16,6 @@ RECIPES = (
     Recipe(
         settings.CVAE, ConditionalVAE,
         PlainConditionalVAE, build=channels_last(ConditionalVAE), derived=widths_of("ConditionalVAE"), labelled=True,
+        benches=(Bench("cvae_64", 64, (3, 64, 64)),),
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from genai_fast.layers import FusedSequential
 from genai_fast.models.common import checks
 from genai_fast.models.common import labels as classes_of
 from genai_fast.models.common.networks import ImageNetwork, fused
-from genai_fast.models.gan.plain import PlainDCGANGenerator
+from genai_fast.models.gan.plain import PlainDCGANGenerator, PlainSelfAttention
 
 _STARTS = {28: 7, 32: 4, 64: 4, 128: 4}  # side of the image -> side of the first feature map
 _SLOPE = 0.2
@@ -58,18 +58,27 @@ def _init_spectral(conv: nn.Module) -> None:
     conv.train(training)
 
 
-def _generator(owner: str, size: int, latent: int, width: int, channels: int) -> FusedSequential:
+def _check_attention(owner: str, size: int, attention: int) -> None:
+    start, doublings = _start(owner, size)
+    sides = [start << k for k in range(doublings)]
+    if attention and attention not in sides:
+        known = ", ".join(map(str, sides))
+        raise ValueError(f"{owner}: attention: expected 0 or the side of a feature map, {known}, got {attention}")
+
+
+def _generator(owner: str, size: int, latent: int, width: int, channels: int, attention: int) -> FusedSequential:
     """DCGAN's: [B, latent, 1, 1] -> [B, channels, size, size]."""
-    _start(owner, size)
+    _check_attention(owner, size, attention)
     checks.positive(owner, latent=latent, width=width, channels=channels)
-    return fused(PlainDCGANGenerator(size, latent, width, channels).main)
+    return fused(PlainDCGANGenerator(size, latent, width, channels, attention).main)
 
 
 def _discriminator(
-    owner: str, size: int, width: int, channels: int, *, dropout: float, norm: str, spectral: bool
+    owner: str, size: int, width: int, channels: int, *, dropout: float, norm: str, spectral: bool, attention: int
 ) -> FusedSequential:
     """DCGAN's: [B, channels, size, size] -> logits [B, 1, 1, 1]."""
     start, halvings = _start(owner, size)
+    _check_attention(owner, size, attention)
     checks.positive(owner, width=width, channels=channels)
     if norm not in _NORMS:
         raise ValueError(f"{owner}: norm: expected one of {', '.join(map(repr, _NORMS))}, got {norm!r}")
@@ -81,7 +90,15 @@ def _discriminator(
         layers += _NORMS[norm](made) if k else []
         layers.append(nn.LeakyReLU(_SLOPE, inplace=True))
         layers += [nn.Dropout(dropout)] if dropout else []
+        layers += [_attention(made, wrapped)] if size >> (k + 1) == attention else []
     return FusedSequential(*layers, wrapped(nn.Conv2d(widths[-1], 1, start, 1, 0, bias=False)))
+
+
+def _attention(channels: int, wrapped: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    block = PlainSelfAttention(channels)
+    for name in ("query", "key", "value", "out"):
+        setattr(block, name, wrapped(getattr(block, name)))
+    return block
 
 
 class DCGANGenerator(ImageNetwork):
@@ -95,13 +112,16 @@ class DCGANGenerator(ImageNetwork):
         latent: length of z.
         width: channels of the last feature map; each one before has twice as many.
         channels: of the image.
+        attention: side of the feature map after which self-attention follows, one of those doubled; 0: none.
 
-    Source: Radford, Metz & Chintala 2015, arXiv:1511.06434.
+    Source: Radford, Metz & Chintala 2015, arXiv:1511.06434; self-attention: Zhang et al. 2019, arXiv:1805.08318.
     """
 
-    def __init__(self, size: int = 64, *, latent: int = 100, width: int = 64, channels: int = 3) -> None:
+    def __init__(
+        self, size: int = 64, *, latent: int = 100, width: int = 64, channels: int = 3, attention: int = 0
+    ) -> None:
         super().__init__()
-        self.main = _generator("DCGANGenerator", size, latent, width, channels)
+        self.main = _generator("DCGANGenerator", size, latent, width, channels, attention)
         self.latent = latent
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -125,6 +145,8 @@ class DCGANDiscriminator(ImageNetwork):
         norm: "batch", "instance" (affine) or "none", where the convolutions have biases instead.
         spectral: divide each convolution's weight by its largest singular value; the keys are then those of
             `torch.nn.utils.parametrizations.spectral_norm`.
+        attention: side of the feature map after which self-attention follows, whose output is differentiable twice too;
+            0: none.
 
     Raises: ValueError on what is none of these.
     Source: Radford, Metz & Chintala 2015, arXiv:1511.06434; WGAN-GP: Gulrajani et al. 2017, arXiv:1704.00028; spectral
@@ -133,10 +155,10 @@ class DCGANDiscriminator(ImageNetwork):
 
     def __init__(
         self, size: int = 64, *, width: int = 64, channels: int = 3, dropout: float = 0.0, norm: str = "batch",
-        spectral: bool = False,
+        spectral: bool = False, attention: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        settings = {"dropout": dropout, "norm": norm, "spectral": spectral}
+        settings = {"dropout": dropout, "norm": norm, "spectral": spectral, "attention": attention}
         self.main = _discriminator("DCGANDiscriminator", size, width, channels, **settings)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +172,7 @@ class ConditionalGenerator(ImageNetwork):
 
     Args:
         classes: labels are int64 in [0, classes).
-        size, latent, width, channels: as of `DCGANGenerator`.
+        size, latent, width, channels, attention: as of `DCGANGenerator`.
         embedding: length of the label's embedding.
 
     Raises: ValueError on sizes below 1 and on labels of another dtype, shape or (on the CPU alone: on CUDA the check
@@ -160,13 +182,13 @@ class ConditionalGenerator(ImageNetwork):
 
     def __init__(
         self, classes: int = 10, size: int = 64, *, latent: int = 100, width: int = 64, channels: int = 3,
-        embedding: int = 100,
+        embedding: int = 100, attention: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         checks.positive("ConditionalGenerator", classes=classes, latent=latent, embedding=embedding)
         self.classes, self.latent = classes, latent
         self.embed = nn.Embedding(classes, embedding)
-        self.main = _generator("ConditionalGenerator", size, latent + embedding, width, channels)
+        self.main = _generator("ConditionalGenerator", size, latent + embedding, width, channels, attention)
 
     def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         z = z.flatten(1)
@@ -183,7 +205,7 @@ class ConditionalDiscriminator(ImageNetwork):
 
     Args:
         classes: labels are int64 in [0, classes).
-        size, width, channels, dropout, norm, spectral: as of `DCGANDiscriminator`.
+        size, width, channels, dropout, norm, spectral, attention: as of `DCGANDiscriminator`.
 
     Raises: ValueError on sizes below 1, images of another shape, and labels of another dtype, shape or (on the CPU
         alone) range.
@@ -192,13 +214,13 @@ class ConditionalDiscriminator(ImageNetwork):
 
     def __init__(
         self, classes: int = 10, size: int = 64, *, width: int = 64, channels: int = 3, dropout: float = 0.0,
-        norm: str = "batch", spectral: bool = False,
+        norm: str = "batch", spectral: bool = False, attention: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         owner = "ConditionalDiscriminator"
         checks.positive(owner, classes=classes, width=width, channels=channels)
         self.classes, self.shape = classes, (channels, size, size)
-        settings = {"dropout": dropout, "norm": norm, "spectral": spectral}
+        settings = {"dropout": dropout, "norm": norm, "spectral": spectral, "attention": attention}
         self.embed = nn.Embedding(classes, size * size)
         self.main = _discriminator(owner, size, width, channels + 1, **settings)
 

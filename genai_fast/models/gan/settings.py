@@ -17,27 +17,52 @@ class GANConfig(ImageConfig):
     latent: int = setting(100, "dimensions of the latent space", low=1)
     smoothing: float = setting(0.0, "one-sided label smoothing: target 1 - x for real images", low=0, high=0.9)
     ema: float = setting(0.0, "decay of the generator's exponential moving average; 0: none", low=0, high=0.99999)
+    diff_augment: str = setting(
+        "", "change images on their way to the discriminator: color, translation, cutout, or several with commas"
+    )
+
+
+_SPECTRAL = "spectral norm instead of batch norm in the discriminator"
+_ATTENTION = "side of the feature map with self-attention in both networks (dcgan); 0: none"
 
 
 @dataclass(frozen=True)
-class DCGANConfig(GANConfig):
+class MLPGANConfig(GANConfig):
+    """What GANs with a discriminator have against collapse and instability."""
+
+    loss: str = setting("cross-entropy", "adversarial loss", choices=("cross-entropy", "hinge", "least-squares"))
+    r1: float = setting(0.0, "weight of the penalty on the discriminator's gradient at real images; 0: none", low=0)
+    adapt: float = setting(
+        0.0,
+        "accuracy that the discriminator's learning rate keeps it at, such as 0.8; 0: a fixed rate",
+        low=0,
+        high=0.99,
+    )
+
+
+@dataclass(frozen=True)
+class DCGANConfig(MLPGANConfig):
     batch_size: int = changed(ImageConfig, "batch_size", 64)
     network: str = setting(
         "dcgan",
-        "dcgan (28, 32, 64 or 128 pixels); dense, dense-k4: dense layer first, dropout in the discriminator",
-        choices=("dcgan", "dense", "dense-k4"),
+        "dcgan (28, 32, 64 or 128 pixels); dense, dense-k4: dense layer first, dropout in the discriminator; keras,"
+        " keras-k4: the same of Keras' listings, exactly",
+        choices=("dcgan", "dense", "dense-k4", "keras", "keras-k4"),
     )
     width: int = setting(64, "channels of the largest feature maps (dcgan)", low=1)
     dropout: float = setting(
         -1.0, "dropout probability in the discriminator; -1: that of its authors", low=-1, high=0.9
     )
-    spectral: bool = setting(False, "spectral norm instead of batch norm in the discriminator")
+    spectral: bool = setting(False, _SPECTRAL)
+    attention: int = setting(0, _ATTENTION, low=0)
 
 
 @dataclass(frozen=True)
-class ConditionalGANConfig(GANConfig):
+class ConditionalGANConfig(MLPGANConfig):
     batch_size: int = changed(ImageConfig, "batch_size", 64)
     width: int = setting(64, "channels of the largest feature maps", low=1)
+    spectral: bool = setting(False, _SPECTRAL)
+    attention: int = setting(0, _ATTENTION, low=0)
 
 
 @dataclass(frozen=True)
@@ -52,12 +77,13 @@ class WGANGPConfig(GANConfig):
     penalty: float = setting(10.0, "weight of the gradient penalty", low=0)
     norm: str = setting("instance", "norm in the critic", choices=("instance", "none"))
     width: int = setting(64, "channels of the largest feature maps", low=1)
+    attention: int = setting(0, _ATTENTION, low=0)
 
 
 MLP_GAN = Command(
     "mlp-gan",
     "generative adversarial network of dense layers",
-    GANConfig,
+    MLPGANConfig,
     ("genai-fast train mlp-gan --data mnist --smoothing 0.1",),
 )
 DCGAN = Command(
@@ -66,15 +92,18 @@ DCGAN = Command(
     DCGANConfig,
     (
         "genai-fast train dcgan --data PHOTOS --size 64 --flip 0.5 --ema 0.999",
-        "genai-fast train dcgan --data mnist --network dense --epochs 30",
-        "genai-fast train dcgan --run dcgan-PHOTOS --resume --epochs 100",
+        "genai-fast train dcgan --data mnist --network keras --lr 1e-4 --beta1 0.9 --batch-size 128",
+        "genai-fast train dcgan --data PHOTOS --size 64 --loss hinge --spectral --attention 16 --adapt 0.8",
     ),
 )
 CGAN = Command(
     "cgan",
     "conditional DCGAN, for labelled images",
     ConditionalGANConfig,
-    ("genai-fast train cgan --data mnist --width 32",),
+    (
+        "genai-fast train cgan --data mnist --width 32",
+        "genai-fast train cgan --data PHOTOS --size 64 --r1 1 --diff-augment color,translation,cutout",
+    ),
 )
 WGAN_GP = Command(
     "wgan-gp",
