@@ -33,6 +33,7 @@ _HOMES = {
     "causal_attention.decode_spec": "decode_attention",
     "decode_linear.spec": "decode_linear",
     "gpt_decode.spec": "gpt_decode",
+    "llama_decode.spec": "llama_decode",
     "wavenet_decode.spec": "wavenet_decode",
 }
 _SPECS = {name: module for module, names in _HOMES.items() for name in names.split()}

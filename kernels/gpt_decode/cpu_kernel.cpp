@@ -3,9 +3,9 @@
 // One parallel region a call, in which threads meet four times a layer. Each owns the same share of rows of every matrix;
 // what is short, the layer norms, each computes for itself.
 #include "activations.h"
+#include "decoding.h"
 #include "kernel.h"
 #include "memory.h"
-#include "products.h"
 #include "team.h"
 
 namespace {
@@ -63,49 +63,6 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
   const float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
 #pragma omp simd
   for (int64_t i = 0; i < channels; ++i) y[i] = ((x[i] - mean) - rest) * rstd * weight[i] + bias[i];
-}
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// out = sum over j < count of p[j] rows[j], rows `width` long and dense.
-void weigh_rows(const float* p, const float* rows, int64_t count, int64_t width, float* out) {
-  const auto vectors = [&](int64_t at, auto number) {
-    constexpr int kVectors = decltype(number)::value;
-    Vector sum[kVectors] = {};
-    for (int64_t j = 0; j < count; ++j) {
-      for (int i = 0; i < kVectors; ++i) sum[i] += p[j] * load(rows + j * width + at + i * kWidth);
-    }
-    for (int i = 0; i < kVectors; ++i) *reinterpret_cast<VectorAt*>(out + at + i * kWidth) = sum[i];
-  };
-  int64_t at = 0;
-  for (; at + 4 * kWidth <= width; at += 4 * kWidth) vectors(at, Count<4>{});
-  for (; at + kWidth <= width; at += kWidth) vectors(at, Count<1>{});
-  for (; at < width; ++at) {
-    float sum = 0.0f;
-    for (int64_t j = 0; j < count; ++j) sum += p[j] * rows[j * width + at];
-    out[at] = sum;
-  }
-}
-
-// softmax(q keys^T / sqrt(D)) values, over the first `count` tokens of one head. `query` and `p` are buffers.
-void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t head_dim, float* query,
-            float* p, float* out) {
-  const float scale = 1.0f / __builtin_sqrtf(float(head_dim));
-  for (int64_t d = 0; d < head_dim; ++d) query[d] = q[d] * scale;
-  multiply_linear(Linear<float>{keys, nullptr, nullptr, count, head_dim}, 0, count, {query, 0, p, 0, false}, 1);
-  float most = p[0], total = 0.0f;
-  for (int64_t j = 1; j < count; ++j) most = p[j] > most ? p[j] : most;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < count; ++j) {
-    p[j] = exp_fast(p[j] - most);
-    total += p[j];
-  }
-  weigh_rows(p, values, count, head_dim, out);
-  const float share = 1.0f / total;
-  for (int64_t d = 0; d < head_dim; ++d) out[d] *= share;
 }
 
 // Memory of the tokens that are on their way, which all threads share: rows with zeros up to a whole vector.
@@ -211,7 +168,7 @@ class Worker {
         std::memcpy(keys + (before + t) * head_dim, qkv + s_.channels, size_t(head_dim) * sizeof(float));
         std::memcpy(values + (before + t) * head_dim, qkv + 2 * s_.channels, size_t(head_dim) * sizeof(float));
         float* const out = shared_.attended + (b * part.tokens + t) * s_.width() + at;
-        attend(qkv, keys, values, before + t + 1, head_dim, query_, scores_, out);
+        attend({qkv, head_dim, 0.0f}, keys, values, before + t + 1, {query_, scores_}, out);
       }
     }
   }
@@ -244,12 +201,6 @@ void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* 
       if (first + part.tokens == tokens) worker.head(part, logits);
     }
   }
-}
-
-void require_within(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value >= least && value <= most) return;
-  genai_fast_raise(Raised::kValueError, "%s: expected %lld to %lld, got %lld", name, (long long)least, (long long)most,
-                   (long long)value);
 }
 
 // tensors, scales: addresses, in the order of layout.py (scales: null but for int8). cache [L, 2, B, H, room, D] holds
