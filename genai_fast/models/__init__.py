@@ -14,6 +14,7 @@ _HOMES = {
     "gan.dense": "DenseDiscriminator DenseGenerator DenseGeneratorK4 MLPDiscriminator MLPGenerator",
     "gan.model": "GAN GANLosses WGANGP",
     "gpt.model": "GPT load_gpt2",
+    "llama.model": "Llama",
     "lstm.model": "LSTMLanguageModel",
     "registry": "MODELS",
     "seq2seq.model": "Seq2Seq",

@@ -84,6 +84,7 @@ class Request(NamedTuple):
     longest: int  # tokens
     seed: int | None = None  # of what is drawn besides the tokens, such as z
     weights: str = "float32"  # precision of the matrices, where the model can round them
+    penalty: float = 1.0  # of tokens that have been there; see `generation.penalized`
 
 
 class Writes(Protocol):
