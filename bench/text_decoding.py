@@ -24,11 +24,11 @@ from genai_fast.models.llama import pretrained
 from genai_fast.models.llama.plain import PlainLlama
 from genai_fast.runs import export
 
-TOKENS, FEW = 32, 3
+TOKENS, FEW = 32, 2  # after the first, which waits for the prompt
 OURS = {"ours": "float32", "ours, bfloat16": "bfloat16", "ours, int8": "int8"}
 PEER, PLAIN = "transformers, generate", "plain, without a cache"
 
-Write = Callable[[], list[int]]
+Write = Callable[[int], list[int]]  # a number of tokens at most
 
 
 def transformers_model(model: Llama, folder: Path) -> torch.nn.Module:
@@ -44,16 +44,16 @@ def ways(model: Llama, plain: PlainLlama, peer: torch.nn.Module, prompt: torch.T
     """name -> what continues the prompt [T] by its likeliest tokens."""
 
     def ours(weights: str) -> Write:
-        return lambda: list(generate(model, prompt, max_tokens=TOKENS, temperature=0, weights=weights))
+        return lambda count: list(generate(model, prompt, max_tokens=count, temperature=0, weights=weights))
 
-    def theirs() -> list[int]:
-        new = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+    def theirs(count: int) -> list[int]:
+        new = {"min_new_tokens": count, "max_new_tokens": count}
         found = peer.generate(prompt[None], do_sample=False, pad_token_id=0, eos_token_id=None, **new)
         return found[0, len(prompt) :].tolist()
 
-    def whole() -> list[int]:
+    def whole(count: int) -> list[int]:
         tokens: Iterator[int] = plain.generate(prompt.tolist(), lambda logits: int(logits.argmax()), 0)
-        return list(itertools.islice(tokens, FEW))
+        return list(itertools.islice(tokens, min(count, 1 + FEW)))
 
     return {**{name: ours(weights) for name, weights in OURS.items()}, PEER: theirs, PLAIN: whole}
 
@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    heads, block = options.width // 64, options.held + TOKENS
+    heads, block = options.width // 64, options.held + TOKENS + 1
     sizes = dict(vocabulary=options.vocabulary, block=block, layers=options.layers, heads=heads, width=options.width)
     model = Llama(**sizes, kv_heads=max(heads // 3, 1), tied=False).eval()
     plain = PlainLlama(**sizes, kv_heads=max(heads // 3, 1), tied=False).eval()
@@ -77,22 +77,30 @@ def main() -> None:
     prompt = torch.randint(options.vocabulary, (options.held,), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder:
         made = ways(model, plain, transformers_model(model, Path(folder) / "hf"), prompt)
-    first = {name: write() for name, write in made.items()}
-    if first[PEER] != first["ours"] or first[PLAIN] != first["ours"][:FEW]:
+    first = {name: write(1 + TOKENS) for name, write in made.items()}
+    if first[PEER] != first["ours"] or first[PLAIN] != first["ours"][: 1 + FEW]:
         raise SystemExit(f"expected the same tokens from all, got {first}")
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
     for _ in range(options.rounds):
         for name, write in made.items():
-            begin = time.perf_counter()
-            count = len(write())
-            seconds[name].append((time.perf_counter() - begin) / count)
-    print(
-        f"{options.layers} layers x {options.width}, {options.held} tokens of prompt, {torch.get_num_threads()} threads"
-    )
-    print("| way | tokens a second, prompt included | ours / this |\n| --- | --- | --- |")
+            seconds[name].append(clocked(write))
+    threads = torch.get_num_threads()
+    print(f"{options.layers} layers x {options.width}, {options.held} tokens of prompt, {threads} threads")
+    print("| way | prompt, ms | tokens a second | ours / this |\n| --- | --- | --- | --- |")
     for name, found in seconds.items():
-        ratios = [a / b for a, b in zip(found, seconds["ours"], strict=True)]
-        print(f"| {name} | {1 / statistics.median(found):,.1f} | {statistics.median(ratios):.2f} |", flush=True)
+        prompt_seconds, each = map(statistics.median, zip(*found, strict=True))
+        ratio = statistics.median(a / b for (_, a), (_, b) in zip(found, seconds["ours"], strict=True))
+        print(f"| {name} | {prompt_seconds * 1e3:,.0f} | {1 / each:,.1f} | {ratio:.2f} |", flush=True)
+
+
+def clocked(write: Write) -> tuple[float, float]:
+    """(seconds to the first token, seconds of each after it)."""
+    begin = time.perf_counter()
+    write(1)
+    middle = time.perf_counter()
+    count = len(write(1 + TOKENS))
+    end = time.perf_counter()
+    return middle - begin, (end - middle - (middle - begin)) / (count - 1)
 
 
 if __name__ == "__main__":

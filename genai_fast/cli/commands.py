@@ -100,6 +100,9 @@ def run_generate(options: argparse.Namespace) -> int:
     run = opened(options)
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a text model, got one of {run.recipe}; remedy: sample")
+    draft = opened(argparse.Namespace(folder=options.draft, best=options.best)) if options.draft else None
+    if draft and (draft.tokenizer is None or draft.tokenizer.digest != run.tokenizer.digest):
+        raise UsageError(f"--draft: expected a run with the tokenizer of {run.folder}, got another")
     records = []
     shown = printable if sys.stdout.isatty() else str  # a model may write what a terminal obeys
     for prompt in prompts:
@@ -107,7 +110,7 @@ def run_generate(options: argparse.Namespace) -> int:
             print(f"--- {shown(prompt)}")
         print(shown(prompt) if run.model.continues else "", end="", flush=True)
         pieces = []
-        for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
+        for piece in text_generation.write(run.model, run.tokenizer, prompt, style, draft and draft.model):
             print(shown(piece), end="", flush=True)
             pieces.append(piece)
         print()

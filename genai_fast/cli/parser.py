@@ -245,12 +245,10 @@ def parser_of() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated"
     )
-    generate.add_argument(
-        "--weights",
-        default="float32",
-        choices=("float32", "bfloat16", "bf16", "int8"),
-        help="precision of gpt's and llama's weights on a CPU: fewer bits are faster, less exact; default: %(default)s",
-    )
+    what = "precision of gpt's and llama's weights on a CPU: fewer bits are faster, less exact; default: %(default)s"
+    precisions = ("float32", "bfloat16", "bf16", "int8")
+    generate.add_argument("--weights", default="float32", choices=precisions, help=what)
+    generate.add_argument("--draft", metavar="RUN", help="a smaller run that proposes tokens: the same text, sooner")
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that were written before")
     export = _of_a_run(commands, "export", "export the weights for plain PyTorch", draws=False)
     what = "a .safetensors file, or a new folder for weights and a plain PyTorch script"

@@ -9,6 +9,7 @@ _HOMES = {
     "autoencoder.model": "Autoencoder",
     "common.generation": "Sampler decoder_for generate",
     "common.latents": "slerp",
+    "common.speculation": "speculate",
     "conv_vae.model": "ConditionalVAE ConvVAE",
     "gan.dcgan": "ConditionalDiscriminator ConditionalGenerator DCGANDiscriminator DCGANGenerator dcgan_init",
     "gan.dense": "DenseDiscriminator DenseGenerator DenseGeneratorK4 MLPDiscriminator MLPGenerator",

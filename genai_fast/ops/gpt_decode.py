@@ -23,6 +23,7 @@ def gpt_decode(
     scales: Sequence[torch.Tensor] = (),
     *,
     eps: float = 1e-5,
+    every: bool = False,
 ) -> torch.Tensor:
     """Appends tokens to a GPT-2's cache of keys and values, and gives the logits after the last one.
 
@@ -41,6 +42,7 @@ def gpt_decode(
             the rest has the cache's dtype. Absent biases are zeros.
         scales: of int8 matrices, in the order of the list: a factor [out] for each row. Else empty.
         eps: of the layer norms.
+        every: give the logits after each of the tokens, [B, T, V].
 
     Returns: logits [B, V] of the cache's dtype.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
@@ -61,7 +63,7 @@ def gpt_decode(
         )
     checks.needs_no_gradient(_OP, "cache", (cache, *scales))
     with torch.no_grad():
-        return library_call(_OP, cache, ids, int(length), weights, scales, eps, forced_backend())
+        return library_call(_OP, cache, ids, int(length), weights, scales, eps, bool(every), forced_backend())
 
 
 def _fits(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> bool:
@@ -163,8 +165,8 @@ class GPTDecoder(TextDecoder):
     def _narrowed(self) -> None:
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps)
+    def _logits(self, ids: torch.Tensor, every: bool) -> torch.Tensor:
+        arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps, every)
         return library_call(_OP, *arguments, forced_backend())
 
 

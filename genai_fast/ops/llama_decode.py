@@ -28,6 +28,7 @@ def llama_decode(
     scales: Sequence[torch.Tensor] = (),
     softcap: float = 0.0,
     eps: float = 1e-5,
+    every: bool = False,
 ) -> torch.Tensor:
     """Appends tokens to a Llama's cache of keys and values, and gives the logits after the last one.
 
@@ -53,6 +54,7 @@ def llama_decode(
         scales: of int8 matrices, in the order of the list: a factor [out] for each row. Else empty.
         softcap: scores become softcap tanh(score / softcap); 0: they stay.
         eps: of the norms.
+        every: give the logits after each of the tokens, [B, T, V].
 
     Returns: logits [B, V], float32 (float64 with such a cache).
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
@@ -73,7 +75,7 @@ def llama_decode(
     check_room(_OP, held, ids.size(1), min(cache.size(4), cos.size(0)))
     check_weights(_OP, weights, cache.size(5))
     checks.needs_no_gradient(_OP, "weights", (cache, *weights, *scales))
-    arguments = (cache, ids, int(length), weights, scales, cos, sin, heads, windows, softcap, eps)
+    arguments = (cache, ids, int(length), weights, scales, cos, sin, heads, windows, softcap, eps, bool(every))
     try:
         layout.require(*arguments[:7], heads, windows)
     except ValueError as error:
@@ -200,9 +202,9 @@ class LlamaDecoder(TextDecoder):
     def _narrowed(self) -> None:
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, every: bool) -> torch.Tensor:
         weights = (self._weights, self._scales, self._cos, self._sin)
-        return library_call(_OP, self._cache, ids, self.length, *weights, *self._settings, forced_backend())
+        return library_call(_OP, self._cache, ids, self.length, *weights, *self._settings, every, forced_backend())
 
 
 def _in_order(weights: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -27,8 +27,8 @@ class TextDecoder:
         """Read the weights."""
         raise NotImplementedError
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append ids [B, T], which have been checked -> logits [B, V] behind the last."""
+    def _logits(self, ids: torch.Tensor, every: bool) -> torch.Tensor:
+        """Append ids [B, T], which have been checked -> logits [B, V] behind the last, or [B, T, V] behind each."""
         raise NotImplementedError
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
@@ -48,6 +48,19 @@ class TextDecoder:
 
     def append(self, ids: torch.Tensor) -> torch.Tensor:
         """Append the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
+        return self._append(ids, False)
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append the tokens ids, int64 [B, T]; gives the logits float32 [B, T, V] behind each."""
+        return self._append(ids, True)
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"{type(self).__name__}: length: expected 0 to {self.length}, got {length}")
+        self.length = length
+
+    def _append(self, ids: torch.Tensor, every: bool) -> torch.Tensor:
         self._check(ids, self.length)
         if self._changed():
             if self.length:
@@ -57,7 +70,7 @@ class TextDecoder:
                 )
             self.refresh()
         with torch.no_grad():
-            logits = self._logits(ids)
+            logits = self._logits(ids, every)
         self.length += ids.size(1)
         return logits
 

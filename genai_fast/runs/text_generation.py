@@ -14,6 +14,7 @@ from genai_fast.errors import UsageError
 from genai_fast.models import Sampler
 from genai_fast.models.common.latents import evaluating
 from genai_fast.models.common.protocol import Request, Writes, WritesOn
+from genai_fast.models.common.speculation import speculate
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -53,13 +54,16 @@ class Style:
                 raise UsageError(f"--{name}: expected {expected}, got {value}")
 
 
-def write(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[str]:
+def write(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style, draft: nn.Module | None = None
+) -> Iterator[str]:
     """What the model writes behind the prompt (or as its answer), in pieces, as they come.
 
-    Ends at the token that ends a document, at a stop string, or after `style.max_tokens`.
+    Ends at the token that ends a document, at a stop string, or after `style.max_tokens`. A draft proposes tokens, see
+    `speculation.speculate`.
     """
     with evaluating(model):
-        tokens = _tokens(model, tokenizer, prompt, style)
+        tokens = _tokens(model, tokenizer, prompt, style, draft)
         pieces = _decoded(tokenizer, itertools.takewhile(lambda token: token not in tokenizer.others, tokens))
         pieces = _until(pieces, style.stop) if style.stop else pieces
         yield from pieces if style.repeats else _without_repeats(pieces, prompt)
@@ -72,7 +76,9 @@ def example(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> s
         return "".join(write(model, tokenizer, "", Style(max_tokens=tokens, seed=seed)))
 
 
-def _tokens(model: Writes, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
+def _tokens(
+    model: Writes, tokenizer: Tokenizer, prompt: str, style: Style, draft: nn.Module | None = None
+) -> Iterator[int]:
     if style.repetition_penalty != 1 and not offers(model, WritesOn):
         raise UsageError(
             f"--repetition-penalty: expected a run of gpt, llama or lstm, got a {type(model).__name__}; remedy: omit it"
@@ -80,6 +86,14 @@ def _tokens(model: Writes, tokenizer: Tokenizer, prompt: str, style: Style) -> I
     sampler = Sampler(
         temperature=style.temperature, top_k=style.top_k, top_p=style.top_p, min_p=style.min_p, seed=style.seed
     )
+    if draft is not None:
+        if style.repetition_penalty != 1:
+            raise UsageError("--repetition-penalty: expected none with --draft, got one; remedy: omit one of the two")
+        ids, settings = tokenizer.encode(prompt) or [tokenizer.end], {"sampler": sampler, "weights": style.weights}
+        try:
+            return speculate(model, draft, ids, max_tokens=style.max_tokens, stop_id=tokenizer.end, **settings)
+        except TypeError as error:
+            raise UsageError(f"--draft: {error}") from error
     ids, how = tokenizer.encode(prompt), (style.seed, style.weights, style.repetition_penalty)
     return model.write_ids(Request(ids, tokenizer.end, sampler, style.max_tokens, *how))
 

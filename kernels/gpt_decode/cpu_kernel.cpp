@@ -132,13 +132,24 @@ class Worker {
     everyone_.wait();
   }
 
-  // logits [B, V] of each sample's last token.
-  void head(const Part& part, float* logits) {
+  // logits [B, V] of each sample's last token; or [B, all, V] of every one, of a call of `all` tokens.
+  void head(const Part& part, float* logits, int64_t all) {
+    const int64_t width = s_.width(), tokens = all ? part.tokens : 1;
     for (int64_t b = 0; b < s_.batch; ++b) {
-      const float* const x = shared_.x + ((b + 1) * part.tokens - 1) * s_.width();
-      layer_norm(x, w_.last_norm(), w_.last_norm_bias(), s_.channels, s_.eps, normed_ + b * s_.width());
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* const x = shared_.x + ((b + 1) * part.tokens - tokens + t) * width;
+        layer_norm(x, w_.last_norm(), w_.last_norm_bias(), s_.channels, s_.eps, normed_ + (b * tokens + t) * width);
+      }
     }
-    multiply(w_.head(), {normed_, s_.width(), logits, s_.vocabulary, false}, s_.batch);
+    if (!all) {
+      multiply(w_.head(), {normed_, width, logits, s_.vocabulary, false}, s_.batch);
+      return;
+    }
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      float* const of_sample = logits + (b * all + part.first) * s_.vocabulary;
+      multiply(w_.head(), {normed_ + b * tokens * width, width, of_sample, s_.vocabulary, false}, tokens);
+    }
+    everyone_.wait();
   }
 
  private:
@@ -184,7 +195,7 @@ class Worker {
 
 template <class W>
 void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* logits, int64_t tokens, int64_t length,
-            int threads) {
+            bool every, int threads) {
   const Sizes& s = weights.size;
   const int64_t together = s.batch < kRows ? least(tokens, kRows / s.batch) : 1, rows = s.batch * together;
   const Shared shared(s, rows);
@@ -198,27 +209,28 @@ void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* 
       const Part part{first, least(together, tokens - first)};
       worker.embed(ids, tokens, part);
       for (int64_t l = 0; l < s.layers; ++l) worker.layer(l, part);
-      if (first + part.tokens == tokens) worker.head(part, logits);
+      if (every || first + part.tokens == tokens) worker.head(part, logits, every ? tokens : 0);
     }
   }
 }
 
 // tensors, scales: addresses, in the order of layout.py (scales: null but for int8). cache [L, 2, B, H, room, D] holds
-// `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last. dtype: of the matrices, 0
-// float32, 1 bfloat16, 2 int8.
+// `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last, or [B, tokens, V] of every
+// one. dtype: of the matrices, 0 float32, 1 bfloat16, 2 int8.
 void gpt_decode(const int64_t* tensors, const int64_t* scales, float* cache, const int64_t* ids, float* logits,
                 int64_t layers, int64_t batch, int64_t heads, int64_t channels, int64_t hidden, int64_t vocabulary,
-                int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int threads) {
+                int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int every, int threads) {
   require_within("heads", heads, 1, channels);
   require_within("heads of channels", heads * (channels / heads), channels, channels);
   require_within("length", length, 0, room - tokens);
   for (int64_t i = 0; i < batch * tokens; ++i) require_within("ids", ids[i], 0, vocabulary - 1);
   if (batch == 0 || tokens == 0) return;
   const Sizes size{layers, batch, heads, channels, hidden, vocabulary, room, float(eps)};
+  const bool all = every != 0;
   switch (dtype) {
-    case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
-    case 1: return decode(Weights<uint16_t>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
-    default: return decode(Weights<int8_t>{tensors, scales, size}, cache, ids, logits, tokens, length, threads);
+    case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, all, threads);
+    case 1: return decode(Weights<uint16_t>{tensors, nullptr, size}, cache, ids, logits, tokens, length, all, threads);
+    default: return decode(Weights<int8_t>{tensors, scales, size}, cache, ids, logits, tokens, length, all, threads);
   }
 }
 

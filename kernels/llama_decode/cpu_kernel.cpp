@@ -152,13 +152,24 @@ class Worker {
     everyone_.wait();
   }
 
-  // logits [B, V] of each sample's last token.
-  void head(const Part& part, float* logits) {
+  // logits [B, V] of each sample's last token; or [B, all, V] of every one, of a call of `all` tokens.
+  void head(const Part& part, float* logits, int64_t all) {
+    const int64_t width = s_.width(), tokens = all ? part.tokens : 1;
     for (int64_t b = 0; b < s_.batch; ++b) {
-      const float* const x = shared_.x + ((b + 1) * part.tokens - 1) * s_.width();
-      rms_norm(x, w_.last_norm(), s_.channels, s_.eps, normed_ + b * s_.width());
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* const x = shared_.x + ((b + 1) * part.tokens - tokens + t) * width;
+        rms_norm(x, w_.last_norm(), s_.channels, s_.eps, normed_ + (b * tokens + t) * width);
+      }
     }
-    multiply(w_.head(), {normed_, s_.width(), logits, s_.vocabulary, false}, s_.batch);
+    if (!all) {
+      multiply(w_.head(), {normed_, width, logits, s_.vocabulary, false}, s_.batch);
+      return;
+    }
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      float* const of_sample = logits + (b * all + part.first) * s_.vocabulary;
+      multiply(w_.head(), {normed_ + b * tokens * width, width, of_sample, s_.vocabulary, false}, tokens);
+    }
+    everyone_.wait();
   }
 
  private:
@@ -233,7 +244,7 @@ class Worker {
 
 template <class W, class C>
 void decode(const Weights<W>& weights, C* cache, const int64_t* ids, float* logits, int64_t tokens, int64_t length,
-            int threads) {
+            bool every, int threads) {
   const Sizes& s = weights.size;
   const int64_t together = s.batch < kRows ? least(tokens, kRows / s.batch) : 1, rows = s.batch * together;
   const Shared shared(s, rows);
@@ -248,7 +259,7 @@ void decode(const Weights<W>& weights, C* cache, const int64_t* ids, float* logi
       const Part part{first, least(together, tokens - first)};
       worker.embed(ids, tokens, part);
       for (int64_t l = 0; l < s.layers; ++l) worker.layer(l, part);
-      if (first + part.tokens == tokens) worker.head(part, logits);
+      if (every || first + part.tokens == tokens) worker.head(part, logits, every ? tokens : 0);
     }
   }
 }
@@ -260,6 +271,7 @@ struct Call {
   const int64_t* ids;
   float* logits;
   int64_t tokens, length;
+  bool every;
   int threads;
 };
 
@@ -267,20 +279,23 @@ template <class W>
 void decode_by_cache(const Call& c, const Sizes& size, bool narrow_cache) {
   const Weights<W> weights{c.tensors, c.scales, c.windows, c.cos, c.sin, size};
   if (narrow_cache) {
-    decode(weights, static_cast<uint16_t*>(c.cache), c.ids, c.logits, c.tokens, c.length, c.threads);
+    decode(weights, static_cast<uint16_t*>(c.cache), c.ids, c.logits, c.tokens, c.length, c.every,
+           c.threads);
   } else {
-    decode(weights, static_cast<float*>(c.cache), c.ids, c.logits, c.tokens, c.length, c.threads);
+    decode(weights, static_cast<float*>(c.cache), c.ids, c.logits, c.tokens, c.length, c.every,
+           c.threads);
   }
 }
 
 // tensors, scales: addresses, in the order of layout.py (scales: null but for int8). windows: of each layer, 0 for all.
 // cos, sin [positions, D / 2]. cache [L, 2, B, H_kv, room, D] holds `length` tokens of each sample, ids [B, tokens]
-// follow, logits [B, V] are of the last. dtype: of the matrices, 0 float32, 1 bfloat16, 2 int8; cache_dtype: 0 or 1.
+// follow, logits [B, V] are of the last, or [B, tokens, V] of every one. dtype: of the matrices, 0 float32, 1 bfloat16,
+// 2 int8; cache_dtype: 0 or 1.
 void llama_decode(const int64_t* tensors, const int64_t* scales, const int64_t* windows, const float* cos,
                   const float* sin, void* cache, const int64_t* ids, float* logits, int64_t layers, int64_t batch,
                   int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t channels, int64_t hidden,
                   int64_t vocabulary, int64_t room, int64_t tokens, int64_t length, double softcap, double eps,
-                  int dtype, int cache_dtype, int threads) {
+                  int dtype, int cache_dtype, int every, int threads) {
   require_within("kv_heads", kv_heads, 1, heads);
   require_within("heads of kv_heads", kv_heads * (heads / kv_heads), heads, heads);
   require_within("head_dim of pairs", head_dim % 2, 0, 0);
@@ -289,7 +304,8 @@ void llama_decode(const int64_t* tensors, const int64_t* scales, const int64_t* 
   if (batch == 0 || tokens == 0) return;
   const Sizes size{layers, batch, heads, kv_heads, head_dim, channels, hidden, vocabulary, room, float(softcap),
                    float(eps)};
-  const Call call{tensors, dtype == 2 ? scales : nullptr, windows, cos, sin, cache, ids, logits, tokens, length, threads};
+  const Call call{tensors, dtype == 2 ? scales : nullptr, windows, cos, sin, cache, ids, logits, tokens, length,
+                  every != 0, threads};
   switch (dtype) {
     case 0: return decode_by_cache<float>(call, size, cache_dtype == 1);
     case 1: return decode_by_cache<uint16_t>(call, size, cache_dtype == 1);

@@ -21,8 +21,10 @@ def _turned(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def llama_decode(cache, ids, length, weights, scales, cos, sin, heads, windows, softcap, eps):
-    """logits [B, V] of each sample's last token; keys and values of the tokens go to cache [L, 2, B, H_kv, T_max, D].
+def llama_decode(cache, ids, length, weights, scales, cos, sin, heads, windows, softcap, eps, every=False):
+    """logits [B, V] of each sample's last token, or [B, T, V] of every one.
+
+    Keys and values of the tokens go to cache [L, 2, B, H_kv, T_max, D].
 
     x = embedding[id]; each layer x += o(attention(norm x)), x += down(silu(gate(norm x)) up(norm x)), queries and keys
     normalized by head, where there are such norms, and turned by their position; logits = head(norm x).
@@ -57,4 +59,4 @@ def llama_decode(cache, ids, length, weights, scales, cos, sin, heads, windows, 
         y = _rms_norm(x, norm_2, eps)
         gate, up = _linear(y, *mlp[:2]), _linear(y, *mlp[2:4])
         x = x + _linear(F.silu(gate) * up, *mlp[4:])
-    return F.linear(_rms_norm(x[:, -1], wide[-2], eps), wide[-1])
+    return F.linear(_rms_norm(x if every else x[:, -1], wide[-2], eps), wide[-1])

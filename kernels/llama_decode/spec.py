@@ -22,11 +22,11 @@ from genai_fast.kernels.llama_decode.layout import (
 from genai_fast.kernels.llama_decode.schema import LIBRARY
 
 
-def _reference(ids, cache, length, weights, cos, sin, *, heads, windows, scales=(), softcap=0.0, eps=1e-5):
-    return reference.llama_decode(cache, ids, length, weights, scales, cos, sin, heads, windows, softcap, eps)
+def _reference(ids, cache, length, weights, cos, sin, *, heads, windows, scales=(), softcap=0.0, eps=1e-5, every=False):
+    return reference.llama_decode(cache, ids, length, weights, scales, cos, sin, heads, windows, softcap, eps, every)
 
 
-def _eager(ids, cache, length, weights, cos, sin, *, heads, windows, scales=(), softcap=0.0, eps=1e-5):
+def _eager(ids, cache, length, weights, cos, sin, *, heads, windows, scales=(), softcap=0.0, eps=1e-5, every=False):
     """The loop that people write around a cache of fixed size; no windows and caps."""
     end, head_dim, tokens = length + ids.size(1), cache.size(5), ids.size(1)
     cos, sin = cos[length:end], sin[length:end]
@@ -56,7 +56,7 @@ def _eager(ids, cache, length, weights, cos, sin, *, heads, windows, scales=(), 
         x = x + linear(h.transpose(1, 2).flatten(2), o, o_bias)
         y = norm(x, norm_2)
         x = x + linear(F.silu(linear(y, *mlp[:2])) * linear(y, *mlp[2:4]), *mlp[4:])
-    return F.linear(norm(x[:, -1], weights[-2]), weights[-1])
+    return F.linear(norm(x if every else x[:, -1], weights[-2]), weights[-1])
 
 
 def _prepare(inputs):
@@ -126,6 +126,13 @@ def _inputs(
 
 
 _NOTHING = ("no such name",)
+
+
+def _every(make):
+    """With the logits of all tokens."""
+    return lambda t: {**make(t), "every": True}
+
+
 CASES = (
     Case("one_token", _inputs(2, 4, 2, 16, 65, 9, room=20)),
     Case("odd", _inputs(3, 3, 1, 10, 71, 33, width=19, hidden=50, tied=False)),
@@ -141,6 +148,7 @@ CASES = (
     Case("int8", _inputs(2, 4, 2, 20, 65, 9, dtype=torch.int8, tokens=4, absent=_NOTHING)),
     Case("int8_not_tied", _inputs(1, 3, 3, 26, 65, 9, dtype=torch.int8, tied=False)),
     Case("sharp", _inputs(2, 2, 1, 32, 40, 50, scale=6.0)),
+    Case("every_token", _every(_inputs(2, 4, 2, 8, 50, 3, tokens=70, batch=2))),
     Case("no_samples", _inputs(1, 2, 1, 8, 20, 3, batch=0)),
 )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_changed_weights_are_seen():
 def test_meta_and_compiled_calls():
     inputs = CASES["one_token"].inputs(Tensors())
     order = ("cache", "ids", "length", "weights", "scales", "cos", "sin", "heads", "windows", "softcap")
-    arguments = (*(inputs[name] for name in order), 1e-5, "cpu")
+    arguments = (*(inputs[name] for name in order), 1e-5, False, "cpu")
     torch.library.opcheck(torch.ops.genai_fast.llama_decode.default, arguments)
 
 

@@ -94,6 +94,36 @@ class CachedModel:
         self._held += 1
         return logits
 
+    @torch.no_grad()
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append ids [B, T] -> logits [B, T, V] of the token after each, by the model's modules."""
+        ids = ids.to(self._lengths.device)
+        check_rows(ids, self._batch)
+        self._model.check_ids(ids)
+        if not 0 < self._held <= self._model.block - ids.size(1):
+            raise ValueError(
+                f"{type(self).__name__}: extend: expected 1 to {self._model.block - ids.size(1)} tokens before these,"
+                f" got {self._held}; remedy: prefill"
+            )
+        self._lengths.fill_(self._held)
+        with as_it_is(self._model):
+            logits = self._model.lm_head(self._run(ids, self._lengths, self._attend))
+        self._held += ids.size(1)
+        self._lengths.fill_(self._held)
+        return logits
+
+    @property
+    def length(self) -> int:
+        """Tokens that it has seen."""
+        return self._held
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        if not 0 <= length <= self._held:
+            raise ValueError(f"{type(self).__name__}: length: expected 0 to {self._held}, got {length}")
+        self._held = length
+        self._lengths.fill_(self._held)
+
     def _captured(self, ids: torch.Tensor) -> Step:
         """The step as a graph, by its modules or another way, whichever is the faster."""
         ways, graphs = self._ways(), {}
@@ -126,6 +156,11 @@ class CachedModel:
     def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self._keys[layer], self._values[layer]
         return ops.decode_attention(q, *cache, self._lengths, k, v, **self._scores(layer))
+
+
+def places(lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions [B, T] int64 of T tokens behind `lengths` [B]."""
+    return lengths[:, None].long() + torch.arange(count, device=lengths.device)
 
 
 def graphed(function: Step, x: torch.Tensor, state: torch.Tensor) -> Step:

@@ -72,6 +72,28 @@ class WriteOn:
         return _generated(self, prompt or [end], sampler, longest, end, weights, penalty)
 
 
+def checked_prompt(
+    prompt_ids: torch.Tensor | Sequence[int], vocabulary: int, block: int | None, stop_id: int | None
+) -> list[int]:
+    """The prompt's ids; a longer one than a block is cut, with a warning. Raises as `generate`."""
+    prompt = torch.as_tensor(prompt_ids, device="cpu")
+    if prompt.dim() != 1 or not len(prompt):
+        raise ValueError(
+            f"generate: prompt_ids: expected token ids [T], T >= 1, got shape {tuple(prompt.shape)}; an empty text"
+            f" begins with the tokenizer's end token"
+        )
+    checks.token_ids("generate", "prompt_ids", prompt[None], vocabulary)
+    if stop_id is not None and not 0 <= stop_id < vocabulary:
+        raise ValueError(f"generate: stop_id: expected a token id from 0 to {vocabulary - 1}, got {stop_id}")
+    if block and len(prompt) > block:
+        warnings.warn(
+            f"generate: the prompt has {len(prompt)} tokens, the model sees {block}: the first {len(prompt) - block}"
+            f" are cut",
+            stacklevel=4,
+        )
+    return prompt.tolist()
+
+
 def _generated(
     model: WritesOn, prompt_ids: torch.Tensor | Sequence[int], sampler: Choose, max_tokens: int, stop_id: int | None,
     weights: str, penalty: float = 1.0,
@@ -80,23 +102,9 @@ def _generated(
     if not 0 < penalty < math.inf:
         raise ValueError(f"generate: repetition_penalty: expected a finite number above 0, got {penalty}")
     decoder = decoder_for(model, 1, weights)
-    prompt = torch.as_tensor(prompt_ids, device="cpu")
-    if prompt.dim() != 1 or not len(prompt):
-        raise ValueError(
-            f"generate: prompt_ids: expected token ids [T], T >= 1, got shape {tuple(prompt.shape)}; an empty text"
-            f" begins with the tokenizer's end token"
-        )
-    checks.token_ids("generate", "prompt_ids", prompt[None], model.vocabulary)
-    if stop_id is not None and not 0 <= stop_id < model.vocabulary:
-        raise ValueError(f"generate: stop_id: expected a token id from 0 to {model.vocabulary - 1}, got {stop_id}")
     block = getattr(model, "block", None)
-    if block and len(prompt) > block:
-        warnings.warn(
-            f"generate: the prompt has {len(prompt)} tokens, the model sees {block}: the first {len(prompt) - block}"
-            f" are cut",
-            stacklevel=3,
-        )
-    return _tokens(decoder, sampler, prompt.tolist(), block, max_tokens, stop_id, penalty)
+    prompt = checked_prompt(prompt_ids, model.vocabulary, block, stop_id)
+    return _tokens(decoder, sampler, prompt, block, max_tokens, stop_id, penalty)
 
 
 def _tokens(
@@ -199,6 +207,26 @@ class Sampler:
         # Rounding may lead past the last that can come.
         drawn = drawn.minimum((weights > 0).cumsum(-1).argmax(-1, keepdim=True))
         return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1).cpu()
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of each token, as `__call__` draws it: logits [..., V] -> [..., V] float64 on the CPU."""
+        x = logits.detach().to("cpu", torch.float64)
+        if self.temperature == 0:
+            return torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
+        x = (x - x.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k or self.top_p < 1 or self.min_p:
+            x = x.masked_fill(x < self._least(x), -math.inf)
+        return x.softmax(-1)
+
+    def uniform(self) -> float:
+        """The next of the numbers in [0, 1) that it draws by."""
+        return torch.rand((), dtype=torch.float64, generator=self._generator).item()
+
+    def pick(self, probabilities: torch.Tensor) -> int:
+        """A token of these probabilities [V], which need not add up to 1."""
+        sums = probabilities.cumsum(0)
+        drawn = int(torch.searchsorted(sums, self.uniform() * sums[-1:], right=True))
+        return min(drawn, int(probabilities.nonzero()[-1]))
 
     def _least(self, x: torch.Tensor) -> torch.Tensor:
         """The least that can come, [..., 1]; the largest of x is 0."""

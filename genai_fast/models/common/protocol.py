@@ -106,6 +106,16 @@ class Decoder(Protocol):
         """Append ids [B] -> logits [B, V] of the next token."""
 
 
+class Verifies(Protocol):
+    """A decoder that can look at several tokens at once, and forget the last ones. length: tokens that it has seen."""
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append ids [B, T] -> logits [B, T, V] of the token after each."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+
+
 class WritesOn(Protocol):
     """A language model, which `generation.generate` serves. It has `block` if it sees at most that many tokens."""
 

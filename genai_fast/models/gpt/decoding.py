@@ -15,7 +15,7 @@ from genai_fast.kernels.common.schema import FLOAT_DTYPES
 from genai_fast.kernels.decode_linear.layout import MOST_ROWS
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.layers import LayerNorm
-from genai_fast.models.common.cached import CachedModel, Sizes, Step
+from genai_fast.models.common.cached import CachedModel, Sizes, Step, places
 from genai_fast.models.common.generation import unrounded
 from genai_fast.models.common.submodules import first_rows
 from genai_fast.models.gpt.model import _MLP, GPT, Attend, _Attention, _Block
@@ -100,8 +100,8 @@ class CachedGPT(CachedModel):
 
     def _run(self, ids: torch.Tensor, lengths: torch.Tensor | None, attend: Attend) -> torch.Tensor:
         embedding = self._model.transformer.wpe
-        first = lengths is None
-        positions = first_rows(embedding, ids.size(1), ids.device) if first else embedding(lengths)[:, None]
+        count = ids.size(1)
+        positions = first_rows(embedding, count, ids.device) if lengths is None else embedding(places(lengths, count))
         return self._model.run(ids, positions, attend)
 
     def _ways(self) -> dict[str, Step]:

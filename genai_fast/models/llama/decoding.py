@@ -12,7 +12,7 @@ from genai_fast.backends import choose, forced_backend
 from genai_fast.fusion.chains import global_hooks, obstacle
 from genai_fast.kernels.llama_decode import layout
 from genai_fast.layers import RMSNorm
-from genai_fast.models.common.cached import CachedModel, Sizes
+from genai_fast.models.common.cached import CachedModel, Sizes, places
 from genai_fast.models.common.generation import unrounded
 from genai_fast.models.llama.model import _MLP, Attend, Llama, _Attention, _Block
 
@@ -62,7 +62,7 @@ class CachedLlama(CachedModel):
         super().__init__(model, batch, Sizes(len(model.windows), model.kv_heads, model.block, model.head_dim))
 
     def _run(self, ids: torch.Tensor, lengths: torch.Tensor | None, attend: Attend) -> torch.Tensor:
-        return self._model.run(ids, None if lengths is None else lengths[:, None].long(), attend)
+        return self._model.run(ids, None if lengths is None else places(lengths, ids.size(1)), attend)
 
     def _scores(self, layer: int) -> dict[str, Any]:
         return self._model.scores(layer)
