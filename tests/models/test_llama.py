@@ -115,6 +115,8 @@ def test_positions_are_exact_whatever_becomes_of_the_model():
     assert torch.equal(moved(batch()[0]), model(batch()[0])) and moved.lm_head.weight is moved.model.embed_tokens.weight
     narrow = small().bfloat16()
     assert narrow.cos.dtype is torch.float32 and narrow(batch()[0]).dtype is torch.bfloat16
+    wide = small().double()
+    assert wide.cos.dtype is torch.float64 and wide.float().cos.dtype is torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(model(batch()[0]).float(), model.eval()(batch()[0]).float(), 1e-2)
 

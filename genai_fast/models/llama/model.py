@@ -215,15 +215,17 @@ class Llama(WriteOn, TiedHead):
         return self.run(x, None, lambda layer, *qkv: ops.causal_attention(*qkv, **self.scores(layer)))
 
     def _make_tables(self) -> None:
-        device = self.model.embed_tokens.weight.device
+        """cos and sin of all positions, in float32, or in float64 as the weights are."""
+        weight = self.model.embed_tokens.weight
+        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         for name, table in zip(("cos", "sin"), rope_tables(*self._rope), strict=True):
-            self.register_buffer(name, table.to(device), persistent=False)
+            self.register_buffer(name, table.to(weight.device, dtype), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Llama:
         """Positions are exact in a narrow model, too, and in one that was made without memory."""
         before = self.cos
         super()._apply(fn, recurse)
-        if before.is_meta or self.cos.dtype is not torch.float32:
+        if before.is_meta or self.cos.dtype is not before.dtype:
             self._make_tables()
         return self
 

@@ -25,10 +25,10 @@ def rope_frequencies(dim: int, theta: float, scaling: str) -> torch.Tensor:
 
 
 def rope_tables(positions: int, dim: int, theta: float, scaling: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of each position's angles, [positions, dim / 2]."""
+    """cos and sin of each position's angles, [positions, dim / 2] float64."""
     frequencies = rope_frequencies(dim, theta, scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64, device="cpu"), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos(), angles.sin()
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -126,8 +126,8 @@ class PlainLlama(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
         cos, sin = rope_tables(block, head_dim, rope_theta, rope_scaling)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         T = idx.size(1)
