@@ -35,8 +35,8 @@ class Config:
     validation: float = setting(0.1, "fraction of the data held out for validation", above=0, high=0.9)
     init: str = setting(
         "",
-        "run to take the initial weights from, for fine-tuning; layers that do not match are listed; gpt: also a"
-        " folder of Hugging Face's GPT-2, whose sizes and tokenizer the run gets",
+        "run to take the initial weights from, for fine-tuning; layers that do not match are listed; gpt and"
+        " llama: also a folder of Hugging Face's files, whose sizes and tokenizer the run gets",
     )
     epochs: int = setting(50, "passes over the data", low=1)
     batch_size: int = setting(128, "samples per step, over all processes", low=1)

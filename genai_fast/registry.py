@@ -33,6 +33,7 @@ _HOMES = {
     "causal_attention.decode_spec": "decode_attention",
     "decode_linear.spec": "decode_linear",
     "gpt_decode.spec": "gpt_decode",
+    "llama_decode.spec": "llama_decode",
     "wavenet_decode.spec": "wavenet_decode",
     "vector_quantize.spec": "vector_quantize segment_sum",
 }

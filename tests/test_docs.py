@@ -94,7 +94,7 @@ def test_examples_of_ops_run(pages):
             if language == "python":
                 exec(compile(code, name, "exec"), {})
                 ran += 1
-    assert ran >= len(OPS) - 2  # gpt_decode and wavenet_decode take the weights of a whole model
+    assert ran >= len(OPS) - 3  # gpt_decode, llama_decode and wavenet_decode take the weights of a whole model
 
 
 def test_commands_are_of_the_command_line(pages):

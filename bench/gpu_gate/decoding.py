@@ -1,4 +1,4 @@
-"""The stage "decoding": a GPT generating token by token after half a block of text, beside the loops people write.
+"""The stage "decoding": a GPT or a Llama writing token by token after half a block of text, beside others' loops.
 
 Logits are compared first: if they are wrong there are no figures. All variants share one process and are timed in turn.
 A peer that torch.compile cannot serve is skipped, with the reason in the figure; the others must run.
@@ -8,22 +8,18 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from bench import roofs
 from bench.gpu_gate.training import REDUCED, say, wait
+from bench.gpu_gate.writers import LlamaModel, Model
 from bench.variants import in_turn, ratios, ready, walls
 from genai_fast.errors import UsageError
-from genai_fast.kernels.gpt_decode import layout
-from genai_fast.models import GPT, Sampler, decoder_for
+from genai_fast.models import Sampler, decoder_for
 from genai_fast.profiling import ForeignLoad
 from genai_fast.profiling.loops import EAGER, FUSED
-from genai_fast.registry import OPS
 
 ROUNDS = 7
 TOKENS = 64  # of one clocking: behind the first, nothing waits for the host
@@ -32,40 +28,7 @@ CHECKED = 8  # tokens whose logits are compared
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 PICK = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1}
 
-_DECODE = OPS["gpt_decode"]
-_eager = _DECODE.peers["eager"]
-
 Pick = Callable[[torch.Tensor], torch.Tensor]  # logits [B, V] -> ids [B]
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a GPT with new weights, and how many texts it writes side by side."""
-
-    layers: int
-    heads: int
-    width: int
-    vocabulary: int
-    block: int
-    dtype: torch.dtype = torch.float32
-    batch: int = 1
-
-    @property
-    def held(self) -> int:
-        """Tokens in the cache before the first that is clocked."""
-        return self.block // 2
-
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def make(self, device: str) -> GPT:
-        torch.manual_seed(0)
-        return GPT(self.vocabulary, self.block, self.layers, self.heads, self.width).to(device).eval()
-
-    def prompt(self, device: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.vocabulary, (self.batch, self.held), generator=generator).to(device)
 
 
 MEASURED = {
@@ -73,6 +36,8 @@ MEASURED = {
     "gpt2_bfloat16_batch16": Model(12, 12, 768, 50257, 1024, torch.bfloat16, 16),
     "gpt2": Model(12, 12, 768, 50257, 1024),
     "gpt_nano": Model(6, 6, 384, 512, 256),
+    "llama_bfloat16": LlamaModel(12, 12, 768, 32000, 1024, torch.bfloat16, kv_heads=4),
+    "llama_nano": LlamaModel(6, 6, 384, 512, 256, kv_heads=2),
 }
 
 
@@ -85,19 +50,19 @@ class Loop(NamedTuple):
 
 def fused(model: Model, device: str) -> Loop:
     """What generates text: on a GPU the model in its dtype, on a CPU the float32 one with its matrices rounded."""
-    gpt = model.make(device)
+    made = model.make(device)
     if device == "cpu":
-        decoder = decoder_for(gpt, model.batch, model.precision)
+        decoder = decoder_for(made, model.batch, model.precision)
     else:
-        decoder = decoder_for(gpt.to(model.dtype), model.batch)
+        decoder = decoder_for(made.to(model.dtype), model.batch)
     return Loop(functools.partial(decoder.prefill, model.prompt(device)), decoder.step)
 
 
 def eager(model: Model, device: str, dtype: torch.dtype | None = None) -> Loop:
     """The loop around a cache of fixed size, of which each token reads what is held."""
-    weights, cache = _weights(model, device, dtype or model.dtype)
+    weights, cache = model.state(device, dtype or model.dtype)
     length = model.held
-    _eager(model.prompt(device), cache, 0, weights)
+    model.call(model.prompt(device), cache, 0, weights)
 
     def begin() -> None:
         nonlocal length
@@ -106,16 +71,16 @@ def eager(model: Model, device: str, dtype: torch.dtype | None = None) -> Loop:
     def token(ids: torch.Tensor) -> torch.Tensor:
         nonlocal length
         length += 1
-        return _eager(ids[:, None], cache, length - 1, weights)
+        return model.call(ids[:, None], cache, length - 1, weights)
 
     return Loop(begin, token)
 
 
 def compiled(model: Model, device: str) -> Loop:
     """As people write it for torch.compile: no shape depends on the token's place, so all of the cache is read."""
-    weights, cache = _weights(model, device, model.dtype)
-    _eager(model.prompt(device), cache, 0, weights)
-    static, place = _Static(weights, cache), torch.full((1,), model.held, device=device)
+    weights, cache = model.state(device, model.dtype)
+    model.call(model.prompt(device), cache, 0, weights)
+    static, place = model.static(weights, cache), torch.full((1,), model.held, device=device)
     run = torch.compile(static, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def token(ids: torch.Tensor) -> torch.Tensor:
@@ -125,43 +90,6 @@ def compiled(model: Model, device: str) -> Loop:
         return logits
 
     return Loop(lambda: place.fill_(model.held), token)
-
-
-class _Static(nn.Module):
-    """A module's parameters and buffers stay where a captured graph expects them."""
-
-    def __init__(self, weights: list[torch.Tensor], cache: torch.Tensor) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in weights)
-        self.register_buffer("cache", cache)
-
-    def forward(self, ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        layers, _, batch, heads, room, head_dim = self.cache.shape
-        weights, channels = list(self.weights), heads * head_dim
-        seen = (torch.arange(room, device=ids.device) <= place)[None, None, None]
-        x = weights[0][ids] + weights[1][place]
-        for layer in range(layers):
-            first = len(layout.FIRST) + layer * len(layout.LAYER)
-            ln_1, ln_1_bias, qkv, qkv_bias, proj, proj_bias, ln_2, ln_2_bias, fc, fc_bias, out, out_bias = weights[
-                first : first + len(layout.LAYER)
-            ]
-            q, k, v = F.linear(F.layer_norm(x, (channels,), ln_1, ln_1_bias), qkv, qkv_bias).chunk(3, -1)
-            keys, values = self.cache[layer, 0], self.cache[layer, 1]
-            keys.index_copy_(2, place, k.view(batch, heads, 1, head_dim))
-            values.index_copy_(2, place, v.view(batch, heads, 1, head_dim))
-            h = F.scaled_dot_product_attention(q.view(batch, heads, 1, head_dim), keys, values, attn_mask=seen)
-            x = x + F.linear(h.reshape(batch, channels), proj, proj_bias)
-            h = F.gelu(F.linear(F.layer_norm(x, (channels,), ln_2, ln_2_bias), fc, fc_bias), approximate="tanh")
-            x = x + F.linear(h, out, out_bias)
-        return F.linear(F.layer_norm(x, (channels,), *weights[-3:-1]), weights[-1])
-
-
-def _weights(model: Model, device: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The list of gpt_decode, rounded as the model's are, and an empty cache of `dtype`."""
-    state = model.make(device).to(model.dtype).state_dict()
-    weights = [state[name].to(dtype) for name in layout.names(model.layers)]
-    shape = (model.layers, 2, model.batch, model.heads, model.block, model.width // model.heads)
-    return weights, torch.zeros(shape, dtype=dtype, device=device)
 
 
 @torch.no_grad()
@@ -234,8 +162,8 @@ def figures(name: str, device: str, rounds: int = ROUNDS, compile_too: bool = Tr
     sampled = statistics.median(
         written(loops[FUSED], lambda logits: sampler(logits).to(device), first) for _ in range(rounds)
     )
-    weights, cache = _weights(model, "meta", model.dtype)
-    cost = _DECODE.cost(first[:, None], cache, model.held + TOKENS // 2, weights)
+    weights, cache = model.state("meta", model.dtype)
+    cost = model.cost(first[:, None], cache, model.held + TOKENS // 2, weights)
     return {
         **head,
         "variants": {variant: found[variant] for variant in (*(v for v in found if v != FUSED), FUSED)},

@@ -19,7 +19,7 @@ STEPS, WINDOW, BATCHES = 50, 10, 5
 MOTIFS, SYMBOLS = 8, 64  # of the batches
 # Of the mean loss over a window. Other noise shows where a VAE's loss falls steeply; two networks against each other
 # drift apart.
-TOLERANCE = {"mlp_vae": 0.05, "dcgan_64": 0.25, "gpt_nano": 0.02, "lstm": 0.02}
+TOLERANCE = {"mlp_vae": 0.05, "dcgan_64": 0.25, "gpt_nano": 0.02, "llama_nano": 0.02, "lstm": 0.02}
 
 
 def batches(system: str, device: str) -> list[tuple[torch.Tensor, ...]]:

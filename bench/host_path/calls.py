@@ -16,7 +16,7 @@ from genai_fast.kernels.common.spec import Tensors
 Call = Callable[[], object]
 ROWS, COLUMNS, BLOCK = 64, 768, 1024
 # Whose arguments are written into, or whose calls are long programs of their own.
-_LEFT_OUT = ("adam_step", "gpt_decode", "linear_cross_entropy", "gru", "lstm", "wavenet_decode")
+_LEFT_OUT = ("adam_step", "gpt_decode", "linear_cross_entropy", "llama_decode", "gru", "lstm", "wavenet_decode")
 
 
 @triton.jit

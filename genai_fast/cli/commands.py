@@ -94,7 +94,8 @@ def run_generate(options: argparse.Namespace) -> int:
     check_seed(options.seed)
     style = text_generation.Style(
         options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed,
-        tuple(map(_form, options.stop)), not options.no_repeats, spelled(options.weights),
+        tuple(map(_form, options.stop)), not options.no_repeats, spelled(options.weights), options.min_p,
+        options.repetition_penalty,
     )  # fmt: skip
     prompts = _prompts(options)
     if options.out is not None:
@@ -102,6 +103,9 @@ def run_generate(options: argparse.Namespace) -> int:
     run = opened(options)
     if run.tokenizer is None:
         raise UsageError(f"{run.folder}: expected a run of a text model, got one of {run.recipe}; remedy: sample")
+    draft = opened(argparse.Namespace(folder=options.draft, best=options.best)) if options.draft else None
+    if draft and (draft.tokenizer is None or draft.tokenizer.digest != run.tokenizer.digest):
+        raise UsageError(f"--draft: expected a run with the tokenizer of {run.folder}, got another")
     records = []
     shown = printable if sys.stdout.isatty() else str  # a model may write what a terminal obeys
     for prompt in prompts:
@@ -109,7 +113,7 @@ def run_generate(options: argparse.Namespace) -> int:
             print(f"--- {shown(prompt)}")
         print(shown(prompt) if run.model.continues else "", end="", flush=True)
         pieces = []
-        for piece in text_generation.write(run.model, run.tokenizer, prompt, style):
+        for piece in text_generation.write(run.model, run.tokenizer, prompt, style, draft and draft.model):
             print(shown(piece), end="", flush=True)
             pieces.append(piece)
         print()
@@ -154,6 +158,9 @@ def run_export(options: argparse.Namespace) -> int:
         )
     if one_file and options.onnx:
         raise UsageError(f"--onnx: expected the name of a folder in --out, got {options.out}; remedy: --out FOLDER")
+    transformers = options.format == "hf"
+    if transformers and (one_file or options.onnx):
+        raise UsageError("--format hf: expected the name of a folder in --out, and no --onnx; remedy: --out FOLDER")
     if not one_file and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UsageError(f"--out: expected a new or empty folder, got {options.out}; remedy: another name")
     run, replaced = opened(options), replaced_note(options.out)
@@ -161,6 +168,9 @@ def run_export(options: argparse.Namespace) -> int:
     if one_file:
         export.write_weights(run, options.out, options.to)
         use = f'load it with model.load_state_dict(safetensors.torch.load_file("{options.out}"))'
+    elif transformers:
+        export.write_hugging_face(run, options.out)
+        use = f'load it with AutoModelForCausalLM.from_pretrained("{options.out}")'
     else:
         export.write_folder(run, options.out, onnx=options.onnx, to=options.to)
         use = f"next: {shlex.join([sys.executable, str(options.out / export.SCRIPT), '--help'])}"

@@ -23,7 +23,7 @@ genai-fast generate runs/gpt-BOOK --prompt "It was" --max-tokens 300
 genai-fast generate runs/gpt-BOOK --prompt "It was" --temperature 0 --stop "."
 genai-fast generate runs/seq2seq-PAIRS --prompts questions.txt --out answers.jsonl
 genai-fast export runs/gpt-BOOK --out book
-genai-fast export runs/dcgan-mnist --out generator.safetensors
+genai-fast export runs/gpt-BOOK --format hf --out book-hf
 genai-fast export runs/dcgan-mnist --out digits --onnx
 genai-fast augment-study runs/cvae-mnist --count 200 --seeds 10
 genai-fast profile dcgan --compare eager,compile,fused --batch 128 --precision bf16

@@ -261,16 +261,16 @@ def parser_of() -> argparse.ArgumentParser:
     generate.add_default("--temperature", 0.8, "0: always the most likely token")
     generate.add_default("--top-k", 50, "sample from the k most likely tokens, 0: all")
     generate.add_default("--top-p", 0.95, "nucleus probability")
+    generate.add_default("--min-p", 0.0, "least probability of a token, as a fraction of the likeliest's")
+    generate.add_default("--repetition-penalty", 1.0, "divide logits of tokens in the text so far by this")
     generate.add_default("--seed", 1, "random seed")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated"
     )
-    generate.add_argument(
-        "--weights",
-        default="float32",
-        choices=("float32", "bfloat16", "bf16", "int8"),
-        help="precision of a GPT's weights on a CPU: fewer bits are faster and less exact; default: %(default)s",
-    )
+    what = "precision of gpt's and llama's weights on a CPU: fewer bits are faster, less exact; default: %(default)s"
+    precisions = ("float32", "bfloat16", "bf16", "int8")
+    generate.add_argument("--weights", default="float32", choices=precisions, help=what)
+    generate.add_argument("--draft", metavar="RUN", help="a smaller run that proposes tokens: the same text, sooner")
     generate.add_argument("--no-repeats", action="store_true", help="leave out sentences that were written before")
     export = _of_a_run(commands, "export", "export the weights for plain PyTorch", draws=False)
     what = "a .safetensors file, or a new folder for weights and a plain PyTorch script"
@@ -278,6 +278,8 @@ def parser_of() -> argparse.ArgumentParser:
     export.add_argument(
         "--to", default="b", choices=("a", "b"), help="of a CycleGAN, the generator of this set; default: %(default)s"
     )
+    what = "of that folder; hf: as transformers reads it (gpt, llama); default: %(default)s"
+    export.add_argument("--format", default="plain", choices=("plain", "hf"), help=what)
     export.add_argument("--onnx", action="store_true", help="also write ONNX into that folder")
 
     what = "train small classifiers with and without a conditional model's images, and compare their accuracies"

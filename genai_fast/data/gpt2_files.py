@@ -1,6 +1,5 @@
 """GPT-2 checkpoints on disk: tensors, and what the files beside them say of the network."""
 
-import json
 import os
 import re
 import zipfile
@@ -10,25 +9,33 @@ from typing import Any
 
 import torch
 
+from genai_fast.data import hugging_face_files
 from genai_fast.data.archive import Archive
 from genai_fast.data.errors import DataError, brief
 from genai_fast.data.pickles import DataUnpickler
-from genai_fast.data.reading import is_folder, open_regular, parsing, read_bytes
-from genai_fast.errors import require
+from genai_fast.data.reading import is_folder, open_regular, parsing
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-CONFIG = "config.json"
+WEIGHTS = (hugging_face_files.WEIGHTS, hugging_face_files.INDEX, "pytorch_model.bin")
+CONFIG = hugging_face_files.CONFIG
 _LAYER = re.compile(r"(?:^|\.)h\.(\d+)\.")
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
 # config.json's settings that change what the network computes -> what models.GPT computes. Absent ones have this value
 # in Hugging Face's GPT2Config, too.
-_COMPUTED: dict[str, tuple[Any, ...]] = {
+_COMPUTED: dict[str, tuple[Any, ...] | None] = {
     **{"model_type": ("gpt2",), "activation_function": _TANH, "layer_norm_epsilon": (1e-5,)},
     **dict.fromkeys(("scale_attn_weights", "tie_word_embeddings"), (True,)),
     **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), (False,)),
     "quantization_config": (None,),
+    # Looked at with the tensors, or without effect on the function: dropout, and how its products are rounded.
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "n_positions", "n_ctx", "n_inner", "reorder_and_upcast_attn")),
+    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop")),
+    **dict.fromkeys(("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")),
+    "summary_use_proj": None,
 }
-_SIZES = {"layers": ("n_layer", 12), "heads": ("n_head", 12), "width": ("n_embd", 768), "block": ("n_positions", 1024)}
+_SIZES = {
+    "layers": ("n_layer", 12), "heads": ("n_head", 12), "width": ("n_embd", 768), "block": ("n_positions", 1024),
+    "vocabulary": ("vocab_size", 50257),
+}  # fmt: skip
 _ITS_OWN = "the settings that belong to the tensors"
 
 
@@ -48,15 +55,16 @@ def read(path: str | os.PathLike[str], heads: int | None = None) -> tuple[dict[s
     if is_folder(path, "a GPT-2 checkpoint"):
         found = next((path / name for name in WEIGHTS if (path / name).exists()), None)
         if found is None:
-            raise DataError(f"{path}: expected {' or '.join(WEIGHTS)} in this folder, got neither")
+            raise DataError(f"{path}: expected model.safetensors or pytorch_model.bin in this folder, got neither")
         path = found
     settings: Mapping[str, Any] = {}
     said_in = path
     if path.name in WEIGHTS and (path.parent / CONFIG).exists():
         said_in = path.parent / CONFIG
-        settings = _config(said_in)
-    if path.suffix == ".safetensors":
-        tensors: Any = _safetensors(path)
+        settings = hugging_face_files.settings_of(path.parent, _COMPUTED, "models.GPT")
+    if path.name == hugging_face_files.INDEX or path.suffix == ".safetensors":
+        parts = hugging_face_files.shards(path.parent) if path.name == hugging_face_files.INDEX else [path]
+        tensors: Any = {name: x for part in parts for name, x in hugging_face_files.tensors(part)}
     else:
         tensors = _torch_file(path)
         if not settings and isinstance(tensors, Mapping) and isinstance(tensors.get("model_args"), Mapping):
@@ -76,27 +84,12 @@ def sizes(folder: Path) -> dict[str, int]:
         DataError: it cannot be read, or is of another network than models.GPT.
     """
     path = folder / CONFIG
-    settings, found = _config(path), {}
+    settings, found = hugging_face_files.settings_of(folder, _COMPUTED, "models.GPT"), {}
     for name, (key, default) in _SIZES.items():
         found[name] = settings.get(key, default)
         if type(found[name]) is not int or found[name] < 1:
             raise DataError(f"{path}: {key}: expected at least 1, got {brief(found[name])}; remedy: {_ITS_OWN}")
     return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    with parsing(path, "Hugging Face's settings of a GPT-2 in JSON"):
-        settings = json.loads(read_bytes(path))
-        if not isinstance(settings, dict):
-            raise ValueError(type(settings).__name__)
-    for key, served in _COMPUTED.items():
-        value = settings.get(key, served[0])
-        if not isinstance(value, str | int | float | None) or value not in served:
-            raise DataError(
-                f"{path}: {key}: expected {' or '.join(map(str, served))}, got {brief(value)}; remedy: models.GPT"
-                f" computes that alone, so use such a checkpoint"
-            )
-    return settings
 
 
 def _heads(path: Path, settings: Mapping[str, Any], tensors: Mapping[Any, Any], wanted: int | None) -> int | None:
@@ -107,17 +100,6 @@ def _heads(path: Path, settings: Mapping[str, Any], tensors: Mapping[Any, Any], 
             remedy = "leave heads out" if key == "n_head" else _ITS_OWN
             raise DataError(f"{path}: {key}: expected {expected or 'at least 1'}, got {brief(said)}; remedy: {remedy}")
     return wanted or settings.get("n_head")
-
-
-def _safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with parsing(path, "safetensors", "another copy of the file"):
-        with open_regular(path):  # else it would wait for a pipe
-            pass
-        package = require("safetensors.torch", "train")
-        try:
-            return package.load_file(path)
-        except Exception as error:
-            raise ValueError(f"a file that cannot be read: {error}") from error
 
 
 class _Sizes(DataUnpickler):

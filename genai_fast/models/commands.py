@@ -17,6 +17,7 @@ FAMILIES = (
     "audio_vae",
     "wavenet",
     "gpt",
+    "llama",
     "lstm",
     "seq2seq",
     "text_vae",

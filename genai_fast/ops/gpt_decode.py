@@ -9,9 +9,9 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call, transformed
+from genai_fast.ops.text_decoder import DTYPES, TextDecoder, check_ids, check_room, positive_sizes
 
 _OP, _CLASS = "gpt_decode", "GPTDecoder"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which some files hold
 
 
@@ -23,6 +23,7 @@ def gpt_decode(
     scales: Sequence[torch.Tensor] = (),
     *,
     eps: float = 1e-5,
+    every: bool = False,
 ) -> torch.Tensor:
     """Appends tokens to a GPT-2's cache of keys and values, and gives the logits after the last one.
 
@@ -41,6 +42,7 @@ def gpt_decode(
             the rest has the cache's dtype. Absent biases are zeros.
         scales: of int8 matrices, in the order of the list: a factor [out] for each row. Else empty.
         eps: of the layer norms.
+        every: give the logits after each of the tokens, [B, T, V].
 
     Returns: logits [B, V] of the cache's dtype.
     Gradients: none; tensors that require one are refused unless gradients are off (torch.no_grad()).
@@ -61,7 +63,7 @@ def gpt_decode(
         )
     checks.needs_no_gradient(_OP, "cache", (cache, *scales))
     with torch.no_grad():
-        return library_call(_OP, cache, ids, int(length), weights, scales, eps, forced_backend())
+        return library_call(_OP, cache, ids, int(length), weights, scales, eps, bool(every), forced_backend())
 
 
 def _fits(cache: Any, ids: Any, length: Any, weights: list[Any], scales: list[Any]) -> bool:
@@ -81,7 +83,7 @@ def _check_all(cache: Any, ids: Any, length: Any, weights: list[Any], scales: li
     for name, x in zip(layout.names(size.layers), weights, strict=True):
         checks.same_device(_OP, f"weights: {name}", x, "cache", cache)
     _check_scales(weights, scales, cache.dtype)
-    _check_ids(_OP, ids, size.vocabulary, cache.device)
+    check_ids(_OP, ids, size.vocabulary, cache.device)
     held = checks.number(length)
     if held is None or isinstance(held, float) or held < 0:
         raise ValueError(f"{_OP}: length: expected an int >= 0, the tokens that the cache holds, got {length!r}")
@@ -100,10 +102,10 @@ def _check_all(cache: Any, ids: Any, length: Any, weights: list[Any], scales: li
             f"{_OP}: cache: expected heads times head_dim to be {size.channels} as wte has columns, got"
             f" {cache.size(3)} x {cache.size(5)}"
         )
-    _check_room(_OP, held, ids.size(1), min(cache.size(4), size.positions))
+    check_room(_OP, held, ids.size(1), min(cache.size(4), size.positions))
 
 
-class GPTDecoder:
+class GPTDecoder(TextDecoder):
     """A GPT-2 with its cache, ready to decode on a CPU: `prefill` the prompt, then `step` by step.
 
     Weights are read where they lie if they have the dtype asked for (float32 ones of a model in float32: no copy is
@@ -137,11 +139,8 @@ class GPTDecoder:
         dtype: str = "float32",
         eps: float = 1e-5,
     ) -> None:
-        checks.one_of(_CLASS, "dtype", dtype, tuple(_DTYPES))
-        for name, value in (("heads", heads), ("block", block), ("batch", batch)):
-            if not isinstance(checks.number(value), int) or value < 1:
-                raise ValueError(f"{_CLASS}: {name}: expected an int of at least 1, got {value!r}")
-        heads, block, batch = int(heads), int(block), int(batch)
+        checks.one_of(_CLASS, "dtype", dtype, tuple(DTYPES))
+        heads, block, batch = positive_sizes(_CLASS, heads=heads, block=block, batch=batch)
         self._given, self._sources = _in_order(weights)
         size = _check_weights(_CLASS, self._given)
         if size.channels % heads:
@@ -151,7 +150,7 @@ class GPTDecoder:
                 f"{_CLASS}: block: expected at most {size.positions} as transformer.wpe.weight has rows, got {block}"
             )
         self.block, self.batch, self.vocabulary = block, batch, size.vocabulary
-        self._dtype, self._eps = _DTYPES[dtype], checks.real(_CLASS, "eps", eps, "a finite float >= 0", 0.0)
+        self._dtype, self._eps = DTYPES[dtype], checks.real(_CLASS, "eps", eps, "a finite float >= 0", 0.0)
         self._cache = torch.empty(size.layers, 2, batch, heads, block, size.channels // heads)
         self.refresh()
 
@@ -163,57 +162,12 @@ class GPTDecoder:
             f" {self.length} of {block} tokens, batch {batch})"
         )
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Start again with the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
-        self._check(ids, 0)
-        self.reset()
-        return self.append(ids)
-
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append one token per sample, int64 [B]; gives logits float32 [B, V]."""
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 1:
-            got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ValueError(f"{_CLASS}: ids: expected int64 [{self.batch}], one token a sample, got {got}")
-        return self.append(ids.unsqueeze(1))
-
-    def append(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append the tokens ids, int64 [B, T]; gives the logits float32 [B, V] behind the last."""
-        self._check(ids, self.length)
-        if self._changed():
-            if self.length:
-                raise RuntimeError(
-                    f"{_CLASS}: expected the weights that made the {self.length} tokens of the cache, got changed ones;"
-                    f" start again with reset() or prefill()"
-                )
-            self.refresh()
-        with torch.no_grad():
-            arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps)
-            logits = library_call(_OP, *arguments, forced_backend())
-        self.length += ids.size(1)
-        return logits
-
-    def reset(self) -> None:
-        """Forget all tokens. Weights that have changed are read again before the next."""
-        self.length = 0
-
-    def refresh(self) -> None:
-        """Read the weights again, and forget all tokens."""
+    def _narrowed(self) -> None:
         self._weights, self._scales = layout.narrowed(self._given, self._dtype)
-        self._read = self._versions()
-        self.length = 0
 
-    def _check(self, ids: Any, length: int) -> None:
-        _check_ids(_CLASS, ids, self.vocabulary, self._cache.device)
-        if ids.size(0) != self.batch:
-            raise ValueError(f"{_CLASS}: ids: expected a batch of {self.batch}, got {ids.size(0)}")
-        _check_room(_CLASS, length, ids.size(1), self.block)
-
-    def _versions(self) -> int:
-        """Grows with every change in place that PyTorch knows of. (Tensors of inference mode count none.)"""
-        return sum(w._version for w in self._sources)
-
-    def _changed(self) -> bool:
-        return self._versions() != self._read
+    def _logits(self, ids: torch.Tensor, every: bool) -> torch.Tensor:
+        arguments = (self._cache, ids, self.length, self._weights, self._scales, self._eps, every)
+        return library_call(_OP, *arguments, forced_backend())
 
 
 def _in_order(weights: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -298,29 +252,3 @@ def _check_scales(weights: list[torch.Tensor], scales: list[torch.Tensor], wide:
                 f"{_OP}: scales: expected contiguous {wide} ({weights[k].size(0)},) as its matrix has rows, got"
                 f" {s.dtype} {tuple(s.shape)}"
             )
-
-
-def _check_ids(op: str, ids: Any, vocabulary: int, device: torch.device) -> None:
-    if not isinstance(ids, torch.Tensor) or ids.dtype is not torch.int64:
-        got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise TypeError(f"{op}: ids: expected an int64 tensor, got {got}")
-    if ids.dim() != 2 or ids.size(1) < 1:
-        raise ValueError(f"{op}: ids: expected [B, T] with at least 1 token, got shape {tuple(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"{op}: ids: expected device {device} as the cache has, got {ids.device}")
-    if not torch.compiler.is_compiling() and ids.numel():
-        least, most = layout.span(ids)
-        if least < 0 or most >= vocabulary:
-            raise ValueError(
-                f"{op}: ids: expected 0 to {vocabulary - 1}, got {least if least < 0 else most}; the tokenizer must be"
-                f" the model's"
-            )
-
-
-def _check_room(op: str, length: int, tokens: int, room: int) -> None:
-    if length + tokens > room:
-        remedy = "reset it, or make one with a larger block" if op == _CLASS else "make a larger cache"
-        raise ValueError(
-            f"{op}: ids: expected at most {max(room - length, 0)} new tokens, as the cache holds {length} of {room},"
-            f" got {tokens}; {remedy}"
-        )

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import logging
 import pprint
 import re
@@ -16,6 +17,7 @@ from torch import nn
 
 from genai_fast import __version__, atomic_files
 from genai_fast.contract import image_traits, offers
+from genai_fast.data.text import hugging_face_tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.models.common.protocol import Draws, Translates, Upscales
 from genai_fast.models.common.recipe import Graph, Values
@@ -75,6 +77,33 @@ def write_folder(run: Opened, folder: Path, *, onnx: bool = False, to: str = "b"
             run.tokenizer.save(hidden / TOKENIZER)
         if onnx:
             _write_graph(run, plain, values, hidden / GRAPH)
+
+
+def write_hugging_face(run: Opened, folder: Path) -> None:
+    """Make `folder`, whole or not at all, as transformers reads it: settings, weights and tokenizer.
+
+    The folder may exist if it is empty.
+
+    Raises UsageError: transformers has no such model.
+    """
+    reader, tokenizer = RECIPES[run.recipe].pretrained, run.tokenizer
+    if reader is None or tokenizer is None:
+        names = ", ".join(name for name, recipe in RECIPES.items() if recipe.pretrained)
+        raise UsageError(f"--format hf: expected a run of {names}, got one of {run.recipe}; remedy: leave it out")
+    settings, tensors = reader.written(run.model)
+    settings = {**settings, "bos_token_id": None, "eos_token_id": tokenizer.end, "dtype": "float32"}
+    write_checkpoint(folder, settings, tensors, hugging_face_tokenizer.written(tokenizer, run.model.block))
+
+
+def write_checkpoint(
+    folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, dict[str, Any]]
+) -> None:
+    """A folder of Hugging Face's: config.json, model.safetensors and other files in JSON by name."""
+    with atomic_files.whole(folder) as hidden:
+        hidden.mkdir()
+        atomic_files.write_tensors(hidden / "model.safetensors", checkpoint.plain(tensors))
+        for name, contents in {"config.json": settings, **files}.items():
+            (hidden / name).write_text(json.dumps(contents, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def script(run: Opened, kind: type[nn.Module], arguments: dict[str, Any]) -> str:

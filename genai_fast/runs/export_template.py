@@ -11,13 +11,14 @@ import struct
 import wave
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from genai_fast.data.audio.mel import Spectrum, to_sound
 from genai_fast.data.audio.mu_law import mu_law_decode
-from genai_fast.data.text.tokenizers import byte_alphabet
+from genai_fast.data.text.tokenizer import byte_alphabet
 
 
 def save_images(images: torch.Tensor, path: Path, columns: int) -> None:
@@ -194,8 +195,18 @@ def upscale(model: nn.Module, channels: int) -> None:
     print(f"{options.out}: {len(options.pictures)} pictures")
 
 
+def tokenizers_of() -> ModuleType:
+    """Package tokenizers."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise SystemExit("a prompt in BPE needs package tokenizers; remedy: pip install tokenizers") from None
+    return tokenizers
+
+
 class Tokenizer:
-    """Text to ids and back, as tokenizer.json says; `end` separates texts. Encoding by BPE needs package tokenizers."""
+    """Text to ids and back, as tokenizer.json says; `end` separates texts. Encoding by BPE needs package tokenizers,
+    and so does decoding by one of Hugging Face's."""
 
     def __init__(self, path: Path) -> None:
         self.saved = json.loads(path.read_text(encoding="utf-8"))
@@ -204,6 +215,11 @@ class Tokenizer:
             self.table = [bytes([value]) for value in range(256)]
         elif kind == "char":
             self.table = [character.encode() for character in [*self.saved["characters"], "\ufffd"]]
+        elif kind == "hugging-face":
+            self.encoder = tokenizers_of().Tokenizer.from_str(json.dumps(self.saved["contents"]))
+            self.end = self.saved["end"]
+            self.encoder.encode_special_tokens = True
+            return
         else:
             values = {character: value for value, character in enumerate(byte_alphabet())}
             self.table = [bytes(values[character] for character in token) for token in self.saved["tokens"]]
@@ -216,12 +232,11 @@ class Tokenizer:
         if kind == "char":
             ids = {character: k for k, character in enumerate(self.saved["characters"])}
             return [ids.get(character, len(ids)) for character in text]
+        if kind == "hugging-face":
+            return self.encoder.encode(text).ids
         if not text:
             return []
-        try:
-            import tokenizers
-        except ImportError:
-            raise SystemExit("a prompt in BPE needs package tokenizers; remedy: pip install tokenizers") from None
+        tokenizers = tokenizers_of()
         vocabulary = {token: k for k, token in enumerate(self.saved["tokens"])}
         merges = [(a, b) for a, b in self.saved["merges"]]
         encoder = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
@@ -229,6 +244,8 @@ class Tokenizer:
         return encoder.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
+        if self.saved["kind"] == "hugging-face":
+            return self.encoder.decode(ids, skip_special_tokens=True)
         return b"".join(self.table[k] for k in ids if k != self.end).decode("utf-8", "replace")
 
 
@@ -266,5 +283,6 @@ def write(model: nn.Module, tokenizer: Tokenizer, continues: bool) -> None:
     pick = picker(options.temperature, options.top_k, options.top_p, options.seed)
     noise = torch.Generator().manual_seed(options.seed)
     tokens = model.generate(tokenizer.encode(options.prompt), pick, tokenizer.end, noise)
-    written = itertools.takewhile(lambda token: token != tokenizer.end, itertools.islice(tokens, options.max_tokens))
+    ends = {tokenizer.end, *tokenizer.saved.get("others", ())}
+    written = itertools.takewhile(lambda token: token not in ends, itertools.islice(tokens, options.max_tokens))
     print((options.prompt if continues else "") + tokenizer.decode(list(written)))

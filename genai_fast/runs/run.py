@@ -11,7 +11,9 @@ from torch import nn
 
 from genai_fast import atomic_files, config
 from genai_fast.config import Config, ConfigError, ImageConfig, TextConfig
-from genai_fast.data.text import Tokenizer, read_tokenizer
+from genai_fast.data import hugging_face_files
+from genai_fast.data.errors import brief
+from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError, require
 from genai_fast.models.common.recipe import Pretrained
 from genai_fast.models.registry import RECIPES
@@ -297,8 +299,19 @@ def saved_settings(name: str, folder: Path, changes: dict[str, Any]) -> Config:
     return config.build(RECIPES[name].config, {**saved, **changes}, str(path))
 
 
-def _tokenizer_of(folder: Path, model: nn.Module) -> Tokenizer:
-    tokenizer = read_tokenizer(folder)
+def _reader_of(folder: Path) -> tuple[str, Pretrained]:
+    """The recipe of a Hugging Face folder's model, and what reads it; without a type, it is a GPT-2."""
+    readers = {name: recipe.pretrained for name, recipe in RECIPES.items() if recipe.pretrained}
+    kind = hugging_face_files.model_type(folder)
+    for name, reader in readers.items():
+        if (kind or "gpt2") in reader.TYPES:
+            return name, reader
+    types = ", ".join(known for reader in readers.values() for known in reader.TYPES)
+    raise UsageError(f"{folder / 'config.json'}: model_type: expected one of {types}, got {brief(kind)}")
+
+
+def _tokenizer_of(reader: Pretrained, folder: Path, model: nn.Module) -> Tokenizer:
+    tokenizer = reader.tokenizer(folder)
     if tokenizer.size != model.vocabulary:
         raise UsageError(
             f"{folder}: expected a tokenizer of {model.vocabulary} ids as the model's, got {tokenizer.size}; remedy:"
@@ -309,10 +322,10 @@ def _tokenizer_of(folder: Path, model: nn.Module) -> Tokenizer:
 
 def open_run(folder: Path, best: bool = False) -> Opened:
     """The newest model of a run, or the best on held-out data; or what another library's folder holds."""
-    for name, recipe in RECIPES.items():
-        if recipe.pretrained and recipe.pretrained.found(folder):
-            settings, model = recipe.pretrained.opened(folder, recipe.config)
-            return Opened(folder, name, settings, model.eval(), tokenizer=_tokenizer_of(folder, model))
+    if hugging_face_files.found(folder):
+        name, reader = _reader_of(folder)
+        settings, model = reader.opened(folder, RECIPES[name].config)
+        return Opened(folder, name, settings, model.eval(), tokenizer=_tokenizer_of(reader, folder, model))
     chosen = checkpoint.best(folder) if best else checkpoint.latest(folder)
     about = checkpoint.read_state(chosen)["about"]
     try:

@@ -1,5 +1,6 @@
 """Text from models: tokens to words as they come, stop strings, and sentences that repeat left out."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from genai_fast.contract import offers
 from genai_fast.data.text import Tokenizer
 from genai_fast.errors import UsageError
 from genai_fast.models import Sampler
 from genai_fast.models.common.latents import evaluating
-from genai_fast.models.common.protocol import Request, Writes
+from genai_fast.models.common.protocol import Request, Writes, WritesOn
+from genai_fast.models.common.speculation import speculate
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -21,8 +24,9 @@ class Style:
     """How a text is drawn.
 
     temperature: 0 takes the likeliest token; top_k: among the k likeliest, 0 for all; top_p: among the likeliest
-    that make up this much of the probability; stop: strings at which the text ends, left out of it; repeats: False
-    leaves out sentences that have been written before; seed: None for another text each time.
+    that make up this much of the probability; min_p: among those at least this many times as likely as the likeliest;
+    repetition_penalty: of tokens that have been there, 1 for none; stop: strings at which the text ends, left out of
+    it; repeats: False leaves out sentences that have been written before; seed: None for another text each time.
     """
 
     max_tokens: int = 200
@@ -33,6 +37,8 @@ class Style:
     stop: tuple[str, ...] = ()
     repeats: bool = True
     weights: str = "float32"
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, good, expected in (
@@ -40,19 +46,25 @@ class Style:
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number >= 0"),
             ("top-k", self.top_k, self.top_k >= 0, "at least 0 (0: all tokens)"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "a number > 0 and <= 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "a number > 0"),
             ("stop", self.stop, all(self.stop), "strings that are not empty"),
         ):
             if not good:
                 raise UsageError(f"--{name}: expected {expected}, got {value}")
 
 
-def write(model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[str]:
+def write(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, style: Style, draft: nn.Module | None = None
+) -> Iterator[str]:
     """What the model writes behind the prompt (or as its answer), in pieces, as they come.
 
-    Ends at the token that ends a document, at a stop string, or after `style.max_tokens`.
+    Ends at the token that ends a document, at a stop string, or after `style.max_tokens`. A draft proposes tokens, see
+    `speculation.speculate`.
     """
     with evaluating(model):
-        pieces = _decoded(tokenizer, _tokens(model, tokenizer, prompt, style))
+        tokens = _tokens(model, tokenizer, prompt, style, draft)
+        pieces = _decoded(tokenizer, itertools.takewhile(lambda token: token not in tokenizer.others, tokens))
         pieces = _until(pieces, style.stop) if style.stop else pieces
         yield from pieces if style.repeats else _without_repeats(pieces, prompt)
 
@@ -64,10 +76,26 @@ def example(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> s
         return "".join(write(model, tokenizer, "", Style(max_tokens=tokens, seed=seed)))
 
 
-def _tokens(model: Writes, tokenizer: Tokenizer, prompt: str, style: Style) -> Iterator[int]:
-    sampler = Sampler(temperature=style.temperature, top_k=style.top_k, top_p=style.top_p, seed=style.seed)
-    ids = tokenizer.encode(prompt)
-    return model.write_ids(Request(ids, tokenizer.end, sampler, style.max_tokens, style.seed, style.weights))
+def _tokens(
+    model: Writes, tokenizer: Tokenizer, prompt: str, style: Style, draft: nn.Module | None = None
+) -> Iterator[int]:
+    if style.repetition_penalty != 1 and not offers(model, WritesOn):
+        raise UsageError(
+            f"--repetition-penalty: expected a run of gpt, llama or lstm, got a {type(model).__name__}; remedy: omit it"
+        )
+    sampler = Sampler(
+        temperature=style.temperature, top_k=style.top_k, top_p=style.top_p, min_p=style.min_p, seed=style.seed
+    )
+    if draft is not None:
+        if style.repetition_penalty != 1:
+            raise UsageError("--repetition-penalty: expected none with --draft, got one; remedy: omit one of the two")
+        ids, settings = tokenizer.encode(prompt) or [tokenizer.end], {"sampler": sampler, "weights": style.weights}
+        try:
+            return speculate(model, draft, ids, max_tokens=style.max_tokens, stop_id=tokenizer.end, **settings)
+        except TypeError as error:
+            raise UsageError(f"--draft: {error}") from error
+    ids, how = tokenizer.encode(prompt), (style.seed, style.weights, style.repetition_penalty)
+    return model.write_ids(Request(ids, tokenizer.end, sampler, style.max_tokens, *how))
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -62,10 +62,10 @@ class TextTask:
             begun = Path(settings.init)
             folders.append(begun if begun.is_dir() else begun.parent)
         for folder in folders:
+            if (pretrained := RECIPES[self.name].pretrained) and pretrained.found(folder):
+                return pretrained.tokenizer(folder)
             if (folder / TOKENIZER).exists():
                 return text.read_tokenizer(folder / TOKENIZER)
-            if (pretrained := RECIPES[self.name].pretrained) and pretrained.found(folder):
-                return text.read_tokenizer(folder)
         size = settings.vocabulary if settings.tokenizer == "bpe" else None
         return text.make_tokenizer(settings.tokenizer, self.training.documents, size)
 

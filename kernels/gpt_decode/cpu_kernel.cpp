@@ -3,9 +3,9 @@
 // One parallel region a call, in which threads meet four times a layer. Each owns the same share of rows of every matrix;
 // what is short, the layer norms, each computes for itself.
 #include "activations.h"
+#include "decoding.h"
 #include "kernel.h"
 #include "memory.h"
-#include "products.h"
 #include "team.h"
 
 namespace {
@@ -63,49 +63,6 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
   const float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
 #pragma omp simd
   for (int64_t i = 0; i < channels; ++i) y[i] = ((x[i] - mean) - rest) * rstd * weight[i] + bias[i];
-}
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// out = sum over j < count of p[j] rows[j], rows `width` long and dense.
-void weigh_rows(const float* p, const float* rows, int64_t count, int64_t width, float* out) {
-  const auto vectors = [&](int64_t at, auto number) {
-    constexpr int kVectors = decltype(number)::value;
-    Vector sum[kVectors] = {};
-    for (int64_t j = 0; j < count; ++j) {
-      for (int i = 0; i < kVectors; ++i) sum[i] += p[j] * load(rows + j * width + at + i * kWidth);
-    }
-    for (int i = 0; i < kVectors; ++i) *reinterpret_cast<VectorAt*>(out + at + i * kWidth) = sum[i];
-  };
-  int64_t at = 0;
-  for (; at + 4 * kWidth <= width; at += 4 * kWidth) vectors(at, Count<4>{});
-  for (; at + kWidth <= width; at += kWidth) vectors(at, Count<1>{});
-  for (; at < width; ++at) {
-    float sum = 0.0f;
-    for (int64_t j = 0; j < count; ++j) sum += p[j] * rows[j * width + at];
-    out[at] = sum;
-  }
-}
-
-// softmax(q keys^T / sqrt(D)) values, over the first `count` tokens of one head. `query` and `p` are buffers.
-void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t head_dim, float* query,
-            float* p, float* out) {
-  const float scale = 1.0f / __builtin_sqrtf(float(head_dim));
-  for (int64_t d = 0; d < head_dim; ++d) query[d] = q[d] * scale;
-  multiply_linear(Linear<float>{keys, nullptr, nullptr, count, head_dim}, 0, count, {query, 0, p, 0, false}, 1);
-  float most = p[0], total = 0.0f;
-  for (int64_t j = 1; j < count; ++j) most = p[j] > most ? p[j] : most;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < count; ++j) {
-    p[j] = exp_fast(p[j] - most);
-    total += p[j];
-  }
-  weigh_rows(p, values, count, head_dim, out);
-  const float share = 1.0f / total;
-  for (int64_t d = 0; d < head_dim; ++d) out[d] *= share;
 }
 
 // Memory of the tokens that are on their way, which all threads share: rows with zeros up to a whole vector.
@@ -175,13 +132,24 @@ class Worker {
     everyone_.wait();
   }
 
-  // logits [B, V] of each sample's last token.
-  void head(const Part& part, float* logits) {
+  // logits [B, V] of each sample's last token; or [B, all, V] of every one, of a call of `all` tokens.
+  void head(const Part& part, float* logits, int64_t all) {
+    const int64_t width = s_.width(), tokens = all ? part.tokens : 1;
     for (int64_t b = 0; b < s_.batch; ++b) {
-      const float* const x = shared_.x + ((b + 1) * part.tokens - 1) * s_.width();
-      layer_norm(x, w_.last_norm(), w_.last_norm_bias(), s_.channels, s_.eps, normed_ + b * s_.width());
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* const x = shared_.x + ((b + 1) * part.tokens - tokens + t) * width;
+        layer_norm(x, w_.last_norm(), w_.last_norm_bias(), s_.channels, s_.eps, normed_ + (b * tokens + t) * width);
+      }
     }
-    multiply(w_.head(), {normed_, s_.width(), logits, s_.vocabulary, false}, s_.batch);
+    if (!all) {
+      multiply(w_.head(), {normed_, width, logits, s_.vocabulary, false}, s_.batch);
+      return;
+    }
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      float* const of_sample = logits + (b * all + part.first) * s_.vocabulary;
+      multiply(w_.head(), {normed_ + b * tokens * width, width, of_sample, s_.vocabulary, false}, tokens);
+    }
+    everyone_.wait();
   }
 
  private:
@@ -211,7 +179,7 @@ class Worker {
         std::memcpy(keys + (before + t) * head_dim, qkv + s_.channels, size_t(head_dim) * sizeof(float));
         std::memcpy(values + (before + t) * head_dim, qkv + 2 * s_.channels, size_t(head_dim) * sizeof(float));
         float* const out = shared_.attended + (b * part.tokens + t) * s_.width() + at;
-        attend(qkv, keys, values, before + t + 1, head_dim, query_, scores_, out);
+        attend({qkv, head_dim, 0.0f}, keys, values, before + t + 1, {query_, scores_}, out);
       }
     }
   }
@@ -227,7 +195,7 @@ class Worker {
 
 template <class W>
 void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* logits, int64_t tokens, int64_t length,
-            int threads) {
+            bool every, int threads) {
   const Sizes& s = weights.size;
   const int64_t together = s.batch < kRows ? least(tokens, kRows / s.batch) : 1, rows = s.batch * together;
   const Shared shared(s, rows);
@@ -241,33 +209,28 @@ void decode(const Weights<W>& weights, float* cache, const int64_t* ids, float* 
       const Part part{first, least(together, tokens - first)};
       worker.embed(ids, tokens, part);
       for (int64_t l = 0; l < s.layers; ++l) worker.layer(l, part);
-      if (first + part.tokens == tokens) worker.head(part, logits);
+      if (every || first + part.tokens == tokens) worker.head(part, logits, every ? tokens : 0);
     }
   }
 }
 
-void require_within(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value >= least && value <= most) return;
-  genai_fast_raise(Raised::kValueError, "%s: expected %lld to %lld, got %lld", name, (long long)least, (long long)most,
-                   (long long)value);
-}
-
 // tensors, scales: addresses, in the order of layout.py (scales: null but for int8). cache [L, 2, B, H, room, D] holds
-// `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last. dtype: of the matrices, 0
-// float32, 1 bfloat16, 2 int8.
+// `length` tokens of each sample, ids [B, tokens] follow, logits [B, V] are of the last, or [B, tokens, V] of every
+// one. dtype: of the matrices, 0 float32, 1 bfloat16, 2 int8.
 void gpt_decode(const int64_t* tensors, const int64_t* scales, float* cache, const int64_t* ids, float* logits,
                 int64_t layers, int64_t batch, int64_t heads, int64_t channels, int64_t hidden, int64_t vocabulary,
-                int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int threads) {
+                int64_t room, int64_t tokens, int64_t length, double eps, int dtype, int every, int threads) {
   require_within("heads", heads, 1, channels);
   require_within("heads of channels", heads * (channels / heads), channels, channels);
   require_within("length", length, 0, room - tokens);
   for (int64_t i = 0; i < batch * tokens; ++i) require_within("ids", ids[i], 0, vocabulary - 1);
   if (batch == 0 || tokens == 0) return;
   const Sizes size{layers, batch, heads, channels, hidden, vocabulary, room, float(eps)};
+  const bool all = every != 0;
   switch (dtype) {
-    case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
-    case 1: return decode(Weights<uint16_t>{tensors, nullptr, size}, cache, ids, logits, tokens, length, threads);
-    default: return decode(Weights<int8_t>{tensors, scales, size}, cache, ids, logits, tokens, length, threads);
+    case 0: return decode(Weights<float>{tensors, nullptr, size}, cache, ids, logits, tokens, length, all, threads);
+    case 1: return decode(Weights<uint16_t>{tensors, nullptr, size}, cache, ids, logits, tokens, length, all, threads);
+    default: return decode(Weights<int8_t>{tensors, scales, size}, cache, ids, logits, tokens, length, all, threads);
   }
 }
 

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from genai_fast.kernels.common import narrow
+from genai_fast.kernels.common.narrow import MATRIX_DTYPES, span
+
+__all__ = ["FIRST", "LAST", "LAYER", "MATRIX_DTYPES", "Sizes", "span"]
+
 # Of layer i: transformer.h.<i>.<name>. Matrices have the orientation of nn.Linear, [out, in].
 LAYER = (
     "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
@@ -13,7 +18,6 @@ LAYER = (
 )  # fmt: skip
 FIRST = ("transformer.wte.weight", "transformer.wpe.weight")
 LAST = ("transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight")
-MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Sizes(NamedTuple):
@@ -115,34 +119,8 @@ def require(cache, ids, length, weights, scales) -> Sizes:
     return size
 
 
-def span(ids: torch.Tensor) -> tuple[int, int]:
-    """The least and the largest."""
-    if ids.numel() == 1:
-        return (one := ids.item()), one
-    least, most = torch.aminmax(ids)
-    return least.item(), most.item()
-
-
 def narrowed(
     weights: Sequence[torch.Tensor], dtype: torch.dtype, wide: torch.dtype = torch.float32
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The list with matrices of `dtype` and the rest of `wide`, contiguous, and a factor for each row of int8 matrices.
-
-    What has its dtype already is not copied; a tied head stays one with the embedding.
-    """
-    where = matrices((len(weights) - len(FIRST) - len(LAST)) // len(LAYER))
-    found = [w if k in where else w.to(wide).contiguous() for k, w in enumerate(weights)]
-    scales = []
-    for k in where:
-        if k == where[-1] and weights[k] is weights[0]:
-            found[k] = found[0]
-            scales += scales[:1]
-        elif dtype is torch.int8:
-            row = weights[k].to(wide)
-            scale = row.abs().amax(1).div_(127.0)
-            # A row of zeros stays one.
-            found[k] = (row / torch.where(scale == 0.0, 1.0, scale)[:, None]).round_().to(torch.int8)
-            scales.append(scale)
-        else:
-            found[k] = weights[k].to(dtype).contiguous()
-    return found, scales
+    """See `narrow.narrowed`; a tied head stays one with the embedding."""
+    return narrow.narrowed(weights, matrices((len(weights) - len(FIRST) - len(LAST)) // len(LAYER)), dtype, wide)

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from genai_fast.kernels.gpt_decode.layout import FIRST, LAYER, matrices, require
 
 
-def gpt_decode(cache, ids, length, weights, scales, eps):
-    """logits [B, V] of each sample's last token; keys and values of the tokens go to cache [L, 2, B, H, T_max, D].
+def gpt_decode(cache, ids, length, weights, scales, eps, every=False):
+    """logits [B, V] of each sample's last token, or [B, T, V] of every one.
+
+    Keys and values of the tokens go to cache [L, 2, B, H, T_max, D].
 
     x = wte[id] + wpe[position]; each layer x += c_proj(attention(ln_1 x)), x += c_proj(gelu(c_fc(ln_2 x))), GELU by
     tanh; logits = lm_head(ln_f x). Keys of a token are those of all tokens up to itself.
@@ -38,4 +40,4 @@ def gpt_decode(cache, ids, length, weights, scales, eps):
         attended = scores.masked_fill(hidden, -math.inf).softmax(-1) @ held[1, :, :, :end]
         x = x + F.linear(attended.transpose(1, 2).reshape(batch, tokens, size.channels), proj, proj_bias)
         x = x + F.linear(F.gelu(F.linear(norm(x, ln_2, ln_2_bias), fc, fc_bias), approximate="tanh"), out, out_bias)
-    return F.linear(norm(x[:, -1], *wide[-3:-1]), wide[-1])
+    return F.linear(norm(x if every else x[:, -1], *wide[-3:-1]), wide[-1])

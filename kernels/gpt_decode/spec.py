@@ -21,11 +21,11 @@ from genai_fast.kernels.gpt_decode.layout import (
 from genai_fast.kernels.gpt_decode.schema import LIBRARY
 
 
-def _reference(ids, cache, length, weights, scales=(), *, eps=1e-5):
-    return reference.gpt_decode(cache, ids, length, weights, scales, eps)
+def _reference(ids, cache, length, weights, scales=(), *, eps=1e-5, every=False):
+    return reference.gpt_decode(cache, ids, length, weights, scales, eps, every)
 
 
-def _eager(ids, cache, length, weights, scales=(), *, eps=1e-5):
+def _eager(ids, cache, length, weights, scales=(), *, eps=1e-5, every=False):
     """The loop that people write around a cache of fixed size; a model in bfloat16 where the matrices are."""
     (batch, tokens), heads, channels = ids.shape, cache.size(3), weights[0].size(1)
     end = length + tokens
@@ -43,7 +43,7 @@ def _eager(ids, cache, length, weights, scales=(), *, eps=1e-5):
         x = x + F.linear(h.transpose(1, 2).reshape(batch, tokens, channels), proj, proj_bias)
         h = F.gelu(F.linear(F.layer_norm(x, (channels,), ln_2, ln_2_bias, eps), fc, fc_bias), approximate="tanh")
         x = x + F.linear(h, out, out_bias)
-    return F.linear(F.layer_norm(x[:, -1], (channels,), *weights[-3:-1], eps), weights[-1])
+    return F.linear(F.layer_norm(x if every else x[:, -1], (channels,), *weights[-3:-1], eps), weights[-1])
 
 
 def _prepare(inputs):
@@ -100,6 +100,11 @@ def _inputs(
     return make
 
 
+def _every(make):
+    """With the logits of all tokens."""
+    return lambda t: {**make(t), "every": True}
+
+
 CASES = (
     Case("one_token", _inputs(2, 3, 16, 65, 9, room=20)),
     Case("odd", _inputs(3, 2, 19, 71, 33, hidden=50, tied=False)),
@@ -115,6 +120,7 @@ CASES = (
     Case("int8", _inputs(2, 3, 20, 65, 9, dtype=torch.int8, tokens=4)),
     Case("int8_not_tied", _inputs(1, 3, 25, 65, 9, dtype=torch.int8, tied=False)),
     Case("sharp", _inputs(2, 2, 32, 40, 50, scale=6.0)),
+    Case("every_token", _every(_inputs(2, 2, 24, 50, 3, tokens=70, batch=2))),
     Case("no_samples", _inputs(1, 2, 8, 20, 3, batch=0)),
 )
 

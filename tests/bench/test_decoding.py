@@ -40,14 +40,17 @@ def test_a_process_measures_what_it_is_asked_for(monkeypatch, capsys, seconds):
     assert found["gigabytes_per_second"] == round(read / ours / 1e9, 2)
 
 
-@pytest.mark.parametrize("model", [TINY, decoding.Model(2, 2, 16, 40, 24, torch.bfloat16, 3)], ids=["one", "three"])
+LLAMAS = [decoding.LlamaModel(2, 4, 16, 40, 24, dtype, 3, kv_heads=2) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("model", [TINY, decoding.Model(2, 2, 16, 40, 24, torch.bfloat16, 3), *LLAMAS], ids=str)
 @torch.no_grad()
 def test_every_loop_writes_the_same(model):
     """What torch.compile gets too, as it is."""
     loops = [decoding.fused(model, "cpu"), decoding.eager(model, "cpu")]
-    weights, cache = decoding._weights(model, "cpu", model.dtype)
-    decoding._eager(model.prompt("cpu"), cache, 0, weights)
-    static = decoding._Static(weights, cache)
+    weights, cache = model.state("cpu", model.dtype)
+    model.call(model.prompt("cpu"), cache, 0, weights)
+    static = model.static(weights, cache)
     for loop in loops:
         loop.begin()
     for place in range(model.held, model.block):

@@ -219,6 +219,18 @@ def test_prompts_from_a_file(here, trained, capsys):
     assert all(w["prompt"] + w["text"] in said for w in written) and said.count("--- ") == 2
 
 
+def test_a_draft_changes_nothing_in_the_likeliest_text(here, trained, capsys):
+    greedy = ["--prompt", "While", "--max-tokens", "30", "--temperature", "0"]
+    assert call("generate", trained, *greedy) == 0
+    expected = capsys.readouterr().out
+    assert call("generate", trained, *greedy, "--draft", trained) == 0
+    assert capsys.readouterr().out == expected
+    assert call("generate", trained, *greedy, "--draft", trained, "--repetition-penalty", "2") == 2
+    assert "--repetition-penalty: expected none with --draft" in capsys.readouterr().err
+    assert call("generate", trained, *greedy, "--min-p", "2") == 2
+    assert "--min-p: expected a number from 0 to 1, got 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_prompts_have_the_form_of_the_text_that_was_trained_on(here, trained, encoding):
     nfc, nfd = "Le caf\u00e9 ", "Le cafe\u0301 "  # the space at the end is the prompt's own

@@ -66,6 +66,11 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
         ((2048,), 3),
     ),
     "gpt": ("gpt", {**SMALL, "layers": 2, "block": 16}, "bpe"),
+    "llama": (
+        "llama",
+        {**SMALL, "layers": 2, "block": 16, "window": 5, "bias": "qkv", "qk_norm": True, "rope_scaling": "linear:2"},
+        "byte",
+    ),
     "lstm": ("lstm", {"layers": 2, "embedding": 8, "hidden": 16}, "char"),
     "seq2seq": ("seq2seq", {**SMALL, "block": 32}, "byte"),
     "text-vae": ("text-vae", {"embedding": 8, "hidden": 16, "latent": 4}, "char"),

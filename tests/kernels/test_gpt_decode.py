@@ -239,7 +239,7 @@ def test_tokens_that_do_not_fit_change_nothing():
 def test_opcheck_and_compile(name):
     inputs = CASES[name].inputs(Tensors())
     cache = inputs.pop("cache")
-    arguments = (cache.clone(), inputs["ids"], inputs["length"], inputs["weights"], inputs["scales"], 1e-5, "")
+    arguments = (cache.clone(), inputs["ids"], inputs["length"], inputs["weights"], inputs["scales"], 1e-5, False, "")
     torch.library.opcheck(torch.ops.genai_fast.gpt_decode.default, arguments)
     torch._dynamo.reset()
     compiled = torch.compile(ops.gpt_decode, fullgraph=True, backend="aot_eager")
@@ -254,7 +254,7 @@ def test_the_raw_operator_refuses_what_would_read_foreign_memory():
     names = ("cache", "ids", "length", "weights", "scales")
 
     def call(**changes):
-        return torch.ops.genai_fast.gpt_decode(*({**good, **changes}[name] for name in names), 1e-5, "cpu")
+        return torch.ops.genai_fast.gpt_decode(*({**good, **changes}[name] for name in names), 1e-5, False, "cpu")
 
     call()
     for changes in (

@@ -155,7 +155,7 @@ def test_gpt_decode_looks_at_its_ids(value):
     cache = torch.zeros(1, 2, 1, 2, 6, 4)
     ids = torch.tensor([[1, value]])
     with pytest.raises(ValueError, match=rf"gpt_decode: ids: expected 0 to 10, got {value}"):
-        LIBRARY.gpt_decode(cache, ids, 0, weights, [], 1e-5, "cpu")
+        LIBRARY.gpt_decode(cache, ids, 0, weights, [], 1e-5, False, "cpu")
 
 
 @pytest.mark.parametrize("name", ["input", "weight"])

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 from genai_fast import ops
 from genai_fast.layers import LayerNorm, RMSNorm
 from genai_fast.models import GPT, VRNN, LSTMLanguageModel, Seq2Seq, TextVAE, decoder_for, generate
-from genai_fast.models.gpt import model as gpt
+from genai_fast.models.common import language
 from genai_fast.models.gpt.decoding import CachedGPT
 from genai_fast.models.gpt.plain import PlainGPT
 from genai_fast.models.lstm.plain import PlainLSTMLanguageModel
@@ -121,7 +121,7 @@ def assert_alike(model, peer, found, expected):
 @pytest.mark.parametrize("place, change", cases(*GPT_PLACES))
 def test_a_changed_gpt(place, change, many_logits, monkeypatch):
     if many_logits:
-        monkeypatch.setattr(gpt, "_MOST_LOGITS", 1)
+        monkeypatch.setattr(language, "MOST_LOGITS", 1)
     (model, peer), x = gpts(), tokens()
     for m in (model, peer):
         put(m, place, CHANGES[change])

@@ -7,7 +7,8 @@ import torch
 
 from genai_fast import autotune, ops, use_backend
 from genai_fast.backends import unavailable
-from genai_fast.models.common.generation import Sampler, decoder_for, generate
+from genai_fast.models.common import cached
+from genai_fast.models.common.generation import Sampler, decoder_for, generate, penalized
 from genai_fast.models.gpt import GPT
 from genai_fast.models.gpt import decoding as gpt_decoding
 from genai_fast.models.gpt.decoding import CachedGPT
@@ -167,7 +168,7 @@ def test_the_faster_of_two_captured_steps_is_kept(monkeypatch, tmp_path, faster)
             call()
         return autotune.Choice(faster, {})
 
-    monkeypatch.setattr(gpt_decoding, "_graphed", graphed)
+    monkeypatch.setattr(cached, "graphed", graphed)
     monkeypatch.setattr(gpt_decoding, "serves", lambda *_: True)
     monkeypatch.setattr(autotune, "_measure", measure)
     monkeypatch.setenv("GENAI_FAST_CACHE", str(tmp_path))
@@ -202,7 +203,7 @@ def test_a_captured_step_serves_all_steps_and_prefills(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(gpt_decoding, "_graphed", graphed)
+    monkeypatch.setattr(cached, "graphed", graphed)
     decoder, plain = CachedGPT(model, 2), CachedGPT(model, 2)
     monkeypatch.setattr(decoder, "_capture", True)
     monkeypatch.setattr(plain, "_capture", False)
@@ -440,3 +441,32 @@ def test_decoders_say_what_does_not_fit():
         decoder.step(ids(1, 1)[:, 0])
     with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
         decoder_for(model, 0)
+
+
+def test_min_p_and_the_repetition_penalty_are_those_of_transformers():
+    processors = pytest.importorskip("transformers").generation.logits_process
+    logits = 3 * torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    kept = processors.MinPLogitsWarper(0.1)(None, logits.double() / 0.7).isfinite()
+    drawn = torch.zeros(4, V, dtype=torch.bool)
+    sampler = Sampler(temperature=0.7, min_p=0.1, seed=0)
+    for _ in range(400):
+        drawn[torch.arange(4), sampler(logits)] = True
+    assert not (drawn & ~kept).any() and (drawn | ~kept).float().mean() > 0.9
+    assert torch.equal(Sampler(min_p=1.0)(logits), logits.argmax(-1))
+    seen = [1, 5, 9]
+    expected = processors.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen] * 4), logits)
+    torch.testing.assert_close(penalized(logits, seen, 1.3), expected)
+
+
+def test_a_repetition_penalty_counts_prompt_and_text():
+    model, text = gpt(), [3, 4]
+    found = list(generate(model, text, max_tokens=15, temperature=0, repetition_penalty=50.0))
+    for token in found:
+        logits = forward(model, torch.tensor([text]))[0, -1]
+        assert token == penalized(logits, [*set(text)], 50.0).argmax()
+        text = [*text, token]
+    assert len({*text}) > len({*generate(model, [3, 4], max_tokens=15, temperature=0)})
+    with pytest.raises(ValueError, match="repetition_penalty: expected a finite number above 0, got 0"):
+        generate(model, [1], max_tokens=1, repetition_penalty=0)
+    with pytest.raises(ValueError, match="min_p: expected 0 <= min_p <= 1, got 2"):
+        generate(model, [1], max_tokens=1, min_p=2)

@@ -9,8 +9,8 @@ import torch
 from alike import assert_close, assert_gradients, gradients
 
 from genai_fast.errors import UsageError
+from genai_fast.models.common import language
 from genai_fast.models.gpt import GPT, load_gpt2
-from genai_fast.models.gpt import model as gpt
 from genai_fast.models.gpt.plain import PlainGPT
 from genai_fast.optim import Adam
 
@@ -92,9 +92,9 @@ def test_many_logits_are_made_by_chunks(autocast, monkeypatch):
     y[1, 3] = -100
     found = []
     for most in (x.numel() * 41, x.numel() * 41 - 1):
-        monkeypatch.setattr(gpt, "_MOST_LOGITS", most)
+        monkeypatch.setattr(language, "MOST_LOGITS", most)
         with (
-            mock.patch.object(gpt.ops, "cross_entropy", wraps=gpt.ops.cross_entropy) as whole,
+            mock.patch.object(language.ops, "cross_entropy", wraps=language.ops.cross_entropy) as whole,
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
             loss = model.training_step(x, y).loss

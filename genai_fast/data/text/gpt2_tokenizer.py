@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genai_fast.data.errors import brief, listed
+from genai_fast.data.errors import DataError, brief, listed
 from genai_fast.data.reading import parsing, read_bytes
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -40,6 +40,17 @@ def of_model(contents: dict[str, Any], path: Path) -> dict[str, list]:
             vocabulary[added["content"]] = added["id"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         return _ordered(vocabulary, merges)
+
+
+def is_gpt2s(path: Path) -> bool:
+    """Whether a tokenizer.json gives the ids that GPT-2's way would, or is none of Hugging Face's."""
+    try:
+        contents = json.loads(read_bytes(path))
+        if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
+            of_model(contents, path)
+    except (DataError, ValueError, OSError):
+        return False
+    return True
 
 
 def of_files(folder: Path) -> dict[str, list]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
-import hashlib
 import json
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,95 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from genai_fast import atomic_files
 from genai_fast.data.errors import DataError, brief, listed
 from genai_fast.data.reading import parsing, read_bytes
 from genai_fast.data.text import gpt2_tokenizer
 from genai_fast.data.text.cleaning import scalars
+from genai_fast.data.text.hugging_face_tokenizer import HuggingFaceTokenizer
+from genai_fast.data.text.tokenizer import FORM, VERSION, Tokenizer, byte_alphabet
 from genai_fast.errors import require
 
 KINDS = ("byte", "char", "bpe")
-_FORM, _FILE = "genai_fast tokenizer", "tokenizer.json"
-_VERSION = 1
+_FILE = "tokenizer.json"
 _UNKNOWN = "\ufffd"
 _CODE_POINTS = 0x110000
 _VOCABULARY = 4096  # of bpe unless told
 _PIECE = 1 << 16  # characters that are encoded at once
 _AT_ONCE = 1 << 20  # characters in a call of the trained encoder, which works in threads
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # GPT-2's pattern ends a part here, whatever stands around it
-
-
-class Tokenizer(ABC):
-    """Text to ids and back.
-
-    kind: "byte", "char" or "bpe".
-    size: number of ids, the special one included: ids are 0 .. size - 1.
-    end: the special id. It separates documents, ends a sequence and begins one; no text is ever encoded to it.
-    unknown: the id of characters that have none, or None where every text has its own ids.
-    """
-
-    kind: str
-    size: int
-    end: int
-    unknown: int | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; a lone surrogate counts as U+FFFD."""
-        return next(self.arrays([text])).tolist()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids: `end` has none; what is no UTF-8, and what is unknown, is U+FFFD.
-
-        Raises ValueError: there is no such id.
-        """
-        stream = self.stream()
-        return "".join([stream.put(i) for i in ids]) + stream.close()
-
-    @abstractmethod
-    def arrays(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, an integer array [length]; many at a time are faster than one by one."""
-
-    def stream(self) -> Stream:
-        """Decodes ids as they come."""
-        return Stream(self._table)
-
-    @abstractmethod
-    def _contents(self) -> dict[str, Any]:
-        """What makes it up, as JSON data."""
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """16 hexadecimal digits that are equal only for tokenizers that encode alike."""
-        return hashlib.sha256(json.dumps(self._file(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def save(self, path: str | Path) -> None:
-        """Write it to a JSON file, for read_tokenizer."""
-        atomic_files.write_text(Path(path), json.dumps(self._file()))
-
-    def _file(self) -> dict[str, Any]:
-        return {"form": _FORM, "version": _VERSION, "kind": self.kind, **self._contents()}
-
-    def __repr__(self) -> str:
-        return f"<{self.kind} tokenizer of {self.size} ids, {self.digest}>"
-
-
-class Stream:
-    """Text of ids that come one by one; table: the bytes of each id but the end."""
-
-    def __init__(self, table: Sequence[bytes]) -> None:
-        self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def put(self, token: int) -> str:
-        """The text that is complete with this id: "" while a character is open. Raises ValueError: no such id."""
-        end = len(self._table)
-        if not 0 <= token <= end:
-            raise ValueError(f"decode: expected ids from 0 to {end}, got {token}; remedy: its own tokenizer")
-        return "" if token == end else self._decoder.decode(self._table[token])
-
-    def close(self) -> str:
-        """The end has come: U+FFFD for a character that is still open."""
-        return self._decoder.decode(b"", True)
 
 
 class ByteTokenizer(Tokenizer):
@@ -183,14 +107,6 @@ class BPETokenizer(Tokenizer):
 
     def _contents(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "merges": self.merges}
-
-
-@functools.cache
-def byte_alphabet() -> str:
-    """GPT-2's character for each byte: itself if it is printable, else the next one from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(0x100, 0x200))
-    return "".join(chr(value if value in printable else next(others)) for value in range(256))
 
 
 def _by_words(package: ModuleType, model: Any) -> Any:
@@ -292,19 +208,24 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         contents = json.loads(raw)
     if isinstance(contents, dict) and isinstance(contents.get("model"), dict) and "vocab" in contents["model"]:
         return _bpe(gpt2_tokenizer.of_model(contents, path), path)
-    if not isinstance(contents, dict) or contents.get("form") != _FORM or contents.get("kind") not in KINDS:
+    kinds = (*KINDS, HuggingFaceTokenizer.kind)
+    if not isinstance(contents, dict) or contents.get("form") != FORM or contents.get("kind") not in kinds:
         got = f"fields {listed(contents)}" if isinstance(contents, dict) else type(contents).__name__
         raise DataError(
-            f'{path}: expected a JSON object of form "{_FORM}" and kind {", ".join(KINDS)}; got {got};'
+            f'{path}: expected a JSON object of form "{FORM}" and kind {", ".join(KINDS)}; got {got};'
             f" remedy: the file that Tokenizer.save wrote"
         )
-    if contents.get("version") != _VERSION:
+    if contents.get("version") != VERSION:
         got = brief(contents.get("version"))
-        raise DataError(f"{path}: expected version {_VERSION}, got {got}; remedy: another genai-fast")
+        raise DataError(f"{path}: expected version {VERSION}, got {got}; remedy: another genai-fast")
     if contents["kind"] == "byte":
         return ByteTokenizer()
     if contents["kind"] == "bpe":
         return _bpe(contents, path)
+    if contents["kind"] == HuggingFaceTokenizer.kind:
+        with parsing(path, "the tokenizer that was saved", _ANEW):
+            parts = (contents[name] for name in ("contents", "size", "end"))
+            return HuggingFaceTokenizer(*parts, path, contents["others"])
     if problem := _check_char(contents):
         raise DataError(f"{path}: {problem}; remedy: {_ANEW}")
     return CharTokenizer(contents["characters"])

@@ -64,3 +64,13 @@ def token_ids(owner: str, name: str, x: torch.Tensor, vocabulary: int) -> None:
                 f"{owner}: {name}: expected token ids from 0 to {vocabulary - 1}, got"
                 f" {least if least < 0 else most}; encode the text with the model's own tokenizer"
             )
+
+
+def text(owner: str, x: torch.Tensor, vocabulary: int, block: int) -> None:
+    """x is `token_ids`, T <= block."""
+    token_ids(owner, "x", x, vocabulary)
+    if x.size(1) > block:
+        raise ValueError(
+            f"{owner}: x: expected at most block={block} tokens, got {x.size(1)}; cut them, or make it with"
+            f" block={x.size(1)}"
+        )

@@ -91,6 +91,7 @@ class Request(NamedTuple):
     longest: int  # tokens
     seed: int | None = None  # of what is drawn besides the tokens, such as z
     weights: str = "float32"  # precision of the matrices, where the model can round them
+    penalty: float = 1.0  # of tokens that have been there; see `generation.penalized`
 
 
 class Writes(Protocol):
@@ -110,6 +111,16 @@ class Decoder(Protocol):
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Append ids [B] -> logits [B, V] of the next token."""
+
+
+class Verifies(Protocol):
+    """A decoder that can look at several tokens at once, and forget the last ones. length: tokens that it has seen."""
+
+    def extend(self, ids: torch.Tensor) -> torch.Tensor:
+        """Append ids [B, T] -> logits [B, T, V] of the token after each."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
 
 
 class WritesOn(Protocol):

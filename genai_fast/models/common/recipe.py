@@ -74,6 +74,11 @@ class Bench:
 class Pretrained(Protocol):
     """A module that reads another library's folder of weights, settings and tokenizer."""
 
+    TYPES: tuple[str, ...]  # model_type in config.json, of the folders that it reads
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The folder's tokenizer, of as many ids as the model has."""
+
     def found(self, path: Path) -> Path | None:
         """The folder that a path names; None if it names something else."""
 
@@ -85,6 +90,9 @@ class Pretrained(Protocol):
 
     def opened(self, folder: Path, settings: type[Any]) -> tuple[Any, nn.Module]:
         """(settings, model) of the folder."""
+
+    def written(self, model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """(settings, tensors) of a model as such a folder has them; UsageError: the library has no such model."""
 
 
 @dataclass(frozen=True)

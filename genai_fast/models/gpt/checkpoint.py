@@ -9,7 +9,7 @@ import torch
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 _WRAPPED = re.compile(r"((module|_orig_mod)\.)+")  # by DDP and torch.compile
 _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
-_MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
@@ -37,11 +37,11 @@ def converted(tensors: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
     sizes = {"vocabulary": len(embedding), "block": len(positions), "layers": max(len(layers), 1), "width": width}
     sizes["bias"] = "transformer.ln_f.bias" in state
     # c_proj [C, C] does not tell its orientation, so one matrix that does speaks for all.
-    name = f"transformer.h.0.{_MATRICES[0]}"
+    name = f"transformer.h.0.{MATRICES[0]}"
     shape = tuple(_matrix(state, name).shape)
     if shape == (width, 3 * width):
         for key in state:
-            if key.endswith(_MATRICES) and state[key].dim() == 2:
+            if key.endswith(MATRICES) and state[key].dim() == 2:
                 state[key] = state[key].t()
     elif shape != (3 * width, width):
         raise ValueError(

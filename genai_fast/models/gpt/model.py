@@ -12,17 +12,13 @@ import torch
 from torch import nn
 
 from genai_fast import ops
-from genai_fast.fusion.chains import untouched
 from genai_fast.layers import LayerNorm
 from genai_fast.models.common import checks
 from genai_fast.models.common.generation import WriteOn
+from genai_fast.models.common.language import TiedHead, head_loss
 from genai_fast.models.common.protocol import Decoder
-from genai_fast.models.common.submodules import first_rows, linear_gelu, norm_of_sum, share, shared_parameters
+from genai_fast.models.common.submodules import first_rows, linear_gelu, norm_of_sum
 from genai_fast.models.gpt import checkpoint
-
-# Logits of a step that are held as a whole; more would take 2 GiB in float32. By chunks head and loss take longer: on
-# two AVX-512 cores, 1024 tokens of 50257, 10 % in float32, 40 % in bfloat16.
-_MOST_LOGITS = 1 << 29
 
 # (layer, q, k, v), each [B, H, T, D] -> [B, H, T, D]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -74,7 +70,7 @@ class _Block(nn.Module):
         return _dropped(self.mlp(y), self), h
 
 
-class GPT(WriteOn, nn.Module):
+class GPT(WriteOn, TiedHead):
     """A decoder-only Transformer: pre-norm blocks, GELU (tanh), learned positions, the head tied to the embedding.
 
     Parameters have GPT-2's names: transformer.wte, .wpe, .h.<i>.ln_1, .attn.c_attn, .attn.c_proj, .ln_2, .mlp.c_fc,
@@ -93,6 +89,8 @@ class GPT(WriteOn, nn.Module):
     Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners; Vaswani et al. 2017.
     """
 
+    embedding = "transformer.wte"
+
     def __init__(
         self, vocabulary: int, block: int = 256, layers: int = 6, heads: int = 6, width: int = 384, *,
         dropout: float = 0.0, bias: bool = True,
@@ -108,10 +106,7 @@ class GPT(WriteOn, nn.Module):
         blocks = nn.ModuleList(_Block(width, heads, dropout, bias) for _ in range(layers))
         self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": LayerNorm(width, bias=bias)})
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
-        self._tied: list[Any] = []  # during load_state_dict
-        self.register_load_state_dict_pre_hook(_with_head)
-        self.register_load_state_dict_post_hook(_tied_after_load)
+        self.tie_head()
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith("c_proj.weight") else 0.02)
@@ -151,11 +146,7 @@ class GPT(WriteOn, nn.Module):
 
     def training_step(self, x: torch.Tensor, y: torch.Tensor) -> GPTLosses:
         """The cross-entropy of y [B, T] given x [B, T], both int64; positions where y is -100 do not count."""
-        features = self._features(x)
-        head = self.lm_head
-        if x.numel() * self.vocabulary > _MOST_LOGITS and untouched(head, nn.Linear):
-            return GPTLosses(ops.linear_cross_entropy(features, head.weight, y, head.bias))
-        return GPTLosses(ops.cross_entropy(head(features), y, inplace=True))
+        return GPTLosses(head_loss(self.lm_head, self._features(x), y, self.vocabulary))
 
     def run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Ids [B, T] and rows of positions [T, C] or [B, T, C] -> what the head multiplies, [B, T, C].
@@ -169,12 +160,7 @@ class GPT(WriteOn, nn.Module):
 
     def check_ids(self, x: torch.Tensor) -> None:
         """x is [B, T] of ids with 1 <= T <= block; the ids themselves are looked at on the CPU alone."""
-        checks.token_ids("GPT", "x", x, self.vocabulary)
-        if x.size(1) > self.block:
-            raise ValueError(
-                f"GPT: x: expected at most block={self.block} tokens, got {x.size(1)}; cut them, or make it with"
-                f" block={x.size(1)}"
-            )
+        checks.text("GPT", x, self.vocabulary, self.block)
 
     def cached_decoder(self, batch: int, weights: str = "float32") -> Decoder:
         """See `models.decoder_for`."""
@@ -197,12 +183,6 @@ class GPT(WriteOn, nn.Module):
         p = self.dropout if self.training else 0.0
         places = first_rows(self.transformer.wpe, x.size(1), x.device)
         return self.run(x, places, lambda layer, q, k, v: ops.causal_attention(q, k, v, dropout=p))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GPT:
-        tied = shared_parameters(self)
-        super()._apply(fn, recurse)
-        share(tied)  # a move that cannot keep a Parameter (from "meta") makes one for each of its names
-        return self
 
 
 def load_gpt2(model: GPT | None, tensors: Mapping[str, Any], *, heads: int | None = None) -> GPT:
@@ -240,17 +220,3 @@ def _dropped(x: torch.Tensor, module: GPT | _Block) -> torch.Tensor:
     if not (module.training and module.dropout):
         return x
     return ops.act_dropout(x, module.dropout, True, "none")
-
-
-def _with_head(model: GPT, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state without the tied head says it all by the embedding."""
-    model._tied = shared_parameters(model)
-    embedding = state.get(f"{prefix}transformer.wte.weight")
-    one = model.lm_head._parameters.get("weight")
-    if embedding is not None and one is not None and one is model.transformer.wte._parameters.get("weight"):
-        state.setdefault(f"{prefix}lm_head.weight", embedding)
-
-
-def _tied_after_load(model: GPT, _: Any) -> None:
-    share(model._tied)  # load_state_dict(assign=True) makes a parameter for each name
-    model._tied = []

@@ -7,19 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genai_fast.data import gpt2_files
+from genai_fast.data.hugging_face_files import found
+from genai_fast.data.text import Tokenizer, gpt2_tokenizer, hugging_face_tokenizer, read_tokenizer
 from genai_fast.errors import UsageError
+from genai_fast.models.gpt import checkpoint
 from genai_fast.models.gpt.model import GPT, load_gpt2
 
+TYPES = ("gpt2",)
 _SIZES = ("layers", "heads", "width")
 
+__all__ = ["TYPES", "found", "load", "opened", "sized", "tokenizer", "written"]
 
-def found(path: Path) -> Path | None:
-    """The folder of such files that a path names, itself or by its weights; None if it names something else."""
-    folder = path if path.is_dir() else path.parent
-    named = path.is_dir() or path.name in gpt2_files.WEIGHTS
-    whole = (folder / gpt2_files.CONFIG).is_file() and any((folder / name).is_file() for name in gpt2_files.WEIGHTS)
-    return folder if named and whole else None
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """See `recipe.Pretrained`: GPT-2's own, or another one by package tokenizers."""
+    path = folder / hugging_face_tokenizer.FILE
+    if path.exists() and not gpt2_tokenizer.is_gpt2s(path):
+        return hugging_face_tokenizer.read(folder, gpt2_files.sizes(folder)["vocabulary"])
+    return read_tokenizer(folder)
 
 
 def sized(folder: Path, settings: Any) -> Any:
@@ -56,4 +64,32 @@ def opened(folder: Path, settings: type[Any]) -> tuple[Any, GPT]:
         model = GPT.from_gpt2(folder)
     except ValueError as error:
         raise UsageError(f"{folder}: {error}") from error
-    return settings(**gpt2_files.sizes(folder)), model
+    sizes = gpt2_files.sizes(folder)
+    return settings(**{name: sizes[name] for name in (*_SIZES, "block")}), model
+
+
+def written(model: GPT) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(settings, tensors) as Hugging Face's folders have them; a model without biases gets zeros.
+
+    Raises:
+        UsageError: the model computes something that theirs does not.
+    """
+    layers, size = len(model.transformer.h), model.transformer.wte.weight.size(0)
+    norm = model.transformer.ln_f
+    if model.lm_head.weight is not model.transformer.wte.weight:
+        raise UsageError("--format hf: expected a GPT whose head is tied to the embedding, got another head")
+    settings = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": size, "n_positions": model.block,
+        "n_embd": model.width, "n_layer": layers, "n_head": model.heads, "activation_function": "gelu_new",
+        "layer_norm_epsilon": norm.eps, "tie_word_embeddings": True,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout),
+    }  # fmt: skip
+    tensors = {}
+    for name, p in model.state_dict().items():
+        if name != "lm_head.weight":
+            tensors[name] = p.t() if name.endswith(checkpoint.MATRICES) else p
+    if norm.bias is None:
+        for name, p in [*tensors.items()]:
+            if ".wte." not in name and ".wpe." not in name:
+                tensors[name.removesuffix("weight") + "bias"] = torch.zeros(p.size(-1))
+    return settings, tensors

@@ -245,7 +245,7 @@ class Seq2Seq(nn.Module):
 
     def write_ids(self, request: Request) -> Iterator[int]:
         """See `protocol.Writes`."""
-        prompt, end, sampler, longest, _, _ = request
+        prompt, end, sampler, longest, *_ = request
         if len(prompt) >= self.block:
             raise UsageError(
                 f"the prompt has {len(prompt) + 1} tokens, the model reads {self.block}; remedy: a shorter one"

@@ -173,7 +173,7 @@ class TextVAE(nn.Module):
 
     def write_ids(self, request: Request) -> Iterator[int]:
         """See `protocol.Writes`."""
-        prompt, end, sampler, longest, seed, _ = request
+        prompt, end, sampler, longest, seed, *_ = request
         given = torch.tensor([*prompt, end]) if prompt else None
         return self.generate_ids(given, sampler, longest=longest, seed=seed)
 

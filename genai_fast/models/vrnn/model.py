@@ -200,7 +200,7 @@ class VRNN(nn.Module):
 
     def write_ids(self, request: Request) -> Iterator[int]:
         """See `protocol.Writes`."""
-        prompt, end, sampler, longest, seed, _ = request
+        prompt, end, sampler, longest, seed, *_ = request
         given = torch.tensor(prompt) if prompt else None
         return self.generate_ids(given, sampler, longest=longest, end=end, seed=seed)
 
