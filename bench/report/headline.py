@@ -82,8 +82,8 @@ def _device(device: str, found: Sequence[Record]) -> str:
     newer = f" (a newer gate, {gate})" if newest is not green else ""
     rows = _cpu_rows(green) if green.on_cpu else _rows(green)
     lines = [f"**{device}**, {green.day}, commit {green.commit}{link}{newer}:", "", *table(_HEADER, *rows), ""]
-    behind, count = slower(green.figures()), len(green.figures())
-    named = records.listed(f"{what} ({ratio:.3f} against {peer})" for what, peer, ratio in behind)
+    behind, count = sorted(slower(green.figures()), key=lambda found: found[2]), len(green.figures())
+    named = records.listed((f"{what} ({ratio:.3f} against {peer})" for what, peer, ratio in behind), most=4)
     if green.on_cpu:
         lines += [*_steps(green), ""]
     lines += [_CLOCKS["cpu" if green.on_cpu else "cuda"], ""]
