@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from genai_fast import ops
-from genai_fast.models.common import checks
+from genai_fast.models.common import checks, latents
 from genai_fast.models.common.conv import ConvCoder
 
 
@@ -54,6 +54,15 @@ class Autoencoder(ConvCoder):
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """What decoder and encoder make of x, in its shape."""
         return self(x)
+
+    @torch.no_grad()
+    def interpolate(self, a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:
+        """Images [channels, size, size] a and b -> [steps, ...]: decoded from the line between their codes.
+
+        The first and the last are the reconstructions of a and b. Runs in evaluation, and leaves each module's mode.
+        """
+        with latents.evaluating(self):
+            return self.decode(latents.line(*self.encode(torch.stack([a, b])), steps))
 
     def extra_repr(self) -> str:
         return f"size={self.shape[-1]}, latent={self.latent}"
