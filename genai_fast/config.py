@@ -82,6 +82,7 @@ class ImageConfig(Config):
     flip: float = setting(0.0, "probability of mirroring an image left to right", low=0, high=1)
     crop: int = setting(0, "largest shift in pixels", low=0)
     rotate: float = setting(0.0, "largest angle of rotation in degrees", low=0, high=180)
+    zoom: float = setting(0.0, "largest share by which an image is enlarged or made smaller", low=0, high=0.9)
     jitter: float = setting(0.0, "strength of random brightness, contrast and saturation", low=0, high=1)
     sync_bn: bool = setting(False, "batch norm statistics over all processes, not per process")
     grid_every: int = setting(1, "epochs between grids of samples in grids/; 0: none", low=0)

@@ -5,10 +5,10 @@ genai-fast train dcgan --help
 genai-fast train gpt --data BOOK.txt --run book
 genai-fast train gpt --run book --resume --epochs 20
 genai-fast sample runs/dcgan-mnist --count 100 --out grid.png
-genai-fast sample runs/cgan-mnist --class 7 --count 1000 --out sevens
 genai-fast sample runs/cvae-mnist --classes all --count 500 --out generated
 genai-fast sample runs/audio-vae-DRUMS --count 20 --out drums.wav
 genai-fast interpolate runs/vae-mnist --pairs 4 --steps 12 --out between.png
+genai-fast interpolate runs/conv-vae-PHOTOS --traverse --pairs 10
 genai-fast interpolate runs/audio-vae-DRUMS --between a.wav b.wav --steps 8
 genai-fast inpaint runs/conv-vae-PHOTOS --data DAMAGED --box 16,16,32,32
 genai-fast inpaint runs/vae-mnist --data mnist --mask scratch.png --out repaired.png

@@ -21,11 +21,21 @@ from genai_fast.cli.checks import (
     opened,
     replaced_note,
 )
+from genai_fast.contract import offers
 from genai_fast.data.picture import read_light, read_picture
 from genai_fast.errors import UsageError
 from genai_fast.models import slerp
 from genai_fast.models.common import latents
-from genai_fast.models.common.protocol import Draws, DrawsWaves, Inpaints, Reconstructs, Translates, Upscales
+from genai_fast.models.common.protocol import (
+    Draws,
+    DrawsWaves,
+    Encodes,
+    Inpaints,
+    Interpolates,
+    Reconstructs,
+    Translates,
+    Upscales,
+)
 from genai_fast.models.registry import RECIPES
 from genai_fast.runs import pictures
 from genai_fast.runs.image_evaluation import decode, generate, shown, upscaled
@@ -33,6 +43,7 @@ from genai_fast.runs.run import Opened
 from genai_fast.runs.translation_evaluation import translate
 from genai_fast.training.batches import batch_for
 
+_MOST = 1000  # held-out images whose latents are compared
 _AT_ONCE = 100  # images that are read and written at a time
 
 
@@ -78,23 +89,71 @@ def run_interpolate(options: argparse.Namespace) -> int:
     at_least("--pairs", options.pairs, 1)
     at_least("--steps", options.steps, 2)
     check_seed(options.seed)
-    run = opened(options, "sample", Draws)
+    run = opened(options, "interpolate", Draws, Interpolates)
     if RECIPES[run.recipe].sounds:
+        if options.traverse:
+            raise UsageError(
+                f"--traverse: expected a run of a model of images, got one of {run.recipe}; remedy: omit it"
+            )
         return sounds.interpolate(run, options)
     if options.between:
         raise UsageError(f"--between: expected a run of a model of sounds, got one of {run.recipe}; remedy: omit it")
     options.out = free_path(options.out, "interpolation.png")
     check_png(options.out)
+    if not offers(run.model, Draws):
+        return _between_pictures(run, options)
     replaced = replaced_note(options.out)
-    a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
-    ways = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()]
+    if options.traverse:
+        ways, what = _traversal(run, options), "latent traversals"
+    else:
+        a, b = latents.normal(2 * options.pairs, run.model.latent, options.seed).chunk(2)
+        ways, what = [slerp(a, b, t) for t in torch.linspace(0, 1, options.steps).tolist()], "interpolations"
     labels = labels_of(run, options.label, options.pairs)
     if labels is None and run.classes:  # a class a row, not a picture
         labels = torch.arange(options.pairs) % len(run.classes)
     labels = None if labels is None else labels.repeat_interleave(options.steps)
     images = decode(run.model, run.shape, torch.stack(ways, dim=1).flatten(0, 1), labels)
     pictures.grid(images, options.out, columns=options.steps)
-    print(f"{options.out}{replaced}: {options.pairs} interpolations of {run.folder}")
+    print(f"{options.out}{replaced}: {options.pairs} {what} of {run.folder}")
+    return 0
+
+
+def _traversal(run: Opened, options: argparse.Namespace) -> list[torch.Tensor]:
+    """Latents [pairs, latent] for each step: one dimension of a drawn z goes from -3 to 3 in each row.
+
+    Of a VAE the rows are the dimensions that tell most of held-out images, by the variance of their means.
+    """
+    if options.pairs > run.model.latent:
+        raise UsageError(f"--pairs: expected at most the {run.model.latent} dimensions of z, got {options.pairs}")
+    z = latents.normal(1, run.model.latent, options.seed)
+    dimensions = torch.arange(run.model.latent)
+    if offers(run.model, Encodes):
+        images = _images_for(run, run.config.data)
+        with torch.no_grad():
+            mu, _ = run.model.encode(*batch_for(run.model, images, slice(0, _MOST)))
+        dimensions = mu.var(0).argsort(descending=True)
+    rows = torch.arange(options.pairs)
+    ways = [z.repeat(options.pairs, 1) for _ in range(options.steps)]
+    for way, value in zip(ways, torch.linspace(-3, 3, options.steps), strict=True):
+        way[rows, dimensions[: options.pairs]] = value
+    return ways
+
+
+def _between_pictures(run: Opened, options: argparse.Namespace) -> int:
+    """Between pairs of held-out images, for a model that encodes images and does not draw."""
+    if options.traverse:
+        raise UsageError(
+            f"--traverse: expected a run of a model that can sample, got one of {run.recipe}; remedy: omit it"
+        )
+    replaced, images = replaced_note(options.out), _images_for(run, run.config.data)
+    if len(images) < 2 * options.pairs:
+        raise UsageError(
+            f"--pairs: expected at most {len(images) // 2}, half of the held-out images, got {options.pairs}"
+        )
+    (x,) = batch_for(run.model, images, slice(0, 2 * options.pairs))
+    made = torch.cat([run.model.interpolate(a, b, options.steps) for a, b in zip(x[::2], x[1::2], strict=True)])
+    pictures.grid(shown(run.model, made), options.out, columns=options.steps)
+    print(f"{options.out}{replaced}: {options.pairs} interpolations between held-out images by {run.folder}")
     return 0
 
 

@@ -49,7 +49,7 @@ _GUIDE = (
 
 # Of settings in --help; those of a recipe itself are its model's.
 _GROUPS = {
-    "data": "data data_b strict validation size flip crop rotate jitter tokenizer vocabulary block"
+    "data": "data data_b strict validation size flip crop rotate zoom jitter tokenizer vocabulary block"
     " rate seconds trim mels n_fft hop scale",
     "model": "init",
     "optimizer": "epochs batch_size optimizer lr lr_discriminator warmup decay beta1 beta2 weight_decay clip"
@@ -191,6 +191,8 @@ def parser_of() -> argparse.ArgumentParser:
     interpolate.add_argument(
         "--pairs", type=int, default=8, help="pairs of latents, one row each; default: %(default)s"
     )
+    what = "one dimension of z from -3 to 3 per row instead: of a VAE those that tell most of held-out pictures"
+    interpolate.add_argument("--traverse", action="store_true", help=what)
     interpolate.add_argument("--steps", type=int, default=10, help="pictures per row; default: %(default)s")
     what = "PNG file, of sounds WAV; default: interpolation.png or .wav, or a free number"
     interpolate.add_argument("--out", type=Path, help=what)

@@ -1,4 +1,4 @@
-"""Random changes to a batch of images that leave what they show: mirrored, shifted, turned, in another light."""
+"""Random changes to images that leave what they show: mirrored, shifted, turned, scaled, in another light."""
 
 import math
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Augment:
         flip: probability of a left-right mirror image.
         crop: pixels of reflected border, out of which a window of the image's own size is cut anywhere.
         rotate: largest angle in degrees, both ways; bilinear, borders reflected.
+        zoom: largest share by which the image is scaled up or down, about its centre; the factor's logarithm is
+            uniform from log(1 - zoom) to -log(1 - zoom). Bilinear, borders reflected.
         jitter: strength s of brightness, contrast and saturation (colour only), each a factor from 1 - s to 1 + s.
     """
 
@@ -37,9 +39,10 @@ class Augment:
     crop: int = 0
     rotate: float = 0.0
     jitter: float = 0.0
+    zoom: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, high in (("flip", 1), ("crop", math.inf), ("rotate", 180), ("jitter", 1)):
+        for name, high in (("flip", 1), ("crop", math.inf), ("rotate", 180), ("jitter", 1), ("zoom", 0.9)):
             value = getattr(self, name)
             if not 0 <= value <= high or (name == "crop" and value != int(value)):
                 kind = "a whole number" if name == "crop" else "a number"
@@ -47,7 +50,7 @@ class Augment:
 
     def __bool__(self) -> bool:
         """Whether it does anything."""
-        return any((self.flip, self.crop, self.rotate, self.jitter))
+        return any((self.flip, self.crop, self.rotate, self.jitter, self.zoom))
 
     def __call__(
         self, x: torch.Tensor, seed: int, epoch: int, batch: int, rows: tuple[int, torch.Tensor] | None = None
@@ -61,8 +64,8 @@ class Augment:
         draw = _Draw(numbers, len(x), slice(None)) if rows is None else _Draw(numbers, rows[0], rows[1].numpy())
         if self.flip or self.crop:
             x = self._shifted(x, draw)
-        if self.rotate:
-            x = self._rotated(x, draw)
+        if self.rotate or self.zoom:
+            x = self._turned(x, draw)
         return self._jittered(x, draw) if self.jitter else x
 
     def _shifted(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
@@ -76,9 +79,13 @@ class Augment:
         source = source.view(count, 1, -1).expand(-1, channels, -1)
         return x.flatten(2).gather(2, source).view_as(x)
 
-    def _rotated(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
+    def _turned(self, x: torch.Tensor, draw: _Draw) -> torch.Tensor:
         angle = np.radians(draw.numbers.uniform(-self.rotate, self.rotate, draw.total)[draw.rows])
         cos, sin, zero, aspect = np.cos(angle), np.sin(angle), np.zeros(len(x)), x.shape[3] / x.shape[2]
+        if self.zoom:
+            most = -np.log1p(-self.zoom)
+            shrunk = np.exp(draw.numbers.uniform(-most, most, draw.total)[draw.rows])
+            cos, sin = cos * shrunk, sin * shrunk  # the places that are looked at; larger ones make it smaller
         # Coordinates go from -1 to 1 along both sides: a turn must undo the sides' ratio.
         rows = [[cos, -sin / aspect, zero], [sin * aspect, cos, zero]]
         theta = torch.from_numpy(np.array(rows).transpose(2, 0, 1)).to(x)

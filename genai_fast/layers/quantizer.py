@@ -100,8 +100,7 @@ class VectorQuantizer(nn.Module):
         loss = self.commitment * F.mse_loss(vectors.to(codes.dtype), codes.detach())
         if not self.decay:
             loss = loss + F.mse_loss(codes, vectors.detach().to(codes.dtype))
-        elif self.training:
-            counts = self._follow(flat, chosen)
+        counts = self._follow(flat, chosen) if self.decay and self.training else _joined(counts)
         quantized = _StraightThrough.apply(x, codes.detach().movedim(-1, 1))
         return Quantized(quantized, indices, loss.float(), perplexity(counts))
 
@@ -134,12 +133,25 @@ def perplexity(counts: torch.Tensor) -> torch.Tensor:
     return torch.exp(-torch.special.xlogy(share, share).sum())
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _joined(counts: torch.Tensor) -> torch.Tensor:
+    """Counts [K] over the batch of which this process has some rows; others' own batches do not count."""
+    mine = rows.mine()
+    if mine is not None and _several():
+        counts = counts * (not mine.idle)
+        dist.all_reduce(counts)
+    return counts
+
+
 def _of_all_processes(
     sums: torch.Tensor, counts: torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums [K, D] and counts [K] over the joined batch, and K of its vectors at random."""
     codes, many = len(counts), len(vectors)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return sums, counts, vectors[torch.randint(many, (codes,), device=vectors.device)] if many else sums
     # In a run of several processes, rows of one batch, whose generators are alike; elsewhere the first process draws.
     mine = rows.mine() or rows.Rows(0, 1, 1, idle=False)

@@ -63,7 +63,7 @@ def vector_quantize(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tens
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64, any strides.
-        codebook: [K, D] with K > 0; the dtype of x, or float32 beside a narrower x.
+        codebook: [K, D] with K > 0; the dtype of x, or float32 with a narrower x.
 
     Returns: quantized [..., D], dtype of the codebook; indices int64 [...]. Autocast changes neither.
     Gradients: the codebook, to any order: each code gets the sum over the vectors that chose it. x has none, since the

@@ -56,7 +56,7 @@ class ImageFeed:
 
     def _augment(self) -> Augment | None:
         config = self._config
-        return Augment(config.flip, config.crop, config.rotate, config.jitter)
+        return Augment(config.flip, config.crop, config.rotate, config.jitter, config.zoom)
 
     def all(self) -> Iterator[Batch]:
         size = self._config.batch_size
@@ -94,7 +94,7 @@ class TranslationFeed:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         config = self._config
-        augment = Augment(config.flip, config.crop, config.rotate, config.jitter)
+        augment = Augment(config.flip, config.crop, config.rotate, config.jitter, config.zoom)
         # Seeds that differ: else images of the two sets that have the same place in an epoch would be turned alike.
         seeds = [config.seed, config.seed if self._pairs else (config.seed + _OTHER) % (1 << 32)]
         orders = [self._order(images, seed, epoch) for images, seed in zip(self._sets, seeds, strict=True)]

@@ -37,6 +37,35 @@ def test_the_prior_has_the_data_and_sizes_of_its_codes(runs):
     assert (runs / "vq" / "reconstructions.png").exists() and (runs / "gpt" / "samples.png").exists()
 
 
+def test_codes_are_interpolated_between_held_out_images(runs, tmp_path):
+    model = run.open_run(runs / "vq").model
+    a, b = data.load("digits").batch(torch.tensor([0, 1]), signed=True)
+    between = model.interpolate(a, b, 5)
+    torch.testing.assert_close(between[[0, -1]], model.reconstruct(torch.stack([a, b])))
+    out = tmp_path / "between.png"
+    assert call("interpolate", runs / "vq", "--pairs", "2", "--steps", "5", "--out", out) == 0 and out.exists()
+    assert call("interpolate", runs / "gpt", "--pairs", "2", "--steps", "3", "--out", tmp_path / "drawn.png") == 0
+
+
+def test_a_traversal_changes_one_dimension_in_each_row(tmp_path, monkeypatch):
+    """The dimensions that a VAE uses most come first."""
+    vae = ["--hidden", "16", "--latent", "6", "--epochs", "3", "--batch-size", "32", "--quality-every", "0"]
+    assert call("train", "vae", "--data", "digits", *vae, "--out", tmp_path, "--run", "vae") == 0
+    seen, model = [], run.open_run(tmp_path / "vae").model
+    decode = type(model).decode
+    monkeypatch.setattr(type(model), "decode", lambda self, z, *labels: seen.append(z) or decode(self, z, *labels))
+    out = tmp_path / "traversal.png"
+    assert call("interpolate", tmp_path / "vae", "--traverse", "--pairs", "4", "--steps", "5", "--out", out) == 0
+    z = torch.cat(seen).view(4, 5, 6)
+    images = data.load("digits").split(0.1, 0)[1]
+    order = model.encode(images.batch(slice(0, 1000)))[0].var(0).argsort(descending=True)
+    for row in range(4):
+        changed = (z[row] != z[row, :1]).any(0).nonzero().flatten()
+        assert changed.tolist() == [order[row]]
+        torch.testing.assert_close(z[row, :, order[row]], torch.linspace(-3, 3, 5))
+    assert call("interpolate", tmp_path / "vae", "--traverse", "--pairs", "7", "--out", out) == 2
+
+
 def test_a_prior_needs_no_run_but_its_own(runs, tmp_path):
     shutil.copytree(runs / "gpt", tmp_path / "gpt")
     assert call("sample", tmp_path / "gpt", "--count", "3", "--class", "4", "--out", tmp_path / "four.png") == 0

@@ -96,7 +96,7 @@ def test_what_cannot_be_is_said_at_the_call(photos):
         batches(Images("bare", photos.stored), 4, 0, 0, labels=True)
 
 
-ALL = Augment(flip=0.5, crop=3, rotate=20.0, jitter=0.5)
+ALL = Augment(flip=0.5, crop=3, rotate=20.0, jitter=0.5, zoom=0.2)
 
 
 def test_nothing_to_do_is_done_bit_for_bit(digits):
@@ -163,6 +163,19 @@ def test_rotation_turns_by_the_angle(shape):
     assert angle.abs().max() < 47 and angle.min() < -35 and angle.max() > 35 and abs(angle.mean()) < 8
 
 
+@pytest.mark.parametrize("rotate", [0.0, 10.0])
+def test_zoom_moves_spots_from_and_to_the_centre(rotate):
+    """By factors whose logarithms are within the limit, on both sides, whatever the angle."""
+    x = torch.zeros(300, 1, 41, 41)
+    x[:, 0, 20, 28] = 1.0  # far enough from the borders that no reflection is seen
+    got = Augment(rotate=rotate, zoom=0.3)(x, 0, 0, 0)[:, 0].double()
+    mass, places = got.sum((1, 2)), torch.arange(41) - 20
+    down, right = ((got.sum(axis) * places).sum(1) / mass for axis in (2, 1))
+    factors = torch.hypot(down, right) / 8
+    assert 0.64 < factors.min() < 0.75 and 1.33 < factors.max() < 1.48
+    assert abs(factors.log().mean()) < 0.05 and got.min() >= 0 and got.max() <= 1
+
+
 def test_jitter_changes_light_and_keeps_grey_grey(photos):
     x = photos.batch(slice(None))
     got = Augment(jitter=0.3)(x, 0, 0, 0)
@@ -182,6 +195,7 @@ def test_jitter_changes_light_and_keeps_grey_grey(photos):
         ({"crop": -1}, "crop: expected a whole number from 0 to inf, got -1"),
         ({"crop": 1.5}, "crop: expected a whole number"),
         ({"rotate": math.nan}, "rotate: expected a number from 0 to 180, got nan"),
+        ({"zoom": 1}, "zoom: expected a number from 0 to 0.9, got 1"),
         ({"jitter": 2}, "jitter: expected a number from 0 to 1, got 2"),
     ],
 )

@@ -36,6 +36,13 @@ class FitsDensity(Protocol):
         """Fit it to the codes of images. Raises ValueError on codes that have none."""
 
 
+class Interpolates(Protocol):
+    """Of models that do not draw; with those that do, the command line interpolates between latents that it draws."""
+
+    def interpolate(self, a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:
+        """Images [C, H, W] a and b -> [steps, C, H, W], from the reconstruction of a to that of b."""
+
+
 class Inpaints(Protocol):
     def inpaint(
         self, x: torch.Tensor, mask: torch.Tensor, *labels: torch.Tensor, steps: int = 200, seed: int | None = None

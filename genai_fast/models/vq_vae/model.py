@@ -113,5 +113,16 @@ class VQVAE(nn.Module):
         """What the decoder makes of the codes of x, in its shape."""
         return self.decode_codes(self.codes(x))
 
+    @torch.no_grad()
+    def interpolate(self, a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:
+        """Images [channels, size, size] a and b -> [steps, ...]: codes nearest to the line between vectors.
+
+        The first and the last are the reconstructions of a and b. Runs in evaluation, and leaves each module's mode.
+        """
+        with latents.evaluating(self):
+            z = self.encoder(torch.stack([a, b]))
+            line = latents.line(*z.flatten(1), steps).unflatten(1, z.shape[1:])
+            return self.decode_codes(ops.vector_quantize(line.movedim(1, -1), self.quantizer.codebook)[1])
+
     def extra_repr(self) -> str:
         return f"size={self.shape[-1]}, side={self.side}"

@@ -67,7 +67,7 @@ VQ_GPT = Command(
     VQGPTConfig,
     (
         "genai-fast train vq-gpt --codes vq-vae-mnist --epochs 30",
-        "genai-fast sample vq-gpt-mnist --classes all --count 100 --out generated",
+        "genai-fast train vq-gpt --codes vq-vae-PHOTOS --layers 6 --width 384 --heads 6",
     ),
 )
 
