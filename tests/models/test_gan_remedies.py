@@ -56,6 +56,30 @@ def test_hinge_and_least_squares_by_their_formulas():
     torch.testing.assert_close(found(X).accuracy, right)
 
 
+@pytest.mark.parametrize("loss", ["hinge", "least-squares"])
+def test_pix2pix_and_srgan_take_other_losses(loss):
+    torch.manual_seed(0)
+    score = nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
+    fake_of, x = nn.Conv2d(1, 1, 3, padding=1), torch.rand(3, 1, 8, 8)
+    of_pairs = models.Pix2Pix(fake_of, score, l1=2.0, loss=loss)
+    fake = fake_of(x)
+    real, made = score(torch.cat([x, -x], 1)), score(torch.cat([x, fake], 1))
+    expected = {
+        "hinge": (0.5 * ((1 - real).clamp(min=0).mean() + (1 + made).clamp(min=0).mean()), -made.mean()),
+        "least-squares": (0.25 * ((real - 1).square().mean() + made.square().mean()), 0.5 * (made - 1).square().mean()),
+    }[loss]
+    found = [value for _, value in of_pairs.turns(x, -x)]
+    torch.testing.assert_close(found, [expected[0], expected[1] + 2.0 * (fake + x).abs().mean()])
+
+    enlarger = models.Enlarger(channels=1, width=4, blocks=1, scale=2)
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    gan = models.SRGAN(enlarger, critic, adversarial=0.5, loss=loss)
+    made = enlarger(gan.lower(x))
+    generator_loss = {"hinge": -critic(made).mean(), "least-squares": 0.5 * (critic(made) - 1).square().mean()}[loss]
+    _, found = [value for _, value in gan.turns(x)]
+    torch.testing.assert_close(found, (made - x).square().mean() + 0.5 * generator_loss, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_r1_and_its_gradients_through_fused_blocks(norm):
     """Second derivatives of convolution, batch norm and LeakyReLU, beside stock modules in float64."""

@@ -9,9 +9,11 @@ from alike import assert_alike
 from torch import nn
 
 from genai_fast import models
+from genai_fast.errors import UsageError
 from genai_fast.models import load_keras
+from genai_fast.models.registry import make
 from genai_fast.models.vae.settings import VAEConfig
-from genai_fast.training import make_optimizer
+from genai_fast.training import Step, checkpoint, make_optimizer
 
 RNG = np.random.default_rng(0)
 
@@ -191,6 +193,32 @@ def test_rmsprop_is_kerass():
     np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-5)
     with pytest.raises(ValueError, match="weight-decay: expected 0 with --optimizer rmsprop"):
         make_optimizer(model, VAEConfig(optimizer="rmsprop", weight_decay=0.1))
+
+
+def test_the_textbook_vae_resumes_bit_for_bit(tmp_path):
+    config = VAEConfig(widths="16,8", decoder_widths="none", latent=2, optimizer="rmsprop", batch_size=16)
+    x = torch.rand(16, 1, 28, 28)
+
+    def begun(seed):
+        torch.manual_seed(seed)
+        vae = make("vae", config, (1, 28, 28), 0)
+        return vae, make_optimizer(vae, config)
+
+    vae, optimizer = begun(0)
+    assert [tuple(p.shape) for p in vae.parameters() if p.dim() > 1] == [(16, 784), (8, 16), (2, 8), (2, 8), (784, 2)]
+    step = Step(vae, optimizer)
+    for _ in range(2):
+        step(x)
+    checkpoint.save(tmp_path, vae, optimizer, 2, {}, {})
+    step(x)
+    again, other = begun(1)
+    checkpoint.restore(checkpoint.latest(tmp_path), again, other)
+    Step(again, other)(x)
+    assert type(other) is torch.optim.RMSprop
+    assert all(map(torch.equal, again.state_dict().values(), vae.state_dict().values()))
+    for widths in ("16,", "8,x", "0"):
+        with pytest.raises(UsageError, match=f"--widths: expected whole numbers from 1, such as 16,8, got {widths}"):
+            make("vae", VAEConfig(widths=widths), (1, 28, 28), 0)
 
 
 def test_weights_that_do_not_fit_are_named():

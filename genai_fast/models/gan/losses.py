@@ -21,6 +21,13 @@ def _half_square(outputs: torch.Tensor, target: float) -> torch.Tensor:
     return 0.5 * (outputs - target).square().mean()
 
 
+def loss_of(owner: str, name: str) -> Loss:
+    """One of LOSSES. Raises ValueError on another name."""
+    if name not in LOSSES:
+        raise ValueError(f"{owner}: loss: expected one of {', '.join(LOSSES)}, got {name!r}")
+    return LOSSES[name]
+
+
 LOSSES = {
     # -log D(x) - log(1 - D(G(z))) and -log D(G(z)), D = sigmoid(logits): Goodfellow et al. 2014, arXiv:1406.2661
     "cross-entropy": Loss(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genai_fast.models.gan.losses import loss_of
 from genai_fast.models.gan.model import frozen
 from genai_fast.models.srgan.networks import Enlarger
 from genai_fast.models.srgan.plain import lowered
@@ -42,24 +43,29 @@ class SRGAN(nn.Module):
     """A network that enlarges images, and a critic that tells what it makes from originals.
 
     The critic minimises -log D(x) - log(1 - D(G(low x))); then G minimises |G(low x) - x|^2 - adversarial log D(G(low
-    x)), |.|^2 the mean squared error of pixels. Begin with the weights of an `SRResNet`.
+    x)), |.|^2 the mean squared error of pixels; or another of `gan.losses.LOSSES` takes the place of logarithms.
+    Begin with the weights of an `SRResNet`.
 
     Args:
         generator: an `Enlarger`.
         critic: images -> logits [B].
         adversarial: weight of the adversarial loss.
+        loss: "cross-entropy", "hinge" or "least-squares".
 
-    Raises: ValueError on a negative weight, and on images whose sides are no multiples of the scale.
+    Raises: ValueError on a negative weight, another loss, and on images whose sides are no multiples of the scale.
     Source: Ledig et al. 2017, arXiv:1609.04802, where a trained classifier's features may take the place of pixels.
     """
 
     signed: ClassVar[bool] = True  # images lie in [-1, 1]
 
-    def __init__(self, generator: Enlarger, critic: nn.Module, *, adversarial: float = 1e-3) -> None:
+    def __init__(
+        self, generator: Enlarger, critic: nn.Module, *, adversarial: float = 1e-3, loss: str = "cross-entropy"
+    ) -> None:
         super().__init__()
         if not adversarial >= 0:
             raise ValueError(f"SRGAN: adversarial: expected at least 0, got {adversarial}")
         self.generator, self.critic, self.adversarial = generator, critic, adversarial
+        self.loss = loss_of("SRGAN", loss)
         self.scale, self.reach = generator.scale, generator.reach
 
     def networks(self) -> dict[str, nn.Module]:
@@ -77,12 +83,12 @@ class SRGAN(nn.Module):
     def turns(self, x: torch.Tensor) -> Generator[tuple[list[nn.Parameter], torch.Tensor], None, SRGANLosses]:
         """The critic's update, then the generator's, on large images x [B, C, H, W] in [-1, 1]."""
         made = self.generator(self.lower(x))
-        loss = _cross_entropy(self.critic(x), 1.0) + _cross_entropy(self.critic(made.detach()), 0.0)
+        loss = self.loss.discriminator(self.critic(x).float(), self.critic(made.detach()).float(), 1.0)
         yield list(self.critic.parameters()), loss
         with frozen(self.critic):
             logits = self.critic(made)
         content = _error(made, x)
-        generator_loss = content + self.adversarial * _cross_entropy(logits, 1.0)
+        generator_loss = content + self.adversarial * self.loss.generator(logits.float())
         yield list(self.generator.parameters()), generator_loss
         return SRGANLosses(generator_loss, loss, content)
 
@@ -101,8 +107,3 @@ def _lower(owner: str, x: torch.Tensor, scale: int) -> torch.Tensor:
 
 def _error(made: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(made.float(), x.float())
-
-
-def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
-    logits = logits.float()
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

@@ -25,6 +25,7 @@ class SRResNetConfig(ImageConfig):
 class SRGANConfig(SRResNetConfig):
     decay: str = changed(Config, "decay", "linear")
     adversarial: float = setting(1e-3, "weight of the adversarial loss relative to the content loss", low=0)
+    loss: str = setting("cross-entropy", "adversarial loss", choices=("cross-entropy", "hinge", "least-squares"))
 
 
 SRRESNET = Command(

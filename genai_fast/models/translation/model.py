@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genai_fast.models.common import checks, latents
+from genai_fast.models.gan.losses import loss_of
 from genai_fast.models.gan.model import frozen
 from genai_fast.ops import rows
 
@@ -184,23 +185,26 @@ class Pix2Pix(nn.Module):
     """A generator from images a to their partners b, and a critic that sees both.
 
     The critic minimises the cross-entropy of pairs, (a, b) real and (a, G(a)) made, halved; then G minimises the
-    cross-entropy of (a, G(a)) against real, plus l1 |G(a) - b|, |.| the mean absolute value.
+    cross-entropy of (a, G(a)) against real, plus l1 |G(a) - b|, |.| the mean absolute value; or another loss of
+    `gan.losses.LOSSES` takes the place of the cross-entropies.
 
     Args:
         to_b: images [B, C, H, W] in [-1, 1] -> images of that shape.
         critic: pairs [B, 2 C, H, W] -> logits of any shape, without batch norm.
         l1: weight of the distance.
+        loss: "cross-entropy", "hinge" or "least-squares".
 
-    Raises: ValueError on a negative weight.
+    Raises: ValueError on a negative weight and another loss.
     Source: Isola et al. 2017, arXiv:1611.07004.
     """
 
     signed: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("b",)
 
-    def __init__(self, to_b: nn.Module, critic: nn.Module, *, l1: float = 100.0) -> None:
+    def __init__(self, to_b: nn.Module, critic: nn.Module, *, l1: float = 100.0, loss: str = "cross-entropy") -> None:
         super().__init__()
         _not_negative("Pix2Pix", l1=l1)
+        self.loss = loss_of("Pix2Pix", loss)
         self.to_b, self.critic, self.l1 = to_b, critic, l1
 
     def networks(self) -> dict[str, nn.Module]:
@@ -214,12 +218,12 @@ class Pix2Pix(nn.Module):
         fake = self.to_b(a)
         pairs = torch.cat([torch.cat([a, b], 1), torch.cat([a, fake.detach().to(a.dtype)], 1)])
         at_real, at_fake = self.critic(pairs).split(len(a))
-        loss = 0.5 * (_cross_entropy(at_real, 1.0) + _cross_entropy(at_fake, 0.0))
+        loss = 0.5 * self.loss.discriminator(at_real.float(), at_fake.float(), 1.0)
         yield list(self.critic.parameters()), loss
         with frozen(self.critic):
             logits = self.critic(torch.cat([a.to(fake.dtype), fake], 1))
         l1 = _distance(fake, b)
-        generator_loss = _cross_entropy(logits, 1.0) + self.l1 * l1
+        generator_loss = self.loss.generator(logits.float()) + self.l1 * l1
         yield list(self.to_b.parameters()), generator_loss
         return Pix2PixLosses(generator_loss, loss, l1)
 
@@ -249,8 +253,3 @@ def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _square(judged: torch.Tensor, target: float) -> torch.Tensor:
     return (judged.float() - target).square().mean()
-
-
-def _cross_entropy(logits: torch.Tensor, target: float) -> torch.Tensor:
-    logits = logits.float()
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

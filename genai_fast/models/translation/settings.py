@@ -33,6 +33,7 @@ class CycleGANConfig(_GANConfig):
 @dataclass(frozen=True)
 class Pix2PixConfig(_GANConfig):
     l1: float = setting(100.0, "weight of the L1 distance to the partner", low=0)
+    loss: str = setting("cross-entropy", "adversarial loss", choices=("cross-entropy", "hinge", "least-squares"))
     dropout: float = setting(0.5, "dropout probability in the generator's inner layers", low=0, high=0.9)
 
 
