@@ -25,6 +25,7 @@ from genai_fast.ops.linear_cross_entropy import linear_cross_entropy
 from genai_fast.ops.recurrent import gru, lstm
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.rotary import rotary, rotary_tables
+from genai_fast.ops.upfirdn2d import upfirdn2d
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 from genai_fast.ops.wavenet_decode import wavenet_decode
 
@@ -34,5 +35,5 @@ __all__ = [
     "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "depthwise_causal_conv1d",
     "gated_act", "geglu", "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm",
     "linear_cross_entropy", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary", "rotary_tables",
-    "swiglu", "upsample_conv2d", "vae_loss", "wavenet_decode",
+    "swiglu", "upfirdn2d", "upsample_conv2d", "vae_loss", "wavenet_decode",
 ]  # fmt: skip
