@@ -38,6 +38,7 @@ def run_sample(options: argparse.Namespace) -> int:
     at_least("--count", 64 if options.count is None else options.count, 1)
     check_seed(options.seed)
     run = opened(options, "sample", Draws, DrawsWaves)
+    _truncate(run, options.truncation)
     if RECIPES[run.recipe].sounds or RECIPES[run.recipe].waves:
         return sounds.sample(run, options)
     count = options.count or 64
@@ -58,6 +59,16 @@ def run_sample(options: argparse.Namespace) -> int:
             pictures.single(image, options.out / f"{k:06d}.png")
     print(f"{options.out}{replaced}: {count} samples of {run.folder}")
     return 0
+
+
+def _truncate(run: Opened, truncation: float | None) -> None:
+    if truncation is None:
+        return
+    if not hasattr(run.model, "truncation"):
+        raise UsageError(f"--truncation: expected a run of stylegan2, got one of {run.recipe}; remedy: omit it")
+    if not 0 <= truncation <= 1:
+        raise UsageError(f"--truncation: expected a number from 0 to 1, got {truncation:g}")
+    run.model.truncation = truncation
 
 
 def run_interpolate(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from genai_fast.layers.blocks import ConvBNAct, ConvTransposeBNAct
 from genai_fast.layers.losses import BCELoss, CrossEntropyLoss, LinearCrossEntropyLoss, VAELoss
+from genai_fast.layers.modulated import ModulatedConv2d
 from genai_fast.layers.norms import GroupNormAct, InstanceNormAct, LayerNorm, RMSNorm
 from genai_fast.layers.parts import GEGLU, CausalConv1d, Dropout, Reparameterize, SwiGLU, UpsampleConv2d
 from genai_fast.layers.recurrent import GRU
@@ -10,6 +11,7 @@ from genai_fast.layers.sequential import FusedSequential
 __all__ = [
     "GEGLU", "GRU", "BCELoss", "CausalConv1d", "ConvBNAct", "ConvTransposeBNAct", "CrossEntropyLoss", "Dropout",
     "FusedSequential",
-    "GroupNormAct", "InstanceNormAct", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm", "Reparameterize", "SwiGLU",
+    "GroupNormAct", "InstanceNormAct", "LayerNorm", "LinearCrossEntropyLoss", "ModulatedConv2d",
+    "RMSNorm", "Reparameterize", "SwiGLU",
     "UpsampleConv2d", "VAELoss",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ FAMILIES = (
     "conv_vae",
     "autoencoder",
     "gan",
+    "stylegan2",
     "translation",
     "srgan",
     "audio_vae",
