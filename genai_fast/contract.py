@@ -72,6 +72,12 @@ class ImageTraits(NamedTuple):
     logits: bool = False  # a discriminator's outputs are logits, so that its accuracy in a step tells how it fares
 
 
+def varies(model: Any) -> bool:
+    """Whether a model says, by an attribute `varies`, that its steps differ in more than the batch: those of a penalty
+    every few steps do. No CUDA graph is captured of them."""
+    return bool(getattr(model, "varies", False))
+
+
 def image_traits(model: Any) -> ImageTraits:
     return ImageTraits(*(getattr(model, name, default) for name, default in ImageTraits._field_defaults.items()))
 

@@ -23,6 +23,7 @@ _HOMES = {
     "conv_transpose.spec": "conv_transpose2d conv_transpose1d upsample_conv2d conv_transpose2d_batch_norm_act",
     "conv_transpose.conv2d_spec": "conv2d",
     "causal_conv1d.spec": "causal_conv1d depthwise_causal_conv1d",
+    "upfirdn2d.spec": "upfirdn2d",
     "cross_entropy.spec": "cross_entropy",
     "cross_entropy.linear_spec": "linear_cross_entropy",
     "gated_act.spec": "gated_act",

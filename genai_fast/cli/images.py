@@ -51,6 +51,7 @@ def run_sample(options: argparse.Namespace) -> int:
     at_least("--count", 64 if options.count is None else options.count, 1)
     check_seed(options.seed)
     run = opened(options, "sample", Draws, DrawsWaves)
+    _truncate(run, options.truncation)
     if RECIPES[run.recipe].sounds or RECIPES[run.recipe].waves:
         if options.classes is not None:
             raise UsageError(
@@ -83,6 +84,16 @@ def write_pictures(out: Path, draw: Callable[[], torch.Tensor], what: str) -> No
         for k, image in enumerate(images):
             pictures.single(image, out / f"{k:06d}.png")
     print(f"{out}{replaced}: {what}")
+
+
+def _truncate(run: Opened, truncation: float | None) -> None:
+    if truncation is None:
+        return
+    if not hasattr(run.model, "truncation"):
+        raise UsageError(f"--truncation: expected a run of stylegan2, got one of {run.recipe}; remedy: omit it")
+    if not 0 <= truncation <= 1:
+        raise UsageError(f"--truncation: expected a number from 0 to 1, got {truncation:g}")
+    run.model.truncation = truncation
 
 
 def run_interpolate(options: argparse.Namespace) -> int:

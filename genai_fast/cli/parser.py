@@ -172,6 +172,8 @@ def parser_of() -> argparse.ArgumentParser:
 
     sample = _of_a_run(commands, "sample", "draw samples: pictures in a grid or a folder; sounds in a file or a folder")
     sample.add_argument("--count", type=int, help="number of samples; default: 64 pictures or 16 sounds")
+    what = "of stylegan2, how far styles may lie from their mean, 0 to 1: less variety, fewer failures; default: 1"
+    sample.add_argument("--truncation", type=float, metavar="PSI", help=what)
     sample.add_argument(
         "--out",
         type=Path,

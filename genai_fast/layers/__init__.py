@@ -3,6 +3,7 @@
 from genai_fast.layers.attention import MultiheadAttention
 from genai_fast.layers.blocks import ConvBNAct, ConvTransposeBNAct
 from genai_fast.layers.losses import BCELoss, CrossEntropyLoss, LinearCrossEntropyLoss, VAELoss
+from genai_fast.layers.modulated import ModulatedConv2d
 from genai_fast.layers.norms import GroupNormAct, InstanceNormAct, LayerNorm, RMSNorm
 from genai_fast.layers.parts import GEGLU, CausalConv1d, Dropout, Reparameterize, SwiGLU, UpsampleConv2d
 from genai_fast.layers.quantizer import VectorQuantizer
@@ -11,6 +12,6 @@ from genai_fast.layers.sequential import FusedSequential
 
 __all__ = [
     "GEGLU", "GRU", "LSTM", "BCELoss", "CausalConv1d", "ConvBNAct", "ConvTransposeBNAct", "CrossEntropyLoss", "Dropout",
-    "FusedSequential", "GroupNormAct", "InstanceNormAct", "LayerNorm", "LinearCrossEntropyLoss", "MultiheadAttention",
-    "RMSNorm", "Reparameterize", "SwiGLU", "UpsampleConv2d", "VAELoss", "VectorQuantizer",
+    "FusedSequential", "GroupNormAct", "InstanceNormAct", "LayerNorm", "LinearCrossEntropyLoss", "ModulatedConv2d",
+    "MultiheadAttention", "RMSNorm", "Reparameterize", "SwiGLU", "UpsampleConv2d", "VAELoss", "VectorQuantizer",
 ]  # fmt: skip

@@ -23,6 +23,8 @@ _HOMES = {
     "seq2seq.model": "Seq2Seq",
     "srgan.model": "SRGAN SRResNet",
     "srgan.networks": "Enlarger SRCritic",
+    "stylegan2.model": "StyleGAN2",
+    "stylegan2.networks": "StyleDiscriminator StyleGenerator",
     "text_vae.model": "TextVAE",
     "translation.model": "CycleGAN ImagePool Pix2Pix",
     "translation.networks": "PatchCritic ResNetGenerator UNetGenerator",

@@ -12,6 +12,7 @@ FAMILIES = (
     "autoencoder",
     "vq_vae",
     "gan",
+    "stylegan2",
     "translation",
     "srgan",
     "audio_vae",

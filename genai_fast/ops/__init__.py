@@ -26,6 +26,7 @@ from genai_fast.ops.llama_decode import LlamaDecoder, llama_decode
 from genai_fast.ops.recurrent import gru, lstm
 from genai_fast.ops.reparameterize import reparameterize, reparameterize_kl
 from genai_fast.ops.rotary import rotary, rotary_tables
+from genai_fast.ops.upfirdn2d import upfirdn2d
 from genai_fast.ops.vae_loss import VAELoss, vae_loss
 from genai_fast.ops.vector_quantize import segment_sum, vector_quantize
 from genai_fast.ops.wavenet_decode import wavenet_decode
@@ -36,5 +37,6 @@ __all__ = [
     "conv_transpose2d_batch_norm_act", "cross_entropy", "decode_attention", "decode_linear", "depthwise_causal_conv1d",
     "gated_act", "geglu", "gpt_decode", "group_norm_act", "gru", "instance_norm_act", "layer_norm",
     "linear_cross_entropy", "llama_decode", "lstm", "reparameterize", "reparameterize_kl", "rms_norm", "rotary",
-    "rotary_tables", "segment_sum", "swiglu", "upsample_conv2d", "vae_loss", "vector_quantize", "wavenet_decode",
+    "rotary_tables", "segment_sum", "swiglu", "upfirdn2d", "upsample_conv2d", "vae_loss", "vector_quantize",
+    "wavenet_decode",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genai_fast.contract import HasAfterStep, HasTrainingStep, InTurns, offers
+from genai_fast.contract import HasAfterStep, HasTrainingStep, InTurns, offers, varies
 from genai_fast.errors import UsageError
 from genai_fast.kernels.common import onednn
 from genai_fast.ops import updates
@@ -81,7 +81,7 @@ class Step:
             targets that are not ignored. A mean over anything else reports the count in an entry `weight`, 0-d, of its
             dict or NamedTuple. The step returns means weighted the same way, and the sum of `weight`. 0-d tensors are
             passed to each part; random numbers are drawn, and batch norm statistics computed, per part.
-        graph: capture CUDA graphs; None: if the parameters are on CUDA.
+        graph: capture CUDA graphs; None: if the parameters are on CUDA, and the model does not say that its steps vary.
         graphs: largest number of batch shapes with a graph, in one memory pool; further shapes run eagerly.
         module: the module whose buffers and `after_step` are meant above, if `model` is a loss function; an
             nn.ModuleList for several. None: the buffers of modules among the function's variables or its object's
@@ -125,7 +125,7 @@ class Step:
 
         groups = [group for o in self._optimizers for group in o.param_groups]
         self._group_count = len(groups)
-        graphed = all(p.is_cuda for p in self._parameters) if graph is None else graph
+        graphed = all(p.is_cuda for p in self._parameters) and not varies(model) if graph is None else graph
         for need in ("capturable", "fused") if graphed else ():
             if not all(group.get(need, need == "capturable") for group in groups):  # SGD has no state to be captured
                 raise UsageError(

@@ -55,6 +55,7 @@ RUNS = {  # name -> recipe, settings, and (shape, number of classes) or the kind
     "keras-k4": ("dcgan", {"latent": 4, "network": "keras-k4"}, ((3, 8, 8), 0)),
     "cgan": ("cgan", {"latent": 4, "width": 4}, ((1, 32, 32), 3)),
     "wgan-gp": ("wgan-gp", {"latent": 4, "width": 4}, ((3, 64, 64), 0)),
+    "stylegan2": ("stylegan2", {"latent": 4, "width": 2, "layers": 2}, ((3, 16, 16), 0)),
     "cyclegan": ("cyclegan", {"width": 4, "blocks": 1}, ((3, 32, 32), 0)),
     "pix2pix": ("pix2pix", {"width": 4}, ((1, 32, 32), 0)),
     "srresnet": ("srresnet", {"width": 4, "blocks": 1, "scale": 4}, ((3, 32, 32), 0)),

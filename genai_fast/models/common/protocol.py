@@ -19,6 +19,14 @@ class Draws(Protocol):
         """Images of z; with the likelihood "bernoulli", their logits."""
 
 
+class Truncates(Protocol):
+    """Draws images closer to the mean one: 1: as it learned to; 0: the mean image alone."""
+
+    truncation: float
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor: ...
+
+
 class Encodes(Protocol):
     def encode(self, x: torch.Tensor, *labels: torch.Tensor) -> Any:
         """Images -> mu, logvar of q(z | x), [B, latent] each; of an autoencoder the codes [B, latent]."""
