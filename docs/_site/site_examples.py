@@ -19,7 +19,7 @@ def example(op: OpSpec) -> str:
     function = getattr(ops, op.name)
     inputs = op.cases[0].inputs(Tensors())
     inputs = {name: inputs[name] for name in inspect.signature(function).parameters if name in inputs}
-    if any(isinstance(value, (list, tuple)) and len(value) > MOST_ITEMS for value in inputs.values()):
+    if any(_is_weights(value) for value in inputs.values()):
         return ""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     made = {name: value for name, value in inputs.items() if isinstance(value, (torch.Tensor, list))}
@@ -36,6 +36,10 @@ def example(op: OpSpec) -> str:
     assigned = f"result = {call}" if result is not None else call
     shape = "" if result is None else f"\n# {_described(result)}"
     return "\n".join(("import torch", "", "from genai_fast import ops", "", *lines, "", assigned)) + shape
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > MOST_ITEMS and isinstance(value[0], torch.Tensor)
 
 
 def _expression(value: Any) -> str:
