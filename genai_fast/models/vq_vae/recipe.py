@@ -26,5 +26,6 @@ RECIPES = (
     Recipe(
         settings.VQ_GPT, VQGPT, PlainVQGPT, build=channels_last(VQGPT), derived=_block, labels_if_any=True,
         graph=Graph({"ids": "batch tokens"}, ("logits",), "logits"), codes_of="vq-vae",
+        benches=(Bench("vq_gpt", 64, (1, 28, 28), {"layers": 3, "heads": 6, "width": 192}),),
     ),
 )  # fmt: skip
