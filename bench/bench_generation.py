@@ -127,7 +127,7 @@ def figures(
     subject: Subject, seconds: float = SECONDS, *, rounds: int = ROUNDS, compiled: bool = True
 ) -> dict[str, Any]:
     """Median wall time of both sides, interleaved, and the bytes that each holds at most."""
-    del compiled  # nobody compiles a loop over tokens
+    del compiled  # a loop over tokens is not compiled
     load = ForeignLoad()
     calls = {name: warm(call) for name, call in subject.calls().items()}
     clocked = compare(calls, rounds=rounds, seconds=seconds, calls=1)

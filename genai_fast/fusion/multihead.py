@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention by our attention, and calls of it whose weights nobody reads.
+"""nn.MultiheadAttention by our attention, and calls of it whose weights are not used.
 
 `self.attn(x, x, x)[0]` and `y, _ = self.attn(x, x, x)`: PyTorch computes the weights unless it is told not to, and with
 them the whole matrix of scores.
@@ -156,7 +156,7 @@ class WeightsFinder(ast.NodeTransformer):
         return {k.arg for k in node.keywords} <= _NAMES
 
     def _unweighted(self, node: ast.Call) -> ast.AST:
-        return self._handed(node, "attend", without_weights, ("attention's weights", "not computed: nobody reads them"))
+        return self._handed(node, "attend", without_weights, ("attention's weights", "not computed: they are not used"))
 
     def _module(self, node: ast.expr) -> nn.Module | None:
         raise NotImplementedError

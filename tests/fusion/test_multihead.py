@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention by our attention; its weights are not computed where nobody reads them, and only there."""
+"""nn.MultiheadAttention by our attention; its weights are not computed where they are not used, and only there."""
 
 import copy
 import pickle
