@@ -82,10 +82,14 @@ class Point:
         if not leaves:
             return lambda: function(**inputs)
         shared = len(_flat(next(iter(self.op.peers.values()))(**inputs)))
-        upstream = [torch.randn_like(y) for y in _flat(function(**inputs))[:shared]]
+
+        def outputs() -> list[torch.Tensor]:  # those that have gradients: indices do not
+            return [y for y in _flat(function(**inputs))[:shared] if y.requires_grad]
+
+        upstream = [torch.randn_like(y) for y in outputs()]
 
         def forward_backward() -> Any:
-            return torch.autograd.grad(_flat(function(**inputs))[:shared], leaves, upstream)
+            return torch.autograd.grad(outputs(), leaves, upstream)
 
         return forward_backward
 

@@ -145,11 +145,6 @@ def _variants(wanted: str | None, subject: Subject) -> list[str]:
     if TUNED in variants and TUNED not in subject.variants:
         what = "on a GPU there is nothing to tune" if ":" in subject.what else "a recipe runs under tune_cpu already"
         raise UsageError(f"--compare: tuned: {what}; remedy: --compare eager,fused")
-    if missing := [name for name in variants if name not in subject.variants]:
-        raise UsageError(
-            f"--compare: {subject.name} has no plain script for {missing[0]}; remedy: --compare"
-            f" {','.join(subject.variants)}"
-        )
     return variants
 
 

@@ -76,8 +76,9 @@ def recipe(name: str, device: torch.device, batch: int | None, precision: str, s
 
     sizes = "x".join(map(str, system.shape))
     what = f"a step of {system.batch} x {sizes}, {precision}, {'data: ' + source if source else 'a synthetic batch'}"
-    variants = (EAGER, COMPILE, FUSED) if system.has_plain else (FUSED,)
-    return Subject(name, what, variants, make, system.block, "the batch is synthetic; --data measures it", waiting)
+    return Subject(
+        name, what, (EAGER, COMPILE, FUSED), make, system.block, "the batch is synthetic; --data measures it", waiting
+    )
 
 
 def _with_data(system: System, source: str) -> tuple[System, Feed]:

@@ -47,10 +47,6 @@ class System:
         return bool(RECIPES[self.recipe].feed)
 
     @property
-    def has_plain(self) -> bool:
-        return RECIPES[self.recipe].loop is not None
-
-    @property
     def plain_scale(self) -> int:
         """The plain loop's loss over ours."""
         return self.batch if RECIPES[self.recipe].summed else 1

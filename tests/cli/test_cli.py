@@ -161,7 +161,7 @@ MISTAKES = {
         ["train", "vae", *SMALL[:4], "--hidden", "1000000000000"],
         "vae: expected sizes of a model that fits, got: ",
     ),
-    "strange flag": (["train", "vae", "--width", "3"], "unknown argument --width; see"),
+    "strange flag": (["train", "vae", "--strange", "3"], "unknown argument --strange; see"),
     "taken": (["train", "vae", *SMALL, "--run", "one"], "runs/one: a run of this name exists; remedy: --resume"),
     "no run": (["sample", "nothing"], "nothing: expected a run"),
     "count": (["sample", "one", "--count", "0"], "--count: expected at least 1, got 0"),

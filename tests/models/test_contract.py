@@ -152,8 +152,6 @@ def same_noise(monkeypatch):
 
 
 def test_its_plain_twin_has_the_same_losses_and_weights(system, same_noise):
-    if not system.has_plain:
-        pytest.skip("there is no plain loop; the exported network is compared below")
     torch.manual_seed(0)
     fused = steps_of(system.fused("cpu"), system, 3)
     torch.manual_seed(0)

@@ -273,7 +273,7 @@ def test_gpt_decode_of_no_heads_is_refused():
         with pytest.raises(ValueError, match="at least 1 head and 1 channel"):
             ops.gpt_decode(ids, cache, length, weights)
         with pytest.raises(ValueError, match="gpt_decode: weights: expected at least one channel"):
-            torch.ops.genai_fast.gpt_decode(cache, ids, length, weights, [], 1e-5, "")
+            torch.ops.genai_fast.gpt_decode(cache, ids, length, weights, [], 1e-5, False, "")
 
 
 # --- beginnings of packed sequences, where nothing else has looked at them

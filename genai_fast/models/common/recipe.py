@@ -112,8 +112,7 @@ class Recipe:
     pairs: of a recipe that translates, images of one number or file name in both sets belong together.
     feed: how text comes: windows, streams, sequences or pairs; "" for images and sounds.
     network: model -> the network that draws: the twin's.
-    loop: (plain networks, values, device) -> a function of a batch that takes a plain training step; None: there is no
-        plain loop.
+    loop: (plain networks, values, device) -> a function of a batch that takes a plain training step.
     summed: the plain loss is a sum over the batch, where ours is a mean.
     draws: an exported script draws samples, if the model has them; False: it reconstructs pictures.
     graph: None: of waveforms, the logits of codes; of images, what draws them, or what reconstructs them if nothing
@@ -134,7 +133,7 @@ class Recipe:
     pairs: bool = False
     feed: str = ""
     network: Callable[[nn.Module], nn.Module] = lambda model: model
-    loop: Callable[[Networks, Values, str], Callable[..., Any]] | None = lambda networks, values, device: loss_step(
+    loop: Callable[[Networks, Values, str], Callable[..., Any]] = lambda networks, values, device: loss_step(
         networks[""], device, values["lr"]
     )
     summed: bool = False
