@@ -25,7 +25,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     """
 
     @functools.wraps(nn.MultiheadAttention.forward)
-    def forward(self, query: Any, key: Any, value: Any, *args: Any, **named: Any) -> Any:
+    def forward(self, query: Any, key: Any, value: Any, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         if (now := replaced_forward(self)) is not None:
             return now(self, query, key, value, *args, **named)
         given = dict(zip(_MORE, args, strict=False)) | named

@@ -17,7 +17,7 @@ from genai_fast.ops.dispatch import left_to_torch
 from genai_fast.precision import autocast_dtype, without_autocast
 
 
-class _Recurrent:
+class _Recurrent(nn.RNNBase):
     """What GRU and LSTM share: nn.RNNBase's loop over layers and directions, by the op of one."""
 
     _op: ClassVar[str]  # of x, states and weights: y and the last states
@@ -158,12 +158,12 @@ def lstm_cells(
     x: torch.Tensor, h: torch.Tensor | None, c: torch.Tensor | None, *weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer of an LSTM step by step: x [T, B, I], states [B, H], None for zeros -> y [T, B, H] and the last ones."""
-    zeros = x.new_zeros(x.size(1), weights[1].size(1)) if h is None or c is None else None
-    h, c, outputs = zeros if h is None else h, zeros if c is None else c, []
+    shape, outputs = (x.size(1), weights[1].size(1)), []
+    state = tuple(x.new_zeros(shape) if s is None else s for s in (h, c))
     for step in x.unbind():
-        h, c = torch.lstm_cell(step, (h, c), *weights)
-        outputs.append(h)
-    return torch.stack(outputs), h, c
+        state = torch.lstm_cell(step, state, *weights)
+        outputs.append(state[0])
+    return torch.stack(outputs), state[0], state[1]
 
 
 @functools.cache
