@@ -1,5 +1,6 @@
 """Generators that turn one picture into another, and the critic that judges patches."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -19,10 +20,29 @@ def initialized(network: nn.Module) -> nn.Module:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, 0.0, 0.02)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.InstanceNorm2d) and module.affine:
+        elif isinstance(module, (nn.InstanceNorm2d, InstanceNormAct)) and module.affine:
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
     return network
+
+
+def _joined(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """The layers in a row, where each instance norm has the activation after it, and keeps the memory format.
+
+    PyTorch's makes its result contiguous: between convolutions in channels_last all would be copied twice.
+    """
+    made: list[nn.Module] = []
+    for layer in layers:
+        before = made[-1] if made else None
+        if isinstance(before, nn.InstanceNorm2d):
+            name = "leaky_relu" if isinstance(layer, nn.LeakyReLU) else "relu"
+            slope = getattr(layer, "negative_slope", None)
+            made[-1] = InstanceNormAct(
+                before.num_features, before.eps, before.affine, activation=name, negative_slope=slope
+            )
+            layer = nn.Identity()  # keeps the place of the activation, and with it the keys
+        made.append(layer)
+    return FusedSequential(*made)
 
 
 class ResidualBlock(nn.Module):
@@ -69,9 +89,7 @@ class ResNetGenerator(nn.Module):
         checks.positive("ResNetGenerator", channels=channels, width=width, blocks=blocks)
         self.channels = channels
         layers = plain.PlainResNetGenerator(channels, width, blocks).model
-        self.model = FusedSequential(
-            *(ResidualBlock(m) if isinstance(m, plain.PlainResidualBlock) else m for m in layers)
-        )
+        self.model = _joined(ResidualBlock(m) if isinstance(m, plain.PlainResidualBlock) else m for m in layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.size(1) != self.channels or any(side < 8 or side % 4 for side in x.shape[2:]):
@@ -146,7 +164,7 @@ class PatchCritic(nn.Module):
         super().__init__()
         checks.positive("PatchCritic", channels=channels, width=width, critic_layers=critic_layers)
         self.channels, self.least = channels, least_side(critic_layers)
-        self.model = fused(plain.PlainPatchCritic(channels, width, critic_layers, affine).model)
+        self.model = _joined(plain.PlainPatchCritic(channels, width, critic_layers, affine).model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.size(1) != self.channels or min(x.shape[2:]) < self.least:
