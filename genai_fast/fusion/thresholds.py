@@ -28,7 +28,7 @@ MULTIHEAD = {"dropout": 1 << 15, "gradients": 1 << 20, "neither": 3 << 19}  # sc
 WRITTEN_RMS_NORM = {False: 1 << 16, True: 1 << 15}  # without, with gradients
 GATED = {"silu": (1 << 17, 1 << 18), "gelu": (1 << 14, 1 << 15)}  # without, with gradients
 ROTARY = 1 << 16
-GROUP_NORM = {False: (1 << 19, 1 << 19), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
+GROUP_NORM = {False: (1 << 19, 1 << 20), True: (1 << 16, 1 << 18)}  # instance norm or not -> without, with gradients
 
 _ignored: ContextVar[bool] = ContextVar("ignored", default=False)
 
