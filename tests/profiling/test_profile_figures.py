@@ -87,6 +87,7 @@ def test_every_network_that_is_fused_is_reported():
 
 
 def test_compile_compiles_what_pytorch_would_leave_alone(monkeypatch):
+    torch.compiler.reset()  # other tests may have compiled nn.Sequential.forward as often as it may be
     counters_ = torch._dynamo.utils.counters
     counters_.clear()
     compiler = torch.compile
