@@ -9,7 +9,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.gpt_decode import layout
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call, transformed
-from genai_fast.ops.text_decoder import DTYPES, TextDecoder, check_ids, check_room, positive_sizes
+from genai_fast.ops.text_decoder import DTYPES, TextDecoder, check_ids, check_room, in_order, positive_sizes
 
 _OP, _CLASS = "gpt_decode", "GPTDecoder"
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which some files hold
@@ -182,22 +182,10 @@ def _in_order(weights: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], 
             f" transformer.h.{max(len(layers) - 1, 0)}.mlp.c_proj.bias, lm_head.weight), got {unknown[0]!r}"
             f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}; rename or leave out"
         )
-    found: list[torch.Tensor] = []
-    for name in names:
-        w = weights.get(name)
-        if w is None and name == layout.LAST[-1]:
-            w = found[0]
-        elif w is None and name.endswith(".bias"):
-            # As long as its matrix has rows, or its norm has channels.
-            w = torch.zeros(found[-1].shape[:1])
-        elif w is None:
-            raise ValueError(f"{_CLASS}: weights: expected a tensor {name!r}, got {len(weights)} of other names")
-        checks.is_floating(_CLASS, name, w)
-        if not w.is_cpu:
-            raise ValueError(f"{_CLASS}: {name}: expected a CPU tensor, got one on {w.device}; move it with .cpu()")
-        tied = name == layout.LAST[-1] and w.shape == found[0].shape and w.data_ptr() == found[0].data_ptr()
-        found.append(found[0] if tied else w.detach())
-    return found, [w for w in found if not w.is_inference()]
+    # A bias is as long as its matrix has rows, or its norm has channels.
+    return in_order(
+        _CLASS, weights, names, lambda n, before: torch.zeros(before.shape[:1]) if n.endswith(".bias") else None
+    )
 
 
 def _check_weights(op: str, weights: list[torch.Tensor], wide: torch.dtype | None = None) -> layout.Sizes:

@@ -9,7 +9,7 @@ from genai_fast.backends import forced_backend
 from genai_fast.kernels.llama_decode import layout
 from genai_fast.ops import checks
 from genai_fast.ops.dispatch import library_call
-from genai_fast.ops.text_decoder import DTYPES, TextDecoder, check_ids, check_room, positive_sizes
+from genai_fast.ops.text_decoder import DTYPES, TextDecoder, check_ids, check_room, in_order, positive_sizes
 
 _OP, _CLASS = "llama_decode", "LlamaDecoder"
 CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -218,18 +218,6 @@ def _in_order(weights: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], 
             f"{_CLASS}: weights: expected Hugging Face's names of a Llama (model.embed_tokens.weight,"
             f" model.layers.0.input_layernorm.weight, ..., lm_head.weight), got {unknown[0]!r}; rename or leave out"
         )
-    found: list[torch.Tensor] = []
-    for name in names:
-        w = weights.get(name)
-        if w is None and name == layout.LAST[-1]:
-            w = found[0]
-        elif w is None and name.endswith(layout.ABSENT):
-            w = torch.empty(0)
-        elif w is None:
-            raise ValueError(f"{_CLASS}: weights: expected a tensor {name!r}, got {len(weights)} of other names")
-        checks.is_floating(_CLASS, name, w)
-        if not w.is_cpu:
-            raise ValueError(f"{_CLASS}: {name}: expected a CPU tensor, got one on {w.device}; move it with .cpu()")
-        tied = name == layout.LAST[-1] and w.shape == found[0].shape and w.data_ptr() == found[0].data_ptr()
-        found.append(found[0] if tied else w.detach())
-    return found, [w for w in found if not w.is_inference()]
+    return in_order(
+        _CLASS, weights, names, lambda name, before: torch.empty(0) if name.endswith(layout.ABSENT) else None
+    )

@@ -1,5 +1,6 @@
 """What decoders of whole Transformers share: their cache's length, weights that may change, and checks of ids."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +97,34 @@ class TextDecoder:
 
     def _changed(self) -> bool:
         return self._versions() != self._read
+
+
+def in_order(
+    owner: str,
+    weights: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    absent: Callable[[str, torch.Tensor], torch.Tensor | None],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights of these names, and those of them whose changes can be seen.
+
+    The last may be tied to the first, by its memory or by being absent.
+
+    Args:
+        absent: name and the tensor before it -> what stands for one that is absent; None: it is needed.
+    """
+    found: list[torch.Tensor] = []
+    for name in names:
+        w = weights.get(name)
+        if w is None and found:
+            w = found[0] if name == names[-1] else absent(name, found[-1])
+        if w is None:
+            raise ValueError(f"{owner}: weights: expected a tensor {name!r}, got {len(weights)} of other names")
+        checks.is_floating(owner, name, w)
+        if not w.is_cpu:
+            raise ValueError(f"{owner}: {name}: expected a CPU tensor, got one on {w.device}; move it with .cpu()")
+        tied = name == names[-1] and w.shape == found[0].shape and w.data_ptr() == found[0].data_ptr()
+        found.append(found[0] if tied else w.detach())
+    return found, [w for w in found if not w.is_inference()]
 
 
 def positive_sizes(owner: str, **values: Any) -> list[int]:
