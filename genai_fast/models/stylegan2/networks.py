@@ -85,7 +85,8 @@ class StyleGenerator(plain.PlainStyleGenerator):
     """z [B, latent] -> image [B, channels, size, size], about in [-1, 1], by way of a style w [B, latent].
 
     Each convolution is modulated by w and adds noise, drawn at each call in training, fixed in evaluation; each size
-    adds to the doubled image of the last. `forward(z, truncation)` moves w towards its mean: less variety, fewer failures.
+    adds to the doubled image of the last. `forward(z, truncation)` moves w towards its mean: less variety, fewer
+    failures.
 
     Args:
         size: 28, or 8 or more and a power of 2; other multiples of 2 begin with a larger map.
